@@ -1,0 +1,45 @@
+# Two commands for a stranger: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The tests and the demo start a Ray of their own on this machine: no token, no usage reports.
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
+
+.PHONY: demo test test-slow bench check format clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo
+	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
+	$(BIN)/python jobs/word_order.py run=runs/demo dot_product=runs/demo-dot-product
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/floor.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,312 @@
+"""What infscan's passes cost, as multiples of the floor that no scan can go below: forward + activation gradients.
+
+python benchmarks/floor.py [--queries 1 10 32] [--rank 32] [--dtype bfloat16] ...      (`make bench`)
+
+One process, one model, one set of sequences and of settings; the cases take turns, so that a busy machine slows all of
+them alike. The passes are the very tasks that a rank runs, with storage in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from infscan.config import Compression, CorpusConfig, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
+from infscan.corpus.packing import pack_settings
+from infscan.corpus.plan import Selection
+from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.sequences import Sequence
+from infscan.model.architecture import describe
+from infscan.model.load import Place, load
+from infscan.model.measure import next_tokens, summed_losses
+from infscan.passes.factor_store import FactorsPlan
+from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.queries import Inverse, QueryTask, on_device, query_task, read_query_batch
+from infscan.passes.rank import Batch, Rank, RankSettings
+from infscan.passes.refine import RefineTask, refine_task
+from infscan.passes.scan import ScanTask, scan_task
+from infscan.queries import Part, Query
+from infscan.storage import Store, expand
+
+RESULTS = Path(__file__).parent / "results"
+FLOOR = "floor: forward + activation gradients"
+SHARD = "shard-000000"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to be timed; `ready` is called before, outside the clock."""
+
+    name: str
+    run: Callable[[], object]
+    ready: Callable[[], object] = lambda: None
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256, help="d of the GPT-NeoX model; its MLP is 4 d wide")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=256, help="T, tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=16, help="sequences per case")
+    parser.add_argument("--tokens-per-batch", type=int, default=4096)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 10, 32], help="query batches to scan with")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the compressed query gradients")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def save_model(options: argparse.Namespace, folder: Path) -> Path:
+    config = GPTNeoXConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.width // 64),
+        max_position_embeddings=options.length,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    set_seed(options.seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def prepare_corpus(options: argparse.Namespace, folder: Path, store: Store) -> None:
+    """Random documents of T tokens, one sequence each, prepared as a scan reads them."""
+    rng = np.random.default_rng(options.seed)
+    rows = rng.integers(1, options.vocab, (options.sequences, options.length)).tolist()
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+    config = CorpusConfig(path=str(path), tokens_field="tokens", packing=Packing.document)
+    pack = pack_settings(config, options.length, options.vocab, 0, 0)
+    (file,) = expand(str(path))
+    write_manifest(store, config, pack, None, [prepare_part(file, 0, config, pack, None, store)])
+
+
+def make_queries(options: argparse.Namespace) -> tuple[Query, ...]:
+    """Random prompts of 16 tokens with completions of 4."""
+    rng = np.random.default_rng(options.seed + 1)
+    rows = rng.integers(1, options.vocab, (max(options.queries), 20)).tolist()
+    return tuple(Query(f"q{n}", (Part(tuple(row), tuple(range(16, 20))),)) for n, row in enumerate(rows))
+
+
+class Bench:
+    """A rank made by hand, fitted factors and compressed queries: what the timed tasks need."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        model = save_model(options, folder)
+        self.model = ModelConfig(path=str(model), dtype=Dtype(options.dtype))
+        architecture = describe(str(model), "mlp")
+        self.place = Place(device=options.device, threads=options.threads)
+        self.rank = Rank(RankSettings(self.model, architecture.layers, sharded=False), self.place)
+        stores = [Store(f"memory://bench-{folder.name}/{name}") for name in ("corpus", "factors", "run")]
+        self.corpus, self.factors, self.run = stores
+        prepare_corpus(options, folder, self.corpus)
+        self.ids = np.arange(options.sequences)
+        self.sequences: list[Sequence] = self.rank.corpus(self.corpus).read(self.ids)
+        self.queries = make_queries(options)
+        self.plan = FactorsPlan(
+            fields={"model": architecture.fingerprint},
+            layers=architecture.layers,
+            selection=Selection.of(options.sequences),
+            slices=((0, options.sequences),),
+            groups=(tuple(layer.name for layer in architecture.layers),),
+            tokens_per_batch=options.tokens_per_batch,
+        )
+        self.fit = FitTask(self.factors, self.corpus, self.plan, 0, 0, Labels.sampled, options.seed)
+        self.inverse = Inverse(self.factors, Solver.ekfac, DampingConfig())
+
+    def covariance(self) -> None:
+        covariance_task(self.rank, FitTask(**vars(self.fit) | {"draw_labels": True}))
+
+    def finish_factors(self) -> None:
+        self.covariance()
+        for layer in self.plan.layers:
+            decompose_layer(self.factors, self.plan, layer)
+        lambda_task(self.rank, self.fit)
+        for layer in self.plan.layers:
+            finish_layer(self.factors, self.plan, layer)
+
+    def compressed(self, count: int, rank: int | None) -> dict[str, np.ndarray]:
+        """The query batch's arrays for the first `count` queries; None: full rank."""
+        name, queries = f"queries/{rank}.safetensors", self.queries[:count]
+        how = (rank, Compression.weighted, str(rank))
+        query_task(self.rank, QueryTask(self.run, name, queries, self.plan.layers, self.inverse, *how))
+        return read_query_batch(self.run, [[name]])
+
+    def scan(self, count: int, arrays: dict[str, np.ndarray], rank: int | None) -> Case:
+        """A whole shard against the first `count` queries, its file included."""
+        mine = {key: array[:count] for key, array in arrays.items()}
+        key = f"{rank}/{count}"
+        task = ScanTask(
+            run=self.run / key,
+            corpus=self.corpus,
+            shard=SHARD,
+            sequence_ids=self.ids,
+            query_ids=tuple(query.id for query in self.queries[:count]),
+            query_batch=key,
+            sides=("proponent", "opponent"),
+            candidates=self.options.sequences,
+            thresholds=[{} for _ in range(count)],
+            tokens_per_batch=self.options.tokens_per_batch,
+            dense=False,
+            fingerprint=key,
+        )
+        return Case(
+            f"scan, {count} quer{'y' if count == 1 else 'ies'}, {f'rank {rank}' if rank else 'full rank'}",
+            lambda: scan_task(self.rank, task, mine),
+            # A rank lays its queries out once for all its shards.
+            lambda: self.rank.cached("queries", key, lambda: on_device(self.rank, mine)),
+        )
+
+    def refine(self, count: int, per_row: int) -> Case:
+        """Every sequence again, at full rank and by token, for `per_row` of `count` queries each."""
+        wanted = {n: tuple(sorted((n + q) % count for q in range(per_row))) for n in self.ids.tolist()}
+        task = RefineTask(
+            run=self.run / f"{self.options.rank}/{count}",
+            path=f"refined/{per_row}.parquet",
+            group=f"{count}",
+            queries=self.queries[:count],
+            layers=self.plan.layers,
+            inverse=self.inverse,
+            shards=((SHARD, self.ids),),
+            wanted=wanted,
+            tokens_per_batch=self.options.tokens_per_batch,
+        )
+        name = f"refine, {per_row} of {count} queries per sequence"
+        return Case(name, lambda: refine_task(self.rank, task))
+
+    def batches(self) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
+        for batch in self.rank.batches(self.sequences, self.options.tokens_per_batch):
+            yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        for batch, targets in self.batches():
+            summed_losses(self.rank.model.logits(batch.ids_bt), *targets).sum()
+
+    def floor(self) -> None:
+        for batch, targets in self.batches():
+
+            def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
+                return summed_losses(logits_btv, *targets)
+
+            self.rank.backward(batch, (), loss, _nothing)
+
+    def training(self) -> Callable[[], None]:
+        """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
+        module = load(self.model, self.place, sharded=False).module.requires_grad_(True)
+
+        def step() -> None:
+            for batch, targets in self.batches():
+                summed_losses(module(input_ids=batch.ids_bt, use_cache=False).logits, *targets).sum().backward()
+            module.zero_grad(set_to_none=True)
+
+        return step
+
+    def cases(self) -> list[Case]:
+        self.finish_factors()
+        counts = sorted(set(self.options.queries))
+        middle = counts[len(counts) // 2]
+        low, full = self.compressed(counts[-1], self.options.rank), self.compressed(middle, None)
+        return [
+            Case("forward", self.forward),
+            Case(FLOOR, self.floor),
+            Case("training step (with weight gradients)", self.training()),
+            Case("covariance pass (labels drawn)", self.covariance),
+            Case("Lambda pass", lambda: lambda_task(self.rank, self.fit)),
+            *(self.scan(count, low, self.options.rank) for count in counts),
+            self.scan(middle, full, None),
+            self.refine(middle, 1),
+            *([self.refine(middle, middle)] if middle > 1 else []),
+        ]
+
+
+def _nothing(*_: object) -> None:
+    raise AssertionError("no layer is tracked")
+
+
+def clock(case: Case, device: str) -> float:
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    case.ready()
+    wait()
+    began = time.perf_counter()
+    case.run()
+    wait()
+    return time.perf_counter() - began
+
+
+def measure(cases: list[Case], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every case in every round; the first round, which warms up, is not kept."""
+    rounds = [{case.name: clock(case, options.device) for case in cases} for _ in range(options.repeats + 1)]
+    return {case.name: [seconds[case.name] for seconds in rounds[1:]] for case in cases}
+
+
+def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, object]:
+    """Print the table and return it as JSON: medians, and ratios to the floor of the same round with their spread."""
+    tokens = options.sequences * options.length
+    table = Table(title=f"{tokens} tokens, GPT-NeoX {options.layers} layers, d={options.width}, {options.dtype}")
+    for column in ("case", "ms (median)", "tokens/s", "floors", "min - max"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    rows = []
+    for name, values in seconds.items():
+        ratios = [value / floor for value, floor in zip(values, seconds[FLOOR], strict=True)]
+        row = {
+            "case": name,
+            "seconds": median(values),
+            "tokens_per_second": tokens / median(values),
+            "ratio": median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "rounds": values,
+        }
+        rows.append(row)
+        table.add_row(
+            name,
+            f"{1e3 * median(values):.0f}",
+            f"{tokens / median(values):,.0f}",
+            f"{median(ratios):.2f}",
+            f"{min(ratios):.2f} - {max(ratios):.2f}",
+        )
+    Console(width=110).print(table)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"settings": vars(options), "device": device, "versions": versions, "rows": rows}
+
+
+def main() -> None:
+    options = arguments()
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure(Bench(options, Path(folder)).cases(), options)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"floor-{options.device.partition(':')[0]}-{options.dtype}.json"
+    path.write_text(json.dumps(report(seconds, options), indent=2) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The typed configuration, its checks, and the fingerprints that tell one run from another.
+
+The dataclasses are Hydra's schema: a key they do not have, or a value of another type, is refused while the
+configuration is composed. `Config.check` refuses what types cannot say. Only this module and jobs/ know Hydra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from infscan.errors import ConfigError
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class Sharding(StrEnum):
+    auto = "auto"
+    none = "none"
+    zero3 = "zero3"
+
+
+class Packing(StrEnum):
+    concat = "concat"
+    document = "document"
+
+
+class Measure(StrEnum):
+    completion = "completion"
+    first = "first"
+    tokens = "tokens"
+
+
+class Labels(StrEnum):
+    sampled = "sampled"
+    empirical = "empirical"
+
+
+class Solver(StrEnum):
+    ekfac = "ekfac"
+    identity = "identity"
+
+
+class Compression(StrEnum):
+    weighted = "weighted"
+    plain = "plain"
+
+
+class Sides(StrEnum):
+    both = "both"
+    proponents = "proponents"
+    opponents = "opponents"
+
+
+class Scores(StrEnum):
+    top = "top"
+    all = "all"
+
+
+class Placement(StrEnum):
+    STRICT_PACK = "STRICT_PACK"
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+    STRICT_SPREAD = "STRICT_SPREAD"
+
+
+@dataclass
+class ZeroConfig:
+    """ZeRO-3's limits, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole."""
+
+    max_live_parameters: int = 30_000_000
+    max_reuse_distance: int = 0
+    prefetch_bucket_size: int = 10_000_000
+    param_persistence_threshold: int = 10_000
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    dtype: Dtype = Dtype.auto
+    tracked: str = "mlp"
+    sharding: Sharding = Sharding.auto
+    gradient_checkpointing: bool = False
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+
+@dataclass
+class CorpusConfig:
+    path: str = MISSING
+    format: str = "auto"
+    text_field: str = "text"
+    id_field: str = "id"
+    source_field: str = "source"
+    tokens_field: str | None = None
+    sequence_length: int | None = None
+    packing: Packing = Packing.concat
+    bos: bool = False
+    max_sequences: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class FactorsCorpusConfig(CorpusConfig):
+    """What the factors are fitted on: key by key the scanned corpus, unless said otherwise."""
+
+    path: str = II("corpus.path")
+    format: str = II("corpus.format")
+    text_field: str = II("corpus.text_field")
+    id_field: str = II("corpus.id_field")
+    source_field: str = II("corpus.source_field")
+    tokens_field: str | None = II("corpus.tokens_field")
+    sequence_length: int | None = II("corpus.sequence_length")
+    packing: Packing = II("corpus.packing")
+    bos: bool = II("corpus.bos")
+    max_sequences: int | None = II("corpus.max_sequences")
+    seed: int = II("corpus.seed")
+
+
+@dataclass
+class QueriesConfig:
+    path: str = MISSING
+    measure: Measure = Measure.completion
+
+
+@dataclass
+class DampingConfig:
+    """lambda_l = relative * mean(Lambda_l) (G23), or one absolute value (B25); `absolute` wins where it is given."""
+
+    relative: float = 0.1
+    absolute: float | None = None
+
+
+@dataclass
+class FactorsConfig:
+    path: str | None = None
+    corpus: FactorsCorpusConfig = field(default_factory=FactorsCorpusConfig)
+    labels: Labels = Labels.sampled
+    num_sequences: int = 10_000
+    damping: DampingConfig = field(default_factory=DampingConfig)
+    solver: Solver = Solver.ekfac
+    slices: int = 8
+    max_group_bytes: int = 8 << 30
+
+
+@dataclass
+class ScanConfig:
+    rank: int | None = 32
+    compression: Compression = Compression.weighted
+    top_k: int = 100
+    candidates: int | None = None
+    sides: Sides = Sides.both
+    scores: Scores = Scores.top
+    tokens_per_batch: int = 4096
+    shard_sequences: int | None = None
+    allow_quarantined: int = 0
+    max_nonfinite: float = 0.001
+    query_group_bytes: int = 4 << 30
+
+
+@dataclass
+class ClusterConfig:
+    address: str | None = None
+    num_workers: int = 1
+    ranks_per_worker: int = 1
+    gpus_per_rank: float | None = None
+    cpus_per_rank: int = 1
+    placement: Placement = Placement.STRICT_PACK
+    max_attempts: int = 3
+    deadline_s: float = 3600.0
+    startup_s: float = 600.0
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    output: str = MISSING
+    seed: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """C: rows kept per query and side until they are refined."""
+        return self.scan.candidates or 4 * self.scan.top_k
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        both = ("proponent", "opponent")
+        return {Sides.both: both, Sides.proponents: both[:1], Sides.opponents: both[1:]}[self.scan.sides]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is cut over the ranks of its worker group (ZeRO-3)."""
+        return self.model.sharding is Sharding.zero3 or self.cluster.ranks_per_worker > 1
+
+    def check(self) -> None:
+        """Refuse impossible values, naming the key, the value and the mend.
+
+        Raises:
+            ConfigError: at the first value that cannot work.
+        """
+        positive = {
+            "factors.num_sequences": self.factors.num_sequences,
+            "factors.slices": self.factors.slices,
+            "factors.max_group_bytes": self.factors.max_group_bytes,
+            "scan.top_k": self.scan.top_k,
+            "scan.tokens_per_batch": self.scan.tokens_per_batch,
+            "scan.query_group_bytes": self.scan.query_group_bytes,
+            "cluster.num_workers": self.cluster.num_workers,
+            "cluster.ranks_per_worker": self.cluster.ranks_per_worker,
+            "cluster.cpus_per_rank": self.cluster.cpus_per_rank,
+            "cluster.max_attempts": self.cluster.max_attempts,
+            "cluster.deadline_s": self.cluster.deadline_s,
+            "cluster.startup_s": self.cluster.startup_s,
+            "factors.damping.relative": self.factors.damping.relative,
+        }
+        optional = {
+            "factors.damping.absolute": self.factors.damping.absolute,
+            "scan.rank": self.scan.rank,
+            "scan.candidates": self.scan.candidates,
+            "scan.shard_sequences": self.scan.shard_sequences,
+        }
+        for name, corpus in (("corpus", self.corpus), ("factors.corpus", self.factors.corpus)):
+            optional[f"{name}.max_sequences"] = corpus.max_sequences
+            if corpus.sequence_length is not None and corpus.sequence_length < 2:
+                raise ConfigError(
+                    f"{name}.sequence_length={corpus.sequence_length}: a sequence needs two tokens to have a loss; "
+                    "give at least 2, or null for the model's context (at most 512)."
+                )
+        positive |= {key: value for key, value in optional.items() if value is not None}
+        for key, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{key}={value}: must be greater than 0.")
+        if self.scan.candidates is not None and self.scan.candidates < self.scan.top_k:
+            raise ConfigError(
+                f"scan.candidates={self.scan.candidates} is less than scan.top_k={self.scan.top_k}: the published rows "
+                "are chosen among the candidates; give at least top_k, or null for 4 x top_k."
+            )
+        if not 0 <= self.scan.max_nonfinite <= 1:
+            raise ConfigError(f"scan.max_nonfinite={self.scan.max_nonfinite}: a share of sequences, between 0 and 1.")
+        if self.scan.allow_quarantined < 0:
+            raise ConfigError(f"scan.allow_quarantined={self.scan.allow_quarantined}: a number of shards, 0 or more.")
+        if self.cluster.gpus_per_rank is not None and self.cluster.gpus_per_rank < 0:
+            raise ConfigError(f"cluster.gpus_per_rank={self.cluster.gpus_per_rank}: 0 or more, or null to find out.")
+        if self.model.sharding is Sharding.none and self.cluster.ranks_per_worker > 1:
+            raise ConfigError(
+                f"model.sharding=none with cluster.ranks_per_worker={self.cluster.ranks_per_worker}: a worker's ranks "
+                "hold one copy of the model between them; use model.sharding=zero3, or more cluster.num_workers."
+            )
+        if self.model.tracked not in ("mlp", "attention", "linear"):
+            try:
+                re.compile(self.model.tracked)
+            except re.error as error:
+                raise ConfigError(
+                    f"model.tracked={self.model.tracked!r} is not a regular expression ({error}); give mlp, attention, "
+                    "linear, or a regex over module names."
+                ) from None
+        if self.factors.solver is Solver.identity and self.scan.compression is Compression.weighted and self.scan.rank:
+            raise ConfigError(
+                "factors.solver=identity has no factors to weigh a compression by; add scan.compression=plain, "
+                "or scan.rank=null for exact scores."
+            )
+
+
+ConfigStore.instance().store(name="infscan_schema", node=Config)
+
+# Fields that may differ when a run is resumed: they change where and how fast, never what.
+RUN_TIME_FIELDS = (
+    "output",
+    "cluster.",
+    "model.sharding",
+    "model.zero.",
+    "model.gradient_checkpointing",
+    "scan.allow_quarantined",
+    "scan.max_nonfinite",
+    "factors.max_group_bytes",
+    "scan.query_group_bytes",
+    # A path says where an input lies; what lies there is compared by its content's fingerprint.
+    "model.path",
+    "corpus.path",
+    "queries.path",
+    "factors.path",
+    "factors.corpus.path",
+)
+
+
+def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
+    """Turn Hydra's composed configuration into a checked `Config`; local paths become absolute.
+
+    In a sweep (`-m`) each cell gets a folder of its own below `output`, named after its overrides.
+    unused: mandatory keys that this job does not read; they may be missing.
+
+    Raises:
+        ConfigError: for a mandatory key without a value, or an impossible one.
+    """
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    missing = [key for key, value in _leaves(unresolved) if value == MISSING]
+    for key in set(missing) & set(unused):
+        OmegaConf.update(cfg, key, "")
+    missing = [key for key in missing if key not in unused]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: no value given. Add {' '.join(f'{key}=...' for key in missing)}.")
+    try:
+        config = cast(Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    config.check()
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        config.output = f"{config.output.rstrip('/')}/{_cell_name(list(HydraConfig.get().overrides.task))}"
+    config.output = absolute(config.output)
+    config.model.path = absolute(config.model.path, only_existing=True)
+    config.queries.path = absolute(config.queries.path) if config.queries.path else ""
+    for corpus in (config.corpus, config.factors.corpus):
+        corpus.path = absolute(corpus.path)
+    config.factors.path = absolute(config.factors.path) if config.factors.path else f"{config.output}/factors"
+    return config
+
+
+def _cell_name(overrides: list[str]) -> str:
+    """A folder name for one cell of a sweep: its overrides, harmless in a path, distinct by a digest."""
+    cell = [override for override in sorted(overrides) if not override.startswith(("output=", "cluster."))]
+    readable = re.sub(r"[^A-Za-z0-9_=.,-]+", "-", ",".join(cell))[:80].strip("-.")
+    return f"{readable or 'cell'}-{fingerprint(cell)[:8]}"
+
+
+def absolute(path: str, *, only_existing: bool = False) -> str:
+    """A local path made absolute, since workers run in other folders; URIs (and hub ids) stay as they are."""
+    if "://" in path or (only_existing and not Path(path).exists()):
+        return path
+    return str(Path(path).expanduser().absolute())
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and enums as plain JSON values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a value's canonical JSON: sorted keys, no spaces, dataclasses and enums made plain."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def from_yaml(text: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(text)))
+
+
+def differences(before: Any, after: Any) -> list[str]:
+    """`key: before -> after` for every leaf that differs between two plain settings, run-time fields left out."""
+    old, new = dict(_leaves(plain(before))), dict(_leaves(plain(after)))
+    keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(RUN_TIME_FIELDS))
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

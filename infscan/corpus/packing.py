@@ -1,0 +1,179 @@
+"""Pack documents into sequences of at most T tokens, and count what becomes of every token. Pure: no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from infscan.config import CorpusConfig, Packing
+from infscan.corpus.documents import Document
+from infscan.corpus.sequences import Sequence, Span
+from infscan.errors import CorpusError
+
+
+@dataclass
+class Counts:
+    """What was read and what became of it: tokens_read + tokens_added - tokens_truncated == tokens, always.
+
+    `tokens_added` are separators (BOS, EOS); `documents_empty` had no token and are in no sequence.
+    """
+
+    documents_read: int = 0
+    documents_empty: int = 0
+    documents_truncated: int = 0
+    tokens_read: int = 0
+    tokens_truncated: int = 0
+    tokens_added: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)})
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """How documents become sequences: T, the vocabulary's size, and the separators; `bos_id` None puts none."""
+
+    packing: Packing
+    sequence_length: int
+    vocab_size: int
+    eos_id: int | None = None
+    bos_id: int | None = None
+
+
+def pack_settings(
+    config: CorpusConfig, sequence_length: int, vocab_size: int, eos_id: int | None, bos_id: int | None
+) -> PackSettings:
+    """The corpus's packing with the model's own ids; `sequence_length` is T after the model's limit is known.
+
+    Raises:
+        CorpusError: if a separator is needed that the model does not have.
+    """
+    concat = config.packing is Packing.concat
+    if concat and eos_id is None:
+        raise CorpusError(
+            "corpus.packing=concat joins documents with EOS, and neither the tokenizer nor the model's config names "
+            "one; add eos_token_id to the model's config.json, or use corpus.packing=document."
+        )
+    if config.bos and bos_id is None:
+        raise CorpusError(
+            "corpus.bos=true, and neither the tokenizer nor the model's config names a BOS token; add bos_token_id to "
+            "the model's config.json, or set corpus.bos=false."
+        )
+    for name, value in (("eos", eos_id if concat else None), ("bos", bos_id if config.bos else None)):
+        if value is not None and not 0 <= value < vocab_size:
+            raise CorpusError(
+                f"{name}_token_id {value} is outside the model's vocabulary of {vocab_size} tokens; "
+                "mend the model's config.json or tokenizer."
+            )
+    return PackSettings(
+        packing=config.packing,
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+        eos_id=eos_id if concat else None,
+        bos_id=bos_id if config.bos else None,
+    )
+
+
+class Packer:
+    """Packs one file's documents; the sequences are numbered from 0. Afterwards `counts` says what happened.
+
+    `document`: [BOS?] doc, one sequence each, cut at T. `concat`: [BOS?] doc EOS [BOS?] doc EOS ... cut every T tokens,
+    the shorter tail of the file kept.
+    """
+
+    def __init__(self, settings: PackSettings) -> None:
+        self.settings = settings
+        self.counts = Counts()
+        separators = (settings.bos_id, settings.eos_id if settings.packing is Packing.concat else None)
+        self._before, self._after = (np.array([t for t in (i,) if t is not None], np.int64) for i in separators)
+
+    def pack(self, documents: Iterable[Document]) -> Iterator[Sequence]:
+        """Yield the sequences of documents that carry token ids (int [n]), in order, reading no further than needed.
+
+        Raises:
+            CorpusError: for a token id outside the vocabulary, with the document's id and the value.
+        """
+        concat = self.settings.packing is Packing.concat
+        room = self.settings.sequence_length
+        pieces = _Pieces()
+        for document in documents:
+            tokens = self._checked(document)
+            if not len(tokens):
+                continue
+            stream = np.concatenate([self._before, tokens, self._after])
+            own = len(self._before), len(self._before) + len(tokens)
+            self.counts.tokens_added += len(self._before) + len(self._after)
+            if not concat:
+                kept = min(room, len(stream))
+                self.counts.documents_truncated += kept < len(stream)
+                self.counts.tokens_truncated += len(stream) - kept
+                pieces.add(document, stream, 0, kept, own)
+                yield self._sequence(pieces)
+                pieces = _Pieces()
+                continue
+            begin = 0
+            while begin < len(stream):
+                end = min(len(stream), begin + room - pieces.length)
+                pieces.add(document, stream, begin, end, own)
+                begin = end
+                if pieces.length == room:
+                    yield self._sequence(pieces)
+                    pieces = _Pieces()
+        if pieces.length:
+            yield self._sequence(pieces)
+
+    def _checked(self, document: Document) -> np.ndarray:
+        tokens = document.token_ids
+        assert tokens is not None, f"document {document.id} reached the packer without token ids"
+        self.counts.documents_read += 1
+        self.counts.tokens_read += len(tokens)
+        if not len(tokens):
+            self.counts.documents_empty += 1
+            return tokens
+        for value in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= value < self.settings.vocab_size:
+                raise CorpusError(
+                    f"{document.path}: document {document.id!r} (at {document.offset}) has token id {value}, outside "
+                    f"the vocabulary of {self.settings.vocab_size} tokens; was the corpus tokenised for another model?"
+                )
+        return tokens.astype(np.int64, copy=False)
+
+    def _sequence(self, pieces: _Pieces) -> Sequence:
+        number = self.counts.sequences
+        self.counts.sequences += 1
+        self.counts.tokens += pieces.length
+        first = next((d for d, span in pieces.spans if span.end > span.start), pieces.spans[0][0])
+        spans = tuple(span for _, span in pieces.spans if span.end > span.start)
+        return Sequence(
+            sequence_id=number,
+            token_ids=np.concatenate(pieces.tokens),
+            documents=spans or (pieces.spans[0][1],),
+            byte_offset=first.offset,
+            path=first.path,
+        )
+
+
+class _Pieces:
+    """The parts of documents that make up the sequence being filled."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tokens: list[np.ndarray] = []
+        self.spans: list[tuple[Document, Span]] = []
+
+    def add(self, document: Document, stream: np.ndarray, begin: int, end: int, own: tuple[int, int]) -> None:
+        """Append stream[begin:end]; `own` is the document's own range in the stream, without separators."""
+        start = self.length + max(begin, own[0]) - begin
+        stop = self.length + min(end, own[1]) - begin
+        span = (
+            Span(document.id, document.source, start, stop)
+            if stop > start
+            else Span(document.id, document.source, 0, 0)
+        )
+        self.tokens.append(stream[begin:end])
+        self.spans.append((document, span))
+        self.length += end - begin

@@ -1,0 +1,194 @@
+"""Write a prepared corpus: documents tokenised, packed, numbered and laid down as Parquet that can be read by number.
+
+part-00000.parquet ...   one per input file, in the inputs' order; sequences are numbered through the parts
+manifest.json            written last: its presence is the fact that the corpus is complete
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Row
+from dataclasses import asdict, replace
+from hashlib import sha256
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infscan.config import CorpusConfig, fingerprint
+from infscan.corpus.documents import Document, read_documents
+from infscan.corpus.manifest import MANIFEST, SCHEMA_VERSION, Manifest, PartSummary, part_name, part_schema
+from infscan.corpus.packing import Counts, Packer, PackSettings
+from infscan.corpus.sequences import Sequence
+from infscan.corpus.tokenizer import Tokenizer
+from infscan.errors import CorpusError
+from infscan.storage import InputFile, MissingError, Store
+
+ROW_GROUP_SEQUENCES = 1024
+_FOOTER_KEY = b"infscan"
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 4 << 20
+
+
+def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None) -> dict[str, Any]:
+    """Everything besides the files that decides what a prepared corpus holds, as plain JSON."""
+    fields = {key: getattr(config, key) for key in ("format", "text_field", "id_field", "source_field", "tokens_field")}
+    return {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
+
+
+def prepare_part(
+    file: InputFile, index: int, config: CorpusConfig, pack: PackSettings, tokenizer: Tokenizer | None, store: Store
+) -> PartSummary:
+    """Read, tokenise, pack and write one input file; a part already there, of the same file and settings, is kept.
+
+    The same file gives the same bytes. Documents stream through, but the finished part is held in memory, compressed
+    (about two bytes per token), because it is written by one put: split inputs of many GB.
+
+    Raises:
+        CorpusError: naming file and line, for anything that cannot be read; nothing is written then.
+    """
+    settings = fingerprint(prepare_settings(config, pack, tokenizer.digest if tokenizer else None))
+    done = finished_part(store, index)
+    if done is not None and (done.input, done.settings) == (file, settings):
+        return done
+    packer = Packer(pack)
+    digest = sha256()
+    sink = pa.BufferOutputStream()
+    schema = part_schema(pack.vocab_size)
+    sequences = packer.pack(_with_tokens(read_documents(file, config), tokenizer))
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        while rows := list(islice(sequences, ROW_GROUP_SEQUENCES)):
+            writer.write_table(_table(rows, schema), row_group_size=ROW_GROUP_SEQUENCES)
+            for row in rows:
+                _digest_row(digest, row)
+        summary = PartSummary(
+            index=index,
+            sequences=packer.counts.sequences,
+            tokens=packer.counts.tokens,
+            digest=digest.hexdigest(),
+            bytes=0,
+            input=file,
+            settings=settings,
+            counts=packer.counts,
+        )
+        footer = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(summary)}, sort_keys=True)
+        writer.add_key_value_metadata({_FOOTER_KEY: footer.encode()})
+    data = sink.getvalue().to_pybytes()
+    store.write(part_name(index), data)
+    return replace(summary, bytes=len(data))
+
+
+def finished_part(store: Store, index: int) -> PartSummary | None:
+    """What the footer of a part that is already there says; None where there is none, or none of this schema."""
+    try:
+        with store.open(part_name(index)) as stream:
+            size = stream.seek(0, 2)
+            footer = pq.read_metadata(stream).metadata or {}
+    except (MissingError, pa.ArrowException, OSError):
+        return None
+    value = json.loads(footer.get(_FOOTER_KEY, b"{}"))
+    if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
+        return None
+    value |= {"bytes": size, "input": InputFile(**value["input"]), "counts": Counts(**value["counts"])}
+    return PartSummary(**value)
+
+
+def write_manifest(
+    store: Store, config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None, parts: Iterable[PartSummary]
+) -> Manifest:
+    """Number the parts through and write manifest.json; every part must be there.
+
+    The fingerprint is of the content (token ids, document ids, T): the same documents prepared elsewhere have the same.
+
+    Raises:
+        CorpusError: if the parts hold no sequence at all.
+    """
+    ordered = tuple(sorted(parts, key=lambda part: part.index))
+    settings = prepare_settings(config, pack, tokenizer_digest)
+    assert [part.index for part in ordered] == list(range(len(ordered))), "a part is missing or twice"
+    assert {part.settings for part in ordered} <= {fingerprint(settings)}, "parts of different settings"
+    counts = sum((part.counts for part in ordered), Counts())
+    if not counts.sequences:
+        raise CorpusError(
+            f"{config.path}: {len(ordered)} files with {counts.documents_read} documents hold no token; "
+            f"check the files and corpus.text_field={config.text_field!r}."
+        )
+    digests = [part.digest for part in ordered if part.sequences]
+    manifest = Manifest(
+        fingerprint=fingerprint({"sequence_length": pack.sequence_length, "parts": digests}),
+        settings=settings,
+        sequence_length=pack.sequence_length,
+        vocab_size=pack.vocab_size,
+        tokenizer=tokenizer_digest,
+        sequences=counts.sequences,
+        tokens=counts.tokens,
+        counts=counts,
+        parts=ordered,
+    )
+    store.write_json(MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:
+    """Tokenise in batches, in order; documents that bring token ids pass as they are."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        if document.text is not None and tokenizer is None:
+            raise CorpusError(
+                f"{document.path}: document {document.id!r} is text, and the model's folder has no tokenizer; add one, "
+                "or name a field of token ids in corpus.tokens_field."
+            )
+        batch.append(document)
+        characters += len(document.text or "")
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield from _encoded(batch, tokenizer)
+            batch, characters = [], 0
+    yield from _encoded(batch, tokenizer)
+
+
+def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:
+    texts = [document.text for document in batch if document.text is not None]
+    rows = iter(tokenizer.encode_batch(texts) if tokenizer else [])
+    for document in batch:
+        yield document if document.text is None else replace(document, text=None, token_ids=next(rows))
+
+
+def _table(rows: Row[Sequence], schema: pa.Schema) -> pa.Table:
+    token = schema.field("token_ids").type.value_type.to_pandas_dtype()
+    span = schema.field("documents").type.value_type
+    spans = [document for row in rows for document in row.documents]
+    columns = (
+        pa.array([s.id for s in spans], pa.string()),
+        pa.array([s.source for s in spans], pa.string()),
+        pa.array([s.start for s in spans], pa.int32()),
+        pa.array([s.end for s in spans], pa.int32()),
+    )
+    token_ids = np.concatenate([row.token_ids for row in rows]).astype(token)
+    return pa.Table.from_arrays(
+        [
+            pa.ListArray.from_arrays(_offsets(len(row) for row in rows), token_ids),
+            pa.ListArray.from_arrays(
+                _offsets(len(row.documents) for row in rows), pa.StructArray.from_arrays(columns, fields=list(span))
+            ),
+            pa.array([row.byte_offset for row in rows], pa.int64()),
+            pa.array([row.path for row in rows], pa.string()),
+        ],
+        schema=schema,
+    )
+
+
+def _offsets(lengths: Iterable[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *lengths]), pa.int32())
+
+
+def _digest_row(digest: Any, row: Sequence) -> None:
+    digest.update(struct.pack("<qq", len(row), len(row.documents)))
+    digest.update(row.token_ids.astype("<u4").tobytes())
+    for span in row.documents:
+        name = span.id.encode()
+        digest.update(struct.pack("<qqq", len(name), span.start, span.end) + name)

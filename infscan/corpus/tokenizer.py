@@ -1,0 +1,119 @@
+"""The model's tokenizer, where its folder has one: text to token ids without special tokens, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from infscan.errors import ModelError
+from infscan.storage import Store, is_uri, localise
+
+# A vocabulary in any of these is a tokenizer; tokenizer_config.json alone is not.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_SUFFIXES = (".json", ".txt", ".model")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer behind the few calls that infscan makes.
+
+    Attributes:
+        digest: SHA-256 of tokenizer.json, else of the files that make up the tokenizer.
+        eos_id, bos_id: what the tokenizer names, or None.
+    """
+
+    def __init__(self, backend: Any, digest: str) -> None:
+        self._backend = backend
+        self.digest = digest
+        self.eos_id: int | None = backend.eos_token_id
+        self.bos_id: int | None = backend.bos_token_id
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int64 [n] per text, no special tokens added."""
+        if not texts:
+            return []
+        rows = self._backend(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [np.array(row, np.int64) for row in rows]
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def decode(self, token_ids: np.ndarray | Sequence[int]) -> str:
+        """The text of token ids as they are: special tokens shown, spaces untouched."""
+        return str(self._backend.decode([int(t) for t in token_ids], clean_up_tokenization_spaces=False))
+
+
+def load_tokenizer(path: str) -> Tokenizer | None:
+    """Load the tokenizer of a model folder, URI or hub id; None where the folder has none.
+
+    Raises:
+        ModelError: where there is one that cannot be loaded.
+    """
+    if is_uri(path):
+        path = str(localise(path, _SUFFIXES))
+    hub = is_hub_id(path)
+    if not hub and not _files(path):
+        return None
+    from transformers import AutoTokenizer  # here, since it takes seconds and brings torch
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, local_files_only=not hub, trust_remote_code=False)
+    except Exception as error:  # every tokenizer family raises errors of its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{path}: its tokenizer cannot be loaded ({reason}). Mend the folder's tokenizer files, or remove them and "
+            "bring token ids (corpus.tokens_field)."
+        ) from error
+    return Tokenizer(backend, _digest(_snapshot(path) if hub else path))
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model path is a name on the hub: `name` or `owner/name`, and no such folder here."""
+    return _HUB_ID.fullmatch(path) is not None and not Store(path).exists("config.json") and not _files(path)
+
+
+def _files(folder: str) -> list[str]:
+    store = Store(folder)
+    return [name for name in _VOCABULARIES if store.exists(name)]
+
+
+def _digest(folder: str) -> str:
+    store = Store(folder)
+    found = _files(folder)
+    names = found[:1] if "tokenizer.json" in found else found + [name for name in _SETTINGS if store.exists(name)]
+    content = sha256()
+    for name in sorted(names):
+        data = store.read(name)
+        content.update(f"{name}:{len(data)}:".encode() + data)
+    return content.hexdigest()
+
+
+def _snapshot(hub_id: str) -> str:
+    """The local folder in which the hub's client has put the tokenizer that was just loaded."""
+    from transformers.utils import cached_file
+
+    for name in _VOCABULARIES:
+        found = cached_file(
+            hub_id, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if found:
+            return str(found).rsplit("/", 1)[0]
+    raise ModelError(f"{hub_id}: the hub has no tokenizer for it; give a local folder that has one.")

@@ -1,0 +1,37 @@
+"""The errors a person can cause and mend.
+
+Every message names the value, the reason and the mend, in one or two sentences. Jobs print them without a
+traceback and exit with status 2; a bug (an assertion, a TypeError) keeps its traceback.
+"""
+
+
+class InfscanError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ConfigError(InfscanError):
+    """A setting that is unknown, impossible or at odds with another one."""
+
+
+class StorageError(InfscanError):
+    """A folder or object that cannot be read or written: missing, refused, full, unreachable."""
+
+
+class CorpusError(InfscanError):
+    """A corpus that is missing, empty, malformed or changed; names the file and the line or row."""
+
+
+class QueryError(InfscanError):
+    """A query file or a query in it that cannot be measured; names the line and the id."""
+
+
+class ModelError(InfscanError):
+    """A model folder that cannot be loaded, or a layer that cannot be tracked."""
+
+
+class FactorsError(InfscanError):
+    """Factors that do not belong to this model and corpus, or that are not finite."""
+
+
+class RunError(InfscanError):
+    """A run folder that belongs to another configuration, is held by another driver, or is not finished."""

@@ -1,0 +1,26 @@
+"""The second moments A of a layer's inputs and S of its pseudo-gradients (METHOD: EK-FAC 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool) -> Tensor:
+    """Zero the padding of a layer's inputs and, where it has a bias, append the 1 that the bias multiplies.
+
+    a_bti: [B, T, I]. mask_bt: [B, T], true on tokens. Returns [B, T, I] or [B, T, I + 1], in a's dtype.
+    """
+    mask_bt1 = mask_bt.unsqueeze(-1)
+    # Filled, not multiplied: an activation that overflows on padding must not become NaN * 0.
+    a_bti = a_bti.masked_fill(~mask_bt1, 0)
+    return torch.cat([a_bti, mask_bt1.to(a_bti.dtype)], dim=-1) if bias else a_bti
+
+
+def add_second_moment(total_nn: Tensor, x_btn: Tensor) -> None:
+    """total += sum over tokens of x x^T, in float32 or wider. Padding must be zero in x.
+
+    total_nn: [n, n]; x_btn: [B, T, n]. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
+    """
+    x_mn = x_btn.flatten(0, 1).to(total_nn.dtype)
+    total_nn.addmm_(x_mn.T, x_mn)

@@ -1,0 +1,54 @@
+"""Eigenbases of A and S, and the corrected eigenvalues Lambda in them (METHOD: EK-FAC 3 and 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infscan.errors import FactorsError
+
+# Entries of rotated gradients held at once in the Lambda pass (float32: 256 MiB).
+_CHUNK_ENTRIES = 1 << 26
+
+
+def eigenbasis(moment_nn: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n] (ascending) and eigenvectors [n, n] (columns) of a second moment.
+
+    Symmetrised, decomposed in float64, returned in the dtype given.
+
+    Raises:
+        FactorsError: where an entry is NaN or infinite; `name` says which factor of which layer.
+    """
+    if not bool(torch.isfinite(moment_nn).all()):
+        bad = int((~torch.isfinite(moment_nn)).sum())
+        raise FactorsError(
+            f"{name} has {bad} entries that are NaN or infinite: the model's activations or gradients overflow on the "
+            "factors' corpus; use model.dtype=float32, or look at the sequences of factors.corpus."
+        )
+    wide = moment_nn.to(torch.float64)
+    values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+    return values.to(moment_nn.dtype), vectors.to(moment_nn.dtype)
+
+
+def rotate_tokens_first(T: int, O: int, I: int) -> bool:
+    """Whether rotating T tokens costs less than rotating the O x I gradient: T < O I (O + I) / (O^2 + I^2)."""
+    return T * (O * O + I * I) < O * I * (O + I)
+
+
+def add_squared_gradients(Lambda_oi: Tensor, s_bto: Tensor, a_bti: Tensor, Q_S: Tensor, Q_A: Tensor) -> None:
+    """Lambda += sum over the batch's sequences of (Q_S^T g Q_A)^2, g = sum_t s_t a_t^T the sequence's summed gradient.
+
+    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding. Q_S: [O, O], Q_A: [I, I]. Lambda_oi: [O, I], float32 or wider.
+    As sums over sequences: divide by their number at the end (George et al. 2018; G23 equation 18).
+    """
+    s_bto, a_bti = s_bto.to(Lambda_oi.dtype), a_bti.to(Lambda_oi.dtype)
+    B, T, O = s_bto.shape
+    tokens_first = rotate_tokens_first(T, O, a_bti.shape[-1])
+    if tokens_first:
+        s_bto, a_bti = s_bto @ Q_S, a_bti @ Q_A
+    chunk = max(1, _CHUNK_ENTRIES // Lambda_oi.numel())
+    for start in range(0, B, chunk):
+        g_boi = s_bto[start : start + chunk].transpose(1, 2) @ a_bti[start : start + chunk]
+        if not tokens_first:
+            g_boi = Q_S.T @ g_boi @ Q_A
+        Lambda_oi += g_boi.square_().sum(dim=0)

@@ -1,0 +1,37 @@
+"""The damped EK-FAC inverse, applied on the query side (METHOD: EK-FAC 5 and 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infscan.errors import FactorsError
+from infscan.influence.layers import LayerFactors
+
+
+def damping(Lambda_oi: Tensor, relative: float, absolute: float | None, name: str) -> float:
+    """lambda_l: `absolute` where given, else `relative` times the mean of Lambda_l (G23: 0.1).
+
+    Raises:
+        FactorsError: where the result is not a positive finite number (a layer whose gradients all vanish).
+    """
+    value = absolute if absolute is not None else relative * float(Lambda_oi.mean(dtype=torch.float64))
+    if not (value > 0 and value != float("inf")):
+        raise FactorsError(
+            f"{name}: the damping comes to {value}, because the layer's mean corrected eigenvalue is zero or not "
+            "finite; leave the layer out with model.tracked=<regex>, or give factors.damping.absolute."
+        )
+    return value
+
+
+def inverse_core(V_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
+    """C = (Q_S^T V Q_A) / (Lambda + lambda): the preconditioned gradients, still in the eigenbases.
+
+    V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (G23 equation 20).
+    """
+    return (factors.Q_S.T @ V_qoi @ factors.Q_A) / (factors.Lambda + lam)
+
+
+def from_core(C_qoi: Tensor, factors: LayerFactors) -> Tensor:
+    """P = Q_S C Q_A^T, [Q, O, I]."""
+    return factors.Q_S @ C_qoi @ factors.Q_A.T

@@ -1,0 +1,47 @@
+"""The shapes of a tracked layer, and what EK-FAC keeps of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tracked linear layer y = W a + b.
+
+    name: its module path. outputs: O. inputs: I, with the appended 1 counted where it has a bias.
+    input_of: the first layer that has the same input (itself, mostly); layers with one input share one A.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    bias: bool
+    input_of: str
+
+    @property
+    def size(self) -> int:
+        """Entries of its gradient, O x I."""
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """EK-FAC factors of one layer, float32 unless said otherwise. Never changed in place.
+
+    A (I x I), S (O x O): second moments per token. Q_A, Q_S: their eigenvectors in columns.
+    A_eigenvalues (I), S_eigenvalues (O). Lambda (O x I): corrected eigenvalues per sequence.
+    """
+
+    A: Tensor
+    S: Tensor
+    Q_A: Tensor
+    Q_S: Tensor
+    A_eigenvalues: Tensor
+    S_eigenvalues: Tensor
+    Lambda: Tensor
+
+    def to(self, device: str) -> LayerFactors:
+        return LayerFactors(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})

@@ -1,0 +1,108 @@
+"""The best C rows of every query and side while shards come in, and the thresholds they set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infscan.influence.topk import SIDES, Leaderboard, Threshold, best_rows
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Rows (query, side, sequence, scan score), as columns of one length.
+
+    queries: int32, index in the query batch. sides: int8, index in SIDES. sequence_ids: int64. scores: float32.
+    """
+
+    queries: NDArray[np.int32]
+    sides: NDArray[np.int8]
+    sequence_ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def rows(self) -> Iterator[tuple[int, int, int, float]]:
+        yield from zip(
+            self.queries.tolist(), self.sides.tolist(), self.sequence_ids.tolist(), self.scores.tolist(), strict=True
+        )
+
+    @staticmethod
+    def concatenate(parts: list[Hits]) -> Hits:
+        return Hits(
+            queries=np.concatenate([part.queries for part in parts] or [np.empty(0, np.int32)]),
+            sides=np.concatenate([part.sides for part in parts] or [np.empty(0, np.int8)]),
+            sequence_ids=np.concatenate([part.sequence_ids for part in parts] or [np.empty(0, np.int64)]),
+            scores=np.concatenate([part.scores for part in parts] or [np.empty(0, np.float32)]),
+        )
+
+
+# thresholds[query][side name]: None until C rows are there.
+Thresholds = list[dict[str, Threshold | None]]
+
+
+class Standings:
+    """Leaderboards of all queries and sides; adding the same shard twice changes nothing."""
+
+    def __init__(self, queries: int, sides: tuple[str, ...], capacity: int) -> None:
+        self.boards = [{side: Leaderboard(side, capacity) for side in sides} for _ in range(queries)]
+
+    def add(self, hits: Hits) -> None:
+        """Take in a shard's rows; those of sides that are not kept are left out."""
+        if not len(hits):
+            return
+        keys = hits.queries.astype(np.int64) * len(SIDES) + hits.sides
+        order = np.argsort(keys, kind="stable")
+        present, starts = np.unique(keys[order], return_index=True)
+        for key, mine in zip(present.tolist(), np.split(order, starts[1:]), strict=True):
+            query, side = divmod(key, len(SIDES))
+            board = self.boards[query].get(SIDES[side])
+            if board is not None:
+                board.add(hits.scores[mine], hits.sequence_ids[mine])
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return [{side: board.threshold for side, board in boards.items()} for boards in self.boards]
+
+    def best(self) -> Hits:
+        """The C best rows of every query and side, by query, side and strength: what is refined."""
+        parts = [
+            _hits(query, side, board.sequence_ids, board.scores)
+            for query, boards in enumerate(self.boards)
+            for side, board in boards.items()
+        ]
+        return Hits.concatenate(parts)
+
+
+def shard_hits(
+    scores_nq: NDArray[np.float32],
+    sequence_ids: NDArray[np.int64],
+    sides: tuple[str, ...],
+    capacity: int,
+    thresholds: Thresholds,
+) -> Hits:
+    """The rows of one shard that may still be among the C best: at most C per query and side, none below threshold.
+
+    scores_nq: [n, Q]; NaN and infinities never take part.
+    """
+    parts = []
+    for query in range(scores_nq.shape[1]):
+        column = scores_nq[:, query]
+        for side in sides:
+            rows = best_rows(column, sequence_ids, side, capacity, thresholds[query].get(side))
+            parts.append(_hits(query, side, sequence_ids[rows], column[rows]))
+    return Hits.concatenate(parts)
+
+
+def _hits(query: int, side: str, sequence_ids: NDArray[np.int64], scores: NDArray[np.float32]) -> Hits:
+    count = len(sequence_ids)
+    return Hits(
+        queries=np.full(count, query, np.int32),
+        sides=np.full(count, SIDES.index(side), np.int8),
+        sequence_ids=sequence_ids.astype(np.int64),
+        scores=scores.astype(np.float32),
+    )

@@ -1,0 +1,74 @@
+"""The order of rows, the threshold, and the best C rows of a query and side.
+
+The order is total: a proponent is stronger with a higher score, an opponent with a lower one; equal scores go by the
+smaller sequence_id. So the best C rows do not depend on the order in which shards arrive (DESIGN, guarantees 2 and 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROPONENT, OPPONENT = "proponent", "opponent"
+SIDES = (PROPONENT, OPPONENT)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """(scan score, sequence_id) of the C-th best row so far of one query and side."""
+
+    score: float
+    sequence_id: int
+
+
+def strength(scores: NDArray[np.float32], side: str) -> NDArray[np.float32]:
+    """Scores turned so that larger is stronger on this side."""
+    return scores if side == PROPONENT else -scores
+
+
+def best_rows(
+    scores: NDArray[np.float32],
+    sequence_ids: NDArray[np.int64],
+    side: str,
+    capacity: int,
+    threshold: Threshold | None = None,
+) -> NDArray[np.intp]:
+    """Positions of the at most `capacity` strongest rows, strongest first.
+
+    A row takes part when its score is finite, has the side's sign, and is not strictly weaker than the threshold.
+    scores: [n]; sequence_ids: [n].
+    """
+    turned = strength(scores, side)
+    keep = np.isfinite(turned) & (turned > 0)
+    if threshold is not None:
+        bar = threshold.score if side == PROPONENT else -threshold.score
+        keep &= (turned > bar) | ((turned == bar) & (sequence_ids <= threshold.sequence_id))
+    positions = np.flatnonzero(keep)
+    order = np.lexsort((sequence_ids[positions], -turned[positions]))
+    return positions[order[:capacity]]
+
+
+@dataclass
+class Leaderboard:
+    """The best C rows so far of one query and side, strongest first."""
+
+    side: str
+    capacity: int
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    sequence_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def add(self, scores: NDArray[np.float32], sequence_ids: NDArray[np.int64]) -> None:
+        """Take in rows; a sequence that is there already counts once (a shard done twice is harmless)."""
+        sequence_ids, first = np.unique(np.concatenate([self.sequence_ids, sequence_ids]), return_index=True)
+        scores = np.concatenate([self.scores, scores.astype(np.float32)])[first]
+        best = best_rows(scores, sequence_ids, self.side, self.capacity)
+        self.scores, self.sequence_ids = scores[best], sequence_ids[best]
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """None until C rows are there: until then every row may count."""
+        if len(self.scores) < self.capacity:
+            return None
+        return Threshold(float(self.scores[-1]), int(self.sequence_ids[-1]))

@@ -1,0 +1,261 @@
+"""What a model is, found without loading its weights: its tracked layers, vocabulary, context and fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from infscan.errors import ModelError
+from infscan.influence.layers import Layer
+from infscan.storage import Store, is_uri, localise
+
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+DEFAULT_LENGTH = 512
+# Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
+_SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
+
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+# Linear layers that a block applies to one input tensor, by the names that model families give them.
+_SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal language model as the driver knows it: no weights, no GPU.
+
+    folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
+    """
+
+    folder: str
+    fingerprint: str
+    vocab_size: int
+    context: int
+    eos_id: int | None
+    bos_id: int | None
+    layers: tuple[Layer, ...]
+    parameters: int
+
+    @property
+    def inputs(self) -> tuple[Layer, ...]:
+        """The layers whose A is their own; the others share one of these."""
+        return tuple(layer for layer in self.layers if layer.input_of == layer.name)
+
+    def sequence_length(self, asked: int | None) -> int:
+        """T: what was asked for, else the context, at most 512 (G23).
+
+        Raises:
+            ModelError: where more is asked for than the model's context.
+        """
+        if asked is not None and asked > self.context:
+            raise ModelError(
+                f"corpus.sequence_length={asked} is longer than the model's context of {self.context} tokens; "
+                f"give at most {self.context}."
+            )
+        return asked or min(self.context, DEFAULT_LENGTH)
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model: as it is, downloaded once from a URI, or from the hub by its id.
+
+    Raises:
+        ModelError: where there is no such folder, URI or hub id.
+    """
+    if is_uri(path):
+        return localise(path, MODEL_SUFFIXES)
+    if Path(path).expanduser().exists():
+        return Path(path).expanduser()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", path):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES]))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.path={path}: no such folder here, and the hub gave none of that id "
+                f"({first_line(error)}); give an existing folder, a URI, or a hub id that can be reached."
+            ) from None
+    raise ModelError(f"model.path={path}: there is no such folder; give an HF-layout folder, a URI or a hub id.")
+
+
+def describe(path: str, tracked: str) -> Architecture:
+    """Read a model's configuration and module tree (on the meta device: no weight is loaded).
+
+    Raises:
+        ModelError: for a folder that is not a causal language model in safetensors, or where `tracked` finds no layer.
+    """
+    folder = model_folder(path)
+    config = load_config(folder)
+    weight_files(folder)
+    module = build_on_meta(config)
+    layers = tracked_layers(module, tracked)
+    context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    return Architecture(
+        folder=str(folder),
+        fingerprint=_fingerprint(folder),
+        vocab_size=module.get_input_embeddings().weight.shape[0],
+        context=int(context),
+        eos_id=_token_id(config, "eos_token_id"),
+        bos_id=_token_id(config, "bos_token_id"),
+        layers=layers,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+    )
+
+
+def _token_id(config: PretrainedConfig, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return int(value[0] if isinstance(value, list) else value) if value is not None else None
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's config.json, never with code of its own (trust_remote_code stays off)."""
+    if not Store(str(folder)).exists("config.json"):
+        raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{folder}/config.json cannot be used ({first_line(error)}); give a causal language model of a "
+            "family that the installed transformers knows (models that bring their own code are refused)."
+        ) from None
+    if getattr(config, "auto_map", None):
+        raise ModelError(f"{folder} asks for code of its own (auto_map), which is never run; give a known family.")
+    return config
+
+
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The module tree with the shapes of its parameters, and no storage behind them."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(f"{config.model_type}: not a causal language model ({first_line(error)}); give one.") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: model.safetensors, or those its index names, in name order.
+
+    Other safetensors files beside them (the same weights in another layout, adapters) are not the model's.
+
+    Raises:
+        ModelError: where there are none (a pickle checkpoint is refused by name), or one of the index is missing.
+    """
+    store = Store(str(folder))
+    there = {entry.name for entry in store.list() if "/" not in entry.name}
+    if _WEIGHTS in there:
+        return [folder / _WEIGHTS]
+    if _WEIGHTS_INDEX in there:
+        wanted = sorted(set(store.read_json(_WEIGHTS_INDEX)["weight_map"].values()))
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise ModelError(
+                f"{folder}: {_WEIGHTS_INDEX} names {missing[0]}, which is not there ({len(missing)} of {len(wanted)} "
+                "missing); complete the download or the copy."
+            )
+        return [folder / name for name in wanted]
+    pickles = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "nor an index of it"
+    raise ModelError(f"{folder}: no {_WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, for a sentence of ours; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def tracked_layers(module: PreTrainedModel, tracked: str) -> tuple[Layer, ...]:
+    """The linear layers that take part, in module order.
+
+    `mlp`: linears of the blocks that are neither attention nor a router; `attention`: the blocks' attention linears;
+    `linear`: both; anything else is a regular expression searched in module paths. Never the unembedding, unless a
+    regular expression names it.
+
+    Raises:
+        ModelError: where no layer matches, or where a mixture's experts are fused into one parameter.
+    """
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+    output = module.get_output_embeddings()
+    in_blocks = [name for name, child in linears.items() if child is not output and re.search(r"\.\d+\.", name)]
+    attention = [name for name in in_blocks if _ATTENTION.search(name)]
+    mlp = [name for name in in_blocks if not _ATTENTION.search(name) and not _ROUTER.search(name)]
+    named = {"mlp": mlp, "attention": attention, "linear": [name for name in in_blocks if not _ROUTER.search(name)]}
+    if tracked in ("mlp", "linear"):
+        _refuse_fused_experts(module)
+    chosen = named.get(tracked)
+    if chosen is None:
+        chosen = [name for name in linears if re.search(tracked, name)]
+    if not chosen:
+        raise ModelError(
+            f"model.tracked={tracked!r} matches no linear layer; the model has "
+            f"{', '.join(list(linears)[:4])}, ... ({len(linears)} in all)."
+        )
+    layers: list[Layer] = []
+    for name in chosen:
+        child = linears[name]
+        O, I = _shape(child)
+        bias = child.bias is not None
+        layers.append(Layer(name, O, I + bias, bias, _input_of(name, bias, layers)))
+    return tuple(layers)
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    weight: Any = linear.weight
+    # DeepSpeed leaves a partitioned parameter empty and keeps its shape beside it.
+    first, second = getattr(weight, "ds_shape", weight.shape)
+    return (second, first) if isinstance(linear, Conv1D) else (first, second)
+
+
+def _input_of(name: str, bias: bool, before: list[Layer]) -> str:
+    """The first tracked layer with the same input: a sibling that the model's family feeds the same tensor."""
+    parent, _, leaf = name.rpartition(".")
+    for group in _SHARED_INPUTS:
+        if leaf in group:
+            for layer in before:
+                sibling_parent, _, sibling = layer.name.rpartition(".")
+                if sibling_parent == parent and sibling in group and layer.bias == bias:
+                    return layer.input_of
+    return name
+
+
+def _refuse_fused_experts(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 3 and "expert" in name:
+            raise ModelError(
+                f"{name.rpartition('.')[0]} holds its experts fused in one parameter, whose inputs and gradients are "
+                "not seen per expert; leave the mixture out with model.tracked=attention or a regex."
+            )
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and the weights: whole files where they are small, header and samples where large."""
+    digest = hashlib.sha256()
+    store = Store(str(folder))
+    for name in ["config.json", *(path.name for path in weight_files(folder))]:
+        with store.open(name) as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            digest.update(f"{name}:{size}:".encode())
+            if size <= _WHOLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for index in range(_SAMPLES):
+                stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Hooks that hand over each tracked layer's inputs and output gradients during backward, without weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from infscan.errors import ModelError
+from infscan.influence.layers import Layer
+
+# consume(layer, a_bti, s_bto): a = the layer's input, s = the gradient of the loss with respect to its output.
+Consumer = Callable[[Layer, Tensor, Tensor], None]
+
+
+@contextmanager
+def capturing(module: PreTrainedModel, layers: Sequence[Layer], consume: Consumer) -> Iterator[None]:
+    """While open, every backward through `module` calls `consume` once per tracked layer, last layer first.
+
+    a_bti: [B, T, I] without the bias's 1, s_bto: [B, T, O], in the model's dtype, detached. The embedding's output is
+    made to require a gradient, so parameters need none: backward costs activation gradients alone. Under gradient
+    checkpointing the forward that is not recorded carries no gradient hook, so each layer is still seen once.
+
+    Raises (in the forward):
+        ModelError: where a layer sees its tokens in a layout from which sequences cannot be told apart.
+    """
+    inputs: dict[str, Tensor] = {}
+    batch: list[int] = []
+    children = dict(module.named_modules())
+
+    def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
+        inputs.clear()
+        batch[:] = out.shape[:2]
+        out.requires_grad_(True)
+
+    def on_forward(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if not out.requires_grad:
+                return
+            a_bti = args[0].detach()
+            _check_shared(layer, a_bti, inputs)
+            # Some families (OPT) flatten the batch before their MLP.
+            a_bti = _by_sequence(layer, a_bti, batch)
+            out.register_hook(lambda s_bto: consume(layer, a_bti, _by_sequence(layer, s_bto.detach(), batch)))
+
+        return hook
+
+    handles = [module.get_input_embeddings().register_forward_hook(on_embedding)]
+
+    for layer in layers:
+        handles.append(children[layer.name].register_forward_hook(on_forward(layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_sequence(layer: Layer, x: Tensor, batch: Sequence[int]) -> Tensor:
+    """[B, T, n] from that or from [B * T, n]."""
+    B, T = batch
+    if x.shape[:-1] not in ((B, T), (B * T,)):
+        raise ModelError(
+            f"{layer.name} sees a tensor of shape {tuple(x.shape)} for {B} x {T} tokens, so its tokens cannot "
+            "be told apart by sequence (a mixture's expert?); leave it out with model.tracked=<regex>."
+        )
+    return x.reshape(B, T, -1)
+
+
+def _check_shared(layer: Layer, a_bti: Tensor, inputs: dict[str, Tensor]) -> None:
+    """Layers said to share one A must really be fed the same memory; the leader's input is kept until they were."""
+    if layer.input_of == layer.name:
+        inputs.clear()
+        inputs[layer.name] = a_bti
+    elif layer.input_of in inputs and inputs[layer.input_of].data_ptr() != a_bti.data_ptr():
+        raise ModelError(
+            f"{layer.name} was taken to have the same input as {layer.input_of}, and has not; "
+            "track them apart with model.tracked=<regex> and report the model's family."
+        )
+
+
+def backward(loss: Tensor) -> None:
+    """Run backward of a summed loss; with no parameter asking for a gradient, only activations get one."""
+    torch.autograd.backward(loss)

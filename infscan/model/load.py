@@ -1,0 +1,250 @@
+"""Load a model onto one rank: whole, or its share of a ZeRO-3 partition. The only importer of DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from infscan.config import Dtype, ModelConfig
+from infscan.errors import ModelError
+from infscan.model.architecture import first_line, load_config, model_folder, weight_files
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands: its number in its worker group, its device, and where the group meets.
+
+    address: host:port of rank 0's store; only groups of several ranks (or ZeRO-3 on one) have one.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    threads: int = 1
+    address: str | None = None
+    timeout_s: float = 3600.0
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode whose parameters ask for no gradient; call `logits`.
+
+    shard_parameters: the parameters whose storage this rank holds (all of them without ZeRO-3).
+    """
+
+    module: PreTrainedModel
+    place: Place
+    dtype: torch.dtype
+    parameters: int
+    shard_parameters: int
+
+    def logits(self, ids_bt: Tensor) -> Tensor:
+        """[B, T, V]. Padding is on the right: under causal attention it changes no token before it."""
+        return self.module(input_ids=ids_bt, use_cache=False).logits
+
+
+def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.dtype:
+    """`auto`: float32 on CPU, the checkpoint's own on GPU."""
+    if dtype is not Dtype.auto:
+        return getattr(torch, dtype.value)
+    declared = getattr(config, "dtype", None) or torch.float32
+    if isinstance(declared, str):
+        declared = getattr(torch, declared.removeprefix("torch."))
+    return declared if device.startswith("cuda") else torch.float32
+
+
+def load(settings: ModelConfig, place: Place, *, sharded: bool) -> LoadedModel:
+    """Load a checkpoint for forward and activation-gradient backward.
+
+    Raises:
+        ModelError: for a folder, a parameter or a family that cannot be loaded, by name.
+    """
+    torch.set_num_threads(place.threads)
+    if place.device.startswith("cuda"):
+        torch.cuda.set_device(place.device)
+    folder = model_folder(settings.path)
+    config = _without_dropout(load_config(folder))
+    dtype = resolve_dtype(settings.dtype, config, place.device)
+    if sharded:
+        loaded = _load_zero3(settings, folder, config, dtype, place)
+    else:
+        module = _load_whole(folder, config, dtype).to(place.device)
+        size = sum(parameter.numel() for parameter in module.parameters())
+        loaded = LoadedModel(module, place, dtype, size, size)
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(loaded.module)
+    return loaded
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Every dropout of the configuration set to 0.
+
+    eval() is not enough: checkpointed blocks are put in training mode, and some families drop inside the block itself.
+    """
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _load_whole(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    weight_files(folder)
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: the weights cannot be loaded ({first_line(error)}); save or copy the model again."
+        ) from None
+    _refuse_incomplete(folder, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    return module.requires_grad_(False).eval()
+
+
+def _refuse_incomplete(folder: Path, missing: set[str], unexpected: set[str]) -> None:
+    # Rotary tables and causal masks that older checkpoints saved are recomputed, never read.
+    recomputed = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+    unexpected = {key for key in unexpected if not key.endswith(recomputed)}
+    if missing or unexpected:
+        raise ModelError(
+            f"{folder}: the weights do not fit config.json: missing {sorted(missing)[:3]} ({len(missing)}), "
+            f"unexpected {sorted(unexpected)[:3]} ({len(unexpected)}); save the model again, or mend config.json."
+        )
+
+
+def _zero_config(settings: ModelConfig) -> dict[str, Any]:
+    zero = settings.zero
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            "stage3_max_reuse_distance": zero.max_reuse_distance,
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+        },
+    }
+
+
+def _start_group(place: Place) -> Any:
+    """Import DeepSpeed with its environment set, and join the worker group."""
+    assert place.address is not None, "a sharded model needs its group's address"
+    host, _, port = place.address.rpartition(":")
+    on_gpu = place.device.startswith("cuda")
+    os.environ.update(
+        RANK=str(place.rank), LOCAL_RANK="0", WORLD_SIZE=str(place.world), MASTER_ADDR=host, MASTER_PORT=port
+    )
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    if not on_gpu:
+        # Otherwise it compiles a shared-memory op: two minutes cold, and a crash without a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=place.timeout_s),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    return deepspeed
+
+
+def _load_zero3(
+    settings: ModelConfig, folder: Path, config: PretrainedConfig, dtype: torch.dtype, place: Place
+) -> LoadedModel:
+    """Each rank reads its own slice of every parameter from the memory-mapped checkpoint, so none holds it whole."""
+    deepspeed = _start_group(place)
+    zero = _zero_config(settings)
+    if dtype is torch.bfloat16:
+        zero["bf16"] = {"enabled": True}
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero, dtype=dtype):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    module.tie_weights()
+    _fill_shards(module, folder, place.rank)
+    module.requires_grad_(False)
+    module.eval()
+    parameters = list(module.parameters())
+    size = sum(parameter.ds_numel for parameter in parameters)
+    engine, *_ = deepspeed.initialize(model=module, config=zero)
+    held = sum(parameter.ds_tensor.numel() for parameter in parameters)
+    # The module, never the engine: both of the engine's backward paths want an optimizer.
+    return LoadedModel(engine.module, place, dtype, size, held)
+
+
+def _fill_shards(module: PreTrainedModel, folder: Path, rank: int) -> None:
+    wanted = dict(module.named_parameters())
+    filled: set[int] = set()
+    unexpected: set[str] = set()
+    buffers = {name for name, _ in module.named_buffers()}
+    for name, tensor in _checkpoint_tensors(module, folder):
+        parameter: Any = wanted.get(name)
+        if parameter is None:
+            tied = name in module.state_dict()
+            if not tied and name not in buffers:
+                unexpected.add(name)
+            continue
+        if tuple(parameter.ds_shape) != tuple(tensor.shape):
+            raise ModelError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(parameter.ds_shape)} "
+                "by config.json; mend config.json."
+            )
+        part = parameter.ds_tensor.ds_numel
+        low, high = part * rank, min(part * (rank + 1), parameter.ds_numel)
+        shard = parameter.ds_tensor.data
+        shard.zero_()
+        if high > low:
+            shard[: high - low].copy_(tensor.reshape(-1)[low:high])
+        filled.add(id(parameter))
+    missing = {name for name, parameter in wanted.items() if id(parameter) not in filled}
+    _refuse_incomplete(folder, missing, unexpected)
+
+
+def _checkpoint_tensors(module: PreTrainedModel, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors under the names of this transformers version (it renames some of older files)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(module)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = module.state_dict()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                name, converted = rename_source_key(key, renamings, converters, module.base_model_prefix, names)
+                if name not in names and key in names:
+                    name, converted = key, None
+                if converted is not None:
+                    raise ModelError(
+                        f"{folder}: {key} is stored in another layout than this family is run in, which the sharded "
+                        "loader does not convert; save the model again with the installed transformers."
+                    )
+                yield name, file.get_tensor(key)
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    """Recompute each block in backward. Dropout stays off: only the checkpointing wrappers are put in training mode."""
+    assert isinstance(module, PreTrainedModel)
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    module.eval()
+    for child in module.modules():
+        if getattr(child, "gradient_checkpointing", None) is not None:
+            child.training = True

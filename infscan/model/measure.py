@@ -1,0 +1,70 @@
+"""Losses of training sequences, pseudo-labels of the Fisher, and measurements of queries (METHOD: losses)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+# Token rows whose cumulative distribution is held in float64 at once while labels are drawn.
+_LABEL_ROWS = 512
+
+
+def next_tokens(ids_bt: Tensor, mask_bt: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and weights of a training sequence's loss L(z) = sum over t >= 1 of -log p(x_t | x_<t).
+
+    ids_bt, mask_bt: [B, T]. Returns targets int64 [B, T] (by the input position that predicts them) and weights [B, T]
+    bool; the last token and padding predict nothing.
+    """
+    targets_bt = torch.zeros_like(ids_bt)
+    targets_bt[:, :-1] = ids_bt[:, 1:]
+    weights_bt = torch.zeros_like(mask_bt)
+    weights_bt[:, :-1] = mask_bt[:, 1:]
+    return targets_bt, weights_bt
+
+
+def summed_losses(logits_btv: Tensor, targets_bt: Tensor, weights_bt: Tensor) -> Tensor:
+    """Each sequence's weighted sum of -log p(target), nats, float32 or wider: [B].
+
+    logits_btv: [B, T, V]; weights_bt: [B, T] bool or signed float.
+    """
+    wide = torch.promote_types(logits_btv.dtype, torch.float32)
+    losses = cross_entropy(logits_btv.flatten(0, 1).to(wide), targets_bt.flatten(), reduction="none")
+    return (losses.view_as(targets_bt) * weights_bt.to(wide)).sum(dim=1)
+
+
+def uniforms(seed: int, sequence_ids: NDArray[np.int64], T: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) keyed by (seed, sequence id, position): [B, T], whatever the batch, the worker or the order.
+
+    A counter-based generator: three rounds of splitmix64's finaliser over the key.
+    """
+    positions = np.arange(T, dtype=np.uint64)[None, :]
+    key = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + np.zeros((1, 1), np.uint64))
+    key = _mix(key ^ sequence_ids.astype(np.uint64)[:, None])
+    key = _mix(key ^ positions)
+    return (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def sample_labels(logits_btv: Tensor, uniforms_bt: Tensor) -> Tensor:
+    """Labels drawn from the model at every position by inverting its cumulative distribution: int64 [B, T].
+
+    logits_btv: [B, T, V]; uniforms_bt: float64 [B, T]. The Fisher of METHOD (EK-FAC 1), not the empirical one.
+    """
+    rows, numbers = logits_btv.detach().flatten(0, 1), uniforms_bt.flatten()
+    labels = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    for start in range(0, rows.shape[0], _LABEL_ROWS):
+        part = slice(start, start + _LABEL_ROWS)
+        cumulative = torch.softmax(rows[part].to(torch.float64), dim=-1).cumsum_(dim=-1)
+        wanted = numbers[part, None] * cumulative[:, -1:]
+        labels[part] = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max_(rows.shape[-1] - 1)
+    return labels.view(logits_btv.shape[:2])

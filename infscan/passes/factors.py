@@ -1,0 +1,231 @@
+"""Fit EK-FAC factors in tasks: covariance sums, eigenbases, Lambda sums (METHOD: EK-FAC; DESIGN: guarantee 4).
+
+covariance_task, lambda_task: a rank's work on (layer group, slice). decompose_layer, finish_layer: one layer, no model.
+Partial sums are added in slice order, so the factors do not depend on which worker did what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infscan.config import Labels
+from infscan.corpus.sequences import Sequence
+from infscan.influence.covariance import add_second_moment
+from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
+from infscan.influence.layers import Layer
+from infscan.model.measure import next_tokens, sample_labels, summed_losses, uniforms
+from infscan.passes.factor_store import (
+    FactorsPlan,
+    labels_path,
+    partial_path,
+    read_facts,
+    read_tensor,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
+from infscan.passes.rank import Batch, Rank
+from infscan.storage import Store
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """One slice of the factors' corpus for one layer group.
+
+    draw_labels: this task draws the slice's pseudo-labels and stores them; else stored ones are read.
+    """
+
+    factors: Store
+    corpus: Store
+    plan: FactorsPlan
+    group: int
+    slice: int
+    labels: Labels
+    seed: int
+    draw_labels: bool = False
+
+    def sequences(self, rank: Rank) -> list[Sequence]:
+        start, stop = self.plan.slices[self.slice]
+        return rank.corpus(self.corpus).read(self.plan.selection.ids(start, stop))
+
+
+class _Targets:
+    """The loss of a pass: true next tokens (empirical), labels drawn now, or labels read back."""
+
+    def __init__(self, task: FitTask, rank: Rank, sequences: list[Sequence]) -> None:
+        self.task, self.rank, self.sequences = task, rank, sequences
+        self.labels_nt: Tensor | None = None
+        if task.labels is Labels.sampled:
+            longest = max(len(sequence) for sequence in sequences)
+            if task.draw_labels:
+                self.labels_nt = torch.zeros(len(sequences), longest, dtype=torch.int64, device=rank.device)
+            else:
+                stored = read_tensors(task.factors, labels_path(task.slice))["labels"]
+                self.labels_nt = rank.to_device(stored.to(torch.int64).numpy())
+
+    def loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """loss(logits) -> [B]: summed over every position with a label; a dummy batch gives zero."""
+
+        def summed(logits_btv: Tensor) -> Tensor:
+            if self.labels_nt is None or not batch.scored:
+                targets_bt, weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)
+                return summed_losses(logits_btv, targets_bt, weights_bt)
+            T = batch.ids_bt.shape[1]
+            rows = self.rank.to_device(batch.rows)
+            if self.task.draw_labels:
+                ids = np.asarray([self.sequences[row].sequence_id for row in batch.rows], np.int64)
+                numbers = self.rank.to_device(uniforms(self.task.seed, ids, T))
+                self.labels_nt[rows, :T] = sample_labels(logits_btv, numbers) * batch.mask_bt
+            return summed_losses(logits_btv, self.labels_nt[rows, :T], batch.mask_bt)
+
+        return summed
+
+    def store(self) -> None:
+        """Put drawn labels in storage if none are there; labels that differ from those there void this attempt.
+
+        A label drawn twice can differ where rounding moved a boundary. The sums must belong to the labels in storage.
+        """
+        if not (self.task.draw_labels and self.labels_nt is not None):
+            return
+        labels_nt = self.rank.reduce(self.labels_nt)
+        if self.rank.leads:
+            data = tensor_bytes({"labels": labels_nt.to(torch.int32)})
+            path = labels_path(self.task.slice)
+            if not self.task.factors.create(path, data) and self.task.factors.read(path) != data:
+                raise RuntimeError(
+                    f"{path} was drawn by another attempt with other labels; this attempt does not count"
+                )
+
+
+def covariance_task(rank: Rank, task: FitTask) -> int:
+    """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
+
+    Every position that is not padding counts, the last one included. Returns the tokens.
+    """
+    sequences = task.sequences(rank)
+    layers = task.plan.group(task.group)
+    A = {layer.input_of: _zeros(rank, layer.inputs, layer.inputs) for layer in layers if layer.input_of == layer.name}
+    S = {layer.name: _zeros(rank, layer.outputs, layer.outputs) for layer in layers}
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        add_second_moment(S[layer.name], s_bto)
+        if layer.name in A:
+            add_second_moment(A[layer.name], a_bti)
+
+    targets = _Targets(task, rank, sequences)
+    for batch in rank.batches(sequences, task.plan.tokens_per_batch):
+        rank.backward(batch, layers, targets.loss(batch), consume)
+    sums = {f"A|{name}": rank.reduce(total) for name, total in A.items()}
+    sums |= {f"S|{name}": rank.reduce(total) for name, total in S.items()}
+    targets.store()
+    tokens = sum(len(sequence) for sequence in sequences)
+    if rank.leads:
+        write_tensors(
+            task.factors,
+            partial_path("covariance", task.group, task.slice),
+            sums | {"tokens": torch.tensor([tokens], dtype=torch.int64)},
+        )
+    return tokens
+
+
+def lambda_task(rank: Rank, task: FitTask) -> int:
+    """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
+    sequences = task.sequences(rank)
+    layers = task.plan.group(task.group)
+    bases, digest = rank.cached(
+        "eigenbases", (task.factors, task.plan.fingerprint, task.group), lambda: _bases(rank, task)
+    )
+    Lambda = {layer.name: _zeros(rank, layer.outputs, layer.inputs) for layer in layers}
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        Q_S, Q_A = bases[layer.name]
+        add_squared_gradients(Lambda[layer.name], s_bto, a_bti, Q_S, Q_A)
+
+    targets = _Targets(task, rank, sequences)
+    for batch in rank.batches(sequences, task.plan.tokens_per_batch):
+        rank.backward(batch, layers, targets.loss(batch), consume)
+    sums = {name: rank.reduce(total) for name, total in Lambda.items()}
+    if rank.leads:
+        path = partial_path("lambda", task.group, task.slice)
+        write_tensors(task.factors, path, sums, {"eigenbases": digest})
+    return sum(len(sequence) for sequence in sequences)
+
+
+def _zeros(rank: Rank, *shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=rank.wide, device=rank.device)
+
+
+def _bases(rank: Rank, task: FitTask) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
+    bases = {}
+    for layer in task.plan.group(task.group):
+        Q_S = read_tensor(task.factors, f"S/{layer.name}.safetensors", "Q_S")
+        Q_A = read_tensor(task.factors, f"A/{layer.input_of}.safetensors", "Q_A")
+        bases[layer.name] = (Q_S.to(rank.device, rank.wide), Q_A.to(rank.device, rank.wide))
+    return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
+
+
+def eigenbases_digest(factors: Store, layers: tuple[Layer, ...]) -> str:
+    """SHA-256 over the eigenbases' own digests, which stand in their files' headers."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        for name in (f"A/{layer.input_of}.safetensors", f"S/{layer.name}.safetensors"):
+            digest.update(read_facts(factors, name)["digest"].encode())
+    return digest.hexdigest()
+
+
+def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+    """A, S of one layer from their partial sums, with eigenvalues and eigenvectors; created if absent, never replaced.
+
+    Raises:
+        FactorsError: where a sum is NaN or infinite.
+    """
+    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
+    moments = [("S", layer.name)] + ([("A", layer.name)] if layer.input_of == layer.name else [])
+    for kind, name in moments:
+        path = f"{kind}/{name}.safetensors"
+        if factors.exists(path):
+            continue
+        partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
+        tokens = sum(int(read_tensor(factors, partial, "tokens")) for partial in partials)
+        moment = _sum_in_order(factors, partials, f"{kind}|{name}") / tokens
+        moment = (moment + moment.T) / 2
+        values, vectors = eigenbasis(moment, f"{kind} of {name}")
+        digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
+        tensors = {kind: moment, f"Q_{kind}": vectors, "eigenvalues": values}
+        factors.create(path, tensor_bytes(tensors, {"digest": digest, "tokens": str(tokens)}))
+
+
+def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+    """Lambda of one layer: the mean over sequences of its partial sums.
+
+    Raises:
+        RuntimeError: where a partial was made in other eigenbases than those in storage.
+    """
+    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
+    partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
+    expected = eigenbases_digest(factors, plan.group(group))
+    for partial in partials:
+        if read_facts(factors, partial)["eigenbases"] != expected:
+            raise RuntimeError(f"{factors.uri}/{partial} was made in other eigenbases; remove it and fit again")
+    Lambda = _sum_in_order(factors, partials, layer.name) / plan.selection.size
+    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda})
+
+
+def _sum_in_order(factors: Store, partials: list[str], key: str) -> Tensor:
+    total = read_tensor(factors, partials[0], key).clone()
+    for partial in partials[1:]:
+        total += read_tensor(factors, partial, key)
+    return total
+
+
+def slice_bounds(size: int, slices: int) -> tuple[tuple[int, int], ...]:
+    """[0, size) cut into at most `slices` near-equal pieces, none empty."""
+    edges = np.linspace(0, size, min(slices, size) + 1).round().astype(int).tolist()
+    return tuple(pairwise(edges))

@@ -1,0 +1,131 @@
+"""One rank: its share of a model, and the micro-batches it is dealt. No Ray here: a test makes one by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infscan.config import ModelConfig
+from infscan.corpus import sequences as corpus
+from infscan.corpus.addressable import PreparedCorpus, open_corpus
+from infscan.corpus.batches import micro_batches, pad
+from infscan.influence.covariance import with_ones
+from infscan.influence.layers import Layer
+from infscan.model.capture import backward, capturing
+from infscan.model.load import LoadedModel, Place, load
+from infscan.storage import Store
+
+T = TypeVar("T")
+# consume(layer, s_bto, a_bti): a with padding zeroed and the bias's 1 appended.
+LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank is told when it starts; it travels to the actor."""
+
+    model: ModelConfig
+    layers: tuple[Layer, ...]
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch on the device. rows: its positions among the task's sequences.
+
+    Not `scored`: a dummy that keeps the ranks of a sharded group in step; nothing of it counts.
+    """
+
+    rows: np.ndarray
+    ids_bt: Tensor
+    mask_bt: Tensor
+    scored: bool = True
+
+
+class Rank:
+    """A loaded model and what passes share: dealing, capturing, reducing, and one cached object per kind."""
+
+    def __init__(self, settings: RankSettings, place: Place) -> None:
+        self.layers = settings.layers
+        self.place = place
+        self.model: LoadedModel = load(settings.model, place, sharded=settings.sharded)
+        self._cache: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def device(self) -> str:
+        return self.place.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums and factors: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.model.dtype, torch.float32)
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 writes what its group computed."""
+        return self.place.rank == 0
+
+    def batches(self, sequences: Sequence[corpus.Sequence], tokens_per_batch: int) -> Iterator[Batch]:
+        """This rank's micro-batches: cut from the sequences alone, dealt in turn, as many for every rank."""
+        cut = micro_batches([len(sequence) for sequence in sequences], tokens_per_batch)
+        for start in range(0, len(cut), self.place.world):
+            mine = start + self.place.rank
+            if mine < len(cut):
+                ids, mask = pad([sequences[row].token_ids for row in cut[mine]])
+                yield Batch(cut[mine], self.to_device(ids), self.to_device(mask))
+            else:
+                ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
+                yield Batch(np.empty(0, np.int64), self.to_device(ids), self.to_device(mask), scored=False)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy to the device; from pinned memory and without waiting where the device is a GPU."""
+        tensor = torch.from_numpy(array)
+        if self.device.startswith("cuda"):
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def backward(
+        self,
+        batch: Batch,
+        layers: Sequence[Layer],
+        loss: Callable[[Tensor], Tensor],
+        consume: LayerConsumer,
+    ) -> None:
+        """Forward, `loss(logits_btv)` summed to a scalar, and the activation-gradient backward through `layers`."""
+
+        def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+            if batch.scored:
+                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias))
+
+        with capturing(self.model.module, layers, consume_masked):
+            backward(loss(self.model.logits(batch.ids_bt)).sum())
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the group's ranks, on rank 0 (other ranks get something unspecified)."""
+        if self.place.world > 1:
+            tensor = tensor.contiguous()
+            dist.reduce(tensor, dst=0)
+        return tensor
+
+    def corpus(self, store: Store) -> PreparedCorpus:
+        """An addressable corpus, opened once."""
+        return self.cached("corpus", store, lambda: open_corpus(store))
+
+    def cached(self, kind: str, key: Any, make: Callable[[], T]) -> T:
+        """The last object of a kind, made anew when its key changes; the old one is dropped first."""
+        held = self._cache.get(kind)
+        if held is None or held[0] != key:
+            self._cache.pop(kind, None)
+            del held
+            self._cache[kind] = (key, make())
+        return self._cache[kind][1]
+
+    def forget(self) -> None:
+        """Drop every cached object: a phase's factors and queries are not the next one's."""
+        self._cache.clear()

@@ -1,0 +1,72 @@
+"""What a person sees at the end of a run: each query's strongest sequences, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.text import Text
+
+from infscan.results.read import read_sequences, read_summary, read_top
+from infscan.storage import Store
+
+_ROWS = 3
+_QUERIES = 12
+_CHARACTERS = 96
+LAYOUT = (
+    ("config.yaml  plan.json  shards.parquet", "what was asked for, and how it was cut"),
+    ("corpus/  factors/  queries/", "inputs made ready, with fingerprints"),
+    ("shards/  refined/", "finished work: what a restart finds"),
+    ("top/", "the answer: query_id, side, rank, sequence_id, score, ..."),
+    ("sequences/", "the published sequences: text, tokens, provenance"),
+    ("layers/  tokens/", "each score, split over layers and over input tokens"),
+    ("summary.json  _SUCCESS", "counts, warnings, seconds by phase; the run is whole"),
+)
+
+
+def excerpt(text: str | None, token_ids: list[int], length: int = _CHARACTERS) -> str:
+    """A line of a sequence's text, or of its token ids where there is no tokenizer; control characters made visible."""
+    shown = text if text is not None else " ".join(map(str, token_ids))
+    shown = "".join(character if character.isprintable() else " " for character in " ".join(shown.split()))
+    return shown if len(shown) <= length else shown[: length - 1] + "…"
+
+
+def show(uri: str, *, rows: int = _ROWS) -> None:
+    """Print each query's strongest proponents and opponents, and the run folder's layout."""
+    console = Console(soft_wrap=True, highlight=False)
+    store = Store(uri)
+    questions = [json.loads(line) for line in store.read("queries/queries.jsonl").decode().splitlines()]
+    sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
+    by_query: dict[str, list[dict]] = {}
+    for row in read_top(uri).to_pylist():
+        if row["rank"] <= rows:
+            by_query.setdefault(row["query_id"], []).append(row)
+    for question in questions[:_QUERIES]:
+        console.print(Text(f"\n{question['id']}: {asked(question)}", style="bold"))
+        ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
+        for row in ordered:
+            console.print(_row(row, sequences[row["sequence_id"]]))
+        if not ordered:
+            console.print("  no sequence moved it")
+    if len(questions) > _QUERIES:
+        console.print(f"\n... and {len(questions) - _QUERIES} queries more in {uri}/top/")
+    console.print(Text(f"\n{uri}", style="bold"))
+    for name, meaning in LAYOUT:
+        console.print(Text(f"  {name:<40} {meaning}"))
+    scanned = read_summary(uri)["counts"]["scanned"]
+    console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
+
+
+def _row(row: dict, sequence: dict) -> Text:
+    """`+1  +83.21  planted/gleem/forward-03  Gleem is composed of ...`: signed rank, score, document, text."""
+    sign = "+" if row["side"] == "proponent" else "-"
+    score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
+    text = excerpt(sequence["text"], sequence["token_ids"])
+    return Text.assemble(f"  {sign}{row['rank']:<3}", score, f"  {row['document_id'][:32]:<32}  ", (text, "dim"))
+
+
+def asked(question: dict) -> str:
+    if question["completion"] is None:
+        return f"{len(question['parts'][0]['input_ids'])} tokens, measured on {len(question['parts'][0]['positions'])}"
+    what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
+    return f"{question['prompt']} → {question['completion'].strip()}{what}"

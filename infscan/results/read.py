@@ -1,0 +1,73 @@
+"""Read a finished run: Arrow tables from a folder or a URI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infscan.errors import RunError
+from infscan.results.dense import FOLDER as SCORES
+from infscan.results.publish import SUCCESS
+from infscan.results.schema import footer_of
+from infscan.storage import Store
+
+
+def read_top(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The published rows, by query, side and rank: see `infscan.results.schema.TOP`.
+
+    unfinished: read a run without _SUCCESS too, at your own risk.
+
+    Raises:
+        RunError: where the run is not finished, or the folder is no run.
+    """
+    return _read(uri, "top", unfinished)
+
+
+def read_sequences(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The published sequences with their tokens, text and provenance, each once."""
+    return _read(uri, "sequences", unfinished)
+
+
+def read_layers(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The layer margins of the published rows; they sum to the row's score."""
+    return _read(uri, "layers", unfinished)
+
+
+def read_tokens(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The token margins of the published rows, by input position; they sum to the row's score."""
+    return _read(uri, "tokens", unfinished)
+
+
+def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """Every sequence's scan scores, by sequence_id; only runs with scan.scores=all have them."""
+    return _read(uri, SCORES, unfinished).sort_by("sequence_id")
+
+
+def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
+    """Counts, warnings and phases of a run."""
+    return _finished(uri, unfinished).read_json("summary.json")
+
+
+def _finished(uri: str, unfinished: bool) -> Store:
+    store = Store(uri)
+    if not unfinished and not store.exists(SUCCESS):
+        raise RunError(
+            f"{uri} has no {SUCCESS}: the run is not finished, or this is no run folder; run the same command again to "
+            "finish it, or read it with unfinished=True."
+        )
+    return store
+
+
+def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
+    store = _finished(uri, unfinished)
+    parts = []
+    for entry in store.list(folder, suffix=".parquet"):
+        with store.open(entry.name) as stream:
+            table = pq.read_table(stream)
+        footer_of(table.schema, f"{uri}/{entry.name}")
+        parts.append(table.replace_schema_metadata(None))
+    if not parts:
+        raise RunError(f"{uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
+    return pa.concat_tables(parts)

@@ -1,0 +1,123 @@
+"""A finished shard: its candidates with their tokens, in one file whose presence says that the shard is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from infscan.corpus.sequences import Sequence
+from infscan.errors import RunError
+from infscan.influence.standings import Hits
+from infscan.influence.topk import SIDES
+from infscan.results.schema import CANDIDATES, footer_of, to_parquet
+from infscan.storage import Store
+
+FOLDER = "shards"
+SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """What a shard saw: they add up to the plan's sequences in summary.json."""
+
+    sequences: int
+    tokens: int
+    nonfinite: int
+    kept: int
+    rows: int
+
+
+def shard_path(name: str) -> str:
+    return f"{FOLDER}/{name}{SUFFIX}"
+
+
+def write_shard(
+    store: Store,
+    name: str,
+    sequences: Sequences[Sequence],
+    losses: NDArray[np.float32],
+    hits: Hits,
+    query_ids: Sequences[str],
+    counts: ShardCounts,
+    fingerprint: str,
+) -> bool:
+    """Write the kept sequences once each, with all their hits, in one atomic put; False where the file was there already.
+
+    sequences: all of the shard's, in the plan's order, with losses [n] in nats; only those with a hit are written.
+    """
+    by_sequence: dict[int, list[dict[str, Any]]] = {}
+    # Sorted, so that the file's bytes depend on the hits and not on their order.
+    for query, side, sequence_id, score in sorted(hits.rows()):
+        hit = {"query_id": query_ids[query], "side": SIDES[side], "scan_score": score}
+        by_sequence.setdefault(sequence_id, []).append(hit)
+    rows = [
+        {
+            "sequence_id": sequence.sequence_id,
+            "token_ids": sequence.token_ids.tolist(),
+            "documents": [asdict(span) for span in sequence.documents],
+            "path": sequence.path,
+            "byte_offset": sequence.byte_offset,
+            "loss": float(loss),
+            "hits": by_sequence[sequence.sequence_id],
+        }
+        for sequence, loss in zip(sequences, losses, strict=True)
+        if sequence.sequence_id in by_sequence
+    ]
+    table = pa.Table.from_pylist(rows, schema=CANDIDATES)
+    return store.create(shard_path(name), to_parquet(table, {"fingerprint": fingerprint, "counts": asdict(counts)}))
+
+
+def finished_shards(store: Store) -> set[str]:
+    """Names of the shards whose file is there, from a fresh listing."""
+    return {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in store.list(FOLDER, suffix=SUFFIX)}
+
+
+def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits, ShardCounts]:
+    """A finished shard's hits and counts, without its tokens.
+
+    Raises:
+        RunError: where a hit belongs to a query that is not among `query_ids`.
+    """
+    path = shard_path(name)
+    with store.open(path) as stream:
+        file = pq.ParquetFile(stream)
+        counts = ShardCounts(**footer_of(file.schema_arrow, f"{store.uri}/{path}")["counts"])
+        table = file.read(columns=["sequence_id", "hits"])
+    hits = pc.list_flatten(table["hits"])
+    parents = pc.list_parent_indices(table["hits"])
+    sequence_ids = pc.take(table["sequence_id"], parents)
+    queries = pc.index_in(_field(hits, "query_id"), value_set=pa.array(list(query_ids), pa.string()))
+    if queries.null_count:
+        raise RunError(
+            f"{store.uri}/{path} holds hits of other queries than this run's; remove the file and scan again."
+        )
+    sides = pc.index_in(_field(hits, "side"), value_set=pa.array(list(SIDES)))
+    return (
+        Hits(
+            queries=queries.to_numpy().astype(np.int32),
+            sides=sides.to_numpy().astype(np.int8),
+            sequence_ids=sequence_ids.to_numpy().astype(np.int64),
+            scores=_field(hits, "scan_score").to_numpy().astype(np.float32),
+        ),
+        counts,
+    )
+
+
+def _field(hits: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    return pc.struct_field(hits, name)
+
+
+def read_candidates(store: Store, name: str, sequence_ids: NDArray[np.int64], *, tokens_only: bool = False) -> pa.Table:
+    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, just sequence_id and token_ids)."""
+    everything = [column for column in CANDIDATES.names if column != "hits"]
+    columns = ["sequence_id", "token_ids"] if tokens_only else everything
+    with store.open(shard_path(name)) as stream:
+        table = pq.read_table(stream, columns=columns)
+    return table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids))).replace_schema_metadata(None)

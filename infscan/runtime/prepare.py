@@ -1,0 +1,147 @@
+"""Make a corpus addressable: every input file tokenised, packed and written as one part, in parallel on Ray Data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.data
+
+from infscan import errors
+from infscan.config import CorpusConfig
+from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.documents import file_format
+from infscan.corpus.manifest import MANIFEST
+from infscan.corpus.packing import PackSettings, pack_settings
+from infscan.corpus.prepared import finished_part, prepare_part, prepare_settings, write_manifest
+from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.errors import CorpusError, InfscanError, RunError
+from infscan.model.architecture import Architecture
+from infscan.storage import InputFile, Store, expand
+from infscan.telemetry import Telemetry
+
+
+def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> PackSettings:
+    """How this corpus is packed for this model: T, vocabulary, and the EOS and BOS that join documents."""
+    eos_id = tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else architecture.eos_id
+    bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
+    length = architecture.sequence_length(config.sequence_length)
+    return pack_settings(config, length, architecture.vocab_size, eos_id, bos_id)
+
+
+def input_files(config: CorpusConfig) -> list[InputFile]:
+    """The corpus's files, found before anything runs; none for a corpus that is prepared already.
+
+    Raises:
+        StorageError: where there is no such file.
+        CorpusError: where a file's format is unknown.
+    """
+    files = [] if is_prepared(config.path) else expand(config.path)
+    for file in files:
+        file_format(file.uri, config.format)
+    return files
+
+
+def prepare(
+    config: CorpusConfig,
+    architecture: Architecture,
+    tokenizer: Tokenizer | None,
+    store: Store,
+    telemetry: Telemetry,
+) -> PreparedCorpus:
+    """The corpus as an addressable one: where it lies if it is prepared already, else prepared into `store`.
+
+    Parts that are there already are kept, so preparing again finishes what is missing.
+
+    Raises:
+        CorpusError: naming file and line, for input that cannot be read.
+        RunError: where `store` holds a corpus of other files or settings.
+    """
+    if is_prepared(config.path):
+        corpus = open_corpus(Store(config.path))
+        _check_fits(config, corpus, architecture, tokenizer)
+        return corpus
+    pack = settings_for(config, architecture, tokenizer)
+    files = expand(config.path)
+    digest = tokenizer.digest if tokenizer else None
+    if is_prepared(store.uri):
+        corpus = open_corpus(store)
+        _check_same(config, corpus, files, prepare_settings(config, pack, digest))
+        return corpus
+    with telemetry.phase("prepare", len(files), "files") as phase:
+        for summary in _on_ray(config, pack, architecture.folder, store, files):
+            phase.advance(sequences=summary["sequences"], tokens=summary["tokens"])
+        parts = [finished_part(store, index) for index in range(len(files))]
+        write_manifest(store, config, pack, digest, [part for part in parts if part is not None])
+    return open_corpus(store)
+
+
+def _on_ray(
+    config: CorpusConfig, pack: PackSettings, folder: str, store: Store, files: list[InputFile]
+) -> Iterator[dict[str, Any]]:
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        index = int(row["index"])
+        try:
+            part = prepare_part(files[index], index, config, pack, load_tokenizer(folder), store)
+        except InfscanError as error:
+            # As a row: raised, Ray Data would lose its type and print stacks of its own beside the sentence.
+            return {"error": type(error).__name__, "reason": str(error), "sequences": 0, "tokens": 0}
+        return {"error": "", "reason": "", "sequences": part.sequences, "tokens": part.tokens}
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_items([{"index": index} for index in range(len(files))], override_num_blocks=len(files))
+    for row in rows.map(one).iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["error"], InfscanError)(row["reason"])
+        yield row
+
+
+def _check_fits(
+    config: CorpusConfig, corpus: PreparedCorpus, architecture: Architecture, tokenizer: Tokenizer | None
+) -> None:
+    where = f"{corpus.store.uri}/{MANIFEST}"
+    if corpus.sequence_length > architecture.context:
+        raise CorpusError(
+            f"{where}: sequences of {corpus.sequence_length} tokens are longer than the model's context of "
+            f"{architecture.context}; prepare the corpus again with corpus.sequence_length={architecture.context}."
+        )
+    if config.sequence_length is not None and config.sequence_length != corpus.sequence_length:
+        raise CorpusError(
+            f"corpus.sequence_length={config.sequence_length}, and {where} was prepared with {corpus.sequence_length}; "
+            "leave it null, or prepare the corpus again."
+        )
+    if corpus.vocab_size > architecture.vocab_size:
+        raise CorpusError(
+            f"{where}: token ids of a vocabulary of {corpus.vocab_size}, and the model has {architecture.vocab_size}; "
+            "prepare the corpus with this model's tokenizer."
+        )
+    if tokenizer and corpus.manifest.tokenizer and tokenizer.digest != corpus.manifest.tokenizer:
+        raise CorpusError(f"{where} was made with another tokenizer than the model's; prepare the corpus again.")
+
+
+def _check_same(config: CorpusConfig, corpus: PreparedCorpus, files: list[InputFile], settings: dict[str, Any]) -> None:
+    known = {file.uri: (file.size, file.etag) for file in corpus.manifest.inputs}
+    for file in files:
+        if known.get(file.uri, (file.size, file.etag)) != (file.size, file.etag):
+            raise RunError(
+                f"{file.uri} changed after it was prepared into {corpus.store.uri}; put the old file back, or start "
+                "a new output."
+            )
+    if len(files) != len(known):
+        raise RunError(
+            f"{config.path} has {len(files)} files now, and {corpus.store.uri} was prepared from {len(known)}; start a "
+            "new output."
+        )
+    before = dict(corpus.manifest.settings)
+    changed = [
+        f"{key}: {before.get(key)!r} -> {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        raise RunError(
+            f"{corpus.store.uri} was prepared with other settings ({'; '.join(changed)}); start a new output."
+        )

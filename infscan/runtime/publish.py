@@ -1,0 +1,104 @@
+"""Rank what was refined, write the tables, the summary and _SUCCESS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import numpy as np
+
+from infscan.config import fingerprint
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.plan import Plan
+from infscan.errors import RunError
+from infscan.influence.topk import SIDES
+from infscan.results.publish import SUCCESS, Publisher, Ranked, rank_rows
+from infscan.results.refined import Margins, join_layer_groups, read_unit
+from infscan.results.schema import SCHEMA_VERSION
+from infscan.runtime.run import Run
+from infscan.runtime.scan import Refined, Scanned, by_shard
+
+
+def publish(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, refined: Refined) -> None:
+    """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
+
+    Raises:
+        RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
+            without _SUCCESS.
+    """
+    with run.telemetry.phase("publish", 1, "tables") as phase:
+        layers = [layer.name for layer in run.architecture.layers]
+        decode = run.tokenizer.decode if run.tokenizer else None
+        publisher = Publisher(run.store, layers, decode, fingerprint(run.inputs()))
+        ranked = list(_ranked(run, scanned, refined, layers))
+        published = np.asarray([row.sequence_id for rows in ranked for row in rows], np.int64)
+        provenance = publisher.write_sequences(by_shard(plan, published))
+        rows = publisher.write_rows(ranked, provenance)
+        publisher.remove_stale()
+        phase.advance(sequences=len(provenance))
+    run.store.write_json("summary.json", _summary(run, plan, corpus, scanned, rows, len(provenance)))
+    if len(scanned.quarantined) > run.config.scan.allow_quarantined:
+        names = ", ".join(sorted(scanned.quarantined)[:3])
+        raise RunError(
+            f"{len(scanned.quarantined)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
+            f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
+            "raise the limit."
+        )
+    run.store.write(SUCCESS, b"")
+
+
+def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> Iterator[list[Ranked]]:
+    """The published rows, query by query; one query group's refined units are in memory at a time."""
+    best = scanned.best
+    for group, paths in zip(refined.groups, refined.paths, strict=True):
+        by_layer_group = []
+        for files in paths:
+            names: list[str] = []
+            margins: dict[tuple[str, int], Margins] = {}
+            for path in files:
+                names, unit = read_unit(run.store, path)
+                margins |= unit
+            by_layer_group.append((names, margins))
+
+        for query in group:
+            query_id = run.queries[query].id
+
+            def joined(sequence_id: int, query_id: str = query_id, parts: list = by_layer_group) -> Margins:
+                return join_layer_groups([(names, part[query_id, sequence_id]) for names, part in parts], layers)
+
+            rows: list[Ranked] = []
+            for side in run.config.sides:
+                mine = (best.queries == query) & (best.sides == SIDES.index(side))
+                ids, scores = best.sequence_ids[mine], best.scores[mine]
+                rows += rank_rows(query_id, side, ids, scores, joined, run.config.scan.top_k)
+            yield rows
+
+
+def _summary(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, rows: int, sequences: int) -> dict:
+    """Counts that add up: what was read, scanned, kept and published, and what was not."""
+    shards = scanned.counts.values()
+    left_out = sum(
+        len(plan.ids(number)) for number in range(plan.num_shards) if plan.shard(number).name not in scanned.counts
+    )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "inputs": run.inputs() | {"corpus": corpus.fingerprint},
+        "counts": {
+            "corpus": asdict(corpus.manifest.counts),
+            "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},
+            "scanned": {
+                "shards": len(scanned.counts),
+                "sequences": sum(shard.sequences for shard in shards),
+                "tokens": sum(shard.tokens for shard in shards),
+                "nonfinite": sum(shard.nonfinite for shard in shards),
+                "rows_kept": sum(shard.rows for shard in shards),
+                "sequences_kept": sum(shard.kept for shard in shards),
+            },
+            "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
+            "refined": {"rows": len(scanned.best)},
+            "published": {"rows": rows, "sequences": sequences},
+        },
+        "warnings": run.telemetry.warnings,
+        "workers": run.workers(),
+        "phases": run.telemetry.phases,
+    }

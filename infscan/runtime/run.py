@@ -1,0 +1,142 @@
+"""A run: one configuration, one output, one set of workers. What is known before any worker starts is checked here."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from infscan.config import Config, Dtype, differences, from_yaml, plain, to_yaml
+from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.errors import RunError
+from infscan.model.architecture import Architecture, describe, load_config, model_folder
+from infscan.model.load import resolve_dtype
+from infscan.passes.rank import RankSettings
+from infscan.queries import Query, queries_fingerprint, read_queries
+from infscan.results.publish import SUCCESS
+from infscan.runtime.pool import Pool, connect, gpus_per_rank
+from infscan.runtime.prepare import input_files, settings_for
+from infscan.storage import MissingError, Store
+from infscan.telemetry import Telemetry, configure_logs
+
+log = logging.getLogger("infscan")
+
+CONFIG = "config.yaml"
+
+
+class Run:
+    """Opened with `with`: inputs checked, the output claimed for this configuration, Ray reached; workers start lazily.
+
+    Raises (on entering):
+        InfscanError: for anything wrong with the model, tokenizer, corpus files, queries, output or settings.
+    """
+
+    def __init__(self, config: Config, *, needs_queries: bool = True) -> None:
+        configure_logs()
+        self.config = config
+        self.needs_queries = needs_queries
+        self.telemetry = Telemetry()
+        self.store = Store(config.output)
+        self.factors_store = Store(config.factors.path or f"{config.output}/factors")
+        self.architecture: Architecture
+        self.tokenizer: Tokenizer | None
+        self.queries: list[Query] = []
+        self.gpus = 0.0
+
+    def __enter__(self) -> Run:
+        config = self.config
+        self.store.check_writable()
+        self.architecture = describe(config.model.path, config.model.tracked)
+        self.tokenizer = load_tokenizer(self.architecture.folder)
+        for corpus in (config.corpus, config.factors.corpus):
+            input_files(corpus)
+            settings_for(corpus, self.architecture, self.tokenizer)
+        if self.needs_queries:
+            bos = settings_for(config.corpus, self.architecture, self.tokenizer).bos_id if config.corpus.bos else None
+            queries = read_queries(
+                config.queries,
+                self.tokenizer,
+                vocab_size=self.architecture.vocab_size,
+                context=self.architecture.context,
+                bos_id=bos,
+            )
+            # By id: the tables are sorted so, and nothing depends on the order of the file.
+            self.queries = sorted(queries, key=lambda query: query.id)
+            self._claim()
+        connect(config.cluster)
+        self.gpus = gpus_per_rank(config.cluster)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if "pool" in self.__dict__:
+            self.pool.close()
+
+    def _claim(self) -> None:
+        """Write config.yaml, or refuse an output that belongs to other settings, naming each field that differs."""
+        self.store.create(CONFIG, to_yaml(self.config).encode())
+        try:
+            before = from_yaml(self.store.read(CONFIG).decode())
+        except MissingError:
+            raise RunError(f"{self.store.uri}/{CONFIG} vanished while it was read; run the command again.") from None
+        changed = differences(before, plain(self.config))
+        if changed:
+            raise RunError(
+                f"{self.store.uri} belongs to other settings ({'; '.join(changed)}). Resume it with its own, "
+                "or give another output=..."
+            )
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The worker groups; started when the first pass asks for them."""
+        settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded)
+        with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
+            pool = Pool(self.config.cluster, settings, self.gpus)
+            phase.advance(units=pool.wait_for_one())
+        return pool
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype the model runs in, `auto` resolved: part of what factors are fitted for."""
+        if self.config.model.dtype is not Dtype.auto:
+            return self.config.model.dtype.value
+        config = load_config(model_folder(self.architecture.folder))
+        device = "cuda" if self.gpus else "cpu"
+        return str(resolve_dtype(self.config.model.dtype, config, device)).removeprefix("torch.")
+
+    @property
+    def query_ids(self) -> tuple[str, ...]:
+        return tuple(query.id for query in self.queries)
+
+    @property
+    def finished(self) -> bool:
+        return self.store.exists(SUCCESS)
+
+    def workers(self) -> dict[str, Any]:
+        """What summary.json says of the workers; by rank only where this process started them."""
+        cluster = self.config.cluster
+        started = self.__dict__.get("pool")
+        return {
+            "num_workers": cluster.num_workers,
+            "ranks_per_worker": cluster.ranks_per_worker,
+            "parameters": self.architecture.parameters,
+            "rebuilds": started.rebuilds if started else 0,
+            "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
+        }
+
+    def inputs(self) -> dict[str, str | None]:
+        """Fingerprints of the run's inputs by content: what lies at a path, not the path."""
+        return {
+            "model": self.architecture.fingerprint,
+            "tokenizer": self.tokenizer.digest if self.tokenizer else None,
+            "queries": queries_fingerprint(self.queries),
+        }
+
+
+def shutdown() -> None:
+    """Leave Ray; a local one ends."""
+    ray.shutdown()

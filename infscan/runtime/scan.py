@@ -1,0 +1,268 @@
+"""Query batch, scan and refine on the worker groups. Each finds in storage what an earlier process finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from infscan.config import fingerprint, plain
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.plan import Plan, Selection, default_shard_sequences
+from infscan.errors import RunError
+from infscan.influence.standings import Hits, Standings
+from infscan.passes.factor_store import read_facts
+from infscan.passes.queries import QueryTask, query_groups, query_task, read_query_batch
+from infscan.passes.refine import RefineTask, refine_task, refine_units
+from infscan.passes.scan import ScanTask, scan_task
+from infscan.results.publish import SUCCESS
+from infscan.results.refined import unit_path
+from infscan.results.schema import to_parquet
+from infscan.results.shard_file import ShardCounts, finished_shards, read_hits
+from infscan.runtime.fit import Factors
+from infscan.runtime.run import Run
+
+PLAN = "plan.json"
+QUARANTINE = "quarantine"
+_SEQUENCES_PER_UNIT = 256
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """All queries' compressed gradients: their files, and the broadcast copy that every rank reads."""
+
+    fingerprint: str
+    arrays: ray.ObjectRef
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the scan left: the C best rows per query and side, and what each finished shard counted."""
+
+    best: Hits
+    counts: dict[str, ShardCounts]
+    quarantined: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Where the refined units lie: for each query group, its units by layer group."""
+
+    groups: list[range]
+    paths: list[list[list[str]]]
+
+
+def make_plan(run: Run, corpus: PreparedCorpus) -> Plan:
+    """The run's plan: created if absent, then read back; inputs whose content changed are refused by name.
+
+    Raises:
+        RunError: where the model, the queries or the corpus are not those the run was planned with.
+    """
+    selection = Selection.of(corpus.sequences, run.config.corpus.max_sequences, run.config.corpus.seed)
+    shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
+    made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
+    run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
+    value = made.to_json() | {"inputs": run.inputs()}
+    run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
+    found = run.store.read_json(PLAN)
+    wanted = {"corpus": corpus.fingerprint, **run.inputs()}
+    planned = {"corpus": found["corpus_fingerprint"], **found["inputs"]}
+    changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
+    if changed:
+        raise RunError(
+            f"{run.store.uri} was planned with another {', '.join(changed)}: the content differs, whatever the path. "
+            "Put back what it was planned with, or give another output=..."
+        )
+    return Plan.from_json(found)
+
+
+def query_batch(run: Run, factors: Factors) -> QueryBatch:
+    """Gradients, inverse and compression of all queries; stored in <output>/queries, then broadcast."""
+    config = run.config
+    key = fingerprint(
+        {
+            **run.inputs(),
+            "factors": factors.fingerprint,
+            "damping": plain(config.factors.damping),
+            "solver": config.factors.solver,
+            "rank": config.scan.rank,
+            "compression": config.scan.compression,
+        }
+    )
+    groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, config.scan.query_group_bytes)
+    names = [
+        [f"queries/batch-{q:04d}-layers-{g:02d}.safetensors" for g in range(len(layer_groups))]
+        for q in range(len(groups))
+    ]
+    cells = [(q, g) for q in range(len(groups)) for g in range(len(layer_groups))]
+    left = [cell for cell in cells if not _made(run, names[cell[0]][cell[1]], key)]
+    run.store.write("queries/queries.jsonl", _queries_jsonl(run))
+    if left:
+        with run.telemetry.phase("queries", len(left), "groups") as phase:
+
+            def task(unit: int) -> QueryTask:
+                q, g = left[unit]
+                return QueryTask(
+                    store=run.store,
+                    name=names[q][g],
+                    queries=tuple(run.queries[index] for index in groups[q]),
+                    layers=layer_groups[g],
+                    inverse=factors.inverse,
+                    rank=config.scan.rank,
+                    compression=config.scan.compression,
+                    fingerprint=key,
+                )
+
+            def on_done(unit: int, tokens: int) -> None:
+                phase.advance(sequences=len(groups[left[unit][0]]), tokens=tokens)
+
+            run.pool.run(range(len(left)), query_task, task, on_done)
+    # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
+    return QueryBatch(key, ray.put(read_query_batch(run.store, names)))
+
+
+def _made(run: Run, name: str, key: str) -> bool:
+    return run.store.exists(name) and read_facts(run.store, name).get("fingerprint") == key
+
+
+def _queries_jsonl(run: Run) -> bytes:
+    rows = [
+        {
+            "id": query.id,
+            "measure": query.measure,
+            "prompt": query.prompt,
+            "completion": query.completion,
+            "parts": [
+                {"input_ids": part.token_ids, "positions": part.positions, "sign": part.sign} for part in query.parts
+            ],
+        }
+        for query in run.queries
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def scan(run: Run, plan: Plan, corpus: PreparedCorpus, batch: QueryBatch) -> Scanned:
+    """Scan every shard whose file is not there yet; thresholds come from the files that are.
+
+    Raises:
+        RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
+    """
+    run.store.remove(SUCCESS)
+    standings = Standings(len(run.queries), run.config.sides, run.config.candidates)
+    counts: dict[str, ShardCounts] = {}
+    done = finished_shards(run.store)
+    for entry in run.store.list(QUARANTINE):
+        run.store.remove(entry.name)
+    names = [plan.shard(number).name for number in range(plan.num_shards)]
+    for name in sorted(done & set(names)):
+        hits, counts[name] = read_hits(run.store, name, run.query_ids)
+        standings.add(hits)
+    left = [int(number) for number in plan.order() if names[int(number)] not in done]
+    quarantined: dict[str, str] = {}
+    run_fingerprint = fingerprint({"plan": plan.to_json(), "queries": batch.fingerprint})
+
+    def task(number: int) -> ScanTask:
+        return ScanTask(
+            run=run.store,
+            corpus=corpus.store,
+            shard=names[number],
+            sequence_ids=plan.ids(number),
+            query_ids=run.query_ids,
+            query_batch=batch.fingerprint,
+            sides=run.config.sides,
+            candidates=run.config.candidates,
+            thresholds=standings.thresholds,
+            tokens_per_batch=run.config.scan.tokens_per_batch,
+            dense=run.config.scan.scores.value == "all",
+            fingerprint=run_fingerprint,
+        )
+
+    def on_given_up(number: int, reason: str) -> None:
+        name, ids = names[number], plan.ids(number)
+        quarantined[name] = reason
+        note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
+        run.store.write_json(f"{QUARANTINE}/{name}.json", note)
+        run.telemetry.warn(f"{name} is quarantined: {reason}")
+
+    if left:
+        with run.telemetry.phase("scan", len(left), "shards") as phase:
+
+            def on_done(number: int, result: tuple[Hits, ShardCounts]) -> None:
+                hits, shard_counts = result
+                standings.add(hits)
+                counts[names[number]] = shard_counts
+                phase.advance(sequences=shard_counts.sequences, tokens=shard_counts.tokens)
+                _check_nonfinite(run, plan, counts)
+
+            run.pool.run(left, scan_task, task, on_done, batch.arrays, on_given_up=on_given_up)
+            run.pool.forget()
+    _check_nonfinite(run, plan, counts)
+    return Scanned(standings.best(), counts, quarantined)
+
+
+def _check_nonfinite(run: Run, plan: Plan, counts: dict[str, ShardCounts]) -> None:
+    nonfinite = sum(shard.nonfinite for shard in counts.values())
+    if nonfinite > run.config.scan.max_nonfinite * plan.selection.size:
+        raise RunError(
+            f"{nonfinite} sequences have scores that are NaN or infinite, more than scan.max_nonfinite="
+            f"{run.config.scan.max_nonfinite} of {plan.selection.size}; use model.dtype=float32, or raise the limit."
+        )
+
+
+def shard_of(plan: Plan) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+    """Shard numbers of sequence_ids: shards are ranges of the selection, which is ascending."""
+    ids = plan.selection.ids()
+    return lambda sequence_ids: np.searchsorted(ids, sequence_ids) // plan.shard_sequences
+
+
+def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
+    """Sequence_ids grouped by the shard whose file holds them, in plan order."""
+    ordered = np.unique(sequence_ids)
+    shards = shard_of(plan)(ordered)
+    return [(plan.shard(int(number)).name, ordered[shards == number]) for number in np.unique(shards)]
+
+
+def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
+    """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files."""
+    best = scanned.best
+    groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, run.config.scan.query_group_bytes)
+    pairs = list(zip(best.queries.tolist(), best.sequence_ids.tolist(), strict=True))
+    digest = fingerprint([sorted(pairs), factors.fingerprint, plain(factors.inverse.damping)])
+    units = refine_units(pairs, groups, _SEQUENCES_PER_UNIT)
+    paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
+    work: list[tuple[int, int, str]] = []
+    for number, (group, _) in enumerate(units):
+        for layers in range(len(layer_groups)):
+            path = unit_path(digest, number * len(layer_groups) + layers)
+            paths[group][layers].append(path)
+            work.append((number, layers, path))
+    there = {entry.name for entry in run.store.list(f"refined/{digest[:16]}")}
+    left = [item for item in work if item[2] not in there]
+
+    def task(unit: int) -> RefineTask:
+        number, layers, path = left[unit]
+        group, wanted = units[number]
+        return RefineTask(
+            run=run.store,
+            path=path,
+            group=f"{group}/{layers}/{digest}",
+            queries=tuple(run.queries[index] for index in groups[group]),
+            layers=layer_groups[layers],
+            inverse=factors.inverse,
+            shards=tuple(by_shard(plan, np.asarray(sorted(wanted), np.int64))),
+            wanted=wanted,
+            tokens_per_batch=run.config.scan.tokens_per_batch,
+        )
+
+    if left:
+        with run.telemetry.phase("refine", len(left), "units") as phase:
+
+            def on_done(unit: int, tokens: int) -> None:
+                phase.advance(sequences=len(units[left[unit][0]][1]), tokens=tokens)
+
+            run.pool.run(range(len(left)), refine_task, task, on_done)
+    return Refined(groups, paths)

@@ -1,0 +1,12 @@
+"""The only place that touches a filesystem: local folders, object stores and the memory of one process.
+
+A run folder, a corpus and a model folder are all named by a path or a URI. `Store` reads and writes one of them;
+what it writes becomes visible whole or not at all, and what it lists or asks for never comes from a cache.
+Credentials come from the environment alone. Every failure is a `StorageError` that names the place and the mend.
+"""
+
+from infscan.storage.address import MissingError, is_uri, redact
+from infscan.storage.inputs import InputFile, expand, localise, open_input
+from infscan.storage.store import Entry, Store
+
+__all__ = ["Entry", "InputFile", "MissingError", "Store", "expand", "is_uri", "localise", "open_input", "redact"]

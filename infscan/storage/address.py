@@ -1,0 +1,112 @@
+"""Paths, URIs and names: what they mean, which are refused, and how they are shown without their secrets."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from infscan.errors import StorageError
+
+TEMPORARY = ".tmp-"  # a name that starts so is a file still being written; no listing shows it
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# user:secret@ after the scheme. A secret may hold slashes; host:9000/path@x is a port, not a secret.
+_USER_SECRET = re.compile(r"(?<=://)[^/\s:@]+:(?!\d+(?:/|$))[^\s@]+@")
+_SIGNED = re.compile(
+    r"(?i)\b(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig)=[^&\s\"'<>]+"
+)
+_SECRET_VARIABLE = re.compile(
+    r"(^|_)(SECRET|SECRET_KEY|TOKEN|PASSWORD|ACCESS_KEY|ACCESS_KEY_ID|ACCOUNT_KEY|API_KEY|CONNECTION_STRING)$"
+)
+_SHORTEST_SECRET = 6  # a shorter value would blot out ordinary words
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class MissingError(StorageError):
+    """The file or object is not there (its store answered, and the bucket exists)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as its store describes it: its name relative to where one looked, its bytes, and a tag of its content."""
+
+    name: str
+    size: int
+    etag: str
+
+
+def is_uri(path: str) -> bool:
+    """True for `scheme://...`, false for a plain path."""
+    return _SCHEME.match(path) is not None
+
+
+def scheme_of(address: str) -> str:
+    """`file` for a plain path, else the URI's scheme in lower case."""
+    match = _SCHEME.match(address)
+    return match[1].lower() if match else "file"
+
+
+def normalise(address: str) -> str:
+    """The one spelling of an address: an absolute plain path, or `scheme://...` without a trailing slash.
+
+    Raises StorageError for an empty address, one that carries credentials, and a URI without a bucket or with `..`.
+    """
+    if not address or "\0" in address:
+        raise StorageError(f"{address!r} is no path or URI; give a folder, a file or something like s3://bucket/prefix")
+    scheme = scheme_of(address)
+    if scheme == "infscan":
+        # What ships inside the package (the demo's model, corpus and queries), wherever it is installed.
+        return join(_PACKAGE, checked_name(address[len("infscan://") :]))
+    if scheme == "file":
+        path = address[len("file://") :] if is_uri(address) else address
+        return os.path.abspath(os.path.expanduser(path))
+    if _USER_SECRET.search(address) or _SIGNED.search(address):
+        raise StorageError(
+            f"{redact(address)} carries credentials, which would end up in logs and files; "
+            "leave them out and set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    rest = address[address.index("://") + 3 :].rstrip("/")
+    if not rest.strip("/") and scheme != "memory":
+        raise StorageError(f"{address} names no bucket or host; write {scheme}://bucket/prefix")
+    if ".." in rest.split("/"):
+        raise StorageError(f"{address} holds '..', which object stores do not resolve; write the full prefix")
+    return f"{scheme}://{rest.lstrip('/') if scheme == 'memory' else rest}"
+
+
+def checked_name(name: str) -> str:
+    """`name`, if it stays below its store: relative, '/'-separated, without empty, '.' or '..' parts.
+
+    Raises StorageError otherwise; names may come from ids in a corpus or a query file.
+    """
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(f"{name!r} leaves its folder or has an empty part; use a relative name such as a/b.json")
+    return name
+
+
+def join(address: str, name: str) -> str:
+    """`address/name`; `address` itself where the name is empty."""
+    if not name:
+        return address
+    return f"{address}{name}" if address.endswith("/") else f"{address}/{name}"
+
+
+def is_temporary(name: str) -> bool:
+    """True for a file that is still being written."""
+    return name.rpartition("/")[2].startswith(TEMPORARY)
+
+
+def tag(*facts: object) -> str:
+    """A short digest of facts that change when a file's content does, for stores that have no ETag."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def redact(text: str) -> str:
+    """`text` without credentials: `user:secret@`, signatures in URLs, and values of secret environment variables."""
+    text = _SIGNED.sub(r"\1=***", _USER_SECRET.sub("***@", text))
+    secrets = {v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k) and len(v) >= _SHORTEST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
+    return text

@@ -1,0 +1,111 @@
+"""A folder or an object-store prefix, with the few operations that a run needs of it."""
+
+import json
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from infscan.errors import StorageError
+from infscan.storage import remote
+from infscan.storage.address import TEMPORARY, Entry, checked_name, join, normalise, scheme_of
+from infscan.storage.local import LocalDisk
+
+
+def backend_of(address: str) -> LocalDisk | remote.ObjectStore:
+    """What reads and writes a normalised address."""
+    return LocalDisk() if scheme_of(address) == "file" else remote.connect(address)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder (plain path, file://) or a prefix (s3://bucket/prefix, memory://). Holds only its address: it pickles.
+
+    Names are relative and '/'-separated. Every method raises StorageError with the place, the reason and the mend.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", normalise(self.uri))
+
+    def __truediv__(self, name: str) -> "Store":
+        return Store(self._address(name))
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; MissingError (a StorageError) where it is not there."""
+        return self._backend.read(self._address(name))
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable, buffered stream for reading parts of a large file."""
+        return self._backend.open(self._address(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts `data` under `name`, replacing what was there: readers see all of the old or all of the new bytes."""
+        self._backend.write(self._address(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Puts `data` under `name` if nothing is there; False where something was. Read back what was created."""
+        return self._backend.create(self._address(name), data)
+
+    def exists(self, name: str) -> bool:
+        """True for a file (not a folder) that is there now."""
+        return self._backend.stat(self._address(name)) is not None
+
+    def list(self, prefix: str = "", suffix: str = "") -> list[Entry]:
+        """Every file below the folder `prefix` whose name ends in `suffix`, by name; [] where there is no such folder.
+
+        Names are relative to this store, as the other methods take them.
+        """
+        prefix = prefix.rstrip("/")
+        found = self._backend.find(self._address(prefix) if prefix else self.uri)
+        entries = (Entry(join(prefix, f.name) if prefix else f.name, f.size, f.etag) for f in found)
+        return sorted((e for e in entries if e.name.endswith(suffix)), key=lambda e: e.name)
+
+    def remove(self, name: str) -> None:
+        """Removes a file; one that is not there is fine."""
+        self._backend.remove(self._address(name))
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON file; StorageError where it is not JSON."""
+        data = self.read(name)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self._address(name)} is not valid JSON ({error}); restore or remove it") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `value` as indented JSON, keys in their own order. NaN and infinity are a ValueError."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write(name, f"{text}\n".encode())
+
+    def local_path(self, name: str = "") -> Path | None:
+        """The file or folder as a path of this machine; None for an object store."""
+        if scheme_of(self.uri) != "file":
+            return None
+        return Path(self._address(name) if name else self.uri)
+
+    def check_writable(self) -> None:
+        """Writes, reads back and removes a small hidden file: finds what would stop a run before it costs anything."""
+        name = f"{TEMPORARY}check-{uuid.uuid4().hex}"
+        try:
+            self.write(name, name.encode())
+            back = self.read(name)
+            self.remove(name)
+        except StorageError as error:
+            raise StorageError(str(error).replace(f"/{name}", "")) from error
+        if back != name.encode():
+            raise StorageError(f"{self.uri}: what was written does not read back; choose another place")
+        backend = self._backend
+        if isinstance(backend, LocalDisk):
+            backend.check_space(self.uri)
+
+    @property
+    def _backend(self) -> LocalDisk | remote.ObjectStore:
+        return backend_of(self.uri)
+
+    def _address(self, name: str) -> str:
+        return join(self.uri, checked_name(name))

@@ -1,0 +1,164 @@
+"""Progress and logs: one live bar on a terminal, a line per interval otherwise; seconds and counts by phase."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+from infscan.errors import InfscanError
+from infscan.storage import redact
+
+log = logging.getLogger("infscan")
+_INTERVAL_S = 10.0
+
+
+def console() -> Console:
+    """Where people look: standard error, so that standard output stays for results."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """For jobs: an error that a user can mend ends the process with its sentence and status 2, without a traceback."""
+    try:
+        yield
+    except InfscanError as error:
+        console().print(Text(f"error: {redact(str(error))}", style="bold red"))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console().print("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+def configure_logs(level: int = logging.INFO) -> None:
+    """infscan's own log lines to standard error; other libraries only from warnings on."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("infscan")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(level)
+
+
+@dataclass
+class Phase:
+    """One phase's counters; `advance` is called as its units end."""
+
+    name: str
+    units: int
+    unit_name: str
+    units_done: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
+        self.units_done += units
+        self.sequences += sequences
+        self.tokens += tokens
+
+    @property
+    def elapsed(self) -> float:
+        return max(time.monotonic() - self.began, 1e-9)
+
+    def line(self) -> str:
+        """`scan  12/26 shards  310 sequences/s  21,400 tokens/s  ETA 0:00:41`"""
+        rates = []
+        if self.sequences:
+            rates.append(f"{self.sequences / self.elapsed:,.0f} sequences/s")
+        if self.tokens:
+            rates.append(f"{self.tokens / self.elapsed:,.0f} tokens/s")
+        if 0 < self.units_done < self.units:
+            left = int(self.elapsed / self.units_done * (self.units - self.units_done))
+            rates.append(f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        return "  ".join([f"{self.units_done}/{self.units} {self.unit_name}", *rates])
+
+
+class Telemetry:
+    """The phases of one run. `phases` is what summary.json says: {name: {seconds, sequences, tokens}}."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, dict[str, Any]] = {}
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        """Show a warning and keep it for summary.json."""
+        self.warnings.append(message)
+        log.warning(message)
+
+    @contextmanager
+    def phase(self, name: str, units: int = 1, unit_name: str = "units") -> Iterator[PhaseView]:
+        """Time a phase and show its progress; a phase entered twice adds up."""
+        phase = Phase(name, units, unit_name)
+        live = sys.stderr.isatty()
+        view: PhaseView = _Live(phase) if live else _Lines(phase)
+        with view:
+            yield view
+        phase.seconds = phase.elapsed
+        log.info("%-11s %s  in %.1f s", name, phase.line(), phase.seconds)
+        total = self.phases.setdefault(name, {"seconds": 0.0, "sequences": 0, "tokens": 0})
+        total["seconds"] = round(total["seconds"] + phase.seconds, 3)
+        total["sequences"] += phase.sequences
+        total["tokens"] += phase.tokens
+
+
+class PhaseView:
+    """A phase on its way to a person."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+
+    def __enter__(self) -> PhaseView:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
+        self.phase.advance(units=units, sequences=sequences, tokens=tokens)
+
+
+class _Live(PhaseView):
+    def __enter__(self) -> PhaseView:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<11}"),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
+        self.progress = Progress(*columns, console=console(), transient=True)
+        self.progress.start()
+        self.task: TaskID = self.progress.add_task(self.phase.name, total=self.phase.units, line="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
+        super().advance(units=units, sequences=sequences, tokens=tokens)
+        self.progress.update(self.task, completed=self.phase.units_done, line=self.phase.line())
+
+
+class _Lines(PhaseView):
+    said = 0.0
+
+    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
+        super().advance(units=units, sequences=sequences, tokens=tokens)
+        if self.phase.elapsed - self.said >= _INTERVAL_S:
+            self.said = self.phase.elapsed
+            log.info("%-11s %s", self.phase.name, self.phase.line())

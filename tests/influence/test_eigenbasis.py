@@ -1,0 +1,69 @@
+"""Eigenbases rebuild their matrix; Lambda is the mean squared rotated gradient, whichever way it is computed."""
+
+import pytest
+import torch
+
+from infscan.errors import FactorsError
+from infscan.influence import eigenbasis as module
+from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis, rotate_tokens_first
+from tests.influence.factors import covariance, normal
+
+SHAPES = [(2, 3, 6, 4), (2, 40, 6, 4), (1, 7, 3, 9), (5, 1, 4, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenbasis_rebuilds_the_symmetrised_matrix(dtype: torch.dtype) -> None:
+    moment = covariance(0, 12).to(dtype)
+    moment[0, 1] += 1e-3  # not quite symmetric, as sums over batches are
+    values, vectors = eigenbasis(moment, "A")
+    assert values.dtype == vectors.dtype == dtype
+    assert (values.diff() >= 0).all()
+    torch.testing.assert_close((vectors * values) @ vectors.T, (moment + moment.T) / 2)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(12, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_moment_that_is_not_finite_is_refused_by_name(value: float) -> None:
+    moment = torch.eye(3)
+    moment[1, 2] = value
+    with pytest.raises(FactorsError, match=r"S of layers\.0\.mlp has 1 entries that are NaN or infinite"):
+        eigenbasis(moment, "S of layers.0.mlp")
+
+
+@pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
+def test_tokens_first_equals_gradient_first_equals_einsum(
+    B: int, T: int, O: int, I: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s_bto, a_bti, Q_S, Q_A = normal(1, B, T, O), normal(2, B, T, I), normal(3, O, O), normal(4, I, I)
+    expected = torch.einsum("bto,bti,op,ij->bpj", s_bto, a_bti, Q_S, Q_A).square().sum(0)
+    for tokens_first in (True, False):
+        monkeypatch.setattr(module, "rotate_tokens_first", lambda *_, way=tokens_first: way)
+        Lambda = torch.zeros(O, I, dtype=torch.float64)
+        add_squared_gradients(Lambda, s_bto, a_bti, Q_S, Q_A)
+        torch.testing.assert_close(Lambda, expected)
+
+
+def test_chunks_of_a_batch_give_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    s_bto, a_bti, Q_S, Q_A = normal(1, 5, 3, 4), normal(2, 5, 3, 6), normal(3, 4, 4), normal(4, 6, 6)
+    sums = []
+    for entries in (1, 50, 1 << 20):
+        monkeypatch.setattr(module, "_CHUNK_ENTRIES", entries)
+        sums.append(torch.zeros(4, 6, dtype=torch.float64))
+        add_squared_gradients(sums[-1], s_bto, a_bti, Q_S, Q_A)
+    torch.testing.assert_close(sums[0], sums[1])
+    torch.testing.assert_close(sums[0], sums[2])
+
+
+def test_the_cheaper_order_is_taken() -> None:
+    def cost(tokens_first: bool, T: int, O: int, I: int) -> int:
+        return T * O * O + T * I * I if tokens_first else O * O * I + O * I * I
+
+    for T, O, I in [(1, 4, 4), (3, 4, 4), (4, 4, 4), (100, 8, 30), (10, 8, 30), (512, 768, 3072), (512, 64, 64)]:
+        assert rotate_tokens_first(T, O, I) == (cost(True, T, O, I) < cost(False, T, O, I))
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    tensors = [normal(seed, *shape) for seed, shape in enumerate([(2, 3, 4), (2, 3, 5), (4, 4), (5, 5)])]
+    before = [tensor.clone() for tensor in tensors]
+    add_squared_gradients(torch.zeros(4, 5, dtype=torch.float64), *tensors)
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))

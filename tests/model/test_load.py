@@ -1,0 +1,121 @@
+"""Loading: every weight arrives, in the dtype asked for, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from infscan.config import Dtype, ModelConfig
+from infscan.errors import ModelError
+from infscan.model.architecture import build_on_meta, load_config
+from infscan.model.load import LoadedModel, Place, _checkpoint_tensors, load, resolve_dtype
+from tests.model.families import CONFIGS, save
+
+
+def loaded(folder: Path, dtype: Dtype = Dtype.float64, **settings: bool) -> LoadedModel:
+    return load(ModelConfig(str(folder), dtype, **settings), Place(), sharded=False)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_loaded_model_is_the_saved_one_in_eval_mode(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    model = loaded(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    ids_bt = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(model.logits(ids_bt), reference(ids_bt).logits, rtol=1e-12, atol=1e-12)
+    assert not any(module.training for module in model.module.modules())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert model.parameters == model.shard_parameters == sum(p.numel() for p in reference.parameters())
+
+
+def test_checkpointing_trains_no_dropout(tmp_path: Path) -> None:
+    model = loaded(save("opt", tmp_path), gradient_checkpointing=True)
+    ids_bt = torch.arange(12).view(2, 6)
+    assert torch.equal(model.logits(ids_bt), model.logits(ids_bt))
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    for asked, expected in {
+        Dtype.auto: torch.float32,
+        Dtype.bfloat16: torch.bfloat16,
+        Dtype.float64: torch.float64,
+    }.items():
+        model = loaded(folder, asked)
+        assert {parameter.dtype for parameter in model.module.parameters()} == {expected}
+        assert model.dtype == expected
+
+
+@pytest.mark.parametrize("declared", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_auto_is_the_checkpoints_dtype_on_a_gpu_alone(declared: object) -> None:
+    config = PretrainedConfig()
+    config.dtype = declared
+    assert resolve_dtype(Dtype.auto, config, "cuda:0") == torch.bfloat16
+    assert resolve_dtype(Dtype.auto, config, "cpu") == torch.float32
+    assert resolve_dtype(Dtype.float32, config, "cuda:0") == torch.float32
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+
+    def refusal(changed: dict[str, torch.Tensor]) -> str:
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(ModelError) as caught:
+            loaded(folder)
+        return str(caught.value)
+
+    lost = "model.layers.1.mlp.up_proj.weight"
+    assert f"missing ['{lost}'] (1)" in refusal({name: tensor for name, tensor in weights.items() if name != lost})
+    assert "unexpected ['extra.weight'] (1)" in refusal(weights | {"extra.weight": torch.zeros(2)})
+    assert "cannot be loaded" in refusal(weights | {lost: torch.zeros(2, 3)})
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="the weights cannot be loaded"):
+        loaded(folder)
+
+
+def test_rotary_tables_of_old_checkpoints_are_not_missed(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    path = folder / "model.safetensors"
+    weights = load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert loaded(folder).parameters > 0
+
+
+def test_a_pickle_beside_safetensors_is_never_opened(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    assert loaded(folder).parameters > 0
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_the_sharded_loader_sees_every_tensor_under_its_module_path(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    module = build_on_meta(load_config(folder))
+    found = dict(_checkpoint_tensors(module, folder))
+    parameters = dict(module.named_parameters())
+    assert found.keys() == parameters.keys()
+    assert all(found[name].shape == parameter.shape for name, parameter in parameters.items())
+
+
+def test_the_unembedding_of_an_older_checkpoint_is_found(tmp_path: Path) -> None:
+    """GPT-NeoX called it embed_out; without the renaming the head would be garbage."""
+    folder = save("gpt_neox", tmp_path)
+    before = loaded(folder).logits(torch.arange(6).view(1, 6))
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    head = next(name for name in ("embed_out.weight", "lm_head.weight") if name in weights)
+    weights["embed_out.weight"] = weights.pop(head)
+    save_file(weights, path, metadata={"format": "pt"})
+    assert torch.equal(loaded(folder).logits(torch.arange(6).view(1, 6)), before)
+    assert "lm_head.weight" in dict(_checkpoint_tensors(build_on_meta(load_config(folder)), folder))

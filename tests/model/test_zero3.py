@@ -1,0 +1,63 @@
+"""A model cut over two ranks gives each rank what the whole model gives."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infscan.model.architecture import describe
+from infscan.model.load import Place, load
+from tests.model.families import save
+from tests.model.zero3_rank import captured, settings
+
+pytestmark = pytest.mark.slow
+
+# Renamed keys in the checkpoint; a tied unembedding and checkpointing; Conv1D, and small parameters kept gathered.
+NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept"]
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and what each rank captured of them."""
+    folder = tmp_path_factory.mktemp("zero3")
+    for name in NAMES:
+        save(name.partition("+")[0], folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.model.zero3_rank"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(WORLD), port, str(folder), *NAMES], stdout=subprocess.DEVNULL)
+        for rank in range(WORLD)
+    ]
+    try:
+        assert [rank.wait(180) for rank in ranks] == [0] * WORLD
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str) -> None:
+    chosen = settings(folder, name)
+    whole = load(chosen, Place(), sharded=False)
+    layers = describe(chosen.path, "linear").layers
+    for rank in range(WORLD):
+        found = load_file(folder / f"{name}-{rank}.safetensors")
+        held, parameters = found.pop("held").tolist()
+        assert parameters == whole.parameters
+        assert parameters / WORLD <= held < 0.6 * parameters
+        expected = captured(whole, layers, rank)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(
+                found[key], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+            )

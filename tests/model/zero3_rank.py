@@ -1,0 +1,59 @@
+"""One rank of a sharded worker group, for test_zero3: capture each model's layers and save them.
+
+python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept] ...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infscan.config import Dtype, ModelConfig, ZeroConfig
+from infscan.influence.layers import Layer
+from infscan.model.architecture import describe
+from infscan.model.capture import backward, capturing
+from infscan.model.load import LoadedModel, Place, load
+from infscan.model.measure import next_tokens, summed_losses
+
+# Nothing stays gathered: every parameter is really partitioned and fetched when it is used.
+TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_size=1, param_persistence_threshold=0)
+
+
+def settings(folder: Path, name: str) -> ModelConfig:
+    family, _, option = name.partition("+")
+    zero = ZeroConfig() if option == "kept" else TIGHT
+    return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=option == "checkpointing")
+
+
+def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int) -> dict[str, Tensor]:
+    """Logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks)."""
+    ids_bt = (torch.arange(2 * (6 + rank)) * 7 % 40).view(2, -1)
+    found: dict[str, Tensor] = {}
+
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+        found[f"{layer.name}|a"], found[f"{layer.name}|s"] = a_bti.clone(), s_bto.clone()
+
+    for _ in range(2):  # a second pass re-gathers what the first released
+        found.clear()
+        with capturing(model.module, layers, consume):
+            logits = model.logits(ids_bt)
+            backward(summed_losses(logits, *next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool))).sum())
+    return found | {"logits": logits.detach().clone()}
+
+
+def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
+    place = Place(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
+    for name in names:
+        chosen = settings(folder, name)
+        model = load(chosen, place, sharded=True)
+        tensors = captured(model, describe(chosen.path, "linear").layers, rank)
+        held = torch.tensor([model.shard_parameters, model.parameters])
+        save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])

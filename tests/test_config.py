@@ -1,0 +1,248 @@
+"""Settings: impossible ones are refused by key, differing ones named; paths are absolute; cells get own folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from infscan import config as module
+from infscan.config import (
+    Compression,
+    Config,
+    Sharding,
+    Sides,
+    Solver,
+    differences,
+    fingerprint,
+    from_hydra,
+    from_yaml,
+    plain,
+    to_yaml,
+)
+from infscan.errors import ConfigError
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The schema alone, as a job composes it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("infscan", version_base=None):
+        return compose("infscan_schema", overrides=list(overrides))
+
+
+NEEDED = ("model.path=m", "corpus.path=c.jsonl", "queries.path=q.jsonl", "output=out")
+
+
+def make(*overrides: str) -> Config:
+    return from_hydra(composed(*NEEDED, *overrides))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_defaults_are_possible_and_documented_values() -> None:
+    config = make()
+    assert (config.scan.rank, config.scan.top_k, config.candidates, config.scan.compression) == (
+        32,
+        100,
+        400,
+        Compression.weighted,
+    )
+    assert (config.factors.num_sequences, config.factors.damping.relative) == (10_000, 0.1)
+    assert config.sides == ("proponent", "opponent")
+    assert not config.sharded
+
+
+def test_every_mandatory_key_without_a_value_is_named() -> None:
+    with pytest.raises(ConfigError, match="no value given") as caught:
+        from_hydra(composed())
+    for key in ("model.path", "corpus.path", "queries.path", "output"):
+        assert f"{key}=..." in str(caught.value)
+
+
+def test_a_key_that_the_job_does_not_read_may_be_missing() -> None:
+    given = [needed for needed in NEEDED if not needed.startswith("queries.")]
+    assert from_hydra(composed(*given), unused=("queries.path",)).queries.path == ""
+    with pytest.raises(ConfigError, match=r"^queries\.path: no value given"):
+        from_hydra(composed(*given))
+
+
+def test_the_factors_corpus_is_the_scanned_one_key_by_key_unless_said_otherwise() -> None:
+    config = make("corpus.sequence_length=64", "corpus.bos=true", "factors.corpus.path=other.jsonl")
+    assert config.factors.corpus.path == os.path.abspath("other.jsonl")
+    assert (config.factors.corpus.sequence_length, config.factors.corpus.bos) == (64, True)
+
+
+def test_local_paths_become_absolute_and_others_stay(here: Path) -> None:
+    (here / "m").mkdir()
+    config = make("factors.path=f")
+    assert config.model.path == str(here / "m")
+    assert (config.corpus.path, config.queries.path) == (str(here / "c.jsonl"), str(here / "q.jsonl"))
+    assert (config.output, config.factors.path) == (str(here / "out"), str(here / "f"))
+    remote = make("model.path=org/name", "corpus.path=s3://bucket/c", "output=s3://bucket/run")
+    assert (remote.model.path, remote.corpus.path, remote.output) == ("org/name", "s3://bucket/c", "s3://bucket/run")
+    assert remote.factors.path == "s3://bucket/run/factors"
+
+
+IMPOSSIBLE: list[tuple[str, list[str]]] = [
+    *[
+        (key, [f"{key}={value}"])
+        for value in (0, -1)
+        for key in (
+            "factors.num_sequences",
+            "factors.slices",
+            "factors.max_group_bytes",
+            "factors.damping.relative",
+            "factors.damping.absolute",
+            "scan.rank",
+            "scan.top_k",
+            "scan.candidates",
+            "scan.tokens_per_batch",
+            "scan.shard_sequences",
+            "scan.query_group_bytes",
+            "corpus.max_sequences",
+            "factors.corpus.max_sequences",
+            "cluster.num_workers",
+            "cluster.ranks_per_worker",
+            "cluster.cpus_per_rank",
+            "cluster.max_attempts",
+            "cluster.deadline_s",
+            "cluster.startup_s",
+        )
+    ],
+    ("factors.damping.relative", ["factors.damping.relative=nan"]),
+    ("corpus.sequence_length", ["corpus.sequence_length=1"]),
+    ("factors.corpus.sequence_length", ["factors.corpus.sequence_length=0"]),
+    ("scan.candidates", ["scan.top_k=10", "scan.candidates=9"]),
+    ("scan.max_nonfinite", ["scan.max_nonfinite=1.5"]),
+    ("scan.max_nonfinite", ["scan.max_nonfinite=-0.1"]),
+    ("scan.allow_quarantined", ["scan.allow_quarantined=-1"]),
+    ("cluster.gpus_per_rank", ["cluster.gpus_per_rank=-1"]),
+    ("model.sharding", ["model.sharding=none", "cluster.ranks_per_worker=2"]),
+    ("model.tracked", ["model.tracked='(mlp'"]),
+    ("factors.solver", ["factors.solver=identity"]),
+]
+
+
+@pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[" ".join(overrides) for _, overrides in IMPOSSIBLE])
+def test_impossible_values_are_refused_by_key(key: str, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(*overrides)
+    assert str(caught.value).startswith(key)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["factors.solver=identity", "scan.compression=plain"],
+        ["factors.solver=identity", "scan.rank=null"],
+        ["scan.candidates=100"],
+        ["cluster.ranks_per_worker=2"],
+        ["cluster.gpus_per_rank=0"],
+        ["scan.max_nonfinite=0"],
+        [r"model.tracked='layers\.(0|1)\.'"],
+    ],
+)
+def test_possible_ones_are_not(overrides: list[str]) -> None:
+    make(*overrides)
+
+
+@pytest.mark.parametrize("override", ["scan.rnak=3", "scan.top_k=many", "factors.labels=guessed"])
+def test_unknown_keys_and_other_types_are_refused_while_composing(override: str) -> None:
+    with pytest.raises(Exception, match=override.partition("=")[0].rpartition(".")[2]):
+        composed(*NEEDED, override)
+
+
+def test_derived_values() -> None:
+    assert make("scan.top_k=7").candidates == 28
+    assert make("scan.top_k=7", "scan.candidates=9").candidates == 9
+    assert make("scan.sides=opponents").sides == ("opponent",)
+    assert make(f"scan.sides={Sides.proponents.value}").sides == ("proponent",)
+    assert make("model.sharding=zero3").sharded
+    assert make("cluster.ranks_per_worker=2").sharded
+    assert make(f"model.sharding={Sharding.none.value}").sharded is False
+    assert make("scan.rank=null", f"factors.solver={Solver.identity.value}").scan.rank is None
+
+
+def test_yaml_round_trip() -> None:
+    config = make("factors.damping.absolute=1e-4", "scan.rank=null", r"model.tracked='layers\.(0|1)\..*mlp'")
+    assert from_yaml(to_yaml(config)) == plain(config)
+    assert differences(from_yaml(to_yaml(config)), config) == []
+    assert OmegaConf.create(to_yaml(config)).scan.compression == "weighted"
+
+
+def test_differences_are_named_with_both_values() -> None:
+    before = make()
+    after = make("scan.rank=8", "factors.damping.relative=0.5", "seed=3")
+    assert differences(plain(before), after) == [
+        "factors.damping.relative: 0.1 -> 0.5",
+        "scan.rank: 32 -> 8",
+        "seed: 0 -> 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster.num_workers=4", "cluster.deadline_s=5", "cluster.placement=SPREAD"],
+        ["model.sharding=zero3", "model.gradient_checkpointing=true", "model.zero.max_live_parameters=1"],
+        ["scan.allow_quarantined=3", "scan.max_nonfinite=0.5", "scan.query_group_bytes=1"],
+        ["corpus.path=moved.jsonl", "queries.path=moved.jsonl", "output=elsewhere", "factors.path=elsewhere"],
+    ],
+)
+def test_run_time_fields_may_differ(overrides: list[str]) -> None:
+    assert differences(make(), make(*overrides)) == []
+
+
+def test_the_fingerprint_is_of_values_not_of_their_types_or_order() -> None:
+    assert fingerprint({"a": 1, "b": (2, Sides.both)}) == fingerprint({"b": [2, "both"], "a": 1})
+    assert fingerprint(make()) == fingerprint(plain(make()))
+    assert fingerprint(make()) != fingerprint(replace(make(), seed=1))
+
+
+def test_cells_of_a_sweep_have_distinct_harmless_names() -> None:
+    make_name = module._cell_name
+    cells = [
+        ["model=a", "scan.rank=8"],
+        ["model=a", "scan.rank=16"],
+        ["model.path=/a/b"],
+        ["model.path=/a-b"],
+        ["queries.path=" + "x" * 300],
+        ["queries.path=" + "x" * 301],
+        [],
+    ]
+    names = [make_name(overrides) for overrides in cells]
+    assert len(set(names)) == len(cells)
+    for name in names:
+        assert len(name) < 100
+        assert "/" not in name
+        assert not name.startswith((".", "-"))
+    assert make_name(["b=1", "a=2"]) == make_name(["a=2", "b=1"])
+    assert make_name(["a=2", "output=x", "cluster.num_workers=2"]) == make_name(["a=2"])
+
+
+def test_each_cell_of_a_sweep_writes_below_the_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sweep:
+        mode = module.RunMode.MULTIRUN
+
+        class overrides:  # noqa: N801
+            task: tuple[str, ...] = ()
+
+    monkeypatch.setattr(module.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(module.HydraConfig, "get", lambda: Sweep)
+    outputs = set()
+    for rank in (8, 16):
+        Sweep.overrides.task = (f"scan.rank={rank}",)
+        config = make(f"scan.rank={rank}")
+        assert Path(config.output).parent == here / "out"
+        assert config.factors.path == f"{config.output}/factors"
+        outputs.add(config.output)
+    assert len(outputs) == 2

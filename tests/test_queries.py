@@ -1,0 +1,186 @@
+"""A query file: what it may hold, what it is expanded into, and the sentence for everything it may not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infscan.config import Measure, QueriesConfig
+from infscan.errors import QueryError
+from infscan.queries import Part, Query, queries_fingerprint, read_queries
+
+VOCAB, CONTEXT = 128, 16
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray([ord(letter) for letter in text], np.int64) for text in texts]
+
+
+def read(
+    folder: Path,
+    *rows: dict[str, Any] | str,
+    measure: Measure = Measure.completion,
+    tokenizer: bool = True,
+    bos: int | None = None,
+) -> list[Query]:
+    path = folder / "queries.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    encoder = Letters() if tokenizer else None
+    return read_queries(QueriesConfig(str(path), measure), encoder, vocab_size=VOCAB, context=CONTEXT, bos_id=bos)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(map(ord, text))
+
+
+def test_a_text_query_measures_the_completions_tokens(tmp_path: Path) -> None:
+    (query,) = read(tmp_path, {"id": "a", "prompt": "abc", "completion": "de"})
+    assert query == Query("a", (Part(ids("abcde"), (3, 4)),), "abc", "de", "completion")
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    (query,) = read(tmp_path, {"id": "a", "input_ids": [5, 6, 7], "prompt_len": 1}, tokenizer=False)
+    assert query == Query("a", (Part((5, 6, 7), (1, 2)),))
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": ""}])
+def test_an_empty_prompt_starts_at_the_second_token(tmp_path: Path, prompt: dict[str, str]) -> None:
+    (query,) = read(tmp_path, {"id": "a", "completion": "abc"} | prompt)
+    assert query.parts == (Part(ids("abc"), (1, 2)),)
+    (query,) = read(tmp_path, {"id": "a", "input_ids": [1, 2], "prompt_len": 0})
+    assert query.parts == (Part((1, 2), (1,)),)
+
+
+def test_bos_goes_before_every_prompt_so_that_a_whole_text_is_measured(tmp_path: Path) -> None:
+    first, second = read(
+        tmp_path, {"id": "a", "completion": "ab"}, {"id": "b", "prompt": "x", "completion": "y"}, bos=0
+    )
+    assert first.parts == (Part((0, *ids("ab")), (1, 2)),)
+    assert second.parts == (Part((0, *ids("xy")), (2,)),)
+
+
+def test_first_measures_one_token(tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "ab", "completion": "cde"}
+    (query,) = read(tmp_path, row, measure=Measure.first)
+    assert query.parts == (Part(ids("abcde"), (2,)),)
+    assert query.measure == "first"
+
+
+def test_tokens_expand_into_sub_queries_that_add_up(tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "ab", "completion": "cde"}
+    (whole,) = read(tmp_path, row)
+    subs = read(tmp_path, row, measure=Measure.tokens)
+    assert [sub.id for sub in subs] == ["a#0", "a#1", "a#2"]
+    assert sum((sub.parts[0].positions for sub in subs), ()) == whole.parts[0].positions
+    assert {sub.parts[0].token_ids for sub in subs} == {whole.parts[0].token_ids}
+
+
+def test_a_rows_own_measure_outranks_the_settings(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "ab", "completion": "cd", "measure": "tokens"},
+        {"id": "b", "prompt": "ab", "completion": "cd", "measure": None},
+    ]
+    assert [query.id for query in read(tmp_path, *rows, measure=Measure.first)] == ["a#0", "a#1", "b"]
+
+
+def test_a_contrast_is_subtracted(tmp_path: Path) -> None:
+    (query,) = read(tmp_path, {"id": "a", "prompt": "ab", "completion": "cd", "contrast": "e"})
+    assert query.parts == (Part(ids("abcd"), (2, 3), 1.0), Part(ids("abe"), (2,), -1.0))
+    row = {"id": "a", "input_ids": [1, 2, 3], "prompt_len": 2, "contrast": [4, 5]}
+    (query,) = read(tmp_path, row, measure=Measure.first)
+    assert query.parts == (Part((1, 2, 3), (2,), 1.0), Part((1, 2, 4, 5), (2,), -1.0))
+
+
+def test_blank_lines_and_unknown_keys_are_fine(tmp_path: Path) -> None:
+    rows = ["", '{"id": "a", "prompt": "p", "completion": "c", "note": "mine"}', "   "]
+    assert [query.id for query in read(tmp_path, *rows)] == ["a"]
+
+
+GOOD = {"id": "a", "prompt": "p", "completion": "c"}
+TOKENS = {"id": "a", "input_ids": [1, 2, 3], "prompt_len": 1}
+REFUSED: list[tuple[dict[str, Any] | str, str]] = [
+    ("{", "line 2: not JSON"),
+    ("[1]", "line 2: a list, not an object"),
+    ({"prompt": "p"}, "line 2: id None must be a string of 1 to 64"),
+    (GOOD | {"id": "x#0"}, "line 2: id 'x#0' must be a string"),
+    (GOOD | {"id": "x" * 65}, "must be a string of 1 to 64"),
+    (GOOD | {"id": 7}, "line 2: id 7 must be"),
+    (GOOD | {"id": "taken"}, "line 2: the id 'taken' is taken by line 1"),
+    (GOOD | {"measure": "all"}, "line 2 (query 'a'): measure 'all' is unknown; give one of completion, first, tokens"),
+    (GOOD | {"measure": ["first"]}, "measure ['first'] is unknown"),
+    (GOOD | {"prompt": None}, "line 2 (query 'a'): prompt must be a string"),
+    (GOOD | {"completion": ""}, "line 2 (query 'a'): no completion"),
+    ({"id": "a", "prompt": "p"}, "line 2 (query 'a'): no completion"),
+    (GOOD | {"contrast": ""}, "line 2 (query 'a'): no contrast"),
+    (GOOD | {"contrast": "d", "measure": "tokens"}, "measure 'tokens' splits one completion"),
+    ({"id": "a", "completion": "c"}, "a single token has no log-probability"),
+    (GOOD | {"prompt": "p" * CONTEXT}, f"{CONTEXT + 1} tokens are longer than the model's context of {CONTEXT}"),
+    (GOOD | {"completion": "\u00e9"}, f"token id 233 is outside the model's vocabulary of {VOCAB}"),
+    (TOKENS | {"input_ids": [1, -1]}, "token id -1 is outside"),
+    (TOKENS | {"input_ids": "1 2"}, "line 2 (query 'a'): input_ids must be a list of whole numbers"),
+    (TOKENS | {"input_ids": [1, True]}, "input_ids must be a list of whole numbers"),
+    (TOKENS | {"prompt_len": 4}, "prompt_len=4 must be a whole number between 0 and the 3 input_ids"),
+    (TOKENS | {"prompt_len": None}, "prompt_len=None must be a whole number"),
+    (TOKENS | {"prompt_len": 3}, "no completion follows the 3 prompt tokens"),
+    (TOKENS | {"contrast": "text"}, "beside input_ids, contrast must be a list of token ids too"),
+    (TOKENS | {"contrast": []}, "no completion follows the 1 prompt tokens"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), REFUSED)
+def test_what_cannot_be_measured_is_refused_by_line_and_id(
+    tmp_path: Path, row: dict[str, Any] | str, sentence: str
+) -> None:
+    with pytest.raises(QueryError) as caught:
+        read(tmp_path, {"id": "taken", "prompt": "p", "completion": "c"}, row)
+    assert sentence in str(caught.value)
+    assert str(tmp_path / "queries.jsonl") in str(caught.value)
+
+
+def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        QueryError, match="it is text, and the model folder has no tokenizer; give input_ids and prompt_len"
+    ):
+        read(tmp_path, GOOD, tokenizer=False)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match="holds no query"):
+        read(tmp_path, "")
+
+
+def test_the_fingerprint_is_of_what_is_measured(tmp_path: Path) -> None:
+    text = read(tmp_path, GOOD)
+    tokens = read(tmp_path, {"id": "a", "input_ids": list(ids("pc")), "prompt_len": 1})
+    assert queries_fingerprint(text) == queries_fingerprint(tokens)
+    for other in (GOOD | {"id": "b"}, GOOD | {"completion": "d"}, GOOD | {"contrast": "d"}, GOOD | {"prompt": "pp"}):
+        assert queries_fingerprint(read(tmp_path, other)) != queries_fingerprint(text)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=CONTEXT),
+    st.data(),
+    st.sampled_from(Measure),
+)
+def test_positions_predict_the_completion_and_never_the_first_token(
+    tmp_path_factory: pytest.TempPathFactory, tokens: list[int], data: st.DataObject, measure: Measure
+) -> None:
+    prompt_len = data.draw(st.integers(0, len(tokens) - 1))
+    row = {"id": "a", "input_ids": tokens, "prompt_len": prompt_len}
+    queries = read(tmp_path_factory.mktemp("q"), row, measure=measure)
+    positions = [t for query in queries for part in query.parts for t in part.positions]
+    start = max(1, prompt_len)
+    assert positions == list(range(start, len(tokens)))[: 1 if measure is Measure.first else None]
+    assert all(1 <= t < len(tokens) for t in positions)
+    assert all(part.token_ids == tuple(tokens) for query in queries for part in query.parts)
