@@ -2,8 +2,8 @@
 
 python benchmarks/floor.py [--queries 1 10 32] [--rank 32] [--dtype bfloat16] ...      (`make bench`)
 
-One process, one model, one set of sequences and of settings; the cases take turns, so that a busy machine slows all of
-them alike. The passes are the very tasks that a rank runs, with storage in memory.
+One process, one model, one set of sequences and of settings; the cases take turns, each right after a floor of its own,
+so that a busy machine slows both alike. The passes are the very tasks that a rank runs, with storage in memory.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from infscan.passes.rank import Batch, Rank, RankSettings
 from infscan.passes.refine import RefineTask, refine_task
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.queries import Part, Query
+from infscan.results.shard_file import shard_path
 from infscan.storage import Store, expand
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,14 +66,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256, help="T, tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=16, help="sequences per case")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per case")
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 10, 32], help="query batches to scan with")
     parser.add_argument("--rank", type=int, default=32, help="rank of the compressed query gradients")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -175,11 +176,16 @@ class Bench:
             dense=False,
             fingerprint=key,
         )
+
+        def ready() -> None:
+            # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
+            self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
+            task.run.remove(shard_path(SHARD))
+
         return Case(
             f"scan, {count} quer{'y' if count == 1 else 'ies'}, {f'rank {rank}' if rank else 'full rank'}",
             lambda: scan_task(self.rank, task, mine),
-            # A rank lays its queries out once for all its shards.
-            lambda: self.rank.cached("queries", key, lambda: on_device(self.rank, mine)),
+            ready,
         )
 
     def refine(self, count: int, per_row: int) -> Case:
@@ -259,21 +265,32 @@ def clock(case: Case, device: str) -> float:
     return time.perf_counter() - began
 
 
-def measure(cases: list[Case], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every case in every round; the first round, which warms up, is not kept."""
-    rounds = [{case.name: clock(case, options.device) for case in cases} for _ in range(options.repeats + 1)]
-    return {case.name: [seconds[case.name] for seconds in rounds[1:]] for case in cases}
+def measure(cases: list[Case], options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, seconds of the floor just before) of every case in every round; the first round warms up."""
+    floor = next(case for case in cases if case.name == FLOOR)
+    rounds = []
+    for _ in range(options.repeats + 1):
+        pairs = {}
+        for case in cases:
+            base = clock(floor, options.device)
+            pairs[case.name] = clock(case, options.device), base
+        rounds.append(pairs)
+    return {case.name: [pairs[case.name] for pairs in rounds[1:]] for case in cases}
 
 
-def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, object]:
-    """Print the table and return it as JSON: medians, and ratios to the floor of the same round with their spread."""
+def report(measured: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> dict[str, object]:
+    """Print the table and return it as JSON: medians, and ratios to the floor just before with their spread.
+
+    The floor's own row is one floor over another: the machine's noise.
+    """
     tokens = options.sequences * options.length
     table = Table(title=f"{tokens} tokens, GPT-NeoX {options.layers} layers, d={options.width}, {options.dtype}")
     for column in ("case", "ms (median)", "tokens/s", "floors", "min - max"):
         table.add_column(column, justify="left" if column == "case" else "right")
     rows = []
-    for name, values in seconds.items():
-        ratios = [value / floor for value, floor in zip(values, seconds[FLOOR], strict=True)]
+    for name, pairs in measured.items():
+        values = [seconds for seconds, _ in pairs]
+        ratios = [seconds / floor for seconds, floor in pairs]
         row = {
             "case": name,
             "seconds": median(values),
@@ -281,7 +298,7 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> dict
             "ratio": median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
-            "rounds": values,
+            "rounds": [{"seconds": seconds, "floor_seconds": floor} for seconds, floor in pairs],
         }
         rows.append(row)
         table.add_row(
@@ -301,10 +318,10 @@ def main() -> None:
     options = arguments()
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure(Bench(options, Path(folder)).cases(), options)
+        measured = measure(Bench(options, Path(folder)).cases(), options)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"floor-{options.device.partition(':')[0]}-{options.dtype}.json"
-    path.write_text(json.dumps(report(seconds, options), indent=2) + "\n")
+    path.write_text(json.dumps(report(measured, options), indent=2) + "\n")
     print(f"written to {path}")
 
 

@@ -48,7 +48,7 @@ def write_shard(
     counts: ShardCounts,
     fingerprint: str,
 ) -> bool:
-    """Write the kept sequences once each, with all their hits, in one atomic put; False where the file was there already.
+    """Write the kept sequences once each, with all their hits, in one atomic put; False where the file was there.
 
     sequences: all of the shard's, in the plan's order, with losses [n] in nats; only those with a hit are written.
     """

@@ -1,0 +1,147 @@
+"""Ranks made by hand on any device, over one tiny model, corpus and set of queries: the passes without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from infscan.config import (
+    Compression,
+    CorpusConfig,
+    DampingConfig,
+    Dtype,
+    Labels,
+    ModelConfig,
+    Packing,
+    QueriesConfig,
+    Solver,
+)
+from infscan.corpus.packing import pack_settings
+from infscan.corpus.plan import Selection
+from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.model.architecture import Architecture, describe
+from infscan.model.load import Place
+from infscan.passes.factor_store import FactorsPlan
+from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.queries import Inverse, QueryTask, query_task, read_query_batch
+from infscan.passes.rank import Rank, RankSettings
+from infscan.passes.refine import RefineTask
+from infscan.passes.scan import ScanTask, scan_task
+from infscan.queries import Query, read_queries
+from infscan.storage import Store, expand
+from tests.runtime.builders import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
+
+SHARD = "shard-000000"
+SEQUENCES, QUERIES = 48, 3
+SIDES = ("proponent", "opponent")
+# Several batches per pass, of different lengths.
+TOKENS_PER_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Study:
+    """Inputs on disk; what the passes write goes below `folder` too."""
+
+    folder: Path
+    architecture: Architecture
+    queries: tuple[Query, ...]
+
+    @staticmethod
+    def make(folder: Path) -> Study:
+        model = tiny_model(folder / "model", layers=3, width=64)
+        path = token_corpus(folder / "corpus.jsonl", SEQUENCES)
+        config = CorpusConfig(path=str(path), tokens_field="tokens", packing=Packing.document)
+        pack = pack_settings(config, CONTEXT, VOCAB, EOS, EOS)
+        store = Store(str(folder / "corpus"))
+        (file,) = expand(str(path))
+        write_manifest(store, config, pack, None, [prepare_part(file, 0, config, pack, None, store)])
+        asked = QueriesConfig(str(token_queries(folder / "queries.jsonl", QUERIES)))
+        queries = read_queries(asked, None, vocab_size=VOCAB, context=CONTEXT, bos_id=None)
+        return Study(folder, describe(str(model), "mlp"), tuple(queries))
+
+    @property
+    def corpus(self) -> Store:
+        return Store(str(self.folder / "corpus"))
+
+    def factors(self, name: str) -> Store:
+        return Store(str(self.folder / "factors" / name))
+
+    def rank(self, device: str, dtype: Dtype = Dtype.float32) -> Rank:
+        model = ModelConfig(path=self.architecture.folder, dtype=dtype)
+        return Rank(RankSettings(model, self.architecture.layers, sharded=False), Place(device=device))
+
+    def fit_task(self, name: str, labels: Labels, *, draw_labels: bool = False) -> FitTask:
+        layers = self.architecture.layers
+        plan = FactorsPlan(
+            fields={"model": self.architecture.fingerprint},
+            layers=layers,
+            selection=Selection.of(SEQUENCES),
+            slices=((0, SEQUENCES),),
+            groups=(tuple(layer.name for layer in layers),),
+            tokens_per_batch=TOKENS_PER_BATCH,
+        )
+        return FitTask(self.factors(name), self.corpus, plan, 0, 0, labels, 0, draw_labels)
+
+    def fit(self, rank: Rank, name: str) -> None:
+        """Factors of the empirical Fisher: its labels are the corpus's, so that devices have the same."""
+        task = self.fit_task(name, Labels.empirical)
+        covariance_task(rank, task)
+        for layer in task.plan.layers:
+            decompose_layer(task.factors, task.plan, layer)
+        lambda_task(rank, task)
+        for layer in task.plan.layers:
+            finish_layer(task.factors, task.plan, layer)
+
+    def query_arrays(self, rank: Rank, factors: str, compressed: int | None) -> dict[str, np.ndarray]:
+        run, name = self.run(rank, compressed), "queries.safetensors"
+        inverse = Inverse(self.factors(factors), Solver.ekfac, DampingConfig())
+        how = (compressed, Compression.weighted, "study")
+        query_task(rank, QueryTask(run, name, self.queries, self.architecture.layers, inverse, *how))
+        return read_query_batch(run, [[name]])
+
+    def scan_task(self, rank: Rank, compressed: int | None) -> ScanTask:
+        """The whole corpus as one shard, every row kept."""
+        return ScanTask(
+            run=self.run(rank, compressed),
+            corpus=self.corpus,
+            shard=SHARD,
+            sequence_ids=np.arange(SEQUENCES),
+            query_ids=tuple(query.id for query in self.queries),
+            query_batch=f"{compressed}",
+            sides=SIDES,
+            candidates=SEQUENCES,
+            thresholds=[{} for _ in self.queries],
+            tokens_per_batch=TOKENS_PER_BATCH,
+            dense=False,
+            fingerprint="study",
+        )
+
+    def refine_task(self, rank: Rank, factors: str) -> RefineTask:
+        """Every sequence for every query, after the full-rank scan, which has written their tokens."""
+        return RefineTask(
+            run=self.run(rank, None),
+            path="refined.parquet",
+            group="all",
+            queries=self.queries,
+            layers=self.architecture.layers,
+            inverse=Inverse(self.factors(factors), Solver.ekfac, DampingConfig()),
+            shards=((SHARD, np.arange(SEQUENCES)),),
+            wanted={n: tuple(range(QUERIES)) for n in range(SEQUENCES)},
+            tokens_per_batch=TOKENS_PER_BATCH,
+        )
+
+    def scores(self, rank: Rank, factors: str, compressed: int | None) -> np.ndarray:
+        """[queries, sequences], as the scan wrote them."""
+        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_arrays(rank, factors, compressed))
+        assert answer is not None
+        hits, counts = answer
+        assert counts.nonfinite == 0
+        scores = np.zeros((QUERIES, SEQUENCES))
+        scores[hits.queries, hits.sequence_ids] = hits.scores
+        return scores
+
+    def run(self, rank: Rank, compressed: int | None) -> Store:
+        """A store for each scan: a shard's file that is there already stays."""
+        return Store(str(self.folder / "runs" / f"{rank.device}-{rank.model.dtype}-{compressed}".replace(":", "")))
