@@ -109,6 +109,8 @@ def seaweedfs() -> Iterator[ObjectServer]:
         command = [
             *(_weed(), f"-logdir={folder}", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *("-s3", f"-s3.config={config}", "-s3.autoCreateBucket=false", "-master.telemetry=false"),
+            # Else these listen on fixed ports, and two servers on one machine end each other.
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
             *("-master.volumeSizeLimitMB=64", "-volume.max=0", *flags),
         ]
         with open(Path(folder, "output.txt"), "wb") as output:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -103,7 +104,7 @@ def describe(path: str, tracked: str) -> Architecture:
     """
     folder = model_folder(path)
     config = load_config(folder)
-    weight_files(folder)
+    _check_whole(weight_files(folder))
     module = build_on_meta(config)
     layers = tracked_layers(module, tracked)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -173,6 +174,18 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "nor an index of it"
     raise ModelError(f"{folder}: no {_WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
+
+
+def _check_whole(files: list[Path]) -> None:
+    """Refuse a file whose header does not fit its size, before a worker tries to load it."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} cannot be read ({first_line(error)}): it is cut off or damaged; copy or download it again."
+            ) from None
 
 
 def first_line(error: Exception) -> str:

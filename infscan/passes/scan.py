@@ -16,7 +16,7 @@ from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.queries import on_device
 from infscan.passes.rank import Rank
 from infscan.results.dense import write_scores
-from infscan.results.shard_file import ShardCounts, read_hits, write_shard
+from infscan.results.shard_file import ShardCounts, read_hits, shard_path, write_shard
 from infscan.storage import Store
 
 
@@ -85,9 +85,11 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
     )
+    if task.run.exists(shard_path(task.shard)):
+        # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
+        return read_hits(task.run, task.shard, task.query_ids)
     if task.dense:
         write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
     if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
-        # Another attempt was first: its rows are the ones that count, also where kernels round differently.
         return read_hits(task.run, task.shard, task.query_ids)
     return hits, counts

@@ -26,7 +26,6 @@ def connect(cluster: ClusterConfig) -> None:
     """Join the Ray cluster of `cluster.address` (or RAY_ADDRESS), or start a local one that fits the worker groups."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:

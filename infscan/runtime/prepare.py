@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,7 +92,6 @@ def _on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = ray.data.from_items([{"index": index} for index in range(len(files))], override_num_blocks=len(files))
     for row in rows.map(one).iter_rows():
         if row["error"]:

@@ -14,6 +14,7 @@ from transformers import MixtralConfig, T5Config
 from infscan.errors import ModelError
 from infscan.model.architecture import build_on_meta, describe, tracked_layers, weight_files
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
+from tests.runtime.builders import tiny_model
 
 # family: (a block's path, its MLP's linears, its attention's linears), in module order
 NAMES = {
@@ -207,3 +208,11 @@ def test_a_broken_config_file_is_refused(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be used"):
         describe(str(llama), "mlp")
+
+
+def test_a_truncated_checkpoint_is_refused_before_any_worker_loads_it(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read .* cut off or damaged"):
+        describe(str(folder), "mlp")
