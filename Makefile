@@ -12,10 +12,9 @@ DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.
 
 .PHONY: demo test test-slow bench check format clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 demo: $(READY)

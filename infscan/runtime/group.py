@@ -26,6 +26,10 @@ from infscan.model.load import Place
 from infscan.passes.rank import Rank, RankSettings
 
 _LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError)
+# A rank whose neighbour died fails in its collective at once; the death itself shows later (a node's: 15 s and more).
+_GRACE_S = 30.0
+# How long ranks may take to say how they are.
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class WorkerGroup:
         )
         self.actors: list[Any] = []
         self.refs: list[ray.ObjectRef] = []
+        # Those of `refs` that had not answered when last polled.
+        self.running: list[ray.ObjectRef] = []
         self.facts: list[RankFacts] = []
         self.unit: int | None = None
         self.start()
@@ -129,7 +135,8 @@ class WorkerGroup:
                 # Ray shows a rank its own GPUs only, so the first one is the rank's.
                 device="cuda:0" if self.gpus else "cpu",
                 threads=self.cluster.cpus_per_rank,
-                timeout_s=self.cluster.deadline_s,
+                # Ranks meet while they load. A hang is ended by this process's deadlines, not by the collective's.
+                timeout_s=max(self.cluster.deadline_s, self.cluster.startup_s),
             )
             for rank in range(world)
         ]
@@ -137,29 +144,41 @@ class WorkerGroup:
             address = self.actors[0].address.remote()
             places = [_placed.remote(place, address) for place in places]
         self.refs = [actor.start.remote(self.settings, place) for actor, place in zip(self.actors, places, strict=True)]
-        self.state, self.unit = State.starting, None
-        self.deadline = time.monotonic() + self.cluster.startup_s
+        self._began(State.starting, None, self.cluster.startup_s)
 
     def submit(self, unit: int, function: Callable[..., Any], *arguments: Any) -> None:
         """Have every rank run function(rank, *arguments); object references among the arguments are fetched there."""
         assert self.state is State.idle
         self.refs = [actor.run.remote(function, *arguments) for actor in self.actors]
-        self.state, self.unit = State.busy, unit
-        self.deadline = time.monotonic() + self.cluster.deadline_s
+        self._began(State.busy, unit, self.cluster.deadline_s)
+
+    def _began(self, state: State, unit: int | None, limit_s: float) -> None:
+        self.state, self.unit = state, unit
+        self.deadline = time.monotonic() + limit_s
+        self.running = list(self.refs)
+        self.failed_at: float | None = None
 
     def poll(self) -> tuple[Outcome, Any] | None:
-        """The step's outcome, with rank 0's result or the exception; None while it runs. Never waits."""
-        ready, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        """The step's outcome, with rank 0's result or the exception; None while it runs. Never waits.
+
+        Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome.
+        """
+        ready, self.running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        failure: Exception | None = None
         for ref in ready:
             try:
                 ray.get(ref)
             except _LOST as error:
                 return Outcome.lost, error
             except RayTaskError as error:
-                return Outcome.failed, error.cause if isinstance(error.cause, Exception) else error
+                failure = failure or (error.cause if isinstance(error.cause, Exception) else error)
             except RayError as error:
                 return Outcome.lost, error
-        if not running:
+        if failure is not None:
+            self.failed_at = self.failed_at or time.monotonic()
+            waits = self.running and time.monotonic() < self.failed_at + _GRACE_S
+            return None if waits else (Outcome.failed, failure)
+        if not self.running:
             results = ray.get(ready)
             if self.state is State.starting:
                 self.facts = results
@@ -169,6 +188,19 @@ class WorkerGroup:
             limit = "cluster.startup_s" if self.state is State.starting else "cluster.deadline_s"
             return Outcome.lost, TimeoutError(f"no answer within {limit}")
         return None
+
+    def facts_now(self) -> list[RankFacts]:
+        """What the ranks say of themselves; what they said when they started, where one does not answer any more."""
+        try:
+            facts: list[RankFacts] = ray.get([actor.facts.remote() for actor in self.actors], timeout=_ANSWER_S)
+        except RayError:
+            return self.facts
+        return facts
+
+    def forget(self) -> None:
+        """Have the ranks drop what a finished phase cached. Not waited for: a dead rank shows up in its next step."""
+        for actor in self.actors:
+            actor.forget.remote()
 
     def rebuild(self) -> None:
         """Kill every rank (it works even while one is stuck) and start new ones in the same placement group."""

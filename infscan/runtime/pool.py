@@ -127,7 +127,7 @@ class Pool:
         return schedule.given_up
 
     def _wait(self) -> None:
-        refs = [ref for group in self.groups if group.state is not State.idle for ref in group.refs]
+        refs = [ref for group in self.groups if group.state is not State.idle for ref in group.running]
         if refs:
             ray.wait(refs, num_returns=1, timeout=_TICK_S, fetch_local=False)
 
@@ -178,12 +178,13 @@ class Pool:
 
     def forget(self) -> None:
         """Have idle ranks drop what a finished phase cached."""
-        ray.get([actor.forget.remote() for group in self.groups if group.state is State.idle for actor in group.actors])
+        for group in self.groups:
+            if group.state is State.idle:
+                group.forget()
 
     def facts(self) -> list[list[RankFacts]]:
         """By worker and rank: parameters held and peak memory so far."""
-        idle = [group for group in self.groups if group.state is State.idle]
-        return [ray.get([actor.facts.remote() for actor in group.actors]) for group in idle]
+        return [group.facts_now() for group in self.groups if group.state is State.idle]
 
     def close(self) -> None:
         for group in self.groups:

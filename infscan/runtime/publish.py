@@ -30,13 +30,19 @@ def publish(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, refi
         layers = [layer.name for layer in run.architecture.layers]
         decode = run.tokenizer.decode if run.tokenizer else None
         publisher = Publisher(run.store, layers, decode, fingerprint(run.inputs()))
-        ranked = list(_ranked(run, scanned, refined, layers))
+        ranked: list[list[Ranked]] = []
+        nonfinite = 0
+        for mine, lost in _ranked(run, scanned, refined, layers):
+            ranked.append(mine)
+            nonfinite += lost
+        if nonfinite:
+            run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
         published = np.asarray([row.sequence_id for rows in ranked for row in rows], np.int64)
         provenance = publisher.write_sequences(by_shard(plan, published))
         rows = publisher.write_rows(ranked, provenance)
         publisher.remove_stale()
         phase.advance(sequences=len(provenance))
-    run.store.write_json("summary.json", _summary(run, plan, corpus, scanned, rows, len(provenance)))
+    run.store.write_json("summary.json", _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance)))
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
         names = ", ".join(sorted(scanned.quarantined)[:3])
         raise RunError(
@@ -47,8 +53,11 @@ def publish(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, refi
     run.store.write(SUCCESS, b"")
 
 
-def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> Iterator[list[Ranked]]:
-    """The published rows, query by query; one query group's refined units are in memory at a time."""
+def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> Iterator[tuple[list[Ranked], int]]:
+    """Query by query, the published rows and how many were refined to NaN or infinity.
+
+    One query group's refined units are in memory at a time.
+    """
     best = scanned.best
     for group, paths in zip(refined.groups, refined.paths, strict=True):
         by_layer_group = []
@@ -67,14 +76,19 @@ def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> 
                 return join_layer_groups([(names, part[query_id, sequence_id]) for names, part in parts], layers)
 
             rows: list[Ranked] = []
+            nonfinite = 0
             for side in run.config.sides:
                 mine = (best.queries == query) & (best.sides == SIDES.index(side))
                 ids, scores = best.sequence_ids[mine], best.scores[mine]
                 rows += rank_rows(query_id, side, ids, scores, joined, run.config.scan.top_k)
-            yield rows
+                # In float32, as they are ranked and published.
+                nonfinite += sum(not np.isfinite(np.float32(joined(int(index)).score)) for index in ids)
+            yield rows, nonfinite
 
 
-def _summary(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, rows: int, sequences: int) -> dict:
+def _summary(
+    run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, nonfinite: int, rows: int, sequences: int
+) -> dict:
     """Counts that add up: what was read, scanned, kept and published, and what was not."""
     shards = scanned.counts.values()
     left_out = sum(
@@ -95,7 +109,7 @@ def _summary(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, row
                 "sequences_kept": sum(shard.kept for shard in shards),
             },
             "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
-            "refined": {"rows": len(scanned.best)},
+            "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},
             "published": {"rows": rows, "sequences": sequences},
         },
         "warnings": run.telemetry.warnings,

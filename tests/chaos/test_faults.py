@@ -1,0 +1,267 @@
+"""Faults in the middle of a scan on a real local Ray: it ends well, with the tables of an undisturbed twin, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from safetensors.torch import load_file, save_file
+
+from infscan.config import ClusterConfig, Config
+from infscan.errors import FactorsError, InfscanError, RunError
+from infscan.results.read import read_scores, read_summary
+from infscan.runtime.pool import connect
+from jobs.scan import answer
+from tests.chaos.conftest import Trouble
+from tests.runtime.builders import VOCAB, small_run, token_corpus, token_queries
+from tests.runtime.test_end_to_end import rows_of
+
+SHARDS, PER_SHARD = 30, 8
+SEQUENCES = SHARDS * PER_SHARD
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.shutdown()
+    connect(ClusterConfig(num_workers=2, ranks_per_worker=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
+    """The undisturbed run. Its corpus has one part per shard; corpus and factors serve the disturbed ones."""
+    root = tmp_path_factory.mktemp("twin")
+    for number in range(SHARDS):
+        token_corpus(root / "documents" / f"{number:02d}.jsonl", PER_SHARD, seed=number)
+    # No query measures token VOCAB - 1: a model may be broken at it alone.
+    token_queries(root / "queries.jsonl", 3, vocab=VOCAB - 1)
+    config = small_run(
+        root,
+        f"corpus.path={root / 'documents'}",
+        "factors.num_sequences=64",
+        "cluster.num_workers=2",
+        "scan.scores=all",
+    )
+    answer(config)
+    return config
+
+
+def disturbed(twin: Config, tmp_path: Path, *overrides: str) -> Config:
+    """The twin's run in a folder of its own, on the twin's prepared corpus and factors; later overrides win."""
+    return small_run(
+        Path(twin.output).parent,
+        f"corpus.path={twin.output}/corpus",
+        "factors.num_sequences=64",
+        "cluster.num_workers=2",
+        "scan.scores=all",
+        f"factors.path={twin.factors.path}",
+        f"output={tmp_path / 'run'}",
+        *overrides,
+    )
+
+
+def assert_same_answer(ours: Config, twin: Config) -> None:
+    assert rows_of(ours.output) == rows_of(twin.output)
+    assert read_scores(ours.output).equals(read_scores(twin.output))
+
+
+def assert_counts_add_up(config: Config, *, quarantined: int = 0) -> dict[str, Any]:
+    counts: dict[str, Any] = read_summary(config.output, unfinished=True)["counts"]
+    assert counts["planned"] == {"sequences": SEQUENCES, "shards": SHARDS}
+    assert counts["quarantined"] == {"sequences": quarantined * PER_SHARD, "shards": quarantined}
+    assert counts["scanned"]["shards"] == SHARDS - quarantined
+    assert counts["scanned"]["sequences"] == SEQUENCES - quarantined * PER_SHARD
+    if not quarantined:
+        assert counts["scanned"]["tokens"] == counts["corpus"]["tokens"]
+    return counts
+
+
+# --- ranks that die or hang ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "overrides"),
+    [
+        pytest.param(signal.SIGKILL, (), id="a rank is killed"),
+        pytest.param(
+            signal.SIGKILL, ("cluster.num_workers=1", "cluster.ranks_per_worker=2"), id="one of two ranks is killed"
+        ),
+        pytest.param(signal.SIGSTOP, ("cluster.deadline_s=8",), id="a rank hangs"),
+    ],
+)
+def test_a_lost_rank_costs_one_more_attempt(
+    twin: Config, tmp_path: Path, trouble: Trouble, sent: signal.Signals, overrides: tuple[str, ...]
+) -> None:
+    """Its group is rebuilt, its shard is handed out again, and nothing that was finished is done again."""
+    # One attempt: a machine's loss is not an error of the shard.
+    config = disturbed(twin, tmp_path, "cluster.max_attempts=1", *overrides)
+    trouble.signal = sent
+    answer(config)
+    assert trouble.victim is not None
+    assert not trouble.victim.is_running()
+    assert len(trouble.handed_out) == SHARDS
+    assert trouble.handed_out.total() == SHARDS + 1
+    done = {Path(name).stem for name in trouble.done_before}
+    assert done
+    assert {trouble.handed_out[name] for name in done} == {1}
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
+    assert read_summary(config.output)["workers"]["rebuilds"] == 1
+
+
+# --- a poison shard ------------------------------------------------------------------------------------------------
+
+
+def damage(part: Path) -> None:
+    """Flip bytes in the middle of the part's token column: its size and its footer stay as they were."""
+    column = pq.read_metadata(part).row_group(0).column(0)
+    offset = column.data_page_offset + column.total_compressed_size // 2
+    data = bytearray(part.read_bytes())
+    for at in range(offset, offset + 4):
+        data[at] ^= 0xFF
+    part.write_bytes(bytes(data))
+
+
+def test_a_poison_shard_is_quarantined_and_a_rerun_finishes_it(twin: Config, tmp_path: Path, trouble: Trouble) -> None:
+    corpus, output = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(Path(twin.output) / "corpus", corpus)
+    part = corpus / "part-00011.parquet"
+    sound = part.read_bytes()
+    damage(part)
+    config = disturbed(twin, tmp_path, f"corpus.path={corpus}", "cluster.max_attempts=2")
+
+    with pytest.raises(RunError, match=r"1 shards are quarantined \(shard-000011; see in .*allow_quarantined=0"):
+        answer(config)
+    [note] = (output / "quarantine").iterdir()
+    said = json.loads(note.read_text())
+    assert note.name == "shard-000011.json"
+    assert (said["shard"], said["first_sequence_id"], said["last_sequence_id"]) == ("shard-000011", 88, 95)
+    assert str(part) in said["reason"]
+    assert not (output / "_SUCCESS").exists()
+    assert not (output / "shards" / "shard-000011.parquet").exists()
+    assert trouble.handed_out == Counter({f"shard-{n:06d}": 1 for n in range(SHARDS)}) + Counter(["shard-000011"])
+    assert_counts_add_up(config, quarantined=1)
+
+    # Allowed for: only the shard in quarantine is tried again, and the run ends well without it.
+    trouble.handed_out.clear()
+    answer(disturbed(twin, tmp_path, f"corpus.path={corpus}", "cluster.max_attempts=2", "scan.allow_quarantined=1"))
+    assert trouble.handed_out == {"shard-000011": 2}
+    assert (output / "_SUCCESS").exists()
+    assert note.exists()
+    assert read_scores(config.output).num_rows == SEQUENCES - PER_SHARD
+    assert_counts_add_up(config, quarantined=1)
+    assert "shard-000011 is quarantined" in " ".join(read_summary(config.output)["warnings"])
+
+    # Mended: the shard is finished and its note is gone.
+    part.write_bytes(sound)
+    trouble.handed_out.clear()
+    answer(config)
+    assert trouble.handed_out == {"shard-000011": 1}
+    assert not note.exists()
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
+
+
+# --- numbers that are none -----------------------------------------------------------------------------------------
+
+
+def broken_model(twin: Config, folder: Path, parameter: str, row: int) -> Path:
+    """A copy of the twin's model with one row of a weight set to NaN."""
+    shutil.copytree(twin.model.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[parameter][row] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_that_computes_nothing_stops_at_the_factors(twin: Config, tmp_path: Path) -> None:
+    model = broken_model(twin, tmp_path / "model", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", 3)
+    config = disturbed(twin, tmp_path, f"model.path={model}", f"factors.path={tmp_path / 'factors'}")
+    with pytest.raises(FactorsError, match=r"of gpt_neox\.layers\.\d\.mlp\.\w+ has \d+ entries that are NaN"):
+        answer(config)
+    assert not (tmp_path / "factors" / "factors.json").exists()
+
+
+def test_scores_that_are_none_are_counted_and_stop_the_scan(twin: Config, tmp_path: Path) -> None:
+    """A model broken at one token of the corpus, which no query has: the sequences with that token have no score."""
+    model = broken_model(twin, tmp_path / "model", "gpt_neox.embed_in.weight", VOCAB - 1)
+    plain = (f"model.path={model}", "factors.solver=identity", "scan.compression=plain", "cluster.num_workers=1")
+    with pytest.raises(
+        RunError, match=r"\d+ sequences have scores that are NaN or infinite.*scan\.max_nonfinite=0\.001"
+    ):
+        answer(disturbed(twin, tmp_path, *plain))
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+    config = disturbed(twin, tmp_path, *plain, "scan.max_nonfinite=1")
+    answer(config)
+    documents = [json.loads(line) for path in sorted((Path(twin.output).parent / "documents").iterdir())
+                 for line in path.read_text().splitlines()]  # fmt: skip
+    without = {number for number, row in enumerate(documents) if VOCAB - 1 in row["tokens"]}
+    counts = assert_counts_add_up(config)
+    assert 0 < counts["scanned"]["nonfinite"] == len(without) < SEQUENCES
+    assert counts["refined"]["nonfinite"] == 0
+    tables = rows_of(config.output)
+    assert tables["top"]
+    assert not without & {row["sequence_id"] for row in tables["top"]}
+
+
+def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_path: Path) -> None:
+    """A refined unit in storage is used as it is: a NaN put into one shows up in the counts, and never in the tables."""
+    config = disturbed(twin, tmp_path, "cluster.num_workers=1")
+    shutil.copytree(twin.output, config.output)
+    [unit] = (tmp_path / "run" / "refined").glob("*/*.parquet")
+    best = next(row for row in rows_of(twin.output)["top"] if row["rank"] == 1)
+    table = pq.read_table(unit)
+    rows = table.to_pylist()
+    [row] = [row for row in rows if (row["query_id"], row["sequence_id"]) == (best["query_id"], best["sequence_id"])]
+    row["layer_scores"][0] = float("nan")
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), unit)
+    answer(config)
+    counts = assert_counts_add_up(config)
+    assert counts["refined"] == {"rows": len(rows), "nonfinite": 1}
+    assert "NaN" in " ".join(read_summary(config.output)["warnings"])
+    published = {(row["query_id"], row["sequence_id"]) for row in rows_of(config.output)["top"]}
+    assert published
+    assert (best["query_id"], best["sequence_id"]) not in published
+
+
+# --- a second driver -----------------------------------------------------------------------------------------------
+
+
+def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path) -> None:
+    """From the very start: factors of their own, prepared and fitted by both."""
+    config = disturbed(
+        twin,
+        tmp_path,
+        f"corpus.path={Path(twin.output).parent / 'documents'}",
+        f"factors.path={tmp_path / 'factors'}",
+        "cluster.num_workers=1",
+    )
+    together = threading.Barrier(2)
+    errors: list[InfscanError] = []
+
+    def drive() -> None:
+        together.wait()
+        try:
+            answer(config)
+        except InfscanError as error:
+            errors.append(error)
+
+    drivers = [threading.Thread(target=drive) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert not errors
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
