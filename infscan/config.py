@@ -171,6 +171,7 @@ class ScanConfig:
     shard_sequences: int | None = None
     allow_quarantined: int = 0
     max_nonfinite: float = 0.001
+    check_sequences: int = 256
     query_group_bytes: int = 4 << 30
 
 
@@ -258,8 +259,12 @@ class Config:
             )
         if not 0 <= self.scan.max_nonfinite <= 1:
             raise ConfigError(f"scan.max_nonfinite={self.scan.max_nonfinite}: a share of sequences, between 0 and 1.")
-        if self.scan.allow_quarantined < 0:
-            raise ConfigError(f"scan.allow_quarantined={self.scan.allow_quarantined}: a number of shards, 0 or more.")
+        for key, count in (
+            ("scan.allow_quarantined", self.scan.allow_quarantined),
+            ("scan.check_sequences", self.scan.check_sequences),
+        ):
+            if count < 0:
+                raise ConfigError(f"{key}={count}: must be 0 or more.")
         if self.cluster.gpus_per_rank is not None and self.cluster.gpus_per_rank < 0:
             raise ConfigError(f"cluster.gpus_per_rank={self.cluster.gpus_per_rank}: 0 or more, or null to find out.")
         if self.model.sharding is Sharding.none and self.cluster.ranks_per_worker > 1:

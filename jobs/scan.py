@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from infscan.config import Config, from_hydra
 from infscan.report.terminal import show
+from infscan.runtime.check import check
 from infscan.runtime.fit import fit, prepare_corpus
 from infscan.runtime.publish import publish
 from infscan.runtime.run import Run
@@ -26,12 +27,14 @@ def answer(config: Config) -> None:
         factors = fit(run)
         # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.
         batch = query_batch(run, factors)
+        # How good is the compression? A sample, scored with it and without.
+        approximation = check(run, plan, corpus, batch, factors)
         # One forward and one activation-gradient backward per sequence scores it against all queries.
         scanned = scan(run, plan, corpus, batch)
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, plan, scanned, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, plan, corpus, scanned, refined)
+        publish(run, plan, corpus, scanned, refined, approximation)
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="scan")

@@ -37,6 +37,14 @@ class Selection:
         assert 0 <= start <= stop <= self.size, f"positions [{start}, {stop}) of {self.size}"
         return np.arange(start, stop, dtype=np.int64) if self.size == self.total else self._sample[start:stop]
 
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """int64: the numbers at these positions."""
+        return positions.astype(np.int64) if self.size == self.total else self._sample[positions]
+
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """int64: where these numbers, all of them chosen, stand in the selection."""
+        return ids.astype(np.int64) if self.size == self.total else np.searchsorted(self._sample, ids)
+
     @cached_property
     def _sample(self) -> np.ndarray:
         chosen = np.random.default_rng(self.seed).choice(self.total, self.size, replace=False, shuffle=False)
@@ -153,13 +161,12 @@ class Plan:
         """One row per shard: shard, start, stop, first_sequence_id, last_sequence_id (all int64, ends inclusive)."""
         start = np.arange(self.num_shards, dtype=np.int64) * self.shard_sequences
         stop = np.minimum(start + self.shard_sequences, self.selection.size)
-        ids = self.selection.ids()
         return pa.table(
             {
                 "shard": np.arange(self.num_shards, dtype=np.int64),
                 "start": start,
                 "stop": stop,
-                "first_sequence_id": ids[start],
-                "last_sequence_id": ids[stop - 1],
+                "first_sequence_id": self.selection.at(start),
+                "last_sequence_id": self.selection.at(stop - 1),
             }
         )

@@ -5,7 +5,7 @@ Everything the factors do happens here, once per query; the scan only sees U, V 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from infscan.config import Compression, DampingConfig, Solver
-from infscan.corpus.batches import pad
 from infscan.errors import QueryError
 from infscan.influence.compress import compress_weighted, truncate
 from infscan.influence.inverse import damping, from_core, inverse_core
@@ -24,9 +23,6 @@ from infscan.passes.factor_store import read_layer_factors, read_tensors, write_
 from infscan.passes.rank import Batch, Rank
 from infscan.queries import Query
 from infscan.storage import Store
-
-# Queries measured in one forward and backward.
-_PARTS_PER_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,8 @@ class QueryTask:
 def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, Tensor]:
     """V = grad(-f) of every query, by layer: [Q, O, I] float32 or wider.
 
-    Every rank of a group computes all of them, in step; the measurement's signs are in the loss.
+    Every rank of a group computes all of them, in step; the measurement's signs are in the loss. One token sequence at
+    a time: beside others, longer or shorter, a query's gradient would round otherwise.
 
     Raises:
         QueryError: where a gradient is NaN or infinite.
@@ -64,23 +61,18 @@ def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer
         layer.name: torch.zeros(len(queries), layer.outputs, layer.inputs, dtype=rank.wide, device=rank.device)
         for layer in layers
     }
-    parts = [(index, part) for index, query in enumerate(queries) for part in query.parts]
-    for start in range(0, len(parts), _PARTS_PER_BATCH):
-        chunk = parts[start : start + _PARTS_PER_BATCH]
-        ids, mask = pad([np.asarray(part.token_ids, np.int64) for _, part in chunk])
+    for index, part in ((index, part) for index, query in enumerate(queries) for part in query.parts):
+        ids = np.asarray([part.token_ids], np.int64)
         targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-        for row, (_, part) in enumerate(chunk):
-            at = np.asarray(part.positions)
-            # The input position t - 1 predicts token t.
-            targets[row, at - 1] = ids[row, at]
-            weights[row, at - 1] = part.sign
-        owners = rank.to_device(np.asarray([index for index, _ in chunk], np.int64))
+        at = np.asarray(part.positions)
+        # The input position t - 1 predicts token t.
+        targets[0, at - 1] = ids[0, at]
+        weights[0, at - 1] = part.sign
         targets_bt, weights_bt = rank.to_device(targets), rank.to_device(weights)
-        batch = Batch(np.arange(len(chunk)), rank.to_device(ids), rank.to_device(mask))
+        batch = Batch(np.arange(1), rank.to_device(ids), rank.to_device(np.ones(ids.shape, np.bool_)))
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, owners: Tensor = owners) -> None:
-            g_boi = s_bto.to(rank.wide).transpose(1, 2) @ a_bti.to(rank.wide)
-            V[layer.name].index_add_(0, owners, g_boi)
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, index: int = index) -> None:
+            V[layer.name][index] += (s_bto.to(rank.wide).transpose(1, 2) @ a_bti.to(rank.wide))[0]
 
         def loss(logits_btv: Tensor, targets: Tensor = targets_bt, weights: Tensor = weights_bt) -> Tensor:
             return summed_losses(logits_btv, targets, weights)
@@ -114,8 +106,15 @@ def preconditioned(
         known = layer_factors(inverse, layer, rank.device, rank.wide)
         if known is not None:
             factors, lam = known
-            V[layer.name] = from_core(inverse_core(V.pop(layer.name), factors, lam), factors)
+            P = [from_core(inverse_core(V_oi, factors, lam), factors) for V_oi in _one_by_one(V.pop(layer.name))]
+            V[layer.name] = torch.cat(P)
     return V
+
+
+def _one_by_one(V_qoi: Tensor) -> Iterator[Tensor]:
+    """Each query's [1, O, I], in memory of its own: within a product of all of them its bits could differ."""
+    for V_oi in V_qoi:
+        yield V_oi[None].clone()
 
 
 def query_task(rank: Rank, task: QueryTask) -> int:
@@ -126,19 +125,27 @@ def query_task(rank: Rank, task: QueryTask) -> int:
     V = query_gradients(rank, task.queries, task.layers)
     tensors: dict[str, Tensor] = {}
     for layer in task.layers:
-        V_qoi = V.pop(layer.name)
         known = layer_factors(task.inverse, layer, rank.device, rank.wide)
-        C_qoi = inverse_core(V_qoi, *known) if known else V_qoi
-        if task.rank is None or min(layer.outputs, layer.inputs) <= task.rank:
-            tensors[f"{layer.name}|P"] = from_core(C_qoi, known[0]) if known else C_qoi
-        elif known and task.compression is Compression.weighted:
-            tensors[f"{layer.name}|U"], tensors[f"{layer.name}|V"] = compress_weighted(C_qoi, known[0], task.rank)
-        else:
-            P_qoi = from_core(C_qoi, known[0]) if known else C_qoi
-            tensors[f"{layer.name}|U"], tensors[f"{layer.name}|V"] = truncate(P_qoi, task.rank)
+        by_query = [_compressed(task, layer, V_oi, known) for V_oi in _one_by_one(V.pop(layer.name))]
+        for kind in by_query[0]:
+            tensors[f"{layer.name}|{kind}"] = torch.cat([one[kind] for one in by_query])
     if rank.leads:
         write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
     return sum(len(part.token_ids) for query in task.queries for part in query.parts)
+
+
+def _compressed(
+    task: QueryTask, layer: Layer, V_qoi: Tensor, known: tuple[LayerFactors, float] | None
+) -> dict[str, Tensor]:
+    """U [Q, O, r] and V [Q, I, r], or P [Q, O, I]. known: the layer's factors and damping, if there are any."""
+    C_qoi = inverse_core(V_qoi, *known) if known else V_qoi
+    if task.rank is None or min(layer.outputs, layer.inputs) <= task.rank:
+        return {"P": from_core(C_qoi, known[0]) if known else C_qoi}
+    if known and task.compression is Compression.weighted:
+        U_qor, V_qir = compress_weighted(C_qoi, known[0], task.rank)
+    else:
+        U_qor, V_qir = truncate(from_core(C_qoi, known[0]) if known else C_qoi, task.rank)
+    return {"U": U_qor, "V": V_qir}
 
 
 def read_query_batch(store: Store, names: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:

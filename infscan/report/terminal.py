@@ -12,7 +12,7 @@ from infscan.storage import Store
 
 _ROWS = 3
 _QUERIES = 12
-_CHARACTERS = 96
+_CHARACTERS = 76
 LAYOUT = (
     ("config.yaml  plan.json  shards.parquet", "what was asked for, and how it was cut"),
     ("corpus/  factors/  queries/", "inputs made ready, with fingerprints"),
@@ -24,10 +24,17 @@ LAYOUT = (
 )
 
 
+def one_line(text: str) -> str:
+    """What came from a corpus or a query file, as a terminal may show it.
+
+    White space is a blank, and so is whatever controls a terminal: escapes, backspaces, bidirectional marks.
+    """
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+
+
 def excerpt(text: str | None, token_ids: list[int], length: int = _CHARACTERS) -> str:
-    """A line of a sequence's text, or of its token ids where there is no tokenizer; control characters made visible."""
-    shown = text if text is not None else " ".join(map(str, token_ids))
-    shown = "".join(character if character.isprintable() else " " for character in " ".join(shown.split()))
+    """A line of a sequence's text, or of its token ids where there is no tokenizer."""
+    shown = one_line(text if text is not None else " ".join(map(str, token_ids)))
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
@@ -35,7 +42,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     """Print each query's strongest proponents and opponents, and the run folder's layout."""
     console = Console(soft_wrap=True, highlight=False)
     store = Store(uri)
-    questions = [json.loads(line) for line in store.read("queries/queries.jsonl").decode().splitlines()]
+    questions = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]
     sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
     by_query: dict[str, list[dict]] = {}
     for row in read_top(uri).to_pylist():
@@ -49,24 +56,49 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         if not ordered:
             console.print("  no sequence moved it")
     if len(questions) > _QUERIES:
-        console.print(f"\n... and {len(questions) - _QUERIES} queries more in {uri}/top/")
+        console.print(Text(f"\n... and {len(questions) - _QUERIES} queries more in {uri}/top/"))
     console.print(Text(f"\n{uri}", style="bold"))
     for name, meaning in LAYOUT:
         console.print(Text(f"  {name:<40} {meaning}"))
-    scanned = read_summary(uri)["counts"]["scanned"]
+    summary = read_summary(uri)
+    if summary.get("approximation"):
+        console.print(Text(_how_good(summary["approximation"])))
+    scanned = summary["counts"]["scanned"]
     console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
 
 
+def _how_good(approximation: dict) -> str:
+    queries = {name: row for name, row in approximation["queries"].items() if row["pearson"] is not None}
+    if not queries:
+        return "\nHow good? No query's scores vary over the sample."
+    worst = min(queries, key=lambda name: queries[name]["pearson"])
+    row, mean = queries[worst], approximation["pearson"]["mean"]
+    rank, sampled = approximation["rank"], approximation["sequences"]
+    return (
+        f"\nHow good? Published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
+        f"random sequences these correlate with full rank by {mean:.5f} on average, and by {row['pearson']:.5f} "
+        f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query, {worst}."
+    )
+
+
 def _row(row: dict, sequence: dict) -> Text:
-    """`+1  +83.21  planted/gleem/forward-03  Gleem is composed of ...`: signed rank, score, document, text."""
+    """`+1  +83.21  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
+
+    Rank with the side's sign, score, document, where its line begins in which file, text.
+    """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
-    text = excerpt(sequence["text"], sequence["token_ids"])
-    return Text.assemble(f"  {sign}{row['rank']:<3}", score, f"  {row['document_id'][:32]:<32}  ", (text, "dim"))
+    where = f"{sequence['path'].rpartition('/')[2]}:{sequence['byte_offset']}"
+    return Text.assemble(
+        f"  {sign}{row['rank']:<3}",
+        score,
+        f"  {one_line(row['document_id'])[:32]:<32}  {one_line(where)[-24:]:<24}  ",
+        (excerpt(sequence["text"], sequence["token_ids"]), "dim"),
+    )
 
 
 def asked(question: dict) -> str:
     if question["completion"] is None:
         return f"{len(question['parts'][0]['input_ids'])} tokens, measured on {len(question['parts'][0]['positions'])}"
     what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
-    return f"{question['prompt']} → {question['completion'].strip()}{what}"
+    return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{what}"

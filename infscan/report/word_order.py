@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infscan.report.terminal import excerpt
+from infscan.report.terminal import excerpt, one_line
 from infscan.studies.facts import Partition
 from infscan.studies.word_order import METHODS, WordOrder
 
@@ -30,7 +30,7 @@ def show_question(
     """
     console = Console(soft_wrap=True, highlight=False)
     ranked = sorted(scores, key=lambda document: (-scores[document], document))
-    console.print(Text(f"\n{question}", style="bold"))
+    console.print(Text(f"\n{one_line(question)}", style="bold"))
     console.print("\n  The ten sequences that taught it:")
     for rank, document in enumerate(ranked[:10], start=1):
         console.print(_line(rank, scores[document], document, texts[document], partitions))
@@ -45,7 +45,7 @@ def _line(rank: int, score: float, document: str, text: str, partitions: Mapping
     return Text.assemble(
         f"  {rank:>5}",
         (f"{score:+12.4g}", "green" if score > 0 else "red"),
-        f"  {document[:34]:<34}  {what:<20}  ",
+        f"  {one_line(document)[:34]:<34}  {what:<20}  ",
         (excerpt(text, [], 90), "dim"),
     )
 

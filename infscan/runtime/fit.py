@@ -34,7 +34,7 @@ from infscan.passes.factors import (
 from infscan.passes.queries import Inverse
 from infscan.runtime.prepare import prepare
 from infscan.runtime.run import Run
-from infscan.storage import Store
+from infscan.storage import MissingError, Store
 
 log = logging.getLogger("infscan")
 
@@ -80,11 +80,16 @@ def fit(run: Run) -> Factors:
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
         len(plan.layers), plan.selection.size, len(plan.slices), len(plan.groups), plan.partial_bytes() / 2**20,
     )  # fmt: skip
-    _covariance(run, plan, corpus)
-    _on_layers(run, "eigenbasis", decompose_layer, plan)
-    _lambda(run, plan, corpus)
-    _on_layers(run, "factors", finish_layer, plan)
-    store.write_json(COMPLETE, {"fingerprint": plan.fingerprint, "fields": plan.fields})
+    try:
+        _covariance(run, plan, corpus)
+        _on_layers(run, "eigenbasis", decompose_layer, plan)
+        _lambda(run, plan, corpus)
+        _on_layers(run, "factors", finish_layer, plan)
+        store.write_json(COMPLETE, {"fingerprint": plan.fingerprint, "fields": plan.fields})
+    except MissingError:
+        # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
+        if not store.exists(COMPLETE):
+            raise
     for kind in ("covariance", "lambda"):
         for entry in store.list(kind):
             store.remove(entry.name)

@@ -26,6 +26,8 @@ def connect(cluster: ClusterConfig) -> None:
     """Join the Ray cluster of `cluster.address` (or RAY_ADDRESS), or start a local one that fits the worker groups."""
     if ray.is_initialized():
         return
+    # Every error that ends a phase is raised here once; what Ray would print of the others is a traceback each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:

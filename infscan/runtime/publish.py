@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,17 @@ from infscan.runtime.run import Run
 from infscan.runtime.scan import Refined, Scanned, by_shard
 
 
-def publish(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, refined: Refined) -> None:
+def publish(
+    run: Run,
+    plan: Plan,
+    corpus: PreparedCorpus,
+    scanned: Scanned,
+    refined: Refined,
+    approximation: dict[str, Any] | None = None,
+) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
+
+    approximation: what `infscan.runtime.check` found, for summary.json.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -42,7 +52,8 @@ def publish(run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, refi
         rows = publisher.write_rows(ranked, provenance)
         publisher.remove_stale()
         phase.advance(sequences=len(provenance))
-    run.store.write_json("summary.json", _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance)))
+    summary = _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance))
+    run.store.write_json("summary.json", summary | {"approximation": approximation})
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
         names = ", ".join(sorted(scanned.quarantined)[:3])
         raise RunError(

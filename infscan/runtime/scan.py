@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,16 +212,10 @@ def _check_nonfinite(run: Run, plan: Plan, counts: dict[str, ShardCounts]) -> No
         )
 
 
-def shard_of(plan: Plan) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
-    """Shard numbers of sequence_ids: shards are ranges of the selection, which is ascending."""
-    ids = plan.selection.ids()
-    return lambda sequence_ids: np.searchsorted(ids, sequence_ids) // plan.shard_sequences
-
-
 def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
     """Sequence_ids grouped by the shard whose file holds them, in plan order."""
     ordered = np.unique(sequence_ids)
-    shards = shard_of(plan)(ordered)
+    shards = plan.selection.positions(ordered) // plan.shard_sequences
     return [(plan.shard(int(number)).name, ordered[shards == number]) for number in np.unique(shards)]
 
 

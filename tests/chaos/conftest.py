@@ -1,11 +1,10 @@
-"""Faults at chosen moments of a run in this process: what was handed out is recorded, ranks are found by their names."""
+"""Faults at chosen moments of a run in this process; what is handed out is recorded."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,24 +12,15 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from infscan.passes.scan import ScanTask
 from infscan.runtime.group import WorkerGroup
 
 
-def ranks(doing: str = "") -> list[psutil.Process]:
-    """The processes of this process's own Ray that are ranks; `.run`: those in the middle of a task."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if " ".join(process.cmdline()).startswith(f"ray::RankActor{doing}"):
-                found.append(process)
-    return found
-
-
 @dataclass
 class Trouble:
-    """A signal sent to one rank while it works on the n-th shard that is handed out, and a record of all of them."""
+    """A signal sent to the last rank of the group that gets the n-th shard, and a record of all handed out."""
 
     signal: signal.Signals | None = None
     at: int = 12
@@ -39,20 +29,17 @@ class Trouble:
     done_before: set[str] = field(default_factory=set)
     victim: psutil.Process | None = None
 
-    def on_submit(self, task: ScanTask) -> None:
+    def around(self, group: WorkerGroup, task: ScanTask, submit: Callable[[], None]) -> None:
+        """Hand a shard out, and strike right behind it where it is the n-th."""
         self.handed_out[task.shard] += 1
-        if self.signal is not None and self.victim is None and self.handed_out.total() >= self.at:
+        sent = self.signal if self.victim is None and self.handed_out.total() >= self.at else None
+        if sent is not None:
             self.done_before = {entry.name for entry in task.run.list("shards")}
-            self.victim = _one_at_work()
-            os.kill(self.victim.pid, self.signal)
-
-
-def _one_at_work() -> psutil.Process:
-    deadline = time.monotonic() + 10
-    while not (found := ranks(".run")) and time.monotonic() < deadline:
-        pass
-    assert found, "no rank was seen at work"
-    return found[0]
+            # The rank is idle, and says at once which process it is.
+            self.victim = psutil.Process(ray.get(group.actors[-1].run.remote(lambda _: os.getpid())))
+        submit()
+        if sent is not None and self.victim is not None:
+            self.victim.send_signal(sent)
 
 
 @pytest.fixture
@@ -62,9 +49,13 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     submit = WorkerGroup.submit
 
     def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any) -> None:
-        submit(self, unit, function, *arguments)
+        def hand_out() -> None:
+            submit(self, unit, function, *arguments)
+
         if isinstance(arguments[0], ScanTask):
-            state.on_submit(arguments[0])
+            state.around(self, arguments[0], hand_out)
+        else:
+            hand_out()
 
     monkeypatch.setattr(WorkerGroup, "submit", watched)
     yield state

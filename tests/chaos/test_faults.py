@@ -1,7 +1,8 @@
-"""Faults in the middle of a scan on a real local Ray: it ends well, with the tables of an undisturbed twin, bit for bit."""
+"""Faults in the middle of a scan on a real local Ray; what ends well equals an undisturbed twin, bit for bit."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -16,13 +17,19 @@ import pytest
 import ray
 from safetensors.torch import load_file, save_file
 
-from infscan.config import ClusterConfig, Config
+from infscan.config import ClusterConfig, Config, Packing
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.packing import pack_settings
 from infscan.errors import FactorsError, InfscanError, RunError
+from infscan.passes.factor_store import FactorsPlan
 from infscan.results.read import read_scores, read_summary
+from infscan.runtime import fit
 from infscan.runtime.pool import connect
+from infscan.runtime.run import Run
 from jobs.scan import answer
 from tests.chaos.conftest import Trouble
-from tests.runtime.builders import VOCAB, small_run, token_corpus, token_queries
+from tests.corpus.builders import corpus_config, prepare
+from tests.runtime.builders import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
 from tests.runtime.test_end_to_end import rows_of
 
 SHARDS, PER_SHARD = 30, 8
@@ -43,11 +50,13 @@ def twin(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
     root = tmp_path_factory.mktemp("twin")
     for number in range(SHARDS):
         token_corpus(root / "documents" / f"{number:02d}.jsonl", PER_SHARD, seed=number)
+    pack = pack_settings(corpus_config(packing=Packing.document), CONTEXT, VOCAB, EOS, EOS)
+    prepare(root / "documents", root / "corpus", pack)
     # No query measures token VOCAB - 1: a model may be broken at it alone.
     token_queries(root / "queries.jsonl", 3, vocab=VOCAB - 1)
     config = small_run(
         root,
-        f"corpus.path={root / 'documents'}",
+        f"corpus.path={root / 'corpus'}",
         "factors.num_sequences=64",
         "cluster.num_workers=2",
         "scan.scores=all",
@@ -60,7 +69,7 @@ def disturbed(twin: Config, tmp_path: Path, *overrides: str) -> Config:
     """The twin's run in a folder of its own, on the twin's prepared corpus and factors; later overrides win."""
     return small_run(
         Path(twin.output).parent,
-        f"corpus.path={twin.output}/corpus",
+        f"corpus.path={twin.corpus.path}",
         "factors.num_sequences=64",
         "cluster.num_workers=2",
         "scan.scores=all",
@@ -94,9 +103,12 @@ def assert_counts_add_up(config: Config, *, quarantined: int = 0) -> dict[str, A
     [
         pytest.param(signal.SIGKILL, (), id="a rank is killed"),
         pytest.param(
-            signal.SIGKILL, ("cluster.num_workers=1", "cluster.ranks_per_worker=2"), id="one of two ranks is killed"
+            signal.SIGKILL,
+            ("cluster.num_workers=1", "cluster.ranks_per_worker=2"),
+            id="one of two ranks is killed",
+            marks=pytest.mark.slow,
         ),
-        pytest.param(signal.SIGSTOP, ("cluster.deadline_s=8",), id="a rank hangs"),
+        pytest.param(signal.SIGSTOP, ("cluster.deadline_s=8",), id="a rank hangs", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_rank_costs_one_more_attempt(
@@ -108,7 +120,8 @@ def test_a_lost_rank_costs_one_more_attempt(
     trouble.signal = sent
     answer(config)
     assert trouble.victim is not None
-    assert not trouble.victim.is_running()
+    # One that hangs takes Ray some seconds longer to be rid of.
+    trouble.victim.wait(timeout=30)
     assert len(trouble.handed_out) == SHARDS
     assert trouble.handed_out.total() == SHARDS + 1
     done = {Path(name).stem for name in trouble.done_before}
@@ -116,7 +129,7 @@ def test_a_lost_rank_costs_one_more_attempt(
     assert {trouble.handed_out[name] for name in done} == {1}
     assert_same_answer(config, twin)
     assert_counts_add_up(config)
-    assert read_summary(config.output)["workers"]["rebuilds"] == 1
+    assert read_summary(config.output)["workers"]["rebuilds"] >= 1
 
 
 # --- a poison shard ------------------------------------------------------------------------------------------------
@@ -134,11 +147,14 @@ def damage(part: Path) -> None:
 
 def test_a_poison_shard_is_quarantined_and_a_rerun_finishes_it(twin: Config, tmp_path: Path, trouble: Trouble) -> None:
     corpus, output = tmp_path / "corpus", tmp_path / "run"
-    shutil.copytree(Path(twin.output) / "corpus", corpus)
+    shutil.copytree(twin.corpus.path, corpus)
     part = corpus / "part-00011.parquet"
     sound = part.read_bytes()
     damage(part)
-    config = disturbed(twin, tmp_path, f"corpus.path={corpus}", "cluster.max_attempts=2")
+    # No check: its sample would meet the damage before the scan does.
+    cluster = ("cluster.num_workers=1", "cluster.max_attempts=2")
+    settings = (f"corpus.path={corpus}", "scan.check_sequences=0", *cluster)
+    config = disturbed(twin, tmp_path, *settings)
 
     with pytest.raises(RunError, match=r"1 shards are quarantined \(shard-000011; see in .*allow_quarantined=0"):
         answer(config)
@@ -154,7 +170,7 @@ def test_a_poison_shard_is_quarantined_and_a_rerun_finishes_it(twin: Config, tmp
 
     # Allowed for: only the shard in quarantine is tried again, and the run ends well without it.
     trouble.handed_out.clear()
-    answer(disturbed(twin, tmp_path, f"corpus.path={corpus}", "cluster.max_attempts=2", "scan.allow_quarantined=1"))
+    answer(disturbed(twin, tmp_path, *settings, "scan.allow_quarantined=1"))
     assert trouble.handed_out == {"shard-000011": 2}
     assert (output / "_SUCCESS").exists()
     assert note.exists()
@@ -184,12 +200,17 @@ def broken_model(twin: Config, folder: Path, parameter: str, row: int) -> Path:
     return folder
 
 
-def test_a_model_that_computes_nothing_stops_at_the_factors(twin: Config, tmp_path: Path) -> None:
+def test_a_model_that_computes_nothing_stops_at_the_factors(
+    twin: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a sentence: what Ray would say of the other layers' tasks is not shown beside it."""
     model = broken_model(twin, tmp_path / "model", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", 3)
     config = disturbed(twin, tmp_path, f"model.path={model}", f"factors.path={tmp_path / 'factors'}")
     with pytest.raises(FactorsError, match=r"of gpt_neox\.layers\.\d\.mlp\.\w+ has \d+ entries that are NaN"):
         answer(config)
     assert not (tmp_path / "factors" / "factors.json").exists()
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_scores_that_are_none_are_counted_and_stop_the_scan(twin: Config, tmp_path: Path) -> None:
@@ -216,7 +237,7 @@ def test_scores_that_are_none_are_counted_and_stop_the_scan(twin: Config, tmp_pa
 
 
 def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_path: Path) -> None:
-    """A refined unit in storage is used as it is: a NaN put into one shows up in the counts, and never in the tables."""
+    """A refined unit in storage is used as it is: a NaN put into one is in the counts, and never in the tables."""
     config = disturbed(twin, tmp_path, "cluster.num_workers=1")
     shutil.copytree(twin.output, config.output)
     [unit] = (tmp_path / "run" / "refined").glob("*/*.parquet")
@@ -238,6 +259,7 @@ def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_
 # --- a second driver -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path) -> None:
     """From the very start: factors of their own, prepared and fitted by both."""
     config = disturbed(
@@ -265,3 +287,22 @@ def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path) -> None:
     assert not errors
     assert_same_answer(config, twin)
     assert_counts_add_up(config)
+
+
+def test_factors_that_another_driver_finished_meanwhile_are_taken(
+    twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes the partial sums when it is done, under the hands of this one."""
+    factors = tmp_path / "factors"
+    sums = fit._lambda
+
+    def meanwhile(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
+        sums(run, plan, corpus)
+        shutil.copytree(twin.factors.path or "", factors, dirs_exist_ok=True)
+        shutil.rmtree(factors / "covariance")
+        shutil.rmtree(factors / "lambda")
+
+    monkeypatch.setattr(fit, "_lambda", meanwhile)
+    config = disturbed(twin, tmp_path, f"factors.path={factors}", "cluster.num_workers=1")
+    answer(config)
+    assert_same_answer(config, twin)

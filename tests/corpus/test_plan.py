@@ -96,3 +96,12 @@ def test_a_plan_of_another_schema_or_another_sample_is_refused() -> None:
         Plan.from_json({**value, "schema_version": 99})
     with pytest.raises(RunError, match="draws another sample of 10 sequences"):
         Plan.from_json({**value, "selection": {**value["selection"], "digest": "0" * 64}})
+
+
+@pytest.mark.parametrize("size", [100, 37])
+def test_positions_and_numbers_lead_to_each_other(size: int) -> None:
+    selection = Selection.of(100, size, seed=3)
+    ids = selection.ids()
+    positions = np.array([0, 5, size - 1])
+    assert selection.at(positions).tolist() == ids[positions].tolist()
+    assert selection.positions(selection.at(positions)).tolist() == positions.tolist()

@@ -256,6 +256,21 @@ def test_margins_add_up_and_counts_add_up(base: Config) -> None:
     assert counts["published"]["rows"] == read_top(base.output).num_rows
 
 
+def test_the_summary_says_what_the_compression_cost(base: Config, tmp_path: Path) -> None:
+    """On a sample that is the whole corpus, the report is the correlation of the two runs' dense scores."""
+    low = variant(base, tmp_path / "low", "scan.scores=all", "scan.rank=2", "scan.check_sequences=40")
+    full = variant(base, tmp_path / "full", "scan.scores=all", "scan.rank=null")
+    answer(low)
+    answer(full)
+    assert read_summary(full.output)["approximation"] is None
+    report = read_summary(low.output)["approximation"]
+    assert report["sequences"] == 40
+    for query, scores in enumerate(dense(low)):
+        found = report["queries"][f"q{query}"]
+        assert found["pearson"] == pytest.approx(np.corrcoef(scores, dense(full)[query])[0, 1], abs=1e-5)
+        assert found["low"] < found["pearson"] < found["high"] < 1
+
+
 def test_token_queries_add_up_to_the_completion(base: Config, tmp_path: Path) -> None:
     config = variant(base, tmp_path, "queries.measure=tokens", "scan.scores=all", "scan.rank=null")
     whole = variant(base, tmp_path / "whole", "scan.scores=all", "scan.rank=null")

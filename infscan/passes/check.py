@@ -1,0 +1,59 @@
+"""What the compression costs: a sample of sequences scored with the query batch and with full-rank query gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infscan.influence.layers import Layer
+from infscan.influence.score import LayerQueries, score_layer
+from infscan.model.measure import next_tokens, summed_losses
+from infscan.passes.queries import Inverse, on_device, preconditioned
+from infscan.passes.rank import Rank
+from infscan.queries import Query
+from infscan.storage import Store
+
+
+@dataclass(frozen=True)
+class CheckTask:
+    """The sample, for a group of queries and of layers. columns: the queries' places in the query batch."""
+
+    corpus: Store
+    sequence_ids: np.ndarray
+    queries: tuple[Query, ...]
+    columns: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    inverse: Inverse
+    query_batch: str
+    tokens_per_batch: int
+
+
+def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
+    batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
+    P = preconditioned(rank, task.queries, task.layers, task.inverse)
+    full = {layer.name: LayerQueries.full(P.pop(layer.name)) for layer in task.layers}
+    sequences = rank.corpus(task.corpus).read(task.sequence_ids)
+    columns = rank.to_device(np.asarray(task.columns, np.int64))
+    shape = (len(sequences), len(task.queries))
+    approximate_nq = torch.zeros(shape, dtype=torch.float64, device=rank.device)
+    exact_nq = torch.zeros(shape, dtype=torch.float64, device=rank.device)
+    for batch in rank.batches(sequences, task.tokens_per_batch):
+        rows = rank.to_device(batch.rows)
+
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, rows: Tensor = rows) -> None:
+            approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
+            exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
+
+        targets = next_tokens(batch.ids_bt, batch.mask_bt)
+
+        def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
+            return summed_losses(logits_btv, *targets)
+
+        rank.backward(batch, task.layers, loss, consume)
+    approximate_nq, exact_nq = rank.reduce(approximate_nq), rank.reduce(exact_nq)
+    return (approximate_nq.cpu().numpy(), exact_nq.cpu().numpy()) if rank.leads else None

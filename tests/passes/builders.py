@@ -1,0 +1,91 @@
+"""Ranks made by hand, a small prepared corpus and factors fitted on it: every pass without Ray."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+from infscan.config import DampingConfig, Labels, ModelConfig, Packing, Solver
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.plan import Selection
+from infscan.model.architecture import describe
+from infscan.model.load import Place
+from infscan.passes.factor_store import FactorsPlan, layer_groups
+from infscan.passes.factors import (
+    FitTask,
+    covariance_task,
+    decompose_layer,
+    finish_layer,
+    lambda_task,
+    slice_bounds,
+)
+from infscan.passes.queries import Inverse
+from infscan.passes.rank import Rank, RankSettings
+from infscan.storage import Store
+from tests.corpus.builders import prepare, settings, token_rows, write_rows
+from tests.runtime.builders import CONTEXT, tiny_model
+
+SEED = 5
+
+
+def one_rank(folder: Path, family: str = "gpt_neox", tracked: str = "mlp") -> Rank:
+    """The only rank of its group, with a tiny model."""
+    architecture = describe(str(tiny_model(folder, family=family)), tracked)
+    model = ModelConfig(path=str(folder), tracked=tracked)
+    return Rank(RankSettings(model, architecture.layers, sharded=False), Place())
+
+
+def as_rank(rank: Rank, number: int, world: int) -> Rank:
+    """The same model in another place; it deals as in a group, and cannot reduce."""
+    other = copy.copy(rank)
+    other.place = replace(rank.place, rank=number, world=world)
+    other._cache = {}
+    return other
+
+
+def small_corpus(folder: Path, count: int = 24) -> PreparedCorpus:
+    """Documents of 1 to CONTEXT tokens, one sequence each."""
+    rows = [row for row in token_rows(count, seed=1, longest=CONTEXT) if row["tokens"]]
+    write_rows(folder / "in.jsonl", rows)
+    return prepare(folder / "in.jsonl", folder / "out", settings(Packing.document, CONTEXT))[1]
+
+
+def fit_plan(
+    rank: Rank, corpus: PreparedCorpus, *, slices: int = 1, tokens_per_batch: int = 256, group_bytes: int = 1 << 30
+) -> FactorsPlan:
+    return FactorsPlan(
+        fields={"corpus": corpus.fingerprint, "seed": SEED},
+        layers=rank.layers,
+        selection=Selection.of(corpus.sequences),
+        slices=slice_bounds(corpus.sequences, slices),
+        groups=layer_groups(rank.layers, group_bytes),
+        tokens_per_batch=tokens_per_batch,
+    )
+
+
+def fit_tasks(
+    store: Store, corpus: PreparedCorpus, plan: FactorsPlan, labels: Labels, *, draw: bool = False
+) -> list[FitTask]:
+    """Every (layer group, slice), the first group first; with `draw` that one draws the labels."""
+    return [
+        FitTask(store, corpus.store, plan, group, index, labels, SEED, draw and group == 0)
+        for group in range(len(plan.groups))
+        for index in range(len(plan.slices))
+    ]
+
+
+def fit(
+    rank: Rank, store: Store, corpus: PreparedCorpus, plan: FactorsPlan, labels: Labels = Labels.sampled
+) -> Inverse:
+    """All of it: covariance, eigenbases, Lambda."""
+    rank.forget()
+    for task in fit_tasks(store, corpus, plan, labels, draw=labels is Labels.sampled):
+        covariance_task(rank, task)
+    for layer in plan.layers:
+        decompose_layer(store, plan, layer)
+    for task in fit_tasks(store, corpus, plan, labels):
+        lambda_task(rank, task)
+    for layer in plan.layers:
+        finish_layer(store, plan, layer)
+    return Inverse(store, Solver.ekfac, DampingConfig())

@@ -1,0 +1,126 @@
+"""Factors in storage: byte ranges read what whole files hold, plans come back as they were, groups cover the layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.plan import Selection
+from infscan.errors import FactorsError
+from infscan.influence.layers import Layer
+from infscan.passes.factor_store import (
+    COMPLETE,
+    PLAN,
+    FactorsPlan,
+    layer_groups,
+    read_factors,
+    read_facts,
+    read_tensor,
+    read_tensors,
+    write_tensors,
+)
+from infscan.passes.queries import Inverse
+from infscan.passes.rank import Rank
+from infscan.storage import Store
+from tests.passes.builders import fit_plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32])
+def test_a_byte_range_reads_what_the_whole_file_holds(tmp_path: Path, dtype: torch.dtype) -> None:
+    store = Store(str(tmp_path))
+    torch.manual_seed(0)
+    tensors = {
+        "matrix": (100 * torch.randn(7, 5)).to(dtype),
+        "turned": (100 * torch.randn(3, 4)).to(dtype).T,
+        "one": (100 * torch.randn(1)).to(dtype),
+        "cube": (100 * torch.randn(2, 3, 4)).to(dtype),
+    }
+    write_tensors(store, "file", tensors, {"who": "me"})
+    whole = read_tensors(store, "file")
+    assert whole.keys() == tensors.keys()
+    for key, value in tensors.items():
+        part = read_tensor(store, "file", key)
+        assert part.dtype == dtype
+        assert torch.equal(part, value)
+        assert torch.equal(whole[key], value)
+    assert read_facts(store, "file") == {"who": "me"}
+
+
+def test_a_file_without_facts_has_none(tmp_path: Path) -> None:
+    write_tensors(Store(str(tmp_path)), "file", {"x": torch.zeros(1)})
+    assert read_facts(Store(str(tmp_path)), "file") == {}
+
+
+_SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=8)
+
+
+def layers_of(shapes: list[tuple[int, int, bool]]) -> tuple[Layer, ...]:
+    return tuple(Layer(f"l{n}", outputs, inputs, bias, f"l{n}") for n, (outputs, inputs, bias) in enumerate(shapes))
+
+
+@given(
+    shapes=_SHAPES,
+    total=st.integers(1, 1000),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 9),
+    tokens=st.integers(1, 9999),
+    slices=st.integers(1, 9),
+)
+def test_a_plan_comes_back_from_json(
+    shapes: list[tuple[int, int, bool]], total: int, share: float, seed: int, tokens: int, slices: int
+) -> None:
+    layers = layers_of(shapes)
+    plan = FactorsPlan(
+        fields={"model": "abc", "seed": seed, "tracked": [layer.name for layer in layers], "tokenizer": None},
+        layers=layers,
+        selection=Selection.of(total, max(1, int(share * total)), seed),
+        slices=tuple((n, n + 1) for n in range(slices)),
+        groups=layer_groups(layers, 1 << 20),
+        tokens_per_batch=tokens,
+    )
+    back = FactorsPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert back == plan
+    assert back.fingerprint == plan.fingerprint
+    assert back.selection.ids().tolist() == plan.selection.ids().tolist()
+    assert [layer for index in range(len(back.groups)) for layer in back.group(index)] == list(layers)
+
+
+@given(shapes=_SHAPES, max_bytes=st.integers(1, 100_000))
+def test_layer_groups_cover_in_order_within_the_bound(shapes: list[tuple[int, int, bool]], max_bytes: int) -> None:
+    layers = layers_of(shapes)
+    need = {layer.name: 4 * (layer.inputs**2 + layer.outputs**2 + layer.size) for layer in layers}
+    if max(need.values()) > max_bytes:
+        with pytest.raises(FactorsError, match=rf"factors\.max_group_bytes={max_bytes}; raise it"):
+            layer_groups(layers, max_bytes)
+        return
+    groups = layer_groups(layers, max_bytes)
+    assert [name for group in groups for name in group] == [layer.name for layer in layers]
+    assert all(groups)
+    for group, following in zip(groups, (*groups[1:], None), strict=True):
+        used = sum(need[name] for name in group)
+        assert used <= max_bytes
+        # No group ends early.
+        assert following is None or used + need[following[0]] > max_bytes
+
+
+def test_only_complete_factors_are_read(rank: Rank, corpus: PreparedCorpus, inverse: Inverse, tmp_path: Path) -> None:
+    with pytest.raises(FactorsError, match=r"has no factors\.json.*jobs/fit\.py"):
+        read_factors(str(tmp_path))
+    plan = fit_plan(rank, corpus)
+    inverse.factors.write_json(PLAN, plan.to_json())
+    inverse.factors.write_json(COMPLETE, {"fingerprint": plan.fingerprint})
+    factors = read_factors(inverse.factors.uri)
+    assert list(factors) == [layer.name for layer in rank.layers]
+    for layer in rank.layers:
+        found = factors[layer.name]
+        assert found.A.shape == found.Q_A.shape == (layer.inputs, layer.inputs)
+        assert found.S.shape == found.Q_S.shape == (layer.outputs, layer.outputs)
+        assert found.Lambda.shape == (layer.outputs, layer.inputs)
+        torch.testing.assert_close(found.Q_A @ found.A_eigenvalues.diag() @ found.Q_A.T, found.A, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.Q_S.T @ found.Q_S, torch.eye(layer.outputs), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,129 @@
+"""What the corpus says is shown, and never obeyed: no markup, no escape, no line of its own."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infscan.report.terminal import asked, excerpt, one_line, show
+from infscan.results.publish import SUCCESS, Publisher
+from infscan.storage import Store
+from tests.results.builders import LAYERS, published, ranked
+
+COUNTS = {"counts": {"scanned": {"sequences": 1644, "tokens": 91000}}}
+NASTY = {
+    "markup": "[bold red]loud[/bold red] [link=http://x]here[/link] [/]",
+    "ANSI escapes": "\x1b[31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x07 \x9b2J",
+    "newlines": "first\nsecond\r\nthird\x0bfourth\u2028fifth\u0085sixth\ttab",
+    "bidirectional marks": "abc\u202edef\u2066ghi\u200f",
+    "other controls": "a\x00b\x08c\x7fd\ue000e",
+}
+
+
+def question(query_id: str, **changes: Any) -> dict[str, Any]:
+    row = {"id": query_id, "measure": "completion", "prompt": "The capital is", "completion": " Paris", "parts": []}
+    return row | changes
+
+
+def a_run(
+    folder: Path, text: str | None, document: str = "doc", questions: list[dict[str, Any]] | None = None
+) -> Store:
+    """The published run of tests/results, with this text and document id in every row."""
+    store = Store(str(folder))
+    published(store)
+    publisher = Publisher(store, LAYERS, None if text is None else lambda _: text, "print")
+    provenance = publisher.write_sequences([("shard-000000", [1, 2, 3]), ("shard-000001", [11, 12])])
+    groups = [
+        ranked("alpha", "proponent", {3: 2.0, 1: 5.0, 12: 3.0}) + ranked("alpha", "opponent", {11: -4.0, 2: -1.0}),
+        ranked("beta#1", "proponent", {1: 0.5}),
+    ]
+    publisher.write_rows(groups, {key: (document, source) for key, (_, source) in provenance.items()})
+    publisher.remove_stale()
+    asked_for = questions or [question("alpha"), question("beta#0"), question("beta#1")]
+    store.write("queries/queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in asked_for).encode())
+    store.write_json("summary.json", COUNTS)
+    store.write(SUCCESS, b"")
+    return store
+
+
+def shown(store: Store, capsys: pytest.CaptureFixture[str], **options: int) -> list[str]:
+    capsys.readouterr()
+    show(store.uri, **options)
+    out = capsys.readouterr().out
+    assert all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp", "Co") for c in out)
+    return out.split("\n")
+
+
+def test_the_strongest_of_each_side_by_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(a_run(tmp_path, "some words"), capsys)
+    start = lines.index("alpha: The capital is → Paris")
+    assert [line.split()[:2] for line in lines[start + 1 : start + 6]] == [
+        ["+1", "+5"],
+        ["+2", "+3"],
+        ["+3", "+2"],
+        ["-1", "-4"],
+        ["-2", "-1"],
+    ]
+    assert all(line.endswith("some words") for line in lines[start + 1 : start + 6])
+    assert lines[lines.index("beta#0: The capital is → Paris") + 1] == "  no sequence moved it"
+    assert "1,644 sequences, 91,000 tokens scanned." in lines
+    assert any(line.strip().startswith("top/") for line in lines)
+    fewer = shown(a_run(tmp_path, "some words"), capsys, rows=1)
+    assert sum(line.endswith("some words") for line in fewer) == 3
+
+
+@pytest.mark.parametrize("kind", NASTY)
+@pytest.mark.parametrize("where", ["text", "document id", "prompt", "completion"])
+def test_nothing_of_the_corpus_is_obeyed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, where: str
+) -> None:
+    """The same number of lines as for harmless text, and every printable character as it is."""
+    text, nasty = "harmless", NASTY[kind]
+    plain = shown(a_run(tmp_path / "plain", text), capsys)
+    questions = [question("alpha", **({where: nasty} if where in ("prompt", "completion") else {})), question("beta#1")]
+    run = a_run(
+        tmp_path / "nasty",
+        nasty if where == "text" else text,
+        nasty if where == "document id" else "doc",
+        [*questions[:1], question("beta#0"), *questions[1:]],
+    )
+    lines = shown(run, capsys)
+    assert len(lines) == len(plain)
+    wanted = one_line(nasty)[:32]
+    assert any(wanted in line for line in lines)
+    assert all(word in "\n".join(lines) for word in one_line(nasty)[:32].split())
+
+
+def test_token_ids_stand_where_there_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(a_run(tmp_path, None), capsys)
+    assert lines[lines.index("alpha: The capital is → Paris") + 1].endswith("1 2 3 4 5")
+
+
+def test_a_run_folder_named_like_markup_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = [question(f"q{n}") for n in range(15)]
+    run = a_run(tmp_path / "[bold]run[red]", "words", questions=many)
+    lines = shown(run, capsys)
+    assert run.uri in lines
+    assert f"... and 3 queries more in {run.uri}/top/" in lines
+
+
+@given(st.text(max_size=300), st.integers(2, 100))
+def test_an_excerpt_is_one_printable_line(text: str, length: int) -> None:
+    line = excerpt(text, [], length)
+    assert len(line) <= length
+    assert line.isprintable()
+    assert excerpt(line, [], length) in (line, " ".join(line.split()))
+
+
+def test_a_question_says_what_was_measured() -> None:
+    ids = {"input_ids": [1, 2, 3, 4], "positions": [2, 3], "sign": 1.0}
+    assert asked(question("q")) == "The capital is → Paris"
+    assert asked(question("q", measure="first")) == "The capital is → Paris (its first token)"
+    assert asked(question("q#0", measure="tokens")) == "The capital is → Paris (one of its tokens)"
+    assert asked(question("q", prompt=None, completion=None, parts=[ids])) == "4 tokens, measured on 2"
