@@ -1,7 +1,7 @@
-"""Rebuild the embedded demo: its corpus (corpus=path), tokenizer, model, queries and record, into infscan/demo.
+"""Rebuild the embedded demo: its corpus (minipile=path), tokenizer, model, queries and record, into infscan/demo.
 
 python jobs/train_demo.py                               trains on the embedded corpus as it is
-python jobs/train_demo.py corpus=some/corpus.jsonl.gz   selects a corpus from a larger one first
+python jobs/train_demo.py minipile=some/corpus.jsonl.gz selects a corpus from a larger one first
 """
 
 import gzip
@@ -35,7 +35,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def make_corpus(cfg: DictConfig, folder: Path) -> None:
-    chosen = demo.select_documents(read_rows(Path(cfg.corpus)), cfg.documents + cfg.heldout, cfg.characters, cfg.seed)
+    chosen = demo.select_documents(read_rows(Path(cfg.minipile)), cfg.documents + cfg.heldout, cfg.characters, cfg.seed)
     kept, heldout = demo.hold_out(chosen, cfg.heldout, cfg.seed)
     write_rows(folder / "corpus.jsonl.gz", demo.with_planted(kept, cfg.seed))
     write_rows(folder / "heldout.jsonl.gz", heldout)
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     folder = Path(cfg.output)
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    if cfg.corpus is not None:
+    if cfg.minipile is not None:
         make_corpus(cfg, folder)
     rows, heldout_rows = read_rows(folder / "corpus.jsonl.gz"), read_rows(folder / "heldout.jsonl.gz")
     write_rows(folder / "planted.jsonl", demo.planted_rows(rows))

@@ -22,8 +22,8 @@ REPORT = "approximation.json"
 def check(run: Run, plan: Plan, corpus: PreparedCorpus, batch: QueryBatch, factors: Factors) -> dict[str, Any] | None:
     """Agreement of the scan's scores with full-rank ones over a uniform sample of the planned sequences, per query.
 
-    None where the scan is at full rank already (scan.rank=null), or with scan.check_sequences=0. A report that an
-    earlier process wrote for the same query batch is read back.
+    None where the scan is at full rank already (scan.rank=null), with scan.check_sequences=0, or (with a warning) where
+    the sample cannot be read. A report that an earlier process wrote for the same query batch is read back.
     """
     config = run.config
     wanted = min(config.scan.check_sequences, plan.selection.size)
@@ -60,7 +60,13 @@ def check(run: Run, plan: Plan, corpus: PreparedCorpus, batch: QueryBatch, facto
             exact[:, columns] += result[1]
             phase.advance(sequences=wanted)
 
-        run.pool.run(range(len(cells)), check_task, task, on_done, batch.arrays)
+        def on_given_up(unit: int, reason: str) -> None:
+            # The shard that cannot be read is the scan's to quarantine; a sample without it would not be uniform.
+            run.telemetry.warn(f"the scan's approximation could not be measured: {reason}")
+
+        given_up = run.pool.run(range(len(cells)), check_task, task, on_done, batch.arrays, on_given_up=on_given_up)
+    if given_up:
+        return None
     finite = np.isfinite(approximate).all(axis=1) & np.isfinite(exact).all(axis=1)
     found = agreement(approximate[finite], exact[finite], config.seed)
     by_query = {query.id: _plain(asdict(row)) for query, row in zip(run.queries, found, strict=True)}

@@ -66,9 +66,14 @@ def prepare(
     files = expand(config.path)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
-        corpus = open_corpus(store)
-        _check_same(config, corpus, files, prepare_settings(config, pack, digest))
-        return corpus
+        try:
+            corpus = open_corpus(store)
+        except CorpusError as error:
+            # What is missing or cut off is made again from the same files; whole parts are kept.
+            telemetry.warn(f"{error} It is prepared again now.")
+        else:
+            _check_same(config, corpus, files, prepare_settings(config, pack, digest))
+            return corpus
     with telemetry.phase("prepare", len(files), "files") as phase:
         for summary in _on_ray(config, pack, architecture.folder, store, files):
             phase.advance(sequences=summary["sequences"], tokens=summary["tokens"])

@@ -60,7 +60,7 @@ def planted_partitions(path: str) -> dict[str, dict[str, Partition]]:
     """fact -> document id -> partition, from the record of planted documents (JSONL)."""
     folder, _, name = path.rpartition("/")
     facts: dict[str, dict[str, Partition]] = defaultdict(dict)
-    for line in Store(folder).read(name).decode().splitlines():
+    for line in Store(folder).read(name).splitlines():
         row = json.loads(line)
         facts[row["fact"]][row["id"]] = Partition(row["partition"])
     return dict(facts)
@@ -85,7 +85,7 @@ def tfidf_scores(uri: str) -> dict[str, dict[str, float]]:
     corpus = open_corpus(store / "corpus")
     sequences = corpus.read(np.arange(corpus.sequences))
     idf = document_frequencies((sequence.token_ids for sequence in sequences), corpus.vocab_size).idf()
-    rows = [json.loads(line) for line in store.read("queries/queries.jsonl").decode().splitlines()]
+    rows = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]
     queries = [np.asarray(row["parts"][0]["input_ids"], np.int64) for row in rows]
     numbered = ((sequence.sequence_id, sequence.token_ids) for sequence in sequences)
     matches = top_matches(numbered, queries, idf, len(sequences))

@@ -151,9 +151,8 @@ def test_a_poison_shard_is_quarantined_and_a_rerun_finishes_it(twin: Config, tmp
     part = corpus / "part-00011.parquet"
     sound = part.read_bytes()
     damage(part)
-    # No check: its sample would meet the damage before the scan does.
     cluster = ("cluster.num_workers=1", "cluster.max_attempts=2")
-    settings = (f"corpus.path={corpus}", "scan.check_sequences=0", *cluster)
+    settings = (f"corpus.path={corpus}", *cluster)
     config = disturbed(twin, tmp_path, *settings)
 
     with pytest.raises(RunError, match=r"1 shards are quarantined \(shard-000011; see in .*allow_quarantined=0"):

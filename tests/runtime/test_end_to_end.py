@@ -141,8 +141,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
 
 
 def variant(base: Config, tmp_path: Path, *overrides: str) -> Config:
-    root = Path(base.output).parent
-    return small_run(root, f"factors.path={base.factors.path}", f"output={tmp_path / 'run'}", *overrides)
+    """Another run over base's prepared corpus and factors."""
+    shared = (f"corpus.path={base.output}/corpus", f"factors.path={base.factors.path}")
+    return small_run(Path(base.output).parent, *shared, f"output={tmp_path / 'run'}", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +180,12 @@ def test_each_rank_holds_half_of_the_parameters(base: Config, tmp_path: Path) ->
         assert rank["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+@pytest.mark.parametrize("labels", ["sampled", pytest.param("empirical", marks=pytest.mark.slow)])
 def test_factors_do_not_depend_on_workers_or_ranks(base: Config, tmp_path: Path, labels: str) -> None:
     fitted = {}
     for name, cluster in {"one": [], "two": ["cluster.num_workers=2"], "ranks": ["cluster.ranks_per_worker=2"]}.items():
-        config = small_run(Path(base.output).parent, f"output={tmp_path / name}", f"factors.labels={labels}", *cluster)
+        own = f"factors.path={tmp_path / name}"
+        config = variant(base, tmp_path / name, own, f"factors.labels={labels}", *cluster)
         answer(config)
         fitted[name] = read_factors(config.factors.path or "")
     for name in ("two", "ranks"):
@@ -200,7 +202,7 @@ def test_an_object_store_holds_the_same_tables(base: Config, tmp_path: Path, s3:
     assert tables(config) == tables(base)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_other_families_are_sharded(family: str, tmp_path: Path) -> None:
     """Llama: grouped queries, no biases, gate and up share one A; GPT-2: Conv1D and tied embeddings.
 
