@@ -179,7 +179,9 @@ class _OpenPart:
                 stream = None
             _check_size(store, part, None if stream is None else stream.seek(0, 2))
             try:
-                self._file = stack.enter_context(pq.ParquetFile(stream, page_checksum_verification=True))
+                # A local file by its path: Arrow may let go of a Python stream while the interpreter ends, and abort.
+                source = store.local_path(part.name) or stream
+                self._file = stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
             except (pa.ArrowException, OSError) as error:
                 raise self._damaged(error) from error
             metadata = self._file.metadata

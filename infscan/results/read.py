@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infscan.errors import RunError
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.publish import SUCCESS
-from infscan.results.schema import footer_of
+from infscan.results.schema import footer_of, read_parquet
 from infscan.storage import Store
 
 
@@ -64,8 +63,7 @@ def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
     store = _finished(uri, unfinished)
     parts = []
     for entry in store.list(folder, suffix=".parquet"):
-        with store.open(entry.name) as stream:
-            table = pq.read_table(stream)
+        table = read_parquet(store, entry.name)
         footer_of(table.schema, f"{uri}/{entry.name}")
         parts.append(table.replace_schema_metadata(None))
     if not parts:

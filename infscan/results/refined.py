@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from infscan.results.schema import REFINED, footer_of, to_parquet
+from infscan.results.schema import REFINED, footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 
 FOLDER = "refined"
@@ -59,8 +58,7 @@ def write_unit(
 
 def read_unit(store: Store, path: str) -> tuple[list[str], dict[tuple[str, int], Margins]]:
     """The unit's layers (its part of the tracked ones) and the margins of its rows."""
-    with store.open(path) as stream:
-        table = pq.read_table(stream)
+    table = read_parquet(store, path)
     layers: list[str] = footer_of(table.schema, f"{store.uri}/{path}")["layers"]
     rows = table.to_pydict()
     margins = {

@@ -9,10 +9,12 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infscan.errors import RunError
+from infscan.storage import Store
 
 SCHEMA_VERSION = 1
 _FOOTER = b"infscan"
@@ -89,6 +91,21 @@ def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_statistics=True)
     return sink.getvalue()
+
+
+def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as a table, with its footer in the schema's metadata.
+
+    Read from memory that Arrow owns: its threads may let go of a Python object's memory while the interpreter ends,
+    which aborts the process after its work is done.
+
+    Raises:
+        StorageError: where the file is missing or refused.
+    """
+    data = store.read(name)
+    owned = pa.allocate_buffer(len(data))
+    np.frombuffer(owned, np.uint8)[:] = np.frombuffer(data, np.uint8)
+    return pq.read_table(pa.BufferReader(owned), columns=columns)
 
 
 def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.schema import CANDIDATES, footer_of, to_parquet
+from infscan.results.schema import CANDIDATES, footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 
 FOLDER = "shards"
@@ -86,10 +85,8 @@ def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits,
         RunError: where a hit belongs to a query that is not among `query_ids`.
     """
     path = shard_path(name)
-    with store.open(path) as stream:
-        file = pq.ParquetFile(stream)
-        counts = ShardCounts(**footer_of(file.schema_arrow, f"{store.uri}/{path}")["counts"])
-        table = file.read(columns=["sequence_id", "hits"])
+    table = read_parquet(store, path, ["sequence_id", "hits"])
+    counts = ShardCounts(**footer_of(table.schema, f"{store.uri}/{path}")["counts"])
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
     sequence_ids = pc.take(table["sequence_id"], parents)
@@ -118,6 +115,5 @@ def read_candidates(store: Store, name: str, sequence_ids: NDArray[np.int64], *,
     """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, just sequence_id and token_ids)."""
     everything = [column for column in CANDIDATES.names if column != "hits"]
     columns = ["sequence_id", "token_ids"] if tokens_only else everything
-    with store.open(shard_path(name)) as stream:
-        table = pq.read_table(stream, columns=columns)
+    table = read_parquet(store, shard_path(name), columns)
     return table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids))).replace_schema_metadata(None)

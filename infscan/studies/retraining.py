@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -25,7 +24,7 @@ from infscan.model.architecture import describe
 from infscan.queries import Query, queries_fingerprint
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores
-from infscan.results.schema import to_parquet
+from infscan.results.schema import read_parquet, to_parquet
 from infscan.storage import MissingError, Store, open_input
 from infscan.truth import lds, qld
 from infscan.truth.retrain import LanguageModelTrainer, Retrainer, check_affordable, left_out, trainings
@@ -162,8 +161,8 @@ class RetrainingStudy:
             RunError: where a run scanned another model or corpus, or a sequence, a query or a finite score is missing.
         """
         if uri.endswith(".parquet"):
-            with open_input(uri) as stream:
-                table = pq.read_table(stream)
+            folder, _, name = uri.rpartition("/")
+            table = read_parquet(Store(folder or "."), name)
         else:
             self._check_run(uri)
             table = read_scores(uri)
@@ -271,8 +270,7 @@ class RetrainingStudy:
 
     def missed(self) -> list[str]:
         """The sentences that lds/left_out.parquet comes to."""
-        with self.store.open(f"{FOLDER}/left_out.parquet") as stream:
-            rows = pq.read_table(stream).to_pylist()
+        rows = read_parquet(self.store, f"{FOLDER}/left_out.parquet").to_pylist()
         return [
             f"{row['query_id']}: {len(row['rows'])} of {row['of']} trainings ({row['trainings']}) saw none of the "
             "sequences that state its fact"
