@@ -21,9 +21,9 @@ from infscan.errors import ConfigError
 from infscan.model.architecture import model_folder
 from infscan.queries import read_queries
 from infscan.storage import Store
-from infscan.studies.retraining import MODEL, RetrainingStudy, Sizes, Study, lines, read_proponents
+from infscan.studies.retraining import MODEL, RetrainingStudy, Study, lines, read_proponents
 from infscan.telemetry import sentences
-from infscan.truth.train import TrainingSettings
+from infscan.truth.train import Sizes, TrainingSettings
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
 

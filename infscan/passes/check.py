@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.queries import Inverse, on_device, preconditioned
 from infscan.passes.rank import Rank
 from infscan.queries import Query
@@ -49,11 +48,6 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
             approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
             exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
 
-        targets = next_tokens(batch.ids_bt, batch.mask_bt)
-
-        def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
-            return summed_losses(logits_btv, *targets)
-
-        rank.backward(batch, task.layers, loss, consume)
+        rank.backward(batch, task.layers, rank.training_loss(batch), consume)
     approximate_nq, exact_nq = rank.reduce(approximate_nq), rank.reduce(exact_nq)
     return (approximate_nq.cpu().numpy(), exact_nq.cpu().numpy()) if rank.leads else None

@@ -19,6 +19,7 @@ from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
+from infscan.model.measure import next_tokens, summed_losses
 from infscan.storage import Store
 
 T = TypeVar("T")
@@ -89,6 +90,11 @@ class Rank:
         if self.device.startswith("cuda"):
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+    def training_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """loss(logits_btv) -> [B]: every sequence's summed -log p of its own next tokens; a dummy batch gives zero."""
+        targets_bt, weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)
+        return lambda logits_btv: summed_losses(logits_btv, targets_bt, weights_bt)
 
     def backward(
         self,

@@ -12,7 +12,6 @@ from torch import Tensor
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_tokens
-from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.queries import Inverse, preconditioned
 from infscan.passes.rank import Rank
 from infscan.queries import Query
@@ -64,12 +63,7 @@ def refine_task(rank: Rank, task: RefineTask) -> int:
                 token_scores[targets, :T] += scores_nt
                 layer_scores[targets, column[layer.name]] = scores_nt.sum(dim=1)
 
-        targets = next_tokens(batch.ids_bt, batch.mask_bt)
-
-        def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
-            return summed_losses(logits_btv, *targets)
-
-        rank.backward(batch, task.layers, loss, consume)
+        rank.backward(batch, task.layers, rank.training_loss(batch), consume)
     layer_scores, token_scores = rank.reduce(layer_scores), rank.reduce(token_scores)
     if rank.leads:
         by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()

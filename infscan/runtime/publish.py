@@ -91,9 +91,10 @@ def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> 
             for side in run.config.sides:
                 mine = (best.queries == query) & (best.sides == SIDES.index(side))
                 ids, scores = best.sequence_ids[mine], best.scores[mine]
-                rows += rank_rows(query_id, side, ids, scores, joined, run.config.scan.top_k)
+                refined_rows = {int(sequence_id): joined(int(sequence_id)) for sequence_id in ids}
+                rows += rank_rows(query_id, side, ids, scores, refined_rows.__getitem__, run.config.scan.top_k)
                 # In float32, as they are ranked and published.
-                nonfinite += sum(not np.isfinite(np.float32(joined(int(index)).score)) for index in ids)
+                nonfinite += sum(not np.isfinite(np.float32(row.score)) for row in refined_rows.values())
             yield rows, nonfinite
 
 
@@ -102,9 +103,8 @@ def _summary(
 ) -> dict:
     """Counts that add up: what was read, scanned, kept and published, and what was not."""
     shards = scanned.counts.values()
-    left_out = sum(
-        len(plan.ids(number)) for number in range(plan.num_shards) if plan.shard(number).name not in scanned.counts
-    )
+    planned = map(plan.shard, range(plan.num_shards))
+    left_out = sum(len(shard) for shard in planned if shard.name not in scanned.counts)
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": run.inputs() | {"corpus": corpus.fingerprint},

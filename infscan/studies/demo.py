@@ -15,10 +15,12 @@ from dataclasses import asdict
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from infscan.errors import CorpusError
 from infscan.studies.facts import FACTS, Fact, planted_documents, stated_names
+from infscan.truth import train
+from infscan.truth.train import Sizes
 
 Row = dict[str, str]
 
@@ -94,20 +96,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], sequence_len
 
 def build_model(vocab_size: int, sequence_length: int, seed: int) -> GPTNeoXForCausalLM:
     """An untrained GPT-NeoX of 4 layers, width 128, 4 heads, MLP width 512, in float32."""
-    config = GPTNeoXConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=sequence_length,
-        bos_token_id=0,
-        eos_token_id=0,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPTNeoXForCausalLM(config)
+    return train.build_model(Sizes(layers=4, width=128, heads=4, mlp_width=512), vocab_size, sequence_length, seed)
 
 
 @torch.no_grad()

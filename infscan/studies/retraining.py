@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 from infscan.config import fingerprint
 from infscan.corpus.addressable import PreparedCorpus
@@ -28,7 +28,7 @@ from infscan.results.schema import read_parquet, to_parquet
 from infscan.storage import MissingError, Store, open_input
 from infscan.truth import lds, qld
 from infscan.truth.retrain import LanguageModelTrainer, Retrainer, check_affordable, left_out, trainings
-from infscan.truth.train import TrainingSettings
+from infscan.truth.train import Sizes, TrainingSettings, build_model
 
 FOLDER, RETRAINED, MODEL, RECIPE = "lds", "lds/retrained", "model", "lds/recipe.json"
 RANDOM = "random"
@@ -36,16 +36,6 @@ RANDOM = "random"
 _LEFT_OUT = pa.schema(
     [("trainings", pa.string()), ("query_id", pa.string()), ("rows", pa.list_(pa.int64())), ("of", pa.int64())]
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """An untrained GPT-NeoX, float32; vocabulary and context are the corpus's."""
-
-    layers: int = 2
-    width: int = 64
-    heads: int = 2
-    mlp_width: int = 256
 
 
 @dataclass(frozen=True)
@@ -67,26 +57,6 @@ class Study:
     random_draws: int = 2
     seed: int = 0
     max_hours: float = 2.0
-
-
-def build_model(sizes: Sizes, vocab_size: int, context: int, seed: int) -> GPTNeoXForCausalLM:
-    """The untrained model of a seed."""
-    if sizes.width % sizes.heads:
-        raise ConfigError(f"width={sizes.width} is not a multiple of heads={sizes.heads}; give one that is.")
-    config = GPTNeoXConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        intermediate_size=sizes.mlp_width,
-        max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=0,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPTNeoXForCausalLM(config)
 
 
 class RetrainingStudy:

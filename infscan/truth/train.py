@@ -14,11 +14,42 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from infscan.errors import ConfigError, CorpusError, ModelError
 from infscan.model.measure import next_tokens, summed_losses
 
 POOL_BATCHES = 16  # sequences are sorted by length within this many batches: little padding, still a random order
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """An untrained GPT-NeoX, float32; vocabulary and context are the corpus's."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 2
+    mlp_width: int = 256
+
+
+def build_model(sizes: Sizes, vocab_size: int, context: int, seed: int) -> GPTNeoXForCausalLM:
+    """The untrained model of a seed."""
+    if sizes.width % sizes.heads:
+        raise ConfigError(f"width={sizes.width} is not a multiple of heads={sizes.heads}; give one that is.")
+    config = GPTNeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=sizes.mlp_width,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPTNeoXForCausalLM(config)
 
 
 @dataclass(frozen=True)

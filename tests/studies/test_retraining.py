@@ -20,10 +20,10 @@ from infscan.errors import ConfigError, RunError
 from infscan.queries import Part, Query
 from infscan.results.dense import score_column
 from infscan.storage import Store
-from infscan.studies.retraining import RetrainingStudy, Sizes, Study, lines, read_proponents
+from infscan.studies.retraining import RetrainingStudy, Study, lines, read_proponents
 from infscan.truth.lds import actual, half_subsets
 from infscan.truth.retrain import measure_queries
-from infscan.truth.train import TrainingSettings
+from infscan.truth.train import Sizes, TrainingSettings
 from tests.corpus.builders import prepare, settings, write_rows
 
 STUDY = Study(
