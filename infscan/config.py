@@ -54,8 +54,16 @@ class Labels(StrEnum):
 
 
 class Solver(StrEnum):
+    """What stands for (G + lambda)^-1. cg and astra iterate from EK-FAC's solution, query by query."""
+
     ekfac = "ekfac"
     identity = "identity"
+    cg = "cg"
+    astra = "astra"
+
+    @property
+    def iterated(self) -> bool:
+        return self in (Solver.cg, Solver.astra)
 
 
 class Compression(StrEnum):
@@ -148,6 +156,24 @@ class DampingConfig:
 
 
 @dataclass
+class IterationConfig:
+    """How solver=cg and solver=astra iterate; G is of the factors' sequences.
+
+    steps: at most. tolerance: of the relative residual |v - (G + lambda) x| / |v|, where cg stops earlier.
+    batch: sequences that G is of, fixed (cg; null: all that the factors were fitted on) or drawn anew for every step
+    (astra; null: 32). step_size (astra): null for the largest that is stable on a few batches tried first; it falls to
+    zero over the steps. tokens_per_batch: padded tokens in one product.
+    """
+
+    steps: int = 50
+    tolerance: float = 1e-2
+    batch: int | None = None
+    momentum: float = 0.9
+    step_size: float | None = None
+    tokens_per_batch: int = 1024
+
+
+@dataclass
 class FactorsConfig:
     path: str | None = None
     corpus: FactorsCorpusConfig = field(default_factory=FactorsCorpusConfig)
@@ -155,7 +181,9 @@ class FactorsConfig:
     num_sequences: int = 10_000
     damping: DampingConfig = field(default_factory=DampingConfig)
     solver: Solver = Solver.ekfac
+    iteration: IterationConfig = field(default_factory=IterationConfig)
     slices: int = 8
+    blocks: int = 1
     max_group_bytes: int = 8 << 30
 
 
@@ -223,6 +251,7 @@ class Config:
         positive = {
             "factors.num_sequences": self.factors.num_sequences,
             "factors.slices": self.factors.slices,
+            "factors.blocks": self.factors.blocks,
             "factors.max_group_bytes": self.factors.max_group_bytes,
             "scan.top_k": self.scan.top_k,
             "scan.tokens_per_batch": self.scan.tokens_per_batch,
@@ -234,8 +263,13 @@ class Config:
             "cluster.deadline_s": self.cluster.deadline_s,
             "cluster.startup_s": self.cluster.startup_s,
             "factors.damping.relative": self.factors.damping.relative,
+            "factors.iteration.steps": self.factors.iteration.steps,
+            "factors.iteration.tolerance": self.factors.iteration.tolerance,
+            "factors.iteration.tokens_per_batch": self.factors.iteration.tokens_per_batch,
         }
         optional = {
+            "factors.iteration.batch": self.factors.iteration.batch,
+            "factors.iteration.step_size": self.factors.iteration.step_size,
             "factors.damping.absolute": self.factors.damping.absolute,
             "scan.rank": self.scan.rank,
             "scan.candidates": self.scan.candidates,
@@ -271,6 +305,15 @@ class Config:
             raise ConfigError(
                 f"model.sharding=none with cluster.ranks_per_worker={self.cluster.ranks_per_worker}: a worker's ranks "
                 "hold one copy of the model between them; use model.sharding=zero3, or more cluster.num_workers."
+            )
+        if not 0 <= self.factors.iteration.momentum < 1:
+            raise ConfigError(f"factors.iteration.momentum={self.factors.iteration.momentum}: from 0 to below 1.")
+        if self.factors.solver.iterated and (self.sharded or self.model.gradient_checkpointing):
+            raise ConfigError(
+                f"factors.solver={self.factors.solver.value} multiplies with the Gauss-Newton matrix of a whole model "
+                "by forward-mode differentiation, which neither a sharded model nor gradient checkpointing has; use "
+                "cluster.ranks_per_worker=1 with model.sharding=auto and model.gradient_checkpointing=false, or "
+                "factors.solver=ekfac."
             )
         if self.model.tracked not in ("mlp", "attention", "linear"):
             try:

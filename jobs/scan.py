@@ -13,6 +13,7 @@ from infscan.runtime.fit import fit, prepare_corpus
 from infscan.runtime.publish import publish
 from infscan.runtime.run import Run
 from infscan.runtime.scan import make_plan, query_batch, refine, scan
+from infscan.runtime.solve import solve
 from infscan.telemetry import sentences
 
 
@@ -25,6 +26,8 @@ def answer(config: Config) -> None:
         plan = make_plan(run, corpus)
         # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.
         factors = fit(run)
+        # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
+        factors = solve(run, factors)
         # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.
         batch = query_batch(run, factors)
         # How good is the compression? A sample, scored with it and without.
@@ -34,7 +37,7 @@ def answer(config: Config) -> None:
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, plan, scanned, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, plan, corpus, scanned, refined, approximation)
+        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration)
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="scan")

@@ -1,6 +1,9 @@
-"""Judge EK-FAC on a small model: its scores, and its rivals', against the damped inverse solved by conjugate gradients.
+"""Judge EK-FAC on a small model: its scores, and its rivals', against a ground truth.
 
-python jobs/validate.py model=demo corpus=demo queries=demo output=runs/validate
+python jobs/validate.py model=demo corpus=demo queries=demo output=runs/validate      # conjugate gradients
+python jobs/validate.py truth=pbrf validate.curvature_sequences=300 output=...        # responses of the same model
+python jobs/validate.py truth=pbrf_regression output=...                          # responses of an MLP on invented data
+Retraining has a job of its own: jobs/lds.py.
 """
 
 import logging
@@ -10,12 +13,19 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from infscan.config import from_hydra
-from infscan.report.against_cg import show
-from infscan.studies.against_cg import validate
-from infscan.studies.validation import ValidateJob
+from infscan.report.validation import show
+from infscan.studies import against_cg, against_pbrf, regression
+from infscan.studies.validation import PbrfConfig, RegressionConfig, Truth, TruthConfig, ValidateJob
 from infscan.telemetry import configure_logs, sentences
 
 ConfigStore.instance().store(name="validate_schema", node=ValidateJob)
+for schema in (TruthConfig, PbrfConfig, RegressionConfig):
+    ConfigStore.instance().store(group="truth", name=f"{schema.name.value}_schema", node=schema)
+STUDIES = {
+    Truth.cg: (against_cg.validate, "against_cg"),
+    Truth.pbrf: (against_pbrf.validate, "against_pbrf"),
+    Truth.pbrf_regression: (regression.validate, "against_pbrf_regression"),
+}
 log = logging.getLogger("infscan")
 
 
@@ -25,9 +35,11 @@ def main(cfg: DictConfig) -> None:
         configure_logs()
         config = from_hydra(cfg)
         assert isinstance(config, ValidateJob)
-        _, table, facts = validate(config, log.info)
+        config.truth.check()
+        study, name = STUDIES[config.truth.name]
+        _, table, facts = study(config, log.info)
         show(table, facts)
-        print(f"\nBy query: {config.output}/validate/against_cg.parquet")
+        print(f"\nBy query: {config.output}/validate/{name}.parquet")
 
 
 if __name__ == "__main__":

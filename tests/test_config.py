@@ -99,6 +99,7 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
         for key in (
             "factors.num_sequences",
             "factors.slices",
+            "factors.blocks",
             "factors.max_group_bytes",
             "factors.damping.relative",
             "factors.damping.absolute",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infscan.influence.blocks import BlockDiagonal
+
 
 def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool) -> Tensor:
     """Zero the padding of a layer's inputs and, where it has a bias, append the 1 that the bias multiplies.
@@ -17,10 +19,11 @@ def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool) -> Tensor:
     return torch.cat([a_bti, mask_bt1.to(a_bti.dtype)], dim=-1) if bias else a_bti
 
 
-def add_second_moment(total_nn: Tensor, x_btn: Tensor) -> None:
-    """total += sum over tokens of x x^T, in float32 or wider. Padding must be zero in x.
+def add_second_moment(total: BlockDiagonal, x_btn: Tensor) -> None:
+    """total += sum over tokens of x x^T, its diagonal blocks alone, in float32 or wider. Padding must be zero in x.
 
-    total_nn: [n, n]; x_btn: [B, T, n]. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
+    total: [n, n]; x_btn: [B, T, n]. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
     """
-    x_mn = x_btn.flatten(0, 1).to(total_nn.dtype)
-    total_nn.addmm_(x_mn.T, x_mn)
+    for block, x_btk in zip(total.blocks, x_btn.split(total.sizes, dim=-1), strict=True):
+        x_mk = x_btk.flatten(0, 1).to(block.dtype)
+        block.addmm_(x_mk.T, x_mk)

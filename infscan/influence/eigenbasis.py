@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from infscan.errors import FactorsError
+from infscan.influence.blocks import BlockDiagonal
 
 # Entries of rotated gradients held at once in the Lambda pass (float32: 256 MiB).
 _CHUNK_ENTRIES = 1 << 26
 
 
-def eigenbasis(moment_nn: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [n] (ascending) and eigenvectors [n, n] (columns) of a second moment.
+def eigenbasis(moment: BlockDiagonal, name: str) -> tuple[Tensor, BlockDiagonal]:
+    """Eigenvalues [n] (ascending in each block) and eigenvectors [n, n] (columns) of a second moment, block by block.
 
-    Symmetrised, decomposed in float64, returned in the dtype given.
+    Symmetrised, decomposed in float64, returned in the dtype given: one block at a time is held in float64.
 
     Raises:
         FactorsError: where an entry is NaN or infinite; `name` says which factor of which layer.
     """
-    if not bool(torch.isfinite(moment_nn).all()):
-        bad = int((~torch.isfinite(moment_nn)).sum())
+    check_finite(moment.blocks, name)
+    values, vectors = zip(*map(_eigh, moment.blocks), strict=True)
+    return torch.cat(values), BlockDiagonal(vectors)
+
+
+def check_finite(tensors: Iterable[Tensor], name: str) -> None:
+    """Refuse sums over the factors' corpus that are not finite.
+
+    Raises:
+        FactorsError: with the number of such entries; `name` says which factor of which layer.
+    """
+    bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+    if bad:
         raise FactorsError(
             f"{name} has {bad} entries that are NaN or infinite: the model's activations or gradients overflow on the "
             "factors' corpus; use model.dtype=float32, or look at the sequences of factors.corpus."
         )
-    wide = moment_nn.to(torch.float64)
+
+
+def _eigh(block_kk: Tensor) -> tuple[Tensor, Tensor]:
+    wide = block_kk.to(torch.float64)
     values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
-    return values.to(moment_nn.dtype), vectors.to(moment_nn.dtype)
+    return values.to(block_kk.dtype), vectors.to(block_kk.dtype)
 
 
 def rotate_tokens_first(T: int, O: int, I: int) -> bool:
-    """Whether rotating T tokens costs less than rotating the O x I gradient: T < O I (O + I) / (O^2 + I^2)."""
+    """Whether rotating T tokens costs less than rotating the O x I gradient: T < O I (O + I) / (O^2 + I^2).
+
+    Blocks divide both costs by their number.
+    """
     return T * (O * O + I * I) < O * I * (O + I)
 
 
-def add_squared_gradients(Lambda_oi: Tensor, s_bto: Tensor, a_bti: Tensor, Q_S: Tensor, Q_A: Tensor) -> None:
+def add_squared_gradients(
+    Lambda_oi: Tensor, s_bto: Tensor, a_bti: Tensor, Q_S: BlockDiagonal, Q_A: BlockDiagonal
+) -> None:
     """Lambda += sum over the batch's sequences of (Q_S^T g Q_A)^2, g = sum_t s_t a_t^T the sequence's summed gradient.
 
     s_bto: [B, T, O], a_bti: [B, T, I], zero on padding. Q_S: [O, O], Q_A: [I, I]. Lambda_oi: [O, I], float32 or wider.

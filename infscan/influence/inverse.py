@@ -24,12 +24,18 @@ def damping(Lambda_oi: Tensor, relative: float, absolute: float | None, name: st
     return value
 
 
+def to_core(P_qoi: Tensor, factors: LayerFactors) -> Tensor:
+    """C = Q_S^T P Q_A, [Q, O, I]: the matrices in the eigenbases."""
+    return factors.Q_S.T @ P_qoi @ factors.Q_A
+
+
 def inverse_core(V_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
     """C = (Q_S^T V Q_A) / (Lambda + lambda): the preconditioned gradients, still in the eigenbases.
 
-    V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (G23 equation 20).
+    V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (G23 equation 20). Q_S and Q_A rotate block by block; every
+    entry of V is kept, whichever pair of blocks it lies in.
     """
-    return (factors.Q_S.T @ V_qoi @ factors.Q_A) / (factors.Lambda + lam)
+    return to_core(V_qoi, factors) / (factors.Lambda + lam)
 
 
 def from_core(C_qoi: Tensor, factors: LayerFactors) -> Tensor:

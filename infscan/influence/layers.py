@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from infscan.influence.blocks import BlockDiagonal
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,18 @@ class Layer:
 class LayerFactors:
     """EK-FAC factors of one layer, float32 unless said otherwise. Never changed in place.
 
-    A (I x I), S (O x O): second moments per token. Q_A, Q_S: their eigenvectors in columns.
-    A_eigenvalues (I), S_eigenvalues (O). Lambda (O x I): corrected eigenvalues per sequence.
+    A (I x I), S (O x O): second moments per token, the diagonal blocks alone where there are several (factors.blocks).
+    Q_A, Q_S: their eigenvectors in columns, block by block. A_eigenvalues (I), S_eigenvalues (O), in the same order.
+    Lambda (O x I), every entry: corrected eigenvalues per sequence.
     """
 
-    A: Tensor
-    S: Tensor
-    Q_A: Tensor
-    Q_S: Tensor
+    A: BlockDiagonal
+    S: BlockDiagonal
+    Q_A: BlockDiagonal
+    Q_S: BlockDiagonal
     A_eigenvalues: Tensor
     S_eigenvalues: Tensor
     Lambda: Tensor
 
-    def to(self, device: str) -> LayerFactors:
-        return LayerFactors(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+    def to(self, device: str, dtype: torch.dtype | None = None) -> LayerFactors:
+        return LayerFactors(**{name: value.to(device, dtype, non_blocking=True) for name, value in vars(self).items()})

@@ -27,7 +27,7 @@ DEFAULT_LENGTH = 512
 _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+_ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(gate|shared_expert_gate)$")
 # Linear layers that a block applies to one input tensor, by the names that model families give them.
 _SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -196,21 +196,25 @@ def first_line(error: Exception) -> str:
 def tracked_layers(module: PreTrainedModel, tracked: str) -> tuple[Layer, ...]:
     """The linear layers that take part, in module order.
 
-    `mlp`: linears of the blocks that are neither attention nor a router; `attention`: the blocks' attention linears;
-    `linear`: both; anything else is a regular expression searched in module paths. Never the unembedding, unless a
-    regular expression names it.
+    `mlp`: linears of the blocks that are not attention; `attention`: the blocks' attention linears; `linear`: both;
+    anything else is a regular expression searched in module paths. Never a router or the unembedding, unless a regular
+    expression names it.
 
     Raises:
         ModelError: where no layer matches, or where a mixture's experts are fused into one parameter.
     """
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
     output = module.get_output_embeddings()
-    in_blocks = [name for name, child in linears.items() if child is not output and re.search(r"\.\d+\.", name)]
+    in_blocks = [
+        name
+        for name, child in linears.items()
+        if child is not output and re.search(r"\.\d+\.", name) and not _ROUTER.search(name)
+    ]
     attention = [name for name in in_blocks if _ATTENTION.search(name)]
-    mlp = [name for name in in_blocks if not _ATTENTION.search(name) and not _ROUTER.search(name)]
-    named = {"mlp": mlp, "attention": attention, "linear": [name for name in in_blocks if not _ROUTER.search(name)]}
-    if tracked in ("mlp", "linear"):
-        _refuse_fused_experts(module)
+    mlp = [name for name in in_blocks if not _ATTENTION.search(name)]
+    named = {"mlp": mlp, "attention": attention, "linear": in_blocks}
+    if tracked in named:
+        _refuse_fused_experts(module, tracked)
     chosen = named.get(tracked)
     if chosen is None:
         chosen = [name for name in linears if re.search(tracked, name)]
@@ -247,12 +251,18 @@ def _input_of(name: str, bias: bool, before: list[Layer]) -> str:
     return name
 
 
-def _refuse_fused_experts(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 3 and "expert" in name:
+def _refuse_fused_experts(module: nn.Module, tracked: str) -> None:
+    """Some families say `experts` in the path (Mixtral), some in the class alone (JetMoE); some stack them in rows."""
+    for path, owner in module.named_modules():
+        if isinstance(owner, nn.Linear | Conv1D) or "expert" not in f"{path} {type(owner).__name__}".lower():
+            continue
+        in_attention = bool(_ATTENTION.search(path))
+        among = ("attention", "linear") if in_attention else ("mlp", "linear")
+        if tracked in among and any(parameter.dim() >= 2 for parameter in owner.parameters(recurse=False)):
+            other = "<regex>" if in_attention else "attention or a regex"
             raise ModelError(
-                f"{name.rpartition('.')[0]} holds its experts fused in one parameter, whose inputs and gradients are "
-                "not seen per expert; leave the mixture out with model.tracked=attention or a regex."
+                f"{path} holds its experts fused in one parameter, whose inputs and gradients are not seen per expert; "
+                f"leave the mixture out with model.tracked={other}."
             )
 
 

@@ -5,11 +5,17 @@ labels/                pseudo-labels per slice (sampled Fisher only)
 covariance/, lambda/   partial sums per (slice, layer group); removed when the factors are complete
 A/ S/ Lambda/          one safetensors file per layer (layers that share an input share the file in A/)
 factors.json           written last: its presence is the fact that the factors are complete
+
+Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda`; covariance/ has
+`tokens`, `A|<layer>` and `S|<layer>`; lambda/ has `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a
+square tensor per block, the first under the matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the
+partial sums `A.1|<layer>`. `eigenvalues` goes through the blocks in order.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +27,8 @@ from torch import Tensor
 
 from infscan.config import fingerprint
 from infscan.corpus.plan import Selection
-from infscan.errors import FactorsError
+from infscan.errors import ConfigError, FactorsError
+from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.storage import Store
 
@@ -33,7 +40,7 @@ SCHEMA_VERSION = 1
 class FactorsPlan:
     """What is fitted and in which pieces; it never changes once it is in storage.
 
-    fields: what the fingerprint covers (model, tokenizer, tracked layers, corpus, labels, seed, ...), by name.
+    fields: what the fingerprint covers (model, tokenizer, tracked layers, corpus, labels, blocks, seed, ...), by name.
     slices: bounds of the slices as positions of the selection. groups: names of the layers summed together.
     """
 
@@ -48,14 +55,22 @@ class FactorsPlan:
     def fingerprint(self) -> str:
         return fingerprint(self.fields)
 
+    @property
+    def blocks(self) -> int:
+        """Diagonal blocks of every A and S; a plan that does not say has one."""
+        return int(self.fields.get("blocks", 1))
+
     def group(self, index: int) -> tuple[Layer, ...]:
         names = set(self.groups[index])
         return tuple(layer for layer in self.layers if layer.name in names)
 
     def partial_bytes(self) -> int:
-        """Bytes of all partial sums in storage at once (float32): the covariance pass's are the larger ones."""
-        covariance = sum(layer.outputs**2 + (layer.input_of == layer.name) * layer.inputs**2 for layer in self.layers)
-        return 4 * len(self.slices) * max(covariance, sum(layer.size for layer in self.layers))
+        """Bytes of all partial sums (float32): they stay in storage until the factors are complete."""
+        covariance = sum(
+            _entries(layer.outputs, self.blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, self.blocks)
+            for layer in self.layers
+        )
+        return 4 * len(self.slices) * (covariance + sum(layer.size for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
@@ -72,20 +87,37 @@ class FactorsPlan:
         )
 
 
-def layer_groups(layers: Sequence[Layer], max_bytes: int) -> tuple[tuple[str, ...], ...]:
+def _entries(n: int, blocks: int) -> int:
+    """Entries of an [n, n] matrix that lie in its diagonal blocks."""
+    return sum(size**2 for size in block_sizes(n, blocks))
+
+
+def _layer_bytes(layer: Layer, blocks: int) -> int:
+    """Bytes of a layer's A, S (or Q_A, Q_S) and Lambda in float32."""
+    return 4 * (_entries(layer.inputs, blocks) + _entries(layer.outputs, blocks) + layer.size)
+
+
+def layer_groups(layers: Sequence[Layer], max_bytes: int, blocks: int = 1) -> tuple[tuple[str, ...], ...]:
     """Consecutive layers whose A, S (or Q_A, Q_S) and Lambda fit `max_bytes` in float32 together; at least one each.
 
     Raises:
-        FactorsError: where a single layer needs more.
+        ConfigError: where a layer has fewer outputs or inputs than there are to be blocks.
+        FactorsError: where a single layer needs more than `max_bytes`.
     """
     groups: list[list[str]] = []
     used = 0
     for layer in layers:
-        need = 4 * (layer.inputs**2 + layer.outputs**2 + layer.size)
+        if blocks > min(layer.outputs, layer.inputs):
+            raise ConfigError(
+                f"factors.blocks={blocks}: {layer.name} is {layer.outputs} x {layer.inputs} and cannot be cut into so "
+                f"many; give at most {_most_blocks(layers)}, or leave the layer out with model.tracked=<regex>."
+            )
+        need = _layer_bytes(layer, blocks)
         if need > max_bytes:
             raise FactorsError(
-                f"{layer.name} ({layer.outputs} x {layer.inputs}) needs {need / 2**30:.1f} GiB of factors, more than "
-                f"factors.max_group_bytes={max_bytes}; raise it, or leave the layer out with model.tracked=<regex>."
+                f"{layer.name} ({layer.outputs} x {layer.inputs}) needs {_size(need)} of factors, more than "
+                f"factors.max_group_bytes={max_bytes}; raise it, {_with_blocks(layers, layer, max_bytes)}or leave the "
+                "layer out with model.tracked=<regex>."
             )
         if not groups or used + need > max_bytes:
             groups.append([])
@@ -95,6 +127,22 @@ def layer_groups(layers: Sequence[Layer], max_bytes: int) -> tuple[tuple[str, ..
     return tuple(tuple(group) for group in groups)
 
 
+def _most_blocks(layers: Sequence[Layer]) -> int:
+    return min(min(layer.outputs, layer.inputs) for layer in layers)
+
+
+def _with_blocks(layers: Sequence[Layer], layer: Layer, max_bytes: int) -> str:
+    """The fewest blocks with which every layer fits, and what `layer` then needs; nothing where none are enough."""
+    counts = range(1, _most_blocks(layers) + 1)
+    # More blocks never need more bytes.
+    at = bisect_left(counts, True, key=lambda blocks: all(_layer_bytes(each, blocks) <= max_bytes for each in layers))
+    return f"give factors.blocks={counts[at]} ({_size(_layer_bytes(layer, counts[at]))}), " if at < len(counts) else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
 def labels_path(slice_index: int) -> str:
     return f"labels/slice-{slice_index:04d}.safetensors"
 
@@ -102,6 +150,15 @@ def labels_path(slice_index: int) -> str:
 def partial_path(kind: str, group: int, slice_index: int) -> str:
     """kind: `covariance` or `lambda`."""
     return f"{kind}/group-{group:03d}-slice-{slice_index:04d}.safetensors"
+
+
+def block_keys(key: str, blocks: int) -> list[str]:
+    """The keys of a matrix's blocks: its own, then numbered ones."""
+    return [key, *(f"{key}.{index}" for index in range(1, blocks))]
+
+
+def named_blocks(key: str, matrix: BlockDiagonal) -> dict[str, Tensor]:
+    return dict(zip(block_keys(key, len(matrix.blocks)), matrix.blocks, strict=True))
 
 
 def write_tensors(
@@ -148,14 +205,19 @@ def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
     A = read_tensors(store, f"A/{layer.input_of}.safetensors")
     S = read_tensors(store, f"S/{layer.name}.safetensors")
     return LayerFactors(
-        A=A["A"],
-        S=S["S"],
-        Q_A=A["Q_A"],
-        Q_S=S["Q_S"],
+        A=_from_blocks(A, "A"),
+        S=_from_blocks(S, "S"),
+        Q_A=_from_blocks(A, "Q_A"),
+        Q_S=_from_blocks(S, "Q_S"),
         A_eigenvalues=A["eigenvalues"],
         S_eigenvalues=S["eigenvalues"],
         Lambda=read_tensors(store, f"Lambda/{layer.name}.safetensors")["Lambda"],
     )
+
+
+def _from_blocks(tensors: Mapping[str, Tensor], key: str) -> BlockDiagonal:
+    blocks = sum(name.partition(".")[0] == key for name in tensors)
+    return BlockDiagonal(tuple(tensors[name] for name in block_keys(key, blocks)))
 
 
 def read_factors(uri: str) -> dict[str, LayerFactors]:

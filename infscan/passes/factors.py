@@ -17,13 +17,16 @@ from torch import Tensor
 
 from infscan.config import Labels
 from infscan.corpus.sequences import Sequence
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
-from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
+from infscan.influence.eigenbasis import add_squared_gradients, check_finite, eigenbasis
 from infscan.influence.layers import Layer
 from infscan.model.measure import next_tokens, sample_labels, summed_losses, uniforms
 from infscan.passes.factor_store import (
     FactorsPlan,
+    block_keys,
     labels_path,
+    named_blocks,
     partial_path,
     read_facts,
     read_tensor,
@@ -111,8 +114,12 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
     """
     sequences = task.sequences(rank)
     layers = task.plan.group(task.group)
-    A = {layer.input_of: _zeros(rank, layer.inputs, layer.inputs) for layer in layers if layer.input_of == layer.name}
-    S = {layer.name: _zeros(rank, layer.outputs, layer.outputs) for layer in layers}
+
+    def zeros(n: int) -> BlockDiagonal:
+        return BlockDiagonal.zeros(n, task.plan.blocks, dtype=rank.wide, device=rank.device)
+
+    A = {layer.name: zeros(layer.inputs) for layer in layers if layer.input_of == layer.name}
+    S = {layer.name: zeros(layer.outputs) for layer in layers}
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         add_second_moment(S[layer.name], s_bto)
@@ -122,8 +129,12 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
     targets = _Targets(task, rank, sequences)
     for batch in rank.batches(sequences, task.plan.tokens_per_batch):
         rank.backward(batch, layers, targets.loss(batch), consume)
-    sums = {f"A|{name}": rank.reduce(total) for name, total in A.items()}
-    sums |= {f"S|{name}": rank.reduce(total) for name, total in S.items()}
+    sums = {
+        f"{key}|{name}": rank.reduce(block)
+        for kind, totals in (("A", A), ("S", S))
+        for name, total in totals.items()
+        for key, block in named_blocks(kind, total).items()
+    }
     targets.store()
     tokens = sum(len(sequence) for sequence in sequences)
     if rank.leads:
@@ -142,7 +153,9 @@ def lambda_task(rank: Rank, task: FitTask) -> int:
     bases, digest = rank.cached(
         "eigenbases", (task.factors, task.plan.fingerprint, task.group), lambda: _bases(rank, task)
     )
-    Lambda = {layer.name: _zeros(rank, layer.outputs, layer.inputs) for layer in layers}
+    Lambda = {
+        layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=rank.wide, device=rank.device) for layer in layers
+    }
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         Q_S, Q_A = bases[layer.name]
@@ -158,16 +171,15 @@ def lambda_task(rank: Rank, task: FitTask) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _zeros(rank: Rank, *shape: int) -> Tensor:
-    return torch.zeros(*shape, dtype=rank.wide, device=rank.device)
+def _bases(rank: Rank, task: FitTask) -> tuple[dict[str, tuple[BlockDiagonal, BlockDiagonal]], str]:
+    def read(path: str, key: str) -> BlockDiagonal:
+        blocks = [read_tensor(task.factors, path, name) for name in block_keys(key, task.plan.blocks)]
+        return BlockDiagonal(tuple(blocks)).to(rank.device, rank.wide)
 
-
-def _bases(rank: Rank, task: FitTask) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
     bases = {}
     for layer in task.plan.group(task.group):
-        Q_S = read_tensor(task.factors, f"S/{layer.name}.safetensors", "Q_S")
-        Q_A = read_tensor(task.factors, f"A/{layer.input_of}.safetensors", "Q_A")
-        bases[layer.name] = (Q_S.to(rank.device, rank.wide), Q_A.to(rank.device, rank.wide))
+        Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
+        bases[layer.name] = (Q_S, read(f"A/{layer.input_of}.safetensors", "Q_A"))
     return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
 
 
@@ -194,12 +206,14 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
             continue
         partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
         tokens = sum(int(read_tensor(factors, partial, "tokens")) for partial in partials)
-        moment = _sum_in_order(factors, partials, f"{kind}|{name}") / tokens
-        moment = (moment + moment.T) / 2
+        means = [_sum_in_order(factors, partials, f"{key}|{name}") / tokens for key in block_keys(kind, plan.blocks)]
+        moment = BlockDiagonal(tuple((block + block.T) / 2 for block in means))
         values, vectors = eigenbasis(moment, f"{kind} of {name}")
-        digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
-        tensors = {kind: moment, f"Q_{kind}": vectors, "eigenvalues": values}
-        factors.create(path, tensor_bytes(tensors, {"digest": digest, "tokens": str(tokens)}))
+        digest = hashlib.sha256()
+        for block in vectors.blocks:
+            digest.update(block.numpy().tobytes())
+        tensors = named_blocks(kind, moment) | named_blocks(f"Q_{kind}", vectors) | {"eigenvalues": values}
+        factors.create(path, tensor_bytes(tensors, {"digest": digest.hexdigest(), "tokens": str(tokens)}))
 
 
 def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
@@ -207,6 +221,7 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
 
     Raises:
         RuntimeError: where a partial was made in other eigenbases than those in storage.
+        FactorsError: where a sum is NaN or infinite.
     """
     group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
     partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
@@ -215,6 +230,7 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         if read_facts(factors, partial)["eigenbases"] != expected:
             raise RuntimeError(f"{factors.uri}/{partial} was made in other eigenbases; remove it and fit again")
     Lambda = _sum_in_order(factors, partials, layer.name) / plan.selection.size
+    check_finite([Lambda], f"Lambda of {layer.name}")
     write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda})
 
 

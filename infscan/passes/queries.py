@@ -12,26 +12,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Compression, DampingConfig, Solver
+from infscan.config import Compression, DampingConfig, Solver, fingerprint, plain
 from infscan.errors import QueryError
 from infscan.influence.compress import compress_weighted, truncate
-from infscan.influence.inverse import damping, from_core, inverse_core
+from infscan.influence.inverse import damping, from_core, inverse_core, to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.score import LayerQueries
 from infscan.model.measure import summed_losses
-from infscan.passes.factor_store import read_layer_factors, read_tensors, write_tensors
+from infscan.passes.factor_store import read_layer_factors, read_tensor, read_tensors, write_tensors
 from infscan.passes.rank import Batch, Rank
 from infscan.queries import Query
 from infscan.storage import Store
 
 
 @dataclass(frozen=True)
+class Solutions:
+    """Where the iterated inverse's full-rank solutions lie. names: file by query id."""
+
+    store: Store
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Inverse:
-    """How gradients are preconditioned: with factors in storage, or not at all (solver=identity)."""
+    """How gradients are preconditioned: with factors in storage, or not at all (solver=identity).
+
+    solutions: of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
+    """
 
     factors: Store
     solver: Solver
     damping: DampingConfig
+    solutions: Solutions | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that fixes what it does, the factors' own content apart."""
+        names = dict(self.solutions.names) if self.solutions else None
+        return fingerprint({"solver": self.solver, "damping": plain(self.damping), "solutions": names})
 
 
 @dataclass(frozen=True)
@@ -94,13 +112,15 @@ def layer_factors(inverse: Inverse, layer: Layer, device: str, dtype: torch.dtyp
         return None
     factors = read_layer_factors(inverse.factors, layer).to(device)
     lam = damping(factors.Lambda, inverse.damping.relative, inverse.damping.absolute, layer.name)
-    return LayerFactors(**{name: tensor.to(dtype) for name, tensor in vars(factors).items()}), lam
+    return factors.to(device, dtype), lam
 
 
 def preconditioned(
     rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], inverse: Inverse
 ) -> dict[str, Tensor]:
     """P = (G + lambda)^-1 grad(-f) at full rank, by layer: [Q, O, I]. Gradients are given up layer by layer."""
+    if inverse.solutions is not None:
+        return solutions(rank, queries, layers, inverse.solutions)
     V = query_gradients(rank, queries, layers)
     for layer in layers:
         known = layer_factors(inverse, layer, rank.device, rank.wide)
@@ -109,6 +129,15 @@ def preconditioned(
             P = [from_core(inverse_core(V_oi, factors, lam), factors) for V_oi in _one_by_one(V.pop(layer.name))]
             V[layer.name] = torch.cat(P)
     return V
+
+
+def solutions(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], found: Solutions) -> dict[str, Tensor]:
+    """The iterated inverse's P of every query, by layer: [Q, O, I]; read by byte range, layer by layer."""
+
+    def one(query: Query, layer: Layer) -> Tensor:
+        return read_tensor(found.store, found.names[query.id], layer.name).to(rank.device, rank.wide)
+
+    return {layer.name: torch.stack([one(query, layer) for query in queries]) for layer in layers}
 
 
 def _one_by_one(V_qoi: Tensor) -> Iterator[Tensor]:
@@ -122,7 +151,8 @@ def query_task(rank: Rank, task: QueryTask) -> int:
 
     Low rank only where min(O, I) > r. Returns the tokens measured.
     """
-    V = query_gradients(rank, task.queries, task.layers)
+    found = task.inverse.solutions
+    V = solutions(rank, task.queries, task.layers, found) if found else query_gradients(rank, task.queries, task.layers)
     tensors: dict[str, Tensor] = {}
     for layer in task.layers:
         known = layer_factors(task.inverse, layer, rank.device, rank.wide)
@@ -137,8 +167,16 @@ def query_task(rank: Rank, task: QueryTask) -> int:
 def _compressed(
     task: QueryTask, layer: Layer, V_qoi: Tensor, known: tuple[LayerFactors, float] | None
 ) -> dict[str, Tensor]:
-    """U [Q, O, r] and V [Q, I, r], or P [Q, O, I]. known: the layer's factors and damping, if there are any."""
-    C_qoi = inverse_core(V_qoi, *known) if known else V_qoi
+    """U [Q, O, r] and V [Q, I, r], or P [Q, O, I]. known: the layer's factors and damping, if there are any.
+
+    V_qoi: gradients, or solutions, which are only turned into the eigenbases.
+    """
+    if known is None:
+        C_qoi = V_qoi
+    elif task.inverse.solutions:
+        C_qoi = to_core(V_qoi, known[0])
+    else:
+        C_qoi = inverse_core(V_qoi, *known)
     if task.rank is None or min(layer.outputs, layer.inputs) <= task.rank:
         return {"P": from_core(C_qoi, known[0]) if known else C_qoi}
     if known and task.compression is Compression.weighted:

@@ -41,10 +41,16 @@ log = logging.getLogger("infscan")
 
 @dataclass(frozen=True)
 class Factors:
-    """Finished factors: how to invert with them, and their fingerprint (None for solver=identity)."""
+    """Finished factors: how to invert with them, and their fingerprint (None for solver=identity).
+
+    curvature: the corpus and the sequences of it that they are of (None for solver=identity).
+    iteration: what `infscan.runtime.solve` found, by query, for summary.json.
+    """
 
     inverse: Inverse
     fingerprint: str | None
+    curvature: tuple[PreparedCorpus, Selection] | None = None
+    iteration: dict[str, Any] | None = None
 
 
 def prepare_corpus(run: Run) -> PreparedCorpus:
@@ -72,7 +78,7 @@ def fit(run: Run) -> Factors:
         return Factors(inverse, None)
     corpus = prepare_factors_corpus(run)
     plan = _plan(run, corpus)
-    factors = Factors(inverse, plan.fingerprint)
+    factors = Factors(inverse, plan.fingerprint, (corpus, plan.selection))
     if store.exists(COMPLETE):
         log.info("factors     reused from %s", store.uri)
         return factors
@@ -109,6 +115,7 @@ def _plan(run: Run, corpus: PreparedCorpus) -> FactorsPlan:
         "tokenizer": corpus.manifest.tokenizer,
         "corpus": corpus.fingerprint,
         "labels": config.labels.value,
+        "blocks": config.blocks,
         "num_sequences": selection.size,
         "sample": selection.digest(),
         "seed": run.config.seed,
@@ -118,15 +125,14 @@ def _plan(run: Run, corpus: PreparedCorpus) -> FactorsPlan:
         layers=run.architecture.layers,
         selection=selection,
         slices=slice_bounds(selection.size, config.slices),
-        groups=layer_groups(run.architecture.layers, config.max_group_bytes),
+        groups=layer_groups(run.architecture.layers, config.max_group_bytes, config.blocks),
         tokens_per_batch=run.config.scan.tokens_per_batch,
     )
     store.create(PLAN, _json_bytes(made.to_json()))
     plan = FactorsPlan.from_json(store.read_json(PLAN))
+    stored = plan.fields | {"blocks": plan.blocks}
     differing = [
-        f"{key}: {plan.fields.get(key)!r} -> {value!r}"
-        for key, value in fields.items()
-        if plan.fields.get(key) != value
+        f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in fields.items() if stored.get(key) != value
     ]
     if differing:
         raise FactorsError(

@@ -27,10 +27,11 @@ def publish(
     scanned: Scanned,
     refined: Refined,
     approximation: dict[str, Any] | None = None,
+    iteration: dict[str, Any] | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
-    approximation: what `infscan.runtime.check` found, for summary.json.
+    approximation, iteration: what `infscan.runtime.check` and `infscan.runtime.solve` found, for summary.json.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -53,7 +54,7 @@ def publish(
         publisher.remove_stale()
         phase.advance(sequences=len(provenance))
     summary = _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance))
-    run.store.write_json("summary.json", summary | {"approximation": approximation})
+    run.store.write_json("summary.json", summary | {"approximation": approximation, "iteration": iteration})
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
         names = ", ".join(sorted(scanned.quarantined)[:3])
         raise RunError(

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from infscan.config import fingerprint, plain
+from infscan.config import fingerprint
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import RunError
@@ -86,8 +86,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
         {
             **run.inputs(),
             "factors": factors.fingerprint,
-            "damping": plain(config.factors.damping),
-            "solver": config.factors.solver,
+            "inverse": factors.inverse.fingerprint,
             "rank": config.scan.rank,
             "compression": config.scan.compression,
         }
@@ -224,7 +223,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     best = scanned.best
     groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, run.config.scan.query_group_bytes)
     pairs = list(zip(best.queries.tolist(), best.sequence_ids.tolist(), strict=True))
-    digest = fingerprint([sorted(pairs), factors.fingerprint, plain(factors.inverse.damping)])
+    digest = fingerprint([sorted(pairs), factors.fingerprint, factors.inverse.fingerprint])
     units = refine_units(pairs, groups, _SEQUENCES_PER_UNIT)
     paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
     work: list[tuple[int, int, str]] = []

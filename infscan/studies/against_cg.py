@@ -20,69 +20,34 @@ from torch import Tensor
 
 from infscan.config import plain
 from infscan.corpus import sequences as corpus
-from infscan.influence.inverse import from_core, inverse_core
-from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
+from infscan.influence.cg import Solution, conjugate_gradients, damped
+from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.model.measure import next_tokens, summed_losses
+from infscan.passes.ggn import GaussNewton, damping_vector, join, split
 from infscan.passes.queries import Inverse, layer_factors, query_gradients
 from infscan.passes.rank import Rank
+from infscan.passes.solve import ekfac_inverse
 from infscan.queries import Query
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
+from infscan.studies.comparison import BM25, DOT, EKFAC, RANDOM, Comparison, Scored, facts_of, judge, to_table
 from infscan.studies.in_process import open_study
 from infscan.studies.validation import Cost, LissaConfig, ValidateConfig, ValidateJob, estimate, timed
 from infscan.truth.bm25 import bm25_scores
-from infscan.truth.cg import Operator, Solution, conjugate_gradients, damped
-from infscan.truth.compare import (
-    MAX_CANDIDATE_SHARE,
-    Agreement,
-    agreement,
-    difference,
-    random_scores,
-    recall,
-    spearman,
-)
-from infscan.truth.ggn import GaussNewton, damping_vector, join, split
-from infscan.truth.lissa import Estimate, largest_eigenvalue, lissa
-
-AVERAGE = "*"  # the row over all queries; no query id can be this
-EKFAC, DOT, BM25, RANDOM = "EK-FAC", "gradient dot product", "BM25", "random"
-SCHEMA = pa.schema(
-    [
-        ("query", pa.string()),
-        ("method", pa.string()),
-        ("pearson", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("spearman", pa.float64()),
-        ("recall", pa.float64()),
-        ("seconds", pa.float64()),
-    ]
-)
-_TOP = 10
+from infscan.truth.compare import random_scores
+from infscan.truth.lissa import lissa
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One method's scores [Q, N], and the seconds it took on the query side, for all queries together."""
+class Findings(Comparison):
+    """Judged by CG's solutions. lissa, cg: their histories."""
 
-    name: str
-    scores_qn: NDArray[np.floating]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Findings:
-    """scored: by method, the reference apart. lissa, cg: their histories. fit_seconds: EK-FAC's factors."""
-
-    query_ids: tuple[str, ...]
-    reference: Scored
-    scored: list[Scored]
     cg: Solution
     lissa: Estimate
     scale: float
     cost: Cost
-    fit_seconds: float
 
 
 def against_cg(
@@ -122,7 +87,7 @@ def against_cg(
     lambda_p = damping_vector(rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
     solutions = {EKFAC: (ekfac_kp, fit_seconds + ekfac_seconds), DOT: (v_kp, V_seconds)}
 
-    scale, scale_seconds = timed(lambda: _scale(ggn, lambda_p, settings.lissa, seed))
+    scale, scale_seconds = timed(lambda: lissa_scale(ggn.product, len(curvature), lambda_p, settings.lissa, seed))
     depths = settings.lissa.depths
     series = lissa(
         ggn.product,
@@ -161,20 +126,7 @@ def against_cg(
     ]
     reference = Scored("CG", scores["CG"], solutions["CG"][1])
     ids = tuple(query.id for query in queries)
-    return Findings(ids, reference, scored, solved, series, scale, cost, fit_seconds)
-
-
-def ekfac_inverse(rank: Rank, factors: Mapping[str, tuple[LayerFactors, float]]) -> Operator:
-    """x -> (G + lambda)^-1 x by EK-FAC, on vectors [K, P]."""
-
-    def apply(x_kp: Tensor) -> Tensor:
-        matrices = split(rank.layers, x_kp)
-        return join(
-            rank.layers,
-            {name: from_core(inverse_core(matrices[name], *known), known[0]) for name, known in factors.items()},
-        )
-
-    return apply
+    return Findings(ids, reference, scored, fit_seconds, solved, series, scale, cost)
 
 
 def score_solutions(
@@ -201,69 +153,20 @@ def score_solutions(
     return dict(zip(solutions, parts, strict=True))
 
 
-def _scale(ggn: GaussNewton, lambda_p: Tensor, settings: LissaConfig, seed: int) -> float:
+def lissa_scale(product: BatchOperator, sequences: int, lambda_p: Tensor, settings: LissaConfig, seed: int) -> float:
+    """The one that is set, or 1.5 times the largest eigenvalue of G + lambda over a few batches."""
     if settings.scale is not None:
         return settings.scale
     largest = largest_eigenvalue(
-        ggn.product,
+        product,
         lambda_p,
-        sequences=len(ggn.sequences),
+        sequences=sequences,
         batch=settings.batch,
         batches=4,
         steps=8,
         seed=seed,
     )
     return 1.5 * (largest + float(lambda_p.max()))
-
-
-def judge(found: Findings, settings: ValidateConfig, seed: int) -> dict[str, Agreement]:
-    """Each method's Pearson with the reference; one seed, so that any two can be compared in pairs."""
-    return {
-        one.name: agreement(found.reference.scores_qn, one.scores_qn, seed=seed, resamples=settings.resamples)
-        for one in found.scored
-    }
-
-
-def to_table(found: Findings, agreements: Mapping[str, Agreement]) -> pa.Table:
-    """Rows by method: one per query, then the average over queries (`*`).
-
-    seconds: the method's, for all queries together. recall: of the reference's strongest proponents (ten, or as many
-    as 2 % of the sequences are) among as many candidates as 2 % allow; null where they allow none.
-    """
-    reference_qn = found.reference.scores_qn
-    candidates = int(MAX_CANDIDATE_SHARE * reference_qn.shape[1])
-    rows = []
-    for one in found.scored:
-        judged = agreements[one.name]
-        rank_correlations = np.nan_to_num(spearman(reference_qn, one.scores_qn))
-        recalls = (
-            recall(reference_qn, one.scores_qn, top=min(_TOP, candidates), candidates=candidates)
-            if candidates
-            else np.full(len(found.query_ids), np.nan)
-        )
-        columns = zip(found.query_ids, judged.values, judged.low, judged.high, rank_correlations, recalls, strict=True)
-        average = (
-            AVERAGE,
-            judged.mean,
-            judged.mean_low,
-            judged.mean_high,
-            rank_correlations.mean(),
-            recalls.mean(),
-        )
-        for query, value, low, high, by_rank, recalled in [*columns, average]:
-            rows.append(
-                {
-                    "query": query,
-                    "method": one.name,
-                    "pearson": float(value),
-                    "low": float(low),
-                    "high": float(high),
-                    "spearman": float(by_rank),
-                    "recall": float(recalled) if np.isfinite(recalled) else None,
-                    "seconds": one.seconds,
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Findings, pa.Table, dict[str, Any]]:
@@ -287,24 +190,25 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Findings,
         fit_seconds=study.fit_seconds,
         log=log,
     )
-    agreements = judge(found, config.validate, config.seed)
+    agreements = judge(found, config.validate.resamples, config.seed)
     table = to_table(found, agreements)
-    facts: dict[str, Any] = {
-        "cg": {
-            "tolerance": config.validate.cg.tolerance,
-            "iterations": dict(zip(found.query_ids, found.cg.iterations_k.tolist(), strict=True)),
-            "residual": dict(zip(found.query_ids, found.cg.residuals[-1].tolist(), strict=True)),
-            "seconds": found.reference.seconds,
-        },
-        "gain_of_ekfac": {
-            name: difference(agreements[EKFAC], other) for name, other in agreements.items() if name != EKFAC
-        },
+    facts = facts_of(found, agreements) | {
+        "cg": cg_facts(found, config.validate),
         "lissa_scale": found.scale,
         "damping": plain(config.factors.damping),
         "settings": plain(config.validate),
         "fingerprints": study.fingerprints,
         "flops": found.cost.flops,
-        "fit_seconds": found.fit_seconds,
     }
     Store(config.output).write("validate/against_cg.parquet", to_parquet(table, facts))
     return found, table, facts
+
+
+def cg_facts(found: Findings, settings: ValidateConfig) -> dict[str, Any]:
+    """How far conjugate gradients came, by query."""
+    return {
+        "tolerance": settings.cg.tolerance,
+        "iterations": dict(zip(found.query_ids, found.cg.iterations_k.tolist(), strict=True)),
+        "residual": dict(zip(found.query_ids, found.cg.residuals[-1].tolist(), strict=True)),
+        "seconds": found.reference.seconds,
+    }

@@ -133,13 +133,14 @@ def _plan(config: ValidateJob, architecture: Architecture, corpus: PreparedCorpu
             "tracked": [layer.name for layer in architecture.layers],
             "corpus": corpus.fingerprint,
             "labels": config.factors.labels.value,
+            "blocks": config.factors.blocks,
             "sample": [selection.size, selection.digest()],
             "seed": config.seed,
         },
         layers=architecture.layers,
         selection=selection,
         slices=slice_bounds(selection.size, 1),
-        groups=layer_groups(architecture.layers, config.factors.max_group_bytes),
+        groups=layer_groups(architecture.layers, config.factors.max_group_bytes, config.factors.blocks),
         tokens_per_batch=config.scan.tokens_per_batch,
     )
 

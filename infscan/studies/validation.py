@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from infscan.config import Config
+from infscan.config import Config, Dtype
 from infscan.errors import ConfigError
-from infscan.truth.ggn import GaussNewton
+from infscan.passes.ggn import GaussNewton
+from infscan.truth.pbrf import Optimiser, PbrfSettings
 
 T = TypeVar("T")
 
@@ -74,11 +76,104 @@ class ValidateConfig:
                 raise ConfigError(f"validate.{key}: too small to compare anything; give more (sequences: at least 3).")
 
 
+class Truth(StrEnum):
+    """What the methods are judged by. retraining has a job of its own, jobs/lds.py: a scan stands between its steps."""
+
+    cg = "cg"
+    pbrf = "pbrf"
+    pbrf_regression = "pbrf_regression"
+    retraining = "retraining"
+
+
+@dataclass
+class TruthConfig:
+    """The group `truth`."""
+
+    name: Truth = Truth.cg
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        if self.name is Truth.retraining:
+            raise ConfigError(
+                "truth=retraining: the model that is retrained must be scanned in between, so this truth has a job of "
+                "its own, in two steps: python jobs/lds.py corpus.path=... output=... (LDS and QLD)."
+            )
+
+
+@dataclass
+class ResponseConfig(TruthConfig):
+    """PBRF. points: training points, a seeded sample of the N that the objective and EK-FAC's factors are of.
+
+    optimiser, tolerance, max_steps: as in `infscan.truth.pbrf.PbrfSettings`.
+    """
+
+    points: int = 24
+    optimiser: Optimiser = Optimiser.lbfgs
+    tolerance: float = 0.1
+    max_steps: int = 100
+
+    def check(self) -> None:
+        for key, value in (("points", self.points - 2), ("tolerance", self.tolerance), ("max_steps", self.max_steps)):
+            if not value > 0:
+                raise ConfigError(f"truth.{key}: too small to compare anything; give more (points: at least 3).")
+
+    @property
+    def settings(self) -> PbrfSettings:
+        return PbrfSettings(self.optimiser, tolerance=self.tolerance, max_steps=self.max_steps)
+
+
+@dataclass
+class PbrfConfig(ResponseConfig):
+    """The configured language model; N is validate.curvature_sequences.
+
+    dtype: of the model while it responds; in less than float64, small responses drown in rounding.
+    """
+
+    name: Truth = Truth.pbrf
+    dtype: Dtype = Dtype.float64
+
+
+@dataclass
+class RegressionConfig(ResponseConfig):
+    """An MLP trained on invented data: `rows` of eight features, a tenth of them kept for the measurements.
+
+    queries: measurements, on rows not trained on. epochs: of full batches; widths: of the hidden layers.
+    noise: standard deviation of the target's, in units of the target's own.
+    """
+
+    name: Truth = Truth.pbrf_regression
+    points: int = 500
+    tolerance: float = 3e-3
+    max_steps: int = 500
+    rows: int = 1030
+    noise: float = 0.2
+    widths: list[int] = field(default_factory=lambda: [64, 64])
+    epochs: int = 2000
+    learning_rate: float = 3e-3
+    queries: int = 10
+
+    def check(self) -> None:
+        super().check()
+        smallest = min([*self.widths, self.epochs, self.queries], default=0)
+        if smallest < 1 or not self.widths or self.points > self.trained or self.queries > self.rows - self.trained:
+            raise ConfigError(
+                f"truth.rows={self.rows} are {self.trained} training points and {self.rows - self.trained} to measure "
+                f"on: not enough for points={self.points} and queries={self.queries}, or one of widths={self.widths}, "
+                f"epochs={self.epochs} is below 1."
+            )
+
+    @property
+    def trained(self) -> int:
+        """N: the rows that are trained on."""
+        return self.rows - self.rows // 10
+
+
 @dataclass
 class ValidateJob(Config):
-    """What jobs/validate.py is told: a run's configuration, and `validate`."""
+    """What jobs/validate.py is told: a run's configuration, `validate`, and the ground truth."""
 
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    truth: TruthConfig = field(default_factory=TruthConfig)
 
 
 @dataclass(frozen=True)

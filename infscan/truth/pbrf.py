@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from infscan.corpus.batches import pad
 from infscan.errors import ConfigError, ModelError
-from infscan.influence.inverse import damping
+from infscan.influence.inverse import damping, from_core, to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.queries import Query
@@ -30,20 +31,33 @@ from infscan.truth.retrain import measure_queries
 
 # Growth of the learning rate at each step that brings the lowest gradient yet: what was halved too early recovers.
 _RISE = 1.02
+# Pairs of steps and gradients that L-BFGS remembers.
+_MEMORY = 100
+# Gradients that one line search may take.
+_LINE_SEARCH = 25
 
 Tracked = Mapping[str, tuple[nn.Parameter, ...]]
 
 
+class Optimiser(StrEnum):
+    """What finds the minimum. lbfgs: in coordinates scaled by EK-FAC's factors, or by lambda_l alone without them."""
+
+    adam = "adam"
+    lbfgs = "lbfgs"
+
+
 @dataclass(frozen=True)
 class PbrfSettings:
-    """Adam and when to stop.
+    """How to find the minimum, and when to stop.
 
-    learning_rate: the first step of a layer, in units of the farthest that its parameters typically go,
+    learning_rate (Adam): the first step of a layer, in units of the farthest that its parameters typically go,
     |eps| rms(grad L) / lambda_l; halved whenever the gradient has found no new low for `patience` steps, and raised
     by 2 % at each new low.
     tolerance: |gradient of the objective| over |eps grad L(z_m, theta_s)|, its value at the start, at which to stop.
+    max_steps: gradients of the objective, at most.
     """
 
+    optimiser: Optimiser = Optimiser.adam
     learning_rate: float = 0.03
     beta1: float = 0.9
     beta2: float = 0.99
@@ -54,7 +68,7 @@ class PbrfSettings:
 
 @dataclass(frozen=True)
 class Response:
-    """[f(theta*) - f(theta_s)] / eps of every measurement, [Q], and how Adam came there.
+    """[f(theta*) - f(theta_s)] / eps of every measurement, [Q], and how the optimiser came there.
 
     history: the relative gradient norm at each step. converged: whether it came below the tolerance.
     """
@@ -84,12 +98,18 @@ class Problem(Protocol):
 
 
 def respond(
-    problem: Problem, point: int, eps: float, dampings: Mapping[str, float], settings: PbrfSettings
+    problem: Problem,
+    point: int,
+    eps: float,
+    dampings: Mapping[str, float],
+    settings: PbrfSettings,
+    factors: Mapping[str, LayerFactors] | None = None,
 ) -> Response:
     """Minimise the objective for one training point and leave the parameters at theta_s again.
 
-    dampings: lambda_l by tracked layer, the estimator's. Parameters should be float64: in less, small responses drown
-    in rounding.
+    dampings: lambda_l by tracked layer, the estimator's. factors: what L-BFGS's coordinates are scaled by; without
+    them, by lambda_l alone. They change its path, not the minimum. Parameters should be float64: in less, small
+    responses drown in rounding.
 
     Raises:
         ConfigError: for eps = 0, or a tracked layer without a damping.
@@ -103,7 +123,10 @@ def respond(
     start = {name: tuple(p.detach().clone() for p in layer) for name, layer in problem.tracked.items()}
     before = problem.measure()
     try:
-        converged, history = _minimise(problem, point, eps, dampings, start, settings)
+        if settings.optimiser is Optimiser.adam:
+            converged, history = _adam(problem, point, eps, dampings, start, settings)
+        else:
+            converged, history = _lbfgs(problem, point, eps, dampings, start, settings, factors or {})
         after = problem.measure()
     finally:
         with torch.no_grad():
@@ -115,15 +138,31 @@ def respond(
 
 
 def responses(
-    problem: Problem, points: Sequence[int], dampings: Mapping[str, float], settings: PbrfSettings
+    problem: Problem,
+    points: Sequence[int],
+    dampings: Mapping[str, float],
+    settings: PbrfSettings,
+    factors: Mapping[str, LayerFactors] | None = None,
 ) -> tuple[NDArray[np.float64], int]:
     """The mean response for eps = +1/N and -1/N of every point, [points, Q], and how many of these did not converge."""
     rows, stopped = [], 0
     for point in points:
-        pair = [respond(problem, point, sign / problem.size, dampings, settings) for sign in (1, -1)]
+        pair = both_ways(problem, point, dampings, settings, factors)
         rows.append((pair[0].values + pair[1].values) / 2)
         stopped += sum(not response.converged for response in pair)
     return np.array(rows), stopped
+
+
+def both_ways(
+    problem: Problem,
+    point: int,
+    dampings: Mapping[str, float],
+    settings: PbrfSettings,
+    factors: Mapping[str, LayerFactors] | None = None,
+) -> tuple[Response, Response]:
+    """The responses to eps = +1/N and -1/N; how far they differ says how far they are from first order."""
+    plus, minus = (respond(problem, point, sign / problem.size, dampings, settings, factors) for sign in (1, -1))
+    return plus, minus
 
 
 def dampings_of(
@@ -133,7 +172,7 @@ def dampings_of(
     return {name: damping(layer.Lambda, relative, absolute, name) for name, layer in factors.items()}
 
 
-def _minimise(
+def _adam(
     problem: Problem,
     point: int,
     eps: float,
@@ -143,9 +182,7 @@ def _minimise(
 ) -> tuple[bool, list[float]]:
     """Adam until the relative gradient norm is below the tolerance; whether it came there, and the norms on the way."""
     parameters = [parameter for layer in problem.tracked.values() for parameter in layer]
-    # At theta_s the divergence and the proximal term are at their minimum: the gradient is that of eps L alone.
-    (eps * problem.loss(point)).backward()
-    scale = _norm(parameters)
+    scale = _start_norm(problem, point, eps, parameters)
     if scale == 0:
         return True, [0.0]
     groups = []
@@ -159,15 +196,7 @@ def _minimise(
     history: list[float] = []
     lowest, since = math.inf, 0
     for _ in range(settings.max_steps):
-        optimiser.zero_grad(set_to_none=True)
-        for divergence in problem.divergences():
-            divergence.backward()
-        (eps * problem.loss(point)).backward()
-        with torch.no_grad():
-            for name, layer in problem.tracked.items():
-                for parameter, initial in zip(layer, start[name], strict=True):
-                    assert parameter.grad is not None, f"{name} takes no part in the divergence"
-                    parameter.grad.add_(parameter - initial, alpha=dampings[name])
+        _objective(problem, point, eps, dampings, start)
         history.append(_norm(parameters) / scale)
         if not math.isfinite(history[-1]):
             raise ModelError(
@@ -187,6 +216,143 @@ def _minimise(
             group["lr"] *= factor
         optimiser.step()
     return False, history
+
+
+def _lbfgs(
+    problem: Problem,
+    point: int,
+    eps: float,
+    dampings: Mapping[str, float],
+    start: Mapping[str, tuple[Tensor, ...]],
+    settings: PbrfSettings,
+    factors: Mapping[str, LayerFactors],
+) -> tuple[bool, list[float]]:
+    """L-BFGS over u, theta_l = theta_s,l + (G_l + lambda_l)^(-1/2) u_l with EK-FAC's G_l; what `_adam` returns.
+
+    Bounded in gradients rather than steps: each of a line search's costs as much as any other.
+    """
+    parameters = [parameter for layer in problem.tracked.values() for parameter in layer]
+    scale = _start_norm(problem, point, eps, parameters)
+    if scale == 0:
+        return True, [0.0]
+    shapes = {name: _matrix(layer).shape for name, layer in problem.tracked.items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+    u = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device, requires_grad=True)
+    seen: list[_Seen] = []
+    evaluations = 0
+
+    def rooted(name: str, matrix_oi: Tensor, *, forward: bool) -> Tensor:
+        """(G_l + lambda_l)^(-1/2) in EK-FAC's eigenbases: out of u (forward), or of a gradient into u's coordinates."""
+        layer, lam = factors.get(name), dampings[name]
+        if layer is None:
+            return matrix_oi / math.sqrt(lam)
+        root_oi = (layer.Lambda + lam).sqrt()
+        return (
+            from_core(matrix_oi[None] / root_oi, layer)[0] if forward else to_core(matrix_oi[None], layer)[0] / root_oi
+        )
+
+    @torch.no_grad()
+    def place(u_p: Tensor) -> None:
+        for (name, layer), part in zip(problem.tracked.items(), u_p.split(sizes), strict=True):
+            moved_oi = rooted(name, part.view(shapes[name]), forward=True)
+            parts = [moved_oi[:, : layer[0].numel() // len(moved_oi)], moved_oi[:, -1]]
+            for parameter, initial, move in zip(layer, start[name], parts, strict=False):
+                parameter.copy_(initial + move.reshape_as(parameter))
+
+    def found() -> _Seen | None:
+        """The evaluation at u, of those since the last step began."""
+        return next((one for one in seen if torch.equal(one.u_p, u)), None)
+
+    def closure() -> float:
+        nonlocal evaluations
+        known = found()
+        if known is None:  # a step asks again for the value at which the last one ended
+            evaluations += 1
+            place(u.detach())
+            value = _objective(problem, point, eps, dampings, start)
+            by_layer = [
+                rooted(name, _matrix([p.grad for p in layer if p.grad is not None]), forward=False).flatten()
+                for name, layer in problem.tracked.items()
+            ]
+            known = _Seen(u.detach().clone(), value, torch.cat(by_layer), _norm(parameters) / scale)
+            seen.append(known)
+        u.grad = known.gradient_p.clone()
+        return known.value
+
+    optimiser = torch.optim.LBFGS(
+        [u],
+        lr=1.0,
+        max_iter=1,
+        max_eval=_LINE_SEARCH,
+        history_size=_MEMORY,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0,
+        tolerance_change=0,
+    )
+    history: list[float] = []
+    while True:
+        before = evaluations
+        optimiser.step(closure)
+        closure()
+        here = found()
+        assert here is not None
+        seen[:] = [here]
+        history.append(here.norm)
+        if not math.isfinite(here.norm):
+            raise ModelError(f"PBRF's gradient is {here.norm} after {evaluations} evaluations: raise the damping.")
+        # Without a new evaluation the line search has come to what rounding can tell apart.
+        if here.norm <= settings.tolerance or evaluations == before or evaluations >= settings.max_steps:
+            place(u.detach())
+            return here.norm <= settings.tolerance, history
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The objective at u_p: its value, its gradient in u's coordinates, the parameters' relative gradient norm."""
+
+    u_p: Tensor
+    value: float
+    gradient_p: Tensor
+    norm: float
+
+
+def _objective(
+    problem: Problem,
+    point: int,
+    eps: float,
+    dampings: Mapping[str, float],
+    start: Mapping[str, tuple[Tensor, ...]],
+) -> float:
+    """The objective at the present parameters; its gradient is left in their `grad`."""
+    for parameter in (parameter for layer in problem.tracked.values() for parameter in layer):
+        parameter.grad = None
+    value = 0.0
+    for divergence in problem.divergences():
+        divergence.backward()
+        value += float(divergence.detach())
+    loss = eps * problem.loss(point)
+    loss.backward()
+    value += float(loss.detach())
+    with torch.no_grad():
+        for name, layer in problem.tracked.items():
+            for parameter, initial in zip(layer, start[name], strict=True):
+                assert parameter.grad is not None, f"{name} takes no part in the divergence"
+                moved = parameter - initial
+                parameter.grad.add_(moved, alpha=dampings[name])
+                value += dampings[name] / 2 * float(moved.double().square().sum())
+    return value
+
+
+def _start_norm(problem: Problem, point: int, eps: float, parameters: Sequence[nn.Parameter]) -> float:
+    """|gradient| at theta_s, where the divergence and the proximal term are at their minimum: that of eps L alone."""
+    (eps * problem.loss(point)).backward()
+    return _norm(parameters)
+
+
+def _matrix(layer: Sequence[Tensor]) -> Tensor:
+    """[W, b], or W: [O, I]."""
+    weight_oi, *bias = layer
+    return torch.cat([weight_oi, *(b[:, None] for b in bias)], dim=1)
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> float:

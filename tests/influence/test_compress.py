@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.compress import EIGENVALUE_FLOOR, clamped_roots, compress_weighted, truncate
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import LayerFactors
@@ -58,7 +59,8 @@ def test_a_matrix_of_lower_rank_is_rebuilt_whole(O: int, I: int) -> None:
 def literal_weighted(P_qoi: Tensor, factors: LayerFactors, rank: int) -> Tensor:
     """S^(-1/2) truncate(S^(1/2) P A^(1/2)) A^(-1/2), with matrix roots of the clamped S and A."""
 
-    def roots(eigenvalues: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    def roots(eigenvalues: Tensor, basis: BlockDiagonal) -> tuple[Tensor, Tensor]:
+        Q = basis.dense()
         clamped = eigenvalues.clamp_min(EIGENVALUE_FLOOR * eigenvalues.mean())
         return (Q * clamped.sqrt()) @ Q.T, (Q / clamped.sqrt()) @ Q.T
 
@@ -69,12 +71,13 @@ def literal_weighted(P_qoi: Tensor, factors: LayerFactors, rank: int) -> Tensor:
 
 def expected_error(E_qoi: Tensor, factors: LayerFactors) -> Tensor:
     """E[(s^T E a)^2] for independent s, a with second moments S and A: tr(S E A E^T)."""
-    return torch.einsum("qoi,ij,qpj,po->q", E_qoi, factors.A, E_qoi, factors.S)
+    return torch.einsum("qoi,ij,qpj,po->q", E_qoi, factors.A.dense(), E_qoi, factors.S.dense())
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(("O", "I"), [(12, 7), (7, 12), (9, 9)])
-def test_weighted_compression_is_the_literal_one_and_beats_the_plain_one(O: int, I: int) -> None:
-    factors = make_factors(0, O, I, decay=1.5)
+def test_weighted_compression_is_the_literal_one_and_beats_the_plain_one(O: int, I: int, blocks: int) -> None:
+    factors = make_factors(0, O, I, decay=1.5, blocks=blocks)
     C_qoi = inverse_core(normal(5, 4, O, I), factors, 0.01)
     P_qoi = from_core(C_qoi, factors)
     weighted = rebuilt(compress_weighted(C_qoi, factors, 3))

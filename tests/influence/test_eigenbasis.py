@@ -5,37 +5,43 @@ import torch
 
 from infscan.errors import FactorsError
 from infscan.influence import eigenbasis as module
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis, rotate_tokens_first
-from tests.influence.factors import covariance, normal
+from tests.influence.factors import covariance, diagonal_blocks, normal
 
 SHAPES = [(2, 3, 6, 4), (2, 40, 6, 4), (1, 7, 3, 9), (5, 1, 4, 4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eigenbasis_rebuilds_the_symmetrised_matrix(dtype: torch.dtype) -> None:
-    moment = covariance(0, 12).to(dtype)
-    moment[0, 1] += 1e-3  # not quite symmetric, as sums over batches are
-    values, vectors = eigenbasis(moment, "A")
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_eigenbasis_rebuilds_the_symmetrised_matrix(dtype: torch.dtype, blocks: int) -> None:
+    moment = diagonal_blocks(covariance(0, 12).to(dtype), blocks)
+    moment.blocks[0][0, 1] += 1e-3  # not quite symmetric, as sums over batches are
+    values, basis = eigenbasis(moment, "A")
+    vectors, dense = basis.dense(), moment.dense()
     assert values.dtype == vectors.dtype == dtype
-    assert (values.diff() >= 0).all()
-    torch.testing.assert_close((vectors * values) @ vectors.T, (moment + moment.T) / 2)
+    assert basis.sizes == moment.sizes
+    assert all((part.diff() >= 0).all() for part in values.split(moment.sizes))
+    torch.testing.assert_close((vectors * values) @ vectors.T, (dense + dense.T) / 2)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(12, dtype=dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_moment_that_is_not_finite_is_refused_by_name(value: float) -> None:
-    moment = torch.eye(3)
-    moment[1, 2] = value
+    moment = diagonal_blocks(torch.eye(6), 2)
+    moment.blocks[1][1, 2] = value
     with pytest.raises(FactorsError, match=r"S of layers\.0\.mlp has 1 entries that are NaN or infinite"):
         eigenbasis(moment, "S of layers.0.mlp")
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
 def test_tokens_first_equals_gradient_first_equals_einsum(
-    B: int, T: int, O: int, I: int, monkeypatch: pytest.MonkeyPatch
+    B: int, T: int, O: int, I: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s_bto, a_bti, Q_S, Q_A = normal(1, B, T, O), normal(2, B, T, I), normal(3, O, O), normal(4, I, I)
-    expected = torch.einsum("bto,bti,op,ij->bpj", s_bto, a_bti, Q_S, Q_A).square().sum(0)
+    s_bto, a_bti = normal(1, B, T, O), normal(2, B, T, I)
+    Q_S, Q_A = diagonal_blocks(normal(3, O, O), blocks), diagonal_blocks(normal(4, I, I), blocks)
+    expected = torch.einsum("bto,bti,op,ij->bpj", s_bto, a_bti, Q_S.dense(), Q_A.dense()).square().sum(0)
     for tokens_first in (True, False):
         monkeypatch.setattr(module, "rotate_tokens_first", lambda *_, way=tokens_first: way)
         Lambda = torch.zeros(O, I, dtype=torch.float64)
@@ -44,7 +50,8 @@ def test_tokens_first_equals_gradient_first_equals_einsum(
 
 
 def test_chunks_of_a_batch_give_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    s_bto, a_bti, Q_S, Q_A = normal(1, 5, 3, 4), normal(2, 5, 3, 6), normal(3, 4, 4), normal(4, 6, 6)
+    s_bto, a_bti = normal(1, 5, 3, 4), normal(2, 5, 3, 6)
+    Q_S, Q_A = diagonal_blocks(normal(3, 4, 4), 1), diagonal_blocks(normal(4, 6, 6), 1)
     sums = []
     for entries in (1, 50, 1 << 20):
         monkeypatch.setattr(module, "_CHUNK_ENTRIES", entries)
@@ -65,5 +72,7 @@ def test_the_cheaper_order_is_taken() -> None:
 def test_inputs_are_left_as_they_were() -> None:
     tensors = [normal(seed, *shape) for seed, shape in enumerate([(2, 3, 4), (2, 3, 5), (4, 4), (5, 5)])]
     before = [tensor.clone() for tensor in tensors]
-    add_squared_gradients(torch.zeros(4, 5, dtype=torch.float64), *tensors)
+    s_bto, a_bti, Q_S, Q_A = tensors
+    Lambda = torch.zeros(4, 5, dtype=torch.float64)
+    add_squared_gradients(Lambda, s_bto, a_bti, BlockDiagonal((Q_S,)), BlockDiagonal((Q_A,)))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))

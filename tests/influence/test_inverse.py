@@ -1,26 +1,33 @@
 """The EK-FAC inverse against dense linear algebra, and the rules of damping."""
 
+import copy
+
 import pytest
 import torch
 
 from infscan.errors import FactorsError
 from infscan.influence.inverse import damping, from_core, inverse_core
-from tests.influence.factors import make_factors, normal
+from tests.influence.factors import make_factors, normal, tensors_of
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
 @pytest.mark.parametrize(("O", "I"), [(3, 5), (5, 3), (4, 4)])
-def test_inverse_is_the_dense_kronecker_solve(O: int, I: int) -> None:
-    """With Lambda the outer product of eigenvalues, G = S (x) A in row-major vec, and P solves (G + lambda) P = V."""
-    factors = make_factors(0, O, I, kronecker=True)
+def test_inverse_is_the_dense_kronecker_solve(O: int, I: int, blocks: int) -> None:
+    """With Lambda the outer product of eigenvalues, G = S (x) A in row-major vec, and P solves (G + lambda) P = V.
+
+    With several blocks S and A are masked: P's entries in pairs of unlike blocks are no zeros.
+    """
+    factors = make_factors(0, O, I, kronecker=True, blocks=blocks)
     V_qoi = normal(9, 2, O, I)
-    G = torch.kron(factors.S, factors.A) + 0.03 * torch.eye(O * I, dtype=torch.float64)
+    G = torch.kron(factors.S.dense(), factors.A.dense()) + 0.03 * torch.eye(O * I, dtype=torch.float64)
     dense = torch.linalg.solve(G, V_qoi.flatten(1).T).T.view(2, O, I)
     torch.testing.assert_close(from_core(inverse_core(V_qoi, factors, 0.03), factors), dense)
 
 
-def test_inverse_with_corrected_eigenvalues_is_the_dense_solve_in_their_basis() -> None:
-    factors = make_factors(3, 4, 6)
-    basis = torch.kron(factors.Q_S, factors.Q_A)
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_inverse_with_corrected_eigenvalues_is_the_dense_solve_in_their_basis(blocks: int) -> None:
+    factors = make_factors(3, 4, 6, blocks=blocks)
+    basis = torch.kron(factors.Q_S.dense(), factors.Q_A.dense())
     G = (basis * (factors.Lambda.flatten() + 0.1)) @ basis.T
     V_qoi = normal(5, 1, 4, 6)
     dense = torch.linalg.solve(G, V_qoi.flatten()).view(1, 4, 6)
@@ -29,11 +36,11 @@ def test_inverse_with_corrected_eigenvalues_is_the_dense_solve_in_their_basis() 
 
 def test_the_inverse_changes_no_factor_and_repeats_itself() -> None:
     factors = make_factors(1, 4, 5)
-    before = {name: tensor.clone() for name, tensor in vars(factors).items()}
+    before = copy.deepcopy(tensors_of(factors))
     V_qoi = normal(2, 3, 4, 5)
     first = inverse_core(V_qoi, factors, 0.1)
     assert torch.equal(first, inverse_core(V_qoi, factors, 0.1))
-    assert all(torch.equal(before[name], tensor) for name, tensor in vars(factors).items())
+    assert all(map(torch.equal, before, tensors_of(factors)))
 
 
 def test_damping_is_relative_to_the_mean_unless_absolute() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,12 +12,23 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     set_seed,
 )
 
 VOCAB, CONTEXT = 40, 32
+_GROUPED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": CONTEXT,
+}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(
@@ -33,18 +45,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=CONTEXT, bos_token_id=0, eos_token_id=1
     ),
     # Grouped queries, no bias, the unembedding tied.
-    "llama": LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=[2, 3],
-    ),
+    "llama": LlamaConfig(**_GROUPED, tie_word_embeddings=True, bos_token_id=None, eos_token_id=[2, 3]),
+    "llama_untied": LlamaConfig(**_GROUPED, tie_word_embeddings=False),
     # An embedding narrower than the blocks, functional dropout inside the block, an MLP that flattens the batch.
     "opt": OPTConfig(
         vocab_size=VOCAB,
@@ -56,15 +58,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
         max_position_embeddings=CONTEXT,
         pad_token_id=1,
     ),
-    "qwen2": Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=CONTEXT,
-    ),
+    # A bias on q, k and v, and none elsewhere.
+    "qwen2": Qwen2Config(**_GROUPED),
+    # Norms between q, k and attention; heads wider than the hidden size shared among them.
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
+    # q, k, v in one weight, and gate and up in one, without bias.
+    "phi3": Phi3Config(**_GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2),
 }
 
 

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, T5Config
+from transformers import (
+    DbrxConfig,
+    GptOssConfig,
+    JetMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    T5Config,
+)
 
 from infscan.errors import ModelError
 from infscan.model.architecture import build_on_meta, describe, tracked_layers, weight_files
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
 from tests.runtime.builders import tiny_model
 
+_GROUPED = (
+    "model.layers",
+    ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+)
 # family: (a block's path, its MLP's linears, its attention's linears), in module order
 NAMES = {
     "gpt_neox": (
@@ -24,25 +38,19 @@ NAMES = {
         ["attention.query_key_value", "attention.dense"],
     ),
     "gpt2": ("transformer.h", ["mlp.c_fc", "mlp.c_proj"], ["attn.c_attn", "attn.c_proj"]),
-    "llama": (
-        "model.layers",
-        ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-    ),
+    "llama": _GROUPED,
+    "llama_untied": _GROUPED,
     "opt": (
         "model.decoder.layers",
         ["fc1", "fc2"],
         ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"],
     ),
-    "qwen2": (
-        "model.layers",
-        ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-    ),
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED,
+    "phi3": ("model.layers", ["mlp.gate_up_proj", "mlp.down_proj"], ["self_attn.o_proj", "self_attn.qkv_proj"]),
 }
 SHARED = {
-    "llama": {"up": "gate", "k": "q", "v": "q"},
-    "qwen2": {"up": "gate", "k": "q", "v": "q"},
+    **{family: {"up": "gate", "k": "q", "v": "q"} for family in ("llama", "llama_untied", "qwen2", "qwen3")},
     "opt": {"v": "k", "q": "k"},
 }
 
@@ -93,23 +101,81 @@ def test_a_regex_chooses_by_module_path_and_may_name_the_unembedding() -> None:
         tracked_layers(module, "no_such")
 
 
-def test_a_mixture_with_fused_experts_is_refused_by_layer() -> None:
-    config = MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
+_BLOCK = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+# family: (configuration, the fused module, the attention's linears that may be tracked without it)
+MIXTURES = {
+    "mixtral": (MixtralConfig(**_BLOCK, num_local_experts=2), "model.layers.0.mlp.experts", 4),
+    # Beside shared experts, which are plain linears.
+    "qwen2_moe": (
+        Qwen2MoeConfig(**_BLOCK, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
+        "model.layers.0.mlp.experts",
+        4,
+    ),
+    "olmoe": (OlmoeConfig(**_BLOCK, num_experts=2, num_experts_per_tok=1), "model.layers.0.mlp.experts", 4),
+    "gpt_oss": (
+        GptOssConfig(**_BLOCK, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "model.layers.0.mlp.experts",
+        4,
+    ),
+    # Experts stacked in the rows of a matrix; its router is a linear one level down.
+    "dbrx": (
+        DbrxConfig(
+            d_model=16,
+            n_heads=2,
+            n_layers=1,
+            vocab_size=VOCAB,
+            attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1},
+        ),
+        "transformer.blocks.0.ffn.experts.mlp",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_with_fused_experts_is_refused_by_layer(family: str) -> None:
+    """Neither its shared parts nor its router are tracked in its place."""
+    config, fused, attention = MIXTURES[family]
     module = build_on_meta(config)
     for tracked in ("mlp", "linear"):
         with pytest.raises(
-            ModelError, match=r"model\.layers\.0\.mlp\.experts holds its experts fused.*model\.tracked=attention"
+            ModelError, match=rf"^{re.escape(fused)} holds its experts fused.*model\.tracked=attention or a regex"
         ):
             tracked_layers(module, tracked)
-    assert len(tracked_layers(module, "attention")) == 4
+    found = tracked_layers(module, "attention")
+    assert len(found) == attention
+    assert not [layer.name for layer in found if "router" in layer.name or "expert" in layer.name]
+
+
+def test_a_mixture_of_attention_heads_is_refused_as_attention() -> None:
+    """JetMoE: queries and outputs are fused experts; its key-value projection and router must not stand for them."""
+    module = build_on_meta(
+        JetMoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            kv_channels=8,
+            num_local_experts=2,
+        )
+    )
+    for tracked, fused in {
+        "attention": r"self_attention\.experts\.input_linear",
+        "mlp": r"mlp\.input_linear",
+        "linear": r"mlp\.input_linear",
+    }.items():
+        with pytest.raises(ModelError, match=rf"^model\.layers\.0\.{fused} holds its experts fused"):
+            tracked_layers(module, tracked)
+    [layer] = tracked_layers(module, r"kv_proj$")
+    assert layer.name == "model.layers.0.self_attention.kv_proj"
 
 
 def test_description(llama: Path) -> None:

@@ -52,14 +52,20 @@ def small_corpus(folder: Path, count: int = 24) -> PreparedCorpus:
 
 
 def fit_plan(
-    rank: Rank, corpus: PreparedCorpus, *, slices: int = 1, tokens_per_batch: int = 256, group_bytes: int = 1 << 30
+    rank: Rank,
+    corpus: PreparedCorpus,
+    *,
+    slices: int = 1,
+    tokens_per_batch: int = 256,
+    group_bytes: int = 1 << 30,
+    blocks: int = 1,
 ) -> FactorsPlan:
     return FactorsPlan(
-        fields={"corpus": corpus.fingerprint, "seed": SEED},
+        fields={"corpus": corpus.fingerprint, "seed": SEED, "blocks": blocks},
         layers=rank.layers,
         selection=Selection.of(corpus.sequences),
         slices=slice_bounds(corpus.sequences, slices),
-        groups=layer_groups(rank.layers, group_bytes),
+        groups=layer_groups(rank.layers, group_bytes, blocks),
         tokens_per_batch=tokens_per_batch,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
-from infscan.errors import FactorsError
+from infscan.errors import ConfigError, FactorsError
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
 from infscan.passes.factor_store import (
     COMPLETE,
@@ -91,15 +94,29 @@ def test_a_plan_comes_back_from_json(
     assert [layer for index in range(len(back.groups)) for layer in back.group(index)] == list(layers)
 
 
-@given(shapes=_SHAPES, max_bytes=st.integers(1, 100_000))
-def test_layer_groups_cover_in_order_within_the_bound(shapes: list[tuple[int, int, bool]], max_bytes: int) -> None:
+def bytes_of(layer: Layer, blocks: int) -> int:
+    """Literally: the entries of A, S and Lambda that lie in a block, in float32."""
+    sides = [BlockDiagonal.zeros(n, blocks, dtype=torch.float32) for n in (layer.inputs, layer.outputs)]
+    return sum(block.nbytes for side in sides for block in side.blocks) + 4 * layer.size
+
+
+@given(shapes=_SHAPES, max_bytes=st.integers(1, 100_000), wanted=st.integers(1, 5))
+def test_layer_groups_cover_in_order_within_the_bound(
+    shapes: list[tuple[int, int, bool]], max_bytes: int, wanted: int
+) -> None:
     layers = layers_of(shapes)
-    need = {layer.name: 4 * (layer.inputs**2 + layer.outputs**2 + layer.size) for layer in layers}
+    most = min(min(layer.outputs, layer.inputs) for layer in layers)
+    blocks = min(wanted, most)
+    need = {layer.name: bytes_of(layer, blocks) for layer in layers}
     if max(need.values()) > max_bytes:
-        with pytest.raises(FactorsError, match=rf"factors\.max_group_bytes={max_bytes}; raise it"):
-            layer_groups(layers, max_bytes)
+        with pytest.raises(FactorsError, match=rf"factors\.max_group_bytes={max_bytes}; raise it") as refused:
+            layer_groups(layers, max_bytes, blocks)
+        # The mend that is named works, and no smaller one does.
+        mend = re.search(r"factors\.blocks=(\d+)", str(refused.value))
+        enough = [n for n in range(1, most + 1) if all(bytes_of(layer, n) <= max_bytes for layer in layers)]
+        assert (mend and int(mend[1])) == (enough[0] if enough else None)
         return
-    groups = layer_groups(layers, max_bytes)
+    groups = layer_groups(layers, max_bytes, blocks)
     assert [name for group in groups for name in group] == [layer.name for layer in layers]
     assert all(groups)
     for group, following in zip(groups, (*groups[1:], None), strict=True):
@@ -107,6 +124,19 @@ def test_layer_groups_cover_in_order_within_the_bound(shapes: list[tuple[int, in
         assert used <= max_bytes
         # No group ends early.
         assert following is None or used + need[following[0]] > max_bytes
+
+
+def test_more_blocks_than_a_layer_has_sides_are_refused_by_name() -> None:
+    layers = layers_of([(8, 9, True), (7, 3, False)])
+    assert layer_groups(layers, 1 << 20, 3)
+    with pytest.raises(ConfigError, match=r"factors\.blocks=4: l1 is 7 x 3 .* give at most 3"):
+        layer_groups(layers, 1 << 20, 4)
+
+
+def test_a_plan_that_does_not_say_has_one_block() -> None:
+    plan = FactorsPlan({}, layers_of([(4, 4, False)]), Selection.of(1), ((0, 1),), (("l0",),), 1)
+    assert plan.blocks == 1
+    assert replace(plan, fields={"blocks": 2}).fingerprint != replace(plan, fields={"blocks": 3}).fingerprint
 
 
 def test_only_complete_factors_are_read(rank: Rank, corpus: PreparedCorpus, inverse: Inverse, tmp_path: Path) -> None:
@@ -119,8 +149,9 @@ def test_only_complete_factors_are_read(rank: Rank, corpus: PreparedCorpus, inve
     assert list(factors) == [layer.name for layer in rank.layers]
     for layer in rank.layers:
         found = factors[layer.name]
-        assert found.A.shape == found.Q_A.shape == (layer.inputs, layer.inputs)
-        assert found.S.shape == found.Q_S.shape == (layer.outputs, layer.outputs)
+        [A], [Q_A], [S], [Q_S] = found.A.blocks, found.Q_A.blocks, found.S.blocks, found.Q_S.blocks
+        assert A.shape == Q_A.shape == (layer.inputs, layer.inputs)
+        assert S.shape == Q_S.shape == (layer.outputs, layer.outputs)
         assert found.Lambda.shape == (layer.outputs, layer.inputs)
-        torch.testing.assert_close(found.Q_A @ found.A_eigenvalues.diag() @ found.Q_A.T, found.A, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.Q_S.T @ found.Q_S, torch.eye(layer.outputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(Q_A @ found.A_eigenvalues.diag() @ Q_A.T, A, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(Q_S.T @ Q_S, torch.eye(layer.outputs), rtol=1e-4, atol=1e-4)

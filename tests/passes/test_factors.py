@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from infscan.config import Labels
+from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig
 from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError
+from infscan.influence.blocks import block_sizes
+from infscan.model.architecture import describe
+from infscan.model.load import Place
+from infscan.passes.check import CheckTask, check_task
 from infscan.passes.factor_store import (
     FactorsPlan,
     labels_path,
@@ -32,9 +39,13 @@ from infscan.passes.factors import (
     lambda_task,
     slice_bounds,
 )
-from infscan.passes.rank import Rank
+from infscan.passes.queries import QueryTask, preconditioned, query_task, read_query_batch
+from infscan.passes.rank import Rank, RankSettings
+from infscan.queries import Part, Query
 from infscan.storage import MissingError, Store
+from tests.influence.factors import diagonal_blocks
 from tests.passes.builders import fit, fit_plan, fit_tasks, one_rank
+from tests.runtime.builders import tiny_model
 
 Stores = Callable[[str], Store]
 
@@ -121,6 +132,22 @@ def test_stored_labels_are_read_where_none_are_drawn(rank: Rank, corpus: Prepare
         covariance_task(rank, task)
 
 
+def test_labels_depend_on_the_seed_and_the_sequence_alone(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+    """Not on which other sequences the factors are fitted on, nor on which layers are tracked."""
+    whole = fit_plan(rank, corpus)
+    draw(rank, at("whole"), corpus, whole)
+    wanted = labels(at("whole"), whole, corpus)
+    some = replace(whole, selection=Selection.of(corpus.sequences, 7, 3), slices=((0, 4), (4, 7)))
+    draw(rank, at("some"), corpus, some)
+    assert labels(at("some"), some, corpus) == [wanted[n] for n in some.selection.ids()]
+    fewer = replace(whole, layers=rank.layers[1:2], groups=((rank.layers[1].name,),))
+    draw(rank, at("fewer"), corpus, fewer)
+    assert labels(at("fewer"), fewer, corpus) == wanted
+    for task in fit_tasks(at("seed"), corpus, whole, Labels.sampled, draw=True):
+        covariance_task(rank, replace(task, seed=task.seed + 1))
+    assert labels(at("seed"), whole, corpus) != wanted
+
+
 @pytest.mark.parametrize("kind", list(Labels))
 @pytest.mark.parametrize("cut", [{"slices": 3}, {"slices": 3, "group_bytes": 60_000}])
 def test_slices_and_layer_groups_add_up_to_the_whole(
@@ -195,8 +222,42 @@ def test_layers_with_one_input_share_one_a(corpus: PreparedCorpus, at: Stores, t
     for layer in llama.layers:
         assert at("pieces").exists(f"A/{layer.name}.safetensors") == (layer not in shared)
         ours, theirs = (read_layer_factors(at(name), layer) for name in ("pieces", "whole"))
-        for kind in ("A", "S", "Lambda"):
-            assert relative(getattr(ours, kind), getattr(theirs, kind)) < 1e-5
+        for mine, other in ((ours.A, theirs.A), (ours.S, theirs.S)):
+            assert relative(mine.dense(), other.dense()) < 1e-5
+        assert relative(ours.Lambda, theirs.Lambda) < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_blocks_are_cut_out_of_the_whole_and_drop_no_gradient(
+    rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int
+) -> None:
+    """A and S are the whole ones' diagonal blocks; Lambda, in any orthonormal basis, adds up to the mean of |g|^2."""
+    whole, cut = fit_plan(rank, corpus), fit_plan(rank, corpus, slices=2, group_bytes=60_000, blocks=blocks)
+    assert len(cut.groups) > 1
+    fit(rank, at("whole"), corpus, whole)
+    fit(rank, at("cut"), corpus, cut)
+    for layer in rank.layers:
+        ours, theirs = (read_layer_factors(at(name), layer) for name in ("cut", "whole"))
+        for mine, values, basis, other in (
+            (ours.A, ours.A_eigenvalues, ours.Q_A, theirs.A),
+            (ours.S, ours.S_eigenvalues, ours.Q_S, theirs.S),
+        ):
+            n = len(other.dense())
+            assert mine.sizes == basis.sizes == block_sizes(n, blocks)
+            assert relative(mine.dense(), diagonal_blocks(other.dense(), blocks).dense()) < 1e-6
+            assert relative(basis @ values.diag() @ basis.T, mine.dense()) < 1e-5
+        assert ours.Lambda.shape == (layer.outputs, layer.inputs)
+        assert relative(ours.Lambda.sum(), theirs.Lambda.sum()) < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_plan_knows_what_its_partial_sums_take(rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int) -> None:
+    plan = fit_plan(rank, corpus, slices=2, blocks=blocks)
+    fit(rank, at("a"), corpus, plan)
+    stored = [read_tensors(at("a"), entry.name) for kind in ("covariance", "lambda") for entry in at("a").list(kind)]
+    assert plan.partial_bytes() == sum(
+        tensor.nbytes for tensors in stored for key, tensor in tensors.items() if key != "tokens"
+    )
 
 
 def test_a_moment_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
@@ -208,3 +269,60 @@ def test_a_moment_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: 
     write_tensors(at("a"), path, tensors)
     with pytest.raises(FactorsError, match=rf"S of {layer.name} has 2 entries"):
         decompose_layer(at("a"), plan, layer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lambda_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: Stores, value: float) -> None:
+    """Squares overflow where their roots did not. An absolute damping would let them through to the scores."""
+    plan, layer = fit_plan(rank, corpus), rank.layers[1]
+    fit(rank, at("a"), corpus, plan)
+    path = partial_path("lambda", 0, 0)
+    tensors = read_tensors(at("a"), path)
+    tensors[layer.name][1, 2] = value
+    write_tensors(at("a"), path, tensors, read_facts(at("a"), path))
+    with pytest.raises(FactorsError, match=rf"Lambda of {layer.name} has 1 entries that are NaN or infinite"):
+        finish_layer(at("a"), plan, layer)
+
+
+def test_a_layer_without_gradients_is_named_with_two_ways_out(
+    corpus: PreparedCorpus, at: Stores, tmp_path: Path
+) -> None:
+    """A layer that nothing reads has Lambda zero everywhere: no relative damping, but an absolute one or none of it."""
+    broken = one_rank(tmp_path / "model")
+    dead, after = broken.layers[:2]
+    with torch.no_grad():
+        broken.model.module.get_submodule(after.name).weight.zero_()
+    plan = fit_plan(broken, corpus)
+    inverse = fit(broken, at("a"), corpus, plan)
+    assert not read_layer_factors(at("a"), dead).Lambda.any()
+    query = [Query("a", (Part((5, 9, 33, 4), (2, 3)),))]
+    with pytest.raises(FactorsError, match=rf"^{dead.name}: .*model\.tracked=<regex>, or give factors\.damping\.abs"):
+        preconditioned(broken, query, broken.layers, inverse)
+    assert preconditioned(broken, query, broken.layers[1:], inverse)[after.name].any()
+    P = preconditioned(broken, query, broken.layers, replace(inverse, damping=DampingConfig(absolute=1e-3)))
+    assert torch.equal(P[dead.name], torch.zeros_like(P[dead.name]))
+
+
+@pytest.mark.parametrize("kind", list(Labels))
+def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
+    corpus: PreparedCorpus, at: Stores, tmp_path: Path, kind: Labels
+) -> None:
+    folder, scores = tiny_model(tmp_path / "model"), {}
+    queries = tuple(Query(f"q{n}", (Part(ids, (2, 3)),)) for n, ids in enumerate([(5, 9, 33, 4), (7, 60, 12, 90)]))
+    layers = describe(str(folder), "mlp").layers
+    for dtype in (Dtype.float32, Dtype.bfloat16):
+        rank = Rank(RankSettings(ModelConfig(str(folder), dtype), layers, sharded=False), Place())
+        inverse = fit(rank, at(dtype), corpus, fit_plan(rank, corpus, slices=2), kind)
+        for partial in at(dtype).list("covariance") + at(dtype).list("lambda"):
+            sums = read_tensors(at(dtype), partial.name)
+            assert {sums[key].dtype for key in sums if key != "tokens"} == {torch.float32}
+        for layer in layers:
+            found = read_layer_factors(at(dtype), layer)
+            moments = (found.A, found.S, found.Q_A, found.Q_S)
+            assert {moment.dense().dtype for moment in moments} == {found.Lambda.dtype} == {torch.float32}
+        query_task(rank, QueryTask(at(dtype), "queries", queries, layers, inverse, 8, Compression.weighted, "print"))
+        task = CheckTask(corpus.store, np.arange(corpus.sequences), queries, (0, 1), layers, inverse, "print", 256)
+        scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]))
+    for low, full in zip(scores[Dtype.bfloat16], scores[Dtype.float32], strict=True):
+        for query in range(len(queries)):
+            assert np.corrcoef(low[:, query], full[:, query])[0, 1] > 0.99

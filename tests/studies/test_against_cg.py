@@ -16,13 +16,15 @@ from hydra import initialize_config_dir
 
 from infscan.config import from_hydra
 from infscan.errors import ConfigError
+from infscan.influence.cg import conjugate_gradients, damped
+from infscan.passes.ggn import GaussNewton, damping_vector, join
 from infscan.passes.queries import layer_factors, query_gradients
+from infscan.passes.solve import ekfac_inverse
 from infscan.results.schema import footer_of
-from infscan.studies.against_cg import AVERAGE, EKFAC, Findings, against_cg, ekfac_inverse, validate
+from infscan.studies.against_cg import Findings, against_cg, validate
+from infscan.studies.comparison import AVERAGE, EKFAC
 from infscan.studies.in_process import Study, open_study
 from infscan.studies.validation import Cost, ValidateJob
-from infscan.truth.cg import conjugate_gradients, damped
-from infscan.truth.ggn import GaussNewton, damping_vector, join
 from jobs import validate as job
 from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infscan.errors import FactorsError
-from infscan.truth.cg import conjugate_gradients, damped
-from infscan.truth.lissa import Estimate, largest_eigenvalue, lissa
+from infscan.influence.astra import Estimate, largest_eigenvalue
+from infscan.influence.cg import conjugate_gradients, damped
+from infscan.truth.lissa import lissa
 
 N, P, LAMBDA = 12, 20, 1.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,10 @@ from infscan.errors import ConfigError
 from infscan.influence.layers import Layer
 from infscan.model.architecture import tracked_layers
 from infscan.queries import Part, Query
-from infscan.truth.pbrf import LanguageModelProblem, PbrfSettings, RegressionProblem, respond, responses
+from infscan.truth.pbrf import LanguageModelProblem, Optimiser, PbrfSettings, RegressionProblem, respond, responses
 
 TIGHT = PbrfSettings(tolerance=1e-7, max_steps=5000)
+LBFGS = replace(TIGHT, optimiser=Optimiser.lbfgs)
 LAMBDA = 0.1
 LM_LAMBDA = 1.0
 
@@ -29,7 +32,8 @@ def linear() -> RegressionProblem:
     return RegressionProblem(module, ["0"], x, y, x[:4] + 1, y[:4])
 
 
-def test_a_linear_models_response_is_the_closed_form(linear: RegressionProblem) -> None:
+@pytest.mark.parametrize("settings", [TIGHT, LBFGS])
+def test_a_linear_models_response_is_the_closed_form(linear: RegressionProblem, settings: PbrfSettings) -> None:
     """argmin is exact: theta - theta_s = -(G + lambda + eps a a^T)^-1 eps grad L."""
     eps, point = 1 / linear.size, 5
     a_ni = torch.cat([linear.x_ni, torch.ones(20, 1, dtype=torch.float64)], dim=1)
@@ -44,7 +48,7 @@ def test_a_linear_models_response_is_the_closed_form(linear: RegressionProblem) 
     def f(parameters: torch.Tensor) -> torch.Tensor:
         return -(tests @ parameters.T - linear.test_y_qo).square().sum(dim=1) / 2
 
-    found = respond(linear, point, eps, {"0": LAMBDA}, TIGHT)
+    found = respond(linear, point, eps, {"0": LAMBDA}, settings)
     assert found.converged
     np.testing.assert_allclose(found.values, ((f(theta) - f(theta_s)) / eps).numpy(), rtol=1e-5)
     assert torch.equal(linear.tracked["0"][0].detach(), weight), "the parameters are left as they were"

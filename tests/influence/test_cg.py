@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infscan.errors import FactorsError
-from infscan.truth.cg import Operator, conjugate_gradients, damped
+from infscan.influence.cg import Operator, conjugate_gradients, damped
 
 P, LAMBDA = 60, 0.05
 

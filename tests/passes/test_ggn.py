@@ -16,8 +16,8 @@ from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.load import Place
+from infscan.passes.ggn import GaussNewton, damping_vector, join, split
 from infscan.passes.rank import Rank, RankSettings
-from infscan.truth.ggn import GaussNewton, damping_vector, join, split
 from tests.model.families import VOCAB, save
 
 LENGTHS = (5, 3, 2)
