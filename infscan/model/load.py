@@ -175,13 +175,19 @@ def _load_zero3(
     zero = _zero_config(settings)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero, dtype=dtype):
+    # By the settings, never by Init's own `dtype`: DeepSpeed 0.19 overrules that on hardware without float16.
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     module.tie_weights()
     _fill_shards(module, folder, place.rank)
     module.requires_grad_(False)
     module.eval()
     parameters = list(module.parameters())
+    if any(parameter.dtype is not dtype for parameter in parameters):
+        raise ModelError(
+            f"model.dtype={str(dtype).removeprefix('torch.')}: ZeRO-3 makes {parameters[0].dtype} of it; use float32 "
+            "or bfloat16, or model.sharding=none with cluster.ranks_per_worker=1."
+        )
     size = sum(parameter.ds_numel for parameter in parameters)
     engine, *_ = deepspeed.initialize(model=module, config=zero)
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
