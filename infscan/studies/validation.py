@@ -143,8 +143,8 @@ class RegressionConfig(ResponseConfig):
 
     name: Truth = Truth.pbrf_regression
     points: int = 500
-    tolerance: float = 3e-3
-    max_steps: int = 500
+    tolerance: float = 3e-4
+    max_steps: int = 300
     rows: int = 1030
     noise: float = 0.2
     widths: list[int] = field(default_factory=lambda: [64, 64])

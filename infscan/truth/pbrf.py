@@ -227,8 +227,9 @@ def _lbfgs(
     settings: PbrfSettings,
     factors: Mapping[str, LayerFactors],
 ) -> tuple[bool, list[float]]:
-    """L-BFGS over u, theta_l = theta_s,l + (G_l + lambda_l)^(-1/2) u_l with EK-FAC's G_l; what `_adam` returns.
+    """L-BFGS over u, theta_l = theta_s,l + c (G_l + lambda_l)^(-1/2) u_l with EK-FAC's G_l; what `_adam` returns.
 
+    c makes the gradient 1 long at the start, for an objective in units of c^2: L-BFGS's own thresholds are absolute.
     Bounded in gradients rather than steps: each of a line search's costs as much as any other.
     """
     parameters = [parameter for layer in problem.tracked.values() for parameter in layer]
@@ -251,10 +252,20 @@ def _lbfgs(
             from_core(matrix_oi[None] / root_oi, layer)[0] if forward else to_core(matrix_oi[None], layer)[0] / root_oi
         )
 
+    def gradient() -> Tensor:
+        """What stands in the parameters' `grad`, in u's coordinates but for c."""
+        parts = [
+            rooted(name, _matrix([p.grad for p in layer if p.grad is not None]), forward=False).flatten()
+            for name, layer in problem.tracked.items()
+        ]
+        return torch.cat(parts)
+
+    unit = float(gradient().norm())
+
     @torch.no_grad()
     def place(u_p: Tensor) -> None:
         for (name, layer), part in zip(problem.tracked.items(), u_p.split(sizes), strict=True):
-            moved_oi = rooted(name, part.view(shapes[name]), forward=True)
+            moved_oi = unit * rooted(name, part.view(shapes[name]), forward=True)
             parts = [moved_oi[:, : layer[0].numel() // len(moved_oi)], moved_oi[:, -1]]
             for parameter, initial, move in zip(layer, start[name], parts, strict=False):
                 parameter.copy_(initial + move.reshape_as(parameter))
@@ -270,11 +281,7 @@ def _lbfgs(
             evaluations += 1
             place(u.detach())
             value = _objective(problem, point, eps, dampings, start)
-            by_layer = [
-                rooted(name, _matrix([p.grad for p in layer if p.grad is not None]), forward=False).flatten()
-                for name, layer in problem.tracked.items()
-            ]
-            known = _Seen(u.detach().clone(), value, torch.cat(by_layer), _norm(parameters) / scale)
+            known = _Seen(u.detach().clone(), value / unit**2, gradient() / unit, _norm(parameters) / scale)
             seen.append(known)
         u.grad = known.gradient_p.clone()
         return known.value
