@@ -59,7 +59,7 @@ class Recorded:
     def facts(self, settings: PbrfSettings) -> dict[str, Any]:
         """For a table's footer. both_ways: Pearson of the + and - responses, mean over measurements: 1 at first order.
 
-        converged_alone: what stands in no average, but tells whether the unconverged matter: how many points have both.
+        points_converged: those that converged for both signs.
         """
         return {
             "settings": plain(settings),

@@ -39,7 +39,7 @@ from infscan.passes.factors import (
     lambda_task,
     slice_bounds,
 )
-from infscan.passes.queries import QueryTask, preconditioned, query_task, read_query_batch
+from infscan.passes.queries import QueryTask, preconditioned, query_gradients, query_task, read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Part, Query
 from infscan.storage import MissingError, Store
@@ -258,6 +258,21 @@ def test_a_plan_knows_what_its_partial_sums_take(rank: Rank, corpus: PreparedCor
     assert plan.partial_bytes() == sum(
         tensor.nbytes for tensors in stored for key, tensor in tensors.items() if key != "tokens"
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_queries_are_preconditioned_by_the_dense_inverse_of_the_stored_blocks(
+    rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int
+) -> None:
+    inverse = fit(rank, at("a"), corpus, fit_plan(rank, corpus, blocks=blocks))
+    queries = [Query("a", (Part((5, 9, 33, 4), (2, 3)),))]
+    V, P = query_gradients(rank, queries, rank.layers), preconditioned(rank, queries, rank.layers, inverse)
+    for layer in rank.layers:
+        factors = read_layer_factors(at("a"), layer)
+        lam = inverse.damping.relative * factors.Lambda.double().mean()
+        Q_S, Q_A = factors.Q_S.dense().double(), factors.Q_A.dense().double()
+        expected = Q_S @ ((Q_S.T @ V[layer.name].double() @ Q_A) / (factors.Lambda + lam)) @ Q_A.T
+        assert relative(P[layer.name], expected) < 1e-5
 
 
 def test_a_moment_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:

@@ -12,7 +12,8 @@ from torch.func import functional_call, jacrev
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from infscan.errors import ConfigError
-from infscan.influence.layers import Layer
+from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.layers import Layer, LayerFactors
 from infscan.model.architecture import tracked_layers
 from infscan.queries import Part, Query
 from infscan.truth.pbrf import LanguageModelProblem, Optimiser, PbrfSettings, RegressionProblem, respond, responses
@@ -52,6 +53,28 @@ def test_a_linear_models_response_is_the_closed_form(linear: RegressionProblem, 
     assert found.converged
     np.testing.assert_allclose(found.values, ((f(theta) - f(theta_s)) / eps).numpy(), rtol=1e-5)
     assert torch.equal(linear.tracked["0"][0].detach(), weight), "the parameters are left as they were"
+
+
+def test_factors_change_lbfgss_path_and_not_the_minimum(linear: RegressionProblem) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bases = [torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0] for n in (4, 2)]
+    Q_A, Q_S = (BlockDiagonal((basis,)) for basis in bases)
+    Lambda = 10 * torch.rand(2, 4, dtype=torch.float64, generator=generator)
+    factors = {"0": LayerFactors(Q_A, Q_S, Q_A, Q_S, torch.ones(4), torch.ones(2), Lambda)}
+    plain = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS)
+    scaled = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS, factors)
+    assert plain.converged
+    assert scaled.converged
+    assert plain.history != scaled.history
+    np.testing.assert_allclose(scaled.values, plain.values, rtol=1e-5)
+
+
+def test_lbfgs_converges_whatever_the_size_of_eps(linear: RegressionProblem) -> None:
+    """Its own thresholds are absolute; a response of 1e-7 must not look like none."""
+    small, smaller = (respond(linear, 2, eps, {"0": LAMBDA}, LBFGS) for eps in (1e-4, 1e-7))
+    assert small.converged
+    assert smaller.converged
+    np.testing.assert_allclose(smaller.values, small.values, rtol=2e-3)
 
 
 def test_the_gradient_falls_to_the_tolerance_or_the_response_says_not(linear: RegressionProblem) -> None:
