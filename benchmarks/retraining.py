@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DOCUMENTS, LENGTH, SEED = 300, 64, 0
 TRAINING = ("study.training.epochs=15", "study.training.learning_rate=3e-3")
-QLD_SOLVERS = ("ekfac", "cg", "identity")
 # What a scan is told for each method; every one scores at full rank.
 SOLVERS = {
     "ekfac": [],

@@ -6,8 +6,9 @@ otherwise apply EK-FAC, so that the scan knows nothing of it (METHOD: iterated i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from infscan.config import IterationConfig, Solver
 from infscan.influence.astra import astra, largest_eigenvalue
 from infscan.influence.cg import Operator, conjugate_gradients, damped
 from infscan.influence.inverse import from_core, inverse_core
-from infscan.influence.layers import LayerFactors
+from infscan.influence.layers import Layer, LayerFactors
 from infscan.passes.factor_store import write_tensors
 from infscan.passes.ggn import GaussNewton, damping_vector, join, split
 from infscan.passes.queries import Inverse, layer_factors, query_gradients
@@ -27,7 +28,7 @@ from infscan.storage import Store
 
 # Batches and steps of the power method before astra, and the share of the largest stable step that it takes.
 _TRIED_BATCHES, _POWER_STEPS, _STABLE_SHARE = 4, 8, 0.5
-ASTRA_BATCH = 32
+_ASTRA_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,24 @@ class _System:
     precondition: Operator
 
 
-def ekfac_inverse(rank: Rank, factors: Mapping[str, tuple[LayerFactors, float]]) -> Operator:
+def sequences_per_product(solver: Solver, settings: IterationConfig, sequences: int) -> int:
+    """How many of G's sequences one product is of: all (cg), or a batch (astra)."""
+    return min(sequences, settings.batch or _ASTRA_BATCH) if solver is Solver.astra else sequences
+
+
+def ekfac_factors(rank: Rank, inverse: Inverse) -> dict[str, tuple[LayerFactors, float]]:
+    """Every tracked layer's factors and damping on the rank, by layer. inverse: one that has factors."""
+    known = {layer.name: layer_factors(inverse, layer, rank.device, rank.wide) for layer in rank.layers}
+    return {name: found for name, found in known.items() if found is not None}
+
+
+def ekfac_inverse(layers: Sequence[Layer], factors: Mapping[str, tuple[LayerFactors, float]]) -> Operator:
     """x -> (G + lambda)^-1 x by EK-FAC, on vectors [K, P]. factors: with their damping, by layer."""
 
     def apply(x_kp: Tensor) -> Tensor:
-        matrices = split(rank.layers, x_kp)
+        matrices = split(layers, x_kp)
         return join(
-            rank.layers,
+            layers,
             {name: from_core(inverse_core(matrices[name], *known), known[0]) for name, known in factors.items()},
         )
 
@@ -97,31 +109,26 @@ def solve_task(rank: Rank, task: SolveTask) -> Solved:
     # By a product of its own: a recurrence's residual drifts, and astra's is of one batch.
     rest_2p = v_1p - damped(system.ggn.product, system.lambda_p)(both_2p)
     residual, ekfac_residual = (rest_2p.norm(dim=1) / v_1p.norm()).tolist()
-    facts = {"fingerprint": task.fingerprint, "residual": repr(residual), "ekfac_residual": repr(ekfac_residual)}
-    facts |= {"products": str(products), "sequences": str(len(task.curvature_ids))}
+    solved = Solved(task.query.id, residual, ekfac_residual, products, len(task.curvature_ids))
+    facts = {"fingerprint": task.fingerprint, "solved": json.dumps(asdict(solved))}
     tensors = {name: matrix[0] for name, matrix in split(rank.layers, x_1p).items()}
     write_tensors(task.store, task.name, tensors, facts)
-    return Solved(task.query.id, residual, ekfac_residual, products, len(task.curvature_ids))
+    return solved
 
 
-def solved_before(facts: Mapping[str, str], query_id: str) -> Solved:
+def solved_before(facts: Mapping[str, str]) -> Solved:
     """What a solution's file says of it."""
-    return Solved(
-        query_id,
-        float(facts["residual"]),
-        float(facts["ekfac_residual"]),
-        int(facts["products"]),
-        int(facts["sequences"]),
-    )
+    return Solved(**json.loads(facts["solved"]))
 
 
 def _system(rank: Rank, task: SolveTask) -> _System:
     sequences = rank.corpus(task.corpus).read(task.curvature_ids)
-    known = {layer.name: layer_factors(task.ekfac, layer, rank.device, rank.wide) for layer in rank.layers}
-    factors = {name: found for name, found in known.items() if found is not None}
+    factors = ekfac_factors(rank, task.ekfac)
     like = torch.zeros(0, dtype=rank.wide, device=rank.device)
     lambda_p = damping_vector(rank.layers, {name: lam for name, (_, lam) in factors.items()}, like)
-    return _System(GaussNewton(rank, sequences, task.settings.tokens_per_batch), lambda_p, ekfac_inverse(rank, factors))
+    return _System(
+        GaussNewton(rank, sequences, task.settings.tokens_per_batch), lambda_p, ekfac_inverse(rank.layers, factors)
+    )
 
 
 def _cg(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]:
@@ -138,7 +145,7 @@ def _cg(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]:
 
 def _astra(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]:
     settings, sequences = task.settings, len(task.curvature_ids)
-    batch = settings.batch or ASTRA_BATCH
+    batch = sequences_per_product(task.solver, settings, sequences)
     largest = settings.step_size or _stable_step(system, batch, task.seed)
     estimate = astra(
         system.ggn.product,

@@ -10,7 +10,7 @@ from infscan.config import Solver, fingerprint, plain
 from infscan.corpus.plan import Selection
 from infscan.passes.factor_store import read_facts
 from infscan.passes.queries import Solutions
-from infscan.passes.solve import ASTRA_BATCH, Solved, SolveTask, solve_task, solved_before
+from infscan.passes.solve import Solved, SolveTask, sequences_per_product, solve_task, solved_before
 from infscan.queries import queries_fingerprint
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
@@ -51,7 +51,7 @@ def solve(run: Run, factors: Factors) -> Factors:
     found: dict[str, Solved] = {}
     for query_id, name in names.items():
         if run.store.exists(name) and (facts := read_facts(run.store, name)).get("fingerprint") == keys[query_id]:
-            found[query_id] = solved_before(facts, query_id)
+            found[query_id] = solved_before(facts)
     left = [query for query in run.queries if query.id not in found]
 
     def task(unit: int) -> SolveTask:
@@ -71,12 +71,13 @@ def solve(run: Run, factors: Factors) -> Factors:
         )
 
     if left:
-        _announce(run, len(ids), len(left))
+        per_product = sequences_per_product(config.solver, config.iteration, len(ids))
+        _announce(run, per_product, len(left))
         with run.telemetry.phase("solve", len(left), "queries") as phase:
 
             def on_done(unit: int, solved: Solved) -> None:
                 found[solved.query_id] = solved
-                phase.advance(sequences=solved.products * (config.iteration.batch or solved.sequences))
+                phase.advance(sequences=solved.products * per_product)
 
             run.pool.run(range(len(left)), solve_task, task, on_done)
         run.pool.forget()
@@ -84,10 +85,9 @@ def solve(run: Run, factors: Factors) -> Factors:
     return replace(factors, inverse=inverse, iteration=_report(run, found))
 
 
-def _announce(run: Run, sequences: int, queries: int) -> None:
+def _announce(run: Run, per_product: int, queries: int) -> None:
     """What it will cost, before it is spent."""
     config = run.config.factors
-    per_product = min(sequences, config.iteration.batch or ASTRA_BATCH) if config.solver is Solver.astra else sequences
     megabytes = 4 * sum(layer.size for layer in run.architecture.layers) / 2**20
     log.info(
         "solve       %s: %d queries, up to %d products each with G of %d sequences; %.3g MiB in storage per query",

@@ -26,9 +26,9 @@ from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.ggn import GaussNewton, damping_vector, join, split
-from infscan.passes.queries import Inverse, layer_factors, query_gradients
+from infscan.passes.queries import Inverse, query_gradients
 from infscan.passes.rank import Rank
-from infscan.passes.solve import ekfac_inverse
+from infscan.passes.solve import ekfac_factors, ekfac_inverse
 from infscan.queries import Query
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
@@ -80,29 +80,15 @@ def against_cg(
     log(f"at most {cost.hours * 60:.1f} minutes of Gauss-Newton products ({cost.flops:.2g} FLOP)")
     cost.refuse_above(settings.max_hours)
 
-    known = {layer.name: layer_factors(inverse, layer, rank.device, rank.wide) for layer in rank.layers}
-    factors = {name: found for name, found in known.items() if found is not None}
-    precondition = ekfac_inverse(rank, factors)
+    factors = ekfac_factors(rank, inverse)
+    precondition = ekfac_inverse(rank.layers, factors)
     ekfac_kp, ekfac_seconds = timed(lambda: precondition(v_kp))
     lambda_p = damping_vector(rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
     solutions = {EKFAC: (ekfac_kp, fit_seconds + ekfac_seconds), DOT: (v_kp, V_seconds)}
 
-    scale, scale_seconds = timed(lambda: lissa_scale(ggn.product, len(curvature), lambda_p, settings.lissa, seed))
-    depths = settings.lissa.depths
-    series = lissa(
-        ggn.product,
-        v_kp,
-        lambda_p,
-        sequences=len(curvature),
-        batch=settings.lissa.batch,
-        depth=max(depths),
-        scale=scale,
-        seed=seed,
-        snapshots=depths,
-    )
-    for depth, x_kp in series.snapshots.items():
-        solutions[f"LiSSA-{depth}"] = (x_kp, scale_seconds + series.history[depth - 1].seconds)
-    log(f"LiSSA: {max(depths)} steps in {series.history[-1].seconds:.0f} s, scale {scale:.3g}")
+    by_depth, series, scale = by_lissa(ggn.product, v_kp, lambda_p, len(curvature), settings.lissa, seed)
+    solutions |= by_depth
+    log(f"LiSSA: {len(series.history)} steps in {series.history[-1].seconds:.0f} s, scale {scale:.3g}")
 
     def keep(iteration: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
         log(f"CG: iteration {iteration}, largest residual {float(residual_k.max()):.2g}, {seconds:.0f} s")
@@ -151,6 +137,29 @@ def score_solutions(
         rank.backward(batch, rank.layers, loss, consume)
     parts = scores_nk.T.cpu().numpy().reshape(len(solutions), -1, len(sequences))
     return dict(zip(solutions, parts, strict=True))
+
+
+def by_lissa(
+    product: BatchOperator, v_kp: Tensor, lambda_p: Tensor, sequences: int, settings: LissaConfig, seed: int
+) -> tuple[dict[str, tuple[Tensor, float]], Estimate, float]:
+    """LiSSA's solutions at every depth asked for with their seconds, by method; the whole series; its scale."""
+    scale, scale_seconds = timed(lambda: lissa_scale(product, sequences, lambda_p, settings, seed))
+    series = lissa(
+        product,
+        v_kp,
+        lambda_p,
+        sequences=sequences,
+        batch=settings.batch,
+        depth=max(settings.depths),
+        scale=scale,
+        seed=seed,
+        snapshots=settings.depths,
+    )
+    solutions = {
+        f"LiSSA-{depth}": (x_kp, scale_seconds + series.history[depth - 1].seconds)
+        for depth, x_kp in series.snapshots.items()
+    }
+    return solutions, series, scale
 
 
 def lissa_scale(product: BatchOperator, sequences: int, lambda_p: Tensor, settings: LissaConfig, seed: int) -> float:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from infscan.config import fingerprint, plain
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.influence.layers import LayerFactors
-from infscan.passes.queries import layer_factors
+from infscan.passes.solve import ekfac_factors
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
 from infscan.studies.against_cg import against_cg, cg_facts
@@ -198,8 +198,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     study = open_study(config)
     rank, N = study.rank, len(study.curvature)
     points = sampled_points(truth, N, config.seed)
-    known = {layer.name: layer_factors(study.inverse, layer, rank.device, rank.wide) for layer in rank.layers}
-    pairs = {name: found for name, found in known.items() if found is not None}
+    pairs = ekfac_factors(rank, study.inverse)
     dtype = getattr(torch, truth.dtype.value) if truth.dtype is not truth.dtype.auto else rank.wide
     # A copy: in another dtype, and with parameters that ask for gradients, which a scan's must not.
     problem = LanguageModelProblem(

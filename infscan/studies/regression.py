@@ -19,22 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from infscan.config import DampingConfig, fingerprint, plain
+from infscan.config import fingerprint, plain
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
-from infscan.influence.inverse import damping, from_core, inverse_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.passes.factor_store import read_tensors, write_tensors
-from infscan.passes.ggn import damping_vector, join, split
+from infscan.passes.ggn import damping_vector, join
+from infscan.passes.solve import ekfac_inverse
 from infscan.storage import Store
-from infscan.studies.against_cg import lissa_scale
+from infscan.studies.against_cg import by_lissa
 from infscan.studies.against_pbrf import Responder, concluded, sampled_points
 from infscan.studies.comparison import DOT, EKFAC, RANDOM, Comparison, Scored
 from infscan.studies.validation import RegressionConfig, ValidateJob, timed
 from infscan.truth.compare import random_scores
-from infscan.truth.lissa import lissa
-from infscan.truth.pbrf import RegressionProblem
+from infscan.truth.pbrf import RegressionProblem, dampings_of
 
 GGN = "damped GGN, exact"
 FEATURES = 8
@@ -160,7 +159,8 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     layers, found = layers_of(model), tokens(model, data.x_ni)
     factors, fit_seconds = timed(lambda: fit(found, seed))
-    dampings = lambdas(factors, config.factors.damping)
+    relative, absolute = config.factors.damping.relative, config.factors.damping.absolute
+    dampings = dampings_of(factors, relative, absolute)
     query_ids = [f"row-{truth.trained + row}" for row in range(truth.queries)]
     problem = RegressionProblem(
         model, [layer.name for layer in layers], data.x_ni, data.y_n1, data.test_x_qi, data.test_y_q1
@@ -195,10 +195,6 @@ def trained(truth: RegressionConfig, data: Data, seed: int, store: Store, log: C
     return model
 
 
-def lambdas(factors: Mapping[str, LayerFactors], settings: DampingConfig) -> dict[str, float]:
-    return {name: damping(one.Lambda, settings.relative, settings.absolute, name) for name, one in factors.items()}
-
-
 def methods(
     model: nn.Sequential,
     data: Data,
@@ -208,7 +204,7 @@ def methods(
     config: ValidateJob,
 ) -> list[Scored]:
     """Every method's scores of the points, [Q, M]: <x, grad L(z)> with its own x = (G + lambda)^-1 grad(-f)."""
-    settings, layers = config.validate, layers_of(model)
+    layers = layers_of(model)
     J_np = jacobian(layers, tokens(model, data.x_ni))
     with torch.no_grad():
         residuals_n1 = model(data.x_ni) - data.y_n1
@@ -218,32 +214,17 @@ def methods(
     gradients_mp = (residuals_n1 * J_np)[points]
     lambda_p = damping_vector(layers, dampings, v_kp)
 
-    def ekfac() -> Tensor:
-        matrices = split(layers, v_kp)
-        return join(
-            layers,
-            {name: from_core(inverse_core(matrices[name], one, dampings[name]), one) for name, one in factors.items()},
-        )
+    ekfac = ekfac_inverse(layers, {name: (one, dampings[name]) for name, one in factors.items()})
 
     def product(x_kp: Tensor, rows: NDArray[np.int64]) -> Tensor:
         J_rp = J_np[rows]
         return x_kp @ J_rp.T @ J_rp / len(rows)
 
-    scale, scale_seconds = timed(lambda: lissa_scale(product, len(J_np), lambda_p, settings.lissa, config.seed))
-    depths = settings.lissa.depths
-    series = lissa(
-        product,
-        v_kp,
-        lambda_p,
-        sequences=len(J_np),
-        batch=settings.lissa.batch,
-        depth=max(depths),
-        scale=scale,
-        seed=config.seed,
-        snapshots=depths,
-    )
-    solutions = {EKFAC: timed(ekfac), DOT: (v_kp, 0.0), GGN: timed(lambda: solve_exactly(J_np, lambda_p, v_kp))}
-    for depth, x_kp in series.snapshots.items():
-        solutions[f"LiSSA-{depth}"] = (x_kp, scale_seconds + series.history[depth - 1].seconds)
+    solutions = {
+        EKFAC: timed(lambda: ekfac(v_kp)),
+        DOT: (v_kp, 0.0),
+        GGN: timed(lambda: solve_exactly(J_np, lambda_p, v_kp)),
+    }
+    solutions |= by_lissa(product, v_kp, lambda_p, len(J_np), config.validate.lissa, config.seed)[0]
     scored = [Scored(name, (x_kp @ gradients_mp.T).numpy(), seconds) for name, (x_kp, seconds) in solutions.items()]
     return [*scored, Scored(RANDOM, random_scores(len(v_kp), len(points), config.seed), 0.0)]

@@ -123,10 +123,13 @@ def respond(
     start = {name: tuple(p.detach().clone() for p in layer) for name, layer in problem.tracked.items()}
     before = problem.measure()
     try:
-        if settings.optimiser is Optimiser.adam:
-            converged, history = _adam(problem, point, eps, dampings, start, settings)
+        scale = _start_norm(problem, point, eps)
+        if scale == 0:
+            converged, history = True, [0.0]
+        elif settings.optimiser is Optimiser.adam:
+            converged, history = _adam(problem, point, eps, dampings, start, scale, settings)
         else:
-            converged, history = _lbfgs(problem, point, eps, dampings, start, settings, factors or {})
+            converged, history = _lbfgs(problem, point, eps, dampings, start, scale, settings, factors or {})
         after = problem.measure()
     finally:
         with torch.no_grad():
@@ -178,13 +181,14 @@ def _adam(
     eps: float,
     dampings: Mapping[str, float],
     start: Mapping[str, tuple[Tensor, ...]],
+    scale: float,
     settings: PbrfSettings,
 ) -> tuple[bool, list[float]]:
-    """Adam until the relative gradient norm is below the tolerance; whether it came there, and the norms on the way."""
-    parameters = [parameter for layer in problem.tracked.values() for parameter in layer]
-    scale = _start_norm(problem, point, eps, parameters)
-    if scale == 0:
-        return True, [0.0]
+    """Adam until the relative gradient norm is below the tolerance; whether it came there, and the norms on the way.
+
+    scale: the norm at the start, whose gradient still stands in the parameters' `grad`.
+    """
+    parameters = _parameters(problem)
     groups = []
     for name, layer in problem.tracked.items():
         entries = sum(parameter.numel() for parameter in layer)
@@ -224,6 +228,7 @@ def _lbfgs(
     eps: float,
     dampings: Mapping[str, float],
     start: Mapping[str, tuple[Tensor, ...]],
+    scale: float,
     settings: PbrfSettings,
     factors: Mapping[str, LayerFactors],
 ) -> tuple[bool, list[float]]:
@@ -232,10 +237,7 @@ def _lbfgs(
     c makes the gradient 1 long at the start, for an objective in units of c^2: L-BFGS's own thresholds are absolute.
     Bounded in gradients rather than steps: each of a line search's costs as much as any other.
     """
-    parameters = [parameter for layer in problem.tracked.values() for parameter in layer]
-    scale = _start_norm(problem, point, eps, parameters)
-    if scale == 0:
-        return True, [0.0]
+    parameters = _parameters(problem)
     shapes = {name: _matrix(layer).shape for name, layer in problem.tracked.items()}
     sizes = [shape.numel() for shape in shapes.values()]
     u = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device, requires_grad=True)
@@ -331,7 +333,7 @@ def _objective(
     start: Mapping[str, tuple[Tensor, ...]],
 ) -> float:
     """The objective at the present parameters; its gradient is left in their `grad`."""
-    for parameter in (parameter for layer in problem.tracked.values() for parameter in layer):
+    for parameter in _parameters(problem):
         parameter.grad = None
     value = 0.0
     for divergence in problem.divergences():
@@ -350,10 +352,17 @@ def _objective(
     return value
 
 
-def _start_norm(problem: Problem, point: int, eps: float, parameters: Sequence[nn.Parameter]) -> float:
-    """|gradient| at theta_s, where the divergence and the proximal term are at their minimum: that of eps L alone."""
+def _start_norm(problem: Problem, point: int, eps: float) -> float:
+    """|gradient| at theta_s, where the divergence and the proximal term are at their minimum: that of eps L alone.
+
+    The gradient is left in the parameters' `grad`, where the optimisers take their units from it.
+    """
     (eps * problem.loss(point)).backward()
-    return _norm(parameters)
+    return _norm(_parameters(problem))
+
+
+def _parameters(problem: Problem) -> list[nn.Parameter]:
+    return [parameter for layer in problem.tracked.values() for parameter in layer]
 
 
 def _matrix(layer: Sequence[Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ def test_cg_finds_the_dense_solution(double: Rank, ekfac: Inverse, corpus: Prepa
         assert solved.residual < 1e-7 < solved.ekfac_residual
         found = read_solution(double, store, query)
         assert float((found - x_p).norm() / x_p.norm()) < 1e-6
-        assert solved_before(read_facts(store, query.id), query.id) == solved
+        assert solved_before(read_facts(store, query.id)) == solved
 
 
 def test_astra_on_all_sequences_goes_there_too(

@@ -137,7 +137,7 @@ def test_ek_fac_saves_conjugate_gradients_iterations(folder: Path) -> None:
     system = damped(GaussNewton(rank, study.curvature, 4096).product, lambda_p)
     plain = conjugate_gradients(system, v_kp, tolerance=1e-3, max_iterations=100)
     helped = conjugate_gradients(
-        system, v_kp, tolerance=1e-3, max_iterations=100, preconditioner=ekfac_inverse(rank, factors)
+        system, v_kp, tolerance=1e-3, max_iterations=100, preconditioner=ekfac_inverse(rank.layers, factors)
     )
     assert bool((helped.converged_k & plain.converged_k).all())
     assert bool((helped.iterations_k < plain.iterations_k / 2).all())

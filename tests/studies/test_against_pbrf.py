@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from infscan.config import DampingConfig, from_hydra
+from infscan.config import from_hydra
 from infscan.errors import ConfigError, RunError
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.passes.ggn import damping_vector, join, split
@@ -24,6 +24,7 @@ from infscan.studies import against_pbrf, regression
 from infscan.studies.comparison import AVERAGE
 from infscan.studies.regression import FEATURES
 from infscan.studies.validation import PbrfConfig, RegressionConfig, ResponseConfig, Truth, ValidateJob
+from infscan.truth.pbrf import dampings_of
 from jobs import validate as job
 from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
 
@@ -168,7 +169,7 @@ def test_ek_fac_of_one_linear_layer_is_the_exact_solve() -> None:
     x_ni = torch.randn(40_000, FEATURES, dtype=torch.float64, generator=generator)
     found, layers = regression.tokens(model, x_ni), regression.layers_of(model)
     factors = regression.fit(found, 3)
-    dampings = regression.lambdas(factors, DampingConfig(relative=0.1))
+    dampings = dampings_of(factors, relative=0.1)
     v_kp = torch.randn(2, FEATURES + 1, dtype=torch.float64, generator=generator)
     estimated = join(
         layers,
