@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests import servers
+from tests.chaos.proxy import Proxy, fault_proxy
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,9 @@ def moto_s3(moto_server: servers.ObjectServer, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def faulty_s3(
-    moto_server: servers.ObjectServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Bucket, servers.Faults]]:
+def faulty_s3(moto_server: servers.ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Bucket, Proxy]]:
     """The bucket of `moto_s3` behind a proxy that plays the faults it is given, with the environment set for it."""
-    with servers.unreliable(moto_server) as (server, faults):
-        for name, value in server.env.items():
+    with fault_proxy(moto_server) as proxy:
+        for name, value in proxy.server.env.items():
             monkeypatch.setenv(name, value)
-        yield Bucket(server, "infscan-moto"), faults
+        yield Bucket(proxy.server, "infscan-moto"), proxy

@@ -1,7 +1,7 @@
 """Real object-store servers for tests, each on free ports of 127.0.0.1 and gone at the end of its `with` block.
 
-`seaweedfs` checks credentials and has real races; `moto` starts in half a second and checks nothing; `unreliable`
-stands before either and answers errors, cuts answers short or hangs, as a test tells it.
+`seaweedfs` checks credentials and has real races; `moto` starts in half a second and checks nothing. Faults are played
+by a proxy before either (tests/chaos/proxy.py).
 """
 
 import importlib.metadata
@@ -12,15 +12,11 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -157,81 +153,6 @@ def moto() -> Iterator[ObjectServer]:
         yield ObjectServer(f"http://127.0.0.1:{port}", "moto-test-key", "moto-test-secret-value")
     finally:
         server.stop()
-
-
-@dataclass
-class Faults:
-    """What an unreliable server does: `decide(method, path)` gives None (pass on), an HTTP status, `cut` or `hang`.
-
-    `cut` answers half of the body and closes the connection; `hang` answers nothing until the server ends.
-    """
-
-    decide: Callable[[str, str], int | str | None] = lambda method, path: None
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def first(self, count: int, fault: int | str, method: str = "") -> None:
-        """Does `fault` to the first `count` requests (of that method), and passes on the rest."""
-        left = iter(range(count))
-        self.decide = lambda m, _: fault if (not method or m == method) and next(left, None) is not None else None
-
-
-@contextmanager
-def unreliable(upstream: ObjectServer) -> Iterator[tuple[ObjectServer, Faults]]:
-    """A proxy before a server that does not check signatures (moto), and the faults that it plays."""
-    faults = Faults()
-    address = urlsplit(upstream.endpoint).netloc
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            return
-
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            faults.requests.append((self.command, self.path))
-            fault = faults.decide(self.command, self.path)
-            if fault == "hang":
-                faults.ended.wait()
-                self.close_connection = True
-            elif isinstance(fault, int):
-                self.send_response(fault)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-            else:
-                self.pass_on(body, cut=fault == "cut")
-
-        def pass_on(self, body: bytes, cut: bool) -> None:
-            connection = HTTPConnection(address)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            content = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
-                    self.send_header(name, value)
-            # A HEAD answers with the length of what it does not send.
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-            self.send_header("Content-Length", length or str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-            self.close_connection = cut
-            connection.close()
-
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
-
-    (port,) = free_ports(1)
-    proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    proxy.daemon_threads = True
-    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield replace(upstream, endpoint=f"http://127.0.0.1:{port}"), faults
-    finally:
-        faults.ended.set()
-        proxy.shutdown()
-        proxy.server_close()
 
 
 def _weed() -> str:

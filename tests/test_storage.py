@@ -20,8 +20,8 @@ from infscan.errors import StorageError
 from infscan.storage import Entry, MissingError, Store, expand, is_uri, localise, open_input, redact
 from infscan.storage import local as local_module
 from infscan.storage import remote as remote_module
+from tests.chaos.proxy import Proxy, always, first
 from tests.conftest import Bucket
-from tests.servers import Faults
 
 PREFIX = "a run #1 (100 %)"
 
@@ -464,61 +464,61 @@ class TestObjectStores:
 
 @pytest.mark.usefixtures("no_pauses")
 class TestFaultyStores:
-    @pytest.mark.parametrize("fault", [500, 503, 429, "cut"])
-    def test_a_passing_fault_is_outlived(self, faulty_s3: tuple[Bucket, Faults], fault: int | str) -> None:
-        bucket, faults = faulty_s3
+    @pytest.mark.parametrize("fault", ["500", "503", "429", "cut"])
+    def test_a_passing_fault_is_outlived(self, faulty_s3: tuple[Bucket, Proxy], fault: str) -> None:
+        bucket, proxy = faulty_s3
         store = Store(bucket.uri())
-        faults.first(2, fault if fault != "cut" else 503, "PUT")
+        proxy.plan = first(2, fault if fault != "cut" else "503", "PUT")
         store.write("x", b"some bytes")
-        faults.first(2, fault, "GET")
+        proxy.plan = first(2, fault, "GET")
         assert store.read("x") == b"some bytes"
-        faults.first(2, fault, "GET")
+        proxy.plan = first(2, fault, "GET")
         with store.open("x") as file:
             assert file.read() == b"some bytes"
-        faults.first(2, fault, "GET")
+        proxy.plan = first(2, fault, "GET")
         assert names(store) == ["x"]
-        faults.first(2, 503)
+        proxy.plan = first(2, "503")
         assert store.exists("x")
 
-    def test_a_lasting_fault_ends_in_an_error_and_shows_no_half(self, faulty_s3: tuple[Bucket, Faults]) -> None:
-        bucket, faults = faulty_s3
+    def test_a_lasting_fault_ends_in_an_error_and_shows_no_half(self, faulty_s3: tuple[Bucket, Proxy]) -> None:
+        bucket, proxy = faulty_s3
         store = Store(bucket.uri())
         store.write("x", b"old")
-        faults.decide = lambda method, path: 503 if method == "PUT" else None
-        before = len(faults.requests)
+        proxy.plan = always("503", "PUT")
+        before = len(proxy.requests)
         for write in (store.write, store.create):
-            with pytest.raises(StorageError, match=r"answered .*503.*, 5 times") as caught:
+            with pytest.raises(StorageError, match=r"answered SlowDown, 5 times") as caught:
                 write("y", b"new")
             assert f"{store.uri}/y" in str(caught.value)
-        assert sum(method == "PUT" for method, _ in faults.requests[before:]) == 2 * remote_module.ATTEMPTS
+        assert sum(method == "PUT" for method, _ in proxy.requests[before:]) == 2 * remote_module.ATTEMPTS
         with pytest.raises(StorageError):
             store.write("x", b"new")
         assert store.read("x") == b"old"
         assert names(store) == ["x"]
 
-    def test_a_multipart_upload_that_fails_is_aborted(self, faulty_s3: tuple[Bucket, Faults]) -> None:
-        bucket, faults = faulty_s3
+    def test_a_multipart_upload_that_fails_is_aborted(self, faulty_s3: tuple[Bucket, Proxy]) -> None:
+        bucket, proxy = faulty_s3
         store = Store(bucket.uri())
-        faults.decide = lambda method, path: 403 if "partNumber=2" in path else None
+        proxy.plan = always("403", within="partNumber=2")
         with pytest.raises(StorageError):
             store.write("large", bytes(101 << 20))
         assert store.list() == []
         assert "Uploads" not in bucket.server.client().list_multipart_uploads(Bucket=bucket.name)
 
     def test_a_store_that_never_answers_is_given_up(
-        self, faulty_s3: tuple[Bucket, Faults], monkeypatch: pytest.MonkeyPatch
+        self, faulty_s3: tuple[Bucket, Proxy], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bucket, faults = faulty_s3
+        bucket, proxy = faulty_s3
         monkeypatch.setattr(remote_module, "READ_TIMEOUT_S", 0.2)
         monkeypatch.setenv("AWS_SESSION_TOKEN", "another-client")  # a new client, with the short timeout
-        faults.decide = lambda method, path: "hang"
+        proxy.plan = always("hang")
         with pytest.raises(StorageError, match="does not answer"):
             Store(bucket.uri()).read("x")
 
-    def test_a_store_without_conditional_puts_still_creates(self, faulty_s3: tuple[Bucket, Faults]) -> None:
-        bucket, faults = faulty_s3
+    def test_a_store_without_conditional_puts_still_creates(self, faulty_s3: tuple[Bucket, Proxy]) -> None:
+        bucket, proxy = faulty_s3
         store = Store(bucket.uri())
-        faults.first(1, 501, "PUT")
+        proxy.plan = first(1, "501", "PUT")
         assert store.create("x", b"1") is True
         assert store.create("x", b"2") is False
         assert store.read("x") == b"1"
