@@ -17,6 +17,10 @@ class StorageError(InfscanError):
     """A folder or object that cannot be read or written: missing, refused, full, unreachable."""
 
 
+class UnwritableError(StorageError):
+    """A place that takes no writes now (full, over its quota, read-only, refused): another attempt does not mend it."""
+
+
 class CorpusError(InfscanError):
     """A corpus that is missing, empty, malformed or changed; names the file and the line or row."""
 

@@ -7,6 +7,18 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 
 from infscan.storage.address import MissingError, is_uri, redact
 from infscan.storage.inputs import InputFile, expand, localise, open_input
+from infscan.storage.patience import storage_faults
 from infscan.storage.store import Entry, Store
 
-__all__ = ["Entry", "InputFile", "MissingError", "Store", "expand", "is_uri", "localise", "open_input", "redact"]
+__all__ = [
+    "Entry",
+    "InputFile",
+    "MissingError",
+    "Store",
+    "expand",
+    "is_uri",
+    "localise",
+    "open_input",
+    "redact",
+    "storage_faults",
+]

@@ -4,20 +4,27 @@ fsspec's local filesystem is not used: its moves are not atomic across devices a
 """
 
 import errno
+import io
 import os
 import shutil
 import stat
-import uuid
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from infscan.errors import StorageError
-from infscan.storage.address import TEMPORARY, Entry, MissingError, is_temporary, redact, tag
+from infscan.errors import StorageError, UnwritableError
+from infscan.storage.address import Entry, MissingError, is_temporary, redact, tag
+from infscan.storage.patience import Patience
+from infscan.storage.writers import is_abandoned, temporary_name
 
+T = TypeVar("T")
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+# Network filesystems: a file replaced by another machine, a server that does not answer in time.
+_PASSING = {errno.ESTALE: "stale", errno.ETIMEDOUT: "timeout", errno.EAGAIN: "busy"}
+# What no further attempt mends until a person does something.
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _MENDS = {
     errno.EACCES: "permission denied; give this user access to it or choose another folder",
     errno.EPERM: "the operation is not permitted here; choose another folder",
@@ -29,47 +36,66 @@ _MENDS = {
     errno.EISDIR: "this is a folder where a file is expected; correct the path",
     errno.ENAMETOOLONG: "the name is too long for this disk; shorten it",
     errno.EIO: "the disk reports an input/output error; check the disk",
+    errno.ESTALE: "the network disk lost track of this file; check that its server runs and mount it again",
+    errno.ETIMEDOUT: "the network disk does not answer; check the network and its server",
 }
+# How often a file is written anew whose hidden copy was taken for abandoned and swept away.
+_WRITES = 3
 
 
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turns an OSError into a StorageError that names the path, the reason and the mend."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingError(redact(f"{path}: there is no such file; check the path")) from error
-    except OSError as error:
-        mend = _MENDS.get(error.errno or 0, f"{error.strerror or error}; check the path and the disk")
-        raise StorageError(redact(f"{path}: {mend}")) from error
+def _explain(error: Exception, path: str, *, writing: bool = False) -> StorageError:
+    """A StorageError that names the path, the reason and the mend."""
+    if isinstance(error, FileNotFoundError):
+        return MissingError(redact(f"{path}: there is no such file; check the path"))
+    number = getattr(error, "errno", None) or 0
+    mend = _MENDS.get(number, f"{getattr(error, 'strerror', None) or error}; check the path and the disk")
+    kind = UnwritableError if writing and number in _UNWRITABLE else StorageError
+    return kind(redact(f"{path}: {mend}"))
+
+
+def _persist(path: str, request: Callable[[], T], *, writing: bool = False) -> T:
+    def explain(error: Exception, _attempts: int) -> StorageError:
+        if not isinstance(error, OSError):
+            raise error
+        return _explain(error, path, writing=writing)
+
+    return Patience.from_environment().persist(request, lambda error: _PASSING.get(getattr(error, "errno", 0)), explain)
 
 
 class LocalDisk:
     """The local disk; every path is absolute."""
 
     def read(self, path: str) -> bytes:
-        with _explained(path), open(path, "rb") as file:
-            return file.read()
+        def request() -> bytes:
+            with open(path, "rb") as file:
+                return file.read()
+
+        return _persist(path, request)
 
     def open(self, path: str) -> BinaryIO:
-        with _explained(path):
-            return open(path, "rb")
+        return _persist(path, lambda: io.BufferedReader(_File(path)))
 
     def write(self, path: str, data: bytes) -> None:
-        with _explained(path), _temporary(path, data) as temporary:
+        def give_name(temporary: str) -> bool:
             os.replace(temporary, path)
             _sync_folder(os.path.dirname(path))
+            return True
+
+        _persist(path, lambda: _write(path, data, give_name), writing=True)
 
     def create(self, path: str, data: bytes) -> bool:
         """A hard link fails where the name exists, so that of many creators exactly one wins.
 
         On disks without hard links the check and the write are two steps; a race is then won by the last writer.
         """
-        with _explained(path), _temporary(path, data) as temporary:
+
+        def give_name(temporary: str) -> bool:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # A network disk may have linked, lost its answer, and asked again: then the other name is this file's.
+                if not _is_same_file(temporary, path):
+                    return False
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
@@ -79,37 +105,101 @@ class LocalDisk:
             _sync_folder(os.path.dirname(path))
             return True
 
+        return _persist(path, lambda: _write(path, data, give_name), writing=True)
+
     def stat(self, path: str) -> Entry | None:
         """The file at `path`; None for nothing and for a folder."""
-        with _explained(path):
+
+        def request() -> os.stat_result | None:
             try:
-                status = os.stat(path)
+                return os.stat(path)
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return _found("", status) if stat.S_ISREG(status.st_mode) else None
+
+        status = _persist(path, request)
+        return _found("", status) if status and stat.S_ISREG(status.st_mode) else None
 
     def find(self, root: str) -> list[Entry]:
         """Every regular file below the folder `root`, linked folders included; nothing where there is no folder."""
-        with _explained(root):
-            return list(_walk(root, root, frozenset()))
+        return _persist(root, lambda: list(_walk(root, root, frozenset())))
 
     def remove(self, path: str) -> None:
-        with _explained(path), suppress(FileNotFoundError):
-            os.remove(path)
+        def request() -> None:
+            with suppress(FileNotFoundError):
+                os.remove(path)
+
+        _persist(path, request, writing=True)
+
+    def sweep(self, root: str) -> int:
+        """Removes hidden files below the folder `root` whose writers are gone; how many."""
+        removed = 0
+        for folder, _, names in os.walk(root):
+            for name in filter(is_temporary, names):
+                path = os.path.join(folder, name)
+                try:
+                    if is_abandoned(name, time.time() - os.stat(path).st_mtime):
+                        os.remove(path)
+                        removed += 1
+                except FileNotFoundError:
+                    continue  # its writer was done with it
+                except OSError as error:
+                    raise _explain(error, path, writing=True) from error
+        return removed
 
     def check_space(self, folder: str) -> None:
-        """Raises StorageError where the disk of `folder` has no byte left."""
-        with _explained(folder):
+        """Raises UnwritableError where the disk of `folder` has no byte left."""
+
+        def request() -> None:
             if shutil.disk_usage(folder).free == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        _persist(folder, request, writing=True)
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except FileNotFoundError:
+        return False
+
+
+class _File(io.FileIO):
+    """A file to read whose errors say the path and the mend."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        with _explained(str(self.name)):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _explained(str(self.name)):
+            return super().readall()
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _write(path: str, data: bytes, give_name: Callable[[str], bool]) -> bool:
+    for last in (False,) * (_WRITES - 1) + (True,):
+        with _temporary(path, data) as temporary:
+            try:
+                return give_name(temporary)
+            except FileNotFoundError:
+                if last or os.path.exists(temporary):
+                    raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
 def _temporary(path: str, data: bytes) -> Iterator[str]:
     """A synced hidden file with `data` in the folder of `path`; gone at the end unless it was renamed."""
     folder = os.path.dirname(path)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
+    _make_folder(folder)
+    temporary = os.path.join(folder, temporary_name())
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -119,6 +209,19 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def _make_folder(folder: str) -> None:
+    """A folder and what is missing above it, each name synced in its parent: a power cut may not take them away."""
+    if os.path.isdir(folder):
+        return
+    _make_folder(os.path.dirname(folder))
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    _sync_folder(os.path.dirname(folder))
 
 
 def _sync_folder(folder: str) -> None:

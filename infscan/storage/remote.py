@@ -1,31 +1,44 @@
-"""Object stores through fsspec: no cached listings, finite timeouts, one bounded retry, errors that say the mend."""
+"""Object stores through fsspec: no cached listings, finite timeouts, one retry for all, errors that say the mend."""
 
 import hashlib
 import io
+import logging
 import os
-import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+from fsspec.asyn import sync
 
 from infscan.errors import StorageError
-from infscan.storage.address import Entry, MissingError, is_temporary, redact, scheme_of, tag
-from infscan.storage.trouble import explained, is_lost_race, is_transient, is_unsupported
+from infscan.storage import s3
+from infscan.storage.address import Entry, MissingError, is_temporary, join, redact, scheme_of, tag
+from infscan.storage.patience import Patience
+from infscan.storage.trouble import (
+    ChangedError,
+    CutOffError,
+    explained,
+    is_lost_race,
+    is_unsupported,
+    passing_kind,
+)
+from infscan.storage.writers import is_abandoned
 
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.25  # doubled after every attempt, with jitter: below 4 s in all
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 30  # for each wait on the socket, not for a whole object
 BUFFER_BYTES = 4 << 20
+# A listing takes a request per thousand names: this many times a single request's time for all of them.
+_LISTING = 20
 
 _S3_SCHEMES = {"s3", "s3a"}
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
-_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "AZURE_", "HF_")
+_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "AZURE_", "HF_", "INFSCAN_STORAGE_")
 _memory_lock = threading.Lock()
+log = logging.getLogger("infscan")
 T = TypeVar("T")
 
 
@@ -37,16 +50,16 @@ def connect(address: str) -> "ObjectStore":
 
 @lru_cache(maxsize=8)
 def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
+    patience = Patience.from_environment()
     # fsspec's own cache would hand back a client with the credentials of an earlier environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     endpoint = None
     if scheme in _S3_SCHEMES:
         endpoint = next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
-        retries = {"total_max_attempts": 1}  # ObjectStore retries, for every call and every store alike
         options["config_kwargs"] = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "retries": retries,
+            "connect_timeout": min(CONNECT_TIMEOUT_S, patience.timeout_s),
+            "read_timeout": patience.timeout_s,  # for each wait on the socket
+            "retries": {"total_max_attempts": 1},  # ObjectStore retries, for every call and every store alike
         }
         if endpoint:
             # Many S3-compatible servers do not know the checksum trailers that AWS's client sends by default.
@@ -58,58 +71,88 @@ def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
         raise StorageError(f"{scheme}:// cannot be opened ({error}); install its fsspec driver or use s3://") from error
     if scheme in _S3_SCHEMES:
         filesystem.retries = 1
-    return ObjectStore(filesystem, scheme, endpoint)
+    return ObjectStore(filesystem, scheme, endpoint, patience)
 
 
+@dataclass(frozen=True)
 class ObjectStore:
     """One kind of object store; every address is a full URI. An object is put in one piece, or not at all."""
 
-    def __init__(self, filesystem: Any, scheme: str, endpoint: str | None) -> None:
-        self._fs = filesystem
-        self._scheme = scheme
-        self._endpoint = endpoint
+    fs: Any
+    scheme: str
+    endpoint: str | None
+    patience: Patience
+
+    def brief(self) -> "ObjectStore":
+        """The same store, given up sooner."""
+        return replace(self, patience=self.patience.brief())
 
     def read(self, uri: str) -> bytes:
-        return bytes(self._call(uri, lambda: self._fs.cat_file(uri)))
+        """All bytes of one version of the object, as many as its store promised."""
+        if self.scheme in _S3_SCHEMES:
+            return self._call(uri, lambda: self._wait(s3.get(self.fs, uri, self.patience)))
 
-    def open(self, uri: str) -> BinaryIO:
-        """A seekable stream that fetches ranges of at least 4 MiB, each retried on its own."""
-        found = self.stat(uri)
-        if found is None:
-            raise MissingError(redact(f"{uri}: there is no such object; check the address"))
-
-        def fetch(start: int, stop: int) -> bytes:
-            data = bytes(self._call(uri, lambda: self._fs.cat_file(uri, start=start, end=stop)))
-            if len(data) != stop - start:
-                raise StorageError(
-                    redact(
-                        f"{uri}: bytes {start} to {stop} came back as {len(data)}; the object changed while it was read"
-                    )
-                )
+        def request() -> bytes:
+            size = int(self._ask("info", uri)["size"] or 0)
+            data = bytes(self._ask("cat_file", uri, size=size))
+            if len(data) != size:
+                raise CutOffError(f"{len(data)} bytes came of {size}")
             return data
 
-        return io.BufferedReader(_Ranges(fetch, found.size), BUFFER_BYTES)
+        return self._call(uri, request)
+
+    def open(self, uri: str) -> BinaryIO:
+        """A seekable stream of one version that fetches ranges of at least 4 MiB, each retried on its own."""
+        found = self._info(uri)
+        if found is None:
+            raise MissingError(redact(f"{uri}: there is no such object; check the address"))
+        now, etag = _found("", found), found.get("ETag")
+
+        def request(start: int, stop: int) -> bytes:
+            if self.scheme in _S3_SCHEMES:
+                return self._wait(s3.get_range(self.fs, uri, start, stop, etag, self.patience))
+            data = bytes(self._ask("cat_file", uri, size=stop - start, start=start, end=stop))
+            if len(data) != stop - start:
+                if self.stat(uri) != now:
+                    raise ChangedError
+                raise CutOffError(f"{len(data)} bytes came of {stop - start}")
+            return data
+
+        def fetch(start: int, stop: int) -> bytes:
+            try:
+                return self._call(uri, lambda: request(start, stop), passing=_but_not_changed)
+            except StorageError as error:
+                if isinstance(error.__cause__, ChangedError):
+                    raise StorageError(redact(f"{uri}: the object changed while it was read; read it again")) from error
+                raise
+
+        return io.BufferedReader(_Ranges(fetch, now.size), BUFFER_BYTES)
 
     def write(self, uri: str, data: bytes) -> None:
         # s3fs puts below 100 MB in one request; above, in parts that it aborts on failure. Neither shows a half.
-        self._call(uri, lambda: self._fs.pipe_file(uri, data))
+        self._call(uri, lambda: self._ask("pipe_file", uri, data, size=len(data)), writing=True)
 
     def create(self, uri: str, data: bytes) -> bool:
-        """A conditional put. A retry may lose against its own first attempt, so read back what was created.
+        """A conditional put. Where an attempt's answer was lost, the next one loses against it: the content tells.
 
+        The HTTP client asks again by itself where a kept connection broke, so that even a first attempt may be a next.
         Where the store lacks conditional puts, the check and the put are two steps, and the last writer of a race wins.
         """
         if self.stat(uri) is not None:  # also guards against servers that ignore the condition
             return False
-        try:
-            if self._scheme == "memory":
+
+        def request() -> None:
+            if self.scheme == "memory":
                 with _memory_lock:
-                    self._call(uri, lambda: self._fs.pipe_file(uri, data, mode="create"))
+                    self._ask("pipe_file", uri, data, mode="create")
             else:
-                self._call(uri, lambda: self._fs.pipe_file(uri, data, mode="create"))
+                self._ask("pipe_file", uri, data, size=len(data), mode="create")
+
+        try:
+            self._call(uri, request, writing=True)
         except StorageError as error:
             if is_lost_race(error.__cause__):
-                return False
+                return self._holds(uri, data)
             if not is_unsupported(error.__cause__):
                 raise
             self.write(uri, data)
@@ -117,39 +160,114 @@ class ObjectStore:
 
     def stat(self, uri: str) -> Entry | None:
         """The object at `uri`; None for nothing and for a prefix."""
-        try:
-            info = self._call(uri, lambda: self._fs.info(uri))
-        except MissingError:
-            return None
-        return _found("", info) if info["type"] == "file" else None
+        info = self._info(uri)
+        return _found("", info) if info else None
 
     def find(self, root: str) -> list[Entry]:
         """Every object below the prefix `root`, asked for anew; nothing where there is none."""
-        try:
-            listing = self._call(root, lambda: self._fs.find(root, detail=True))
-        except MissingError:
-            return []
-        base = str(self._fs._strip_protocol(root)).rstrip("/") + "/"
-        entries = [(name[len(base) :], info) for name, info in listing.items() if name.startswith(base)]
-        # A name that ends in a slash is a folder's marker.
-        return [_found(name, info) for name, info in entries if name and name[-1] != "/" and not is_temporary(name)]
+        return [_found(name, info) for name, info in self._listing(root) if not is_temporary(name)]
 
     def remove(self, uri: str) -> None:
         try:
-            self._call(uri, lambda: self._fs.rm_file(uri))
+            self._call(uri, lambda: self._ask("rm_file", uri), writing=True)
         except MissingError:
             return
 
-    def _call(self, uri: str, request: Callable[[], T]) -> T:
-        """`request()`, again while the store is busy or out of reach; StorageError when it stays so or refuses."""
-        for attempt in range(ATTEMPTS):
+    def sweep(self, root: str) -> int:
+        """Removes hidden objects below `root` and aborts multipart uploads that their writers abandoned; how many."""
+        removed = 0
+        for name, info in self._listing(root):
+            if is_temporary(name) and is_abandoned(name, _age_s(info)):
+                self.remove(join(root, name))
+                removed += 1
+        if self.scheme in _S3_SCHEMES:
             try:
-                return request()
-            except Exception as error:  # drivers raise what they like; the cause is kept
-                if attempt + 1 == ATTEMPTS or not is_transient(error):
-                    raise explained(error, uri, self._endpoint, attempt + 1) from error
-            time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1))
-        raise AssertionError("the last attempt returns or raises")
+                removed += self._call(root, lambda: self._wait(s3.abort_abandoned_uploads(self.fs, root)))
+            except StorageError as error:
+                # A permission of its own, and not every server knows uploads: what is left behind costs space alone.
+                log.warning("unfinished uploads of earlier attempts cannot be listed or removed: %s", error)
+        return removed
+
+    def _info(self, uri: str) -> dict[str, Any] | None:
+        try:
+            info: dict[str, Any] = self._call(uri, lambda: self._ask("info", uri))
+        except MissingError:
+            return None
+        return info if info["type"] == "file" else None
+
+    def _listing(self, root: str) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            limit_s = _LISTING * self.patience.attempt_s()
+            listing = self._call(root, lambda: self._ask("find", root, limit_s=limit_s, detail=True))
+        except MissingError:
+            return []
+        base = str(self.fs._strip_protocol(root)).rstrip("/") + "/"
+        # A name that ends in a slash is a folder's marker.
+        names = ((name[len(base) :], info) for name, info in listing.items() if name.startswith(base))
+        return [(name, info) for name, info in names if name and name[-1] != "/"]
+
+    def _holds(self, uri: str, data: bytes) -> bool:
+        try:
+            return self.read(uri) == data
+        except MissingError:
+            return False
+
+    def _ask(self, method: str, *arguments: Any, size: int = 0, limit_s: float = 0.0, **options: Any) -> Any:
+        """One attempt at a driver's method that moves `size` bytes; TimeoutError where it does not end in time."""
+        limit_s = limit_s or self.patience.attempt_s(size)
+        if self.fs.async_impl:
+            return self._wait(getattr(self.fs, f"_{method}")(*arguments, **options), limit_s)
+        call = getattr(self.fs, method)
+        if self.scheme == "memory":
+            return call(*arguments, **options)
+        return _within(limit_s, lambda: call(*arguments, **options))
+
+    def _wait(self, request: Awaitable[T], limit_s: float | None = None) -> T:
+        async def same() -> T:
+            return await request
+
+        result: T = sync(self.fs.loop, same, timeout=limit_s)
+        return result
+
+    def _call(
+        self,
+        uri: str,
+        request: Callable[[], T],
+        *,
+        writing: bool = False,
+        passing: Callable[[Exception], str | None] = passing_kind,
+    ) -> T:
+        """`request()`, again while the store is busy or out of reach; StorageError when it stays so or refuses."""
+
+        def explain(error: Exception, attempts: int) -> StorageError:
+            return explained(error, uri, self.endpoint, attempts, writing=writing)
+
+        return self.patience.persist(request, passing, explain)
+
+
+def _but_not_changed(error: Exception) -> str | None:
+    return None if isinstance(error, ChangedError) else passing_kind(error)
+
+
+def _within(limit_s: float, request: Callable[[], T]) -> T:
+    """`request()` in a thread that is left behind where it does not end in time: a driver may have no timeouts."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(request())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+    return results[0]
 
 
 class _Ranges(io.RawIOBase):
@@ -190,3 +308,9 @@ def _found(name: str, info: dict[str, Any]) -> Entry:
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     moments = [info.get(key) for key in ("created", "mtime", "LastModified", "last_modified")]
     return Entry(name, size, etag or tag(size, *map(str, moments)))
+
+
+def _age_s(info: dict[str, Any]) -> float:
+    moments = (info.get(key) for key in ("LastModified", "last_modified", "mtime", "created"))
+    moment = next((moment for moment in moments if isinstance(moment, datetime)), None)
+    return time.time() - moment.timestamp() if moment else 0.0

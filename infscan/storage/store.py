@@ -1,15 +1,15 @@
 """A folder or an object-store prefix, with the few operations that a run needs of it."""
 
 import json
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from infscan.errors import StorageError
 from infscan.storage import remote
-from infscan.storage.address import TEMPORARY, Entry, checked_name, join, normalise, scheme_of
+from infscan.storage.address import Entry, checked_name, join, normalise, scheme_of
 from infscan.storage.local import LocalDisk
+from infscan.storage.writers import temporary_name
 
 
 def backend_of(address: str) -> LocalDisk | remote.ObjectStore:
@@ -48,7 +48,10 @@ class Store:
         self._backend.write(self._address(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Puts `data` under `name` if nothing is there; False where something was. Read back what was created."""
+        """Puts `data` under `name` if nothing is there; False where something else was. Read back what was created.
+
+        Of writers at once exactly one wins, apart from those that bring the same bytes.
+        """
         return self._backend.create(self._address(name), data)
 
     def exists(self, name: str) -> bool:
@@ -88,18 +91,30 @@ class Store:
             return None
         return Path(self._address(name) if name else self.uri)
 
+    def sweep(self) -> int:
+        """Removes what writers that are gone left unfinished below this folder; how many files and uploads.
+
+        Safe beside living writers: theirs are left alone, and one that is taken for dead writes anew (docs/storage.md).
+        """
+        return self._backend.sweep(self.uri)
+
     def check_writable(self) -> None:
-        """Writes, reads back and removes a small hidden file: finds what would stop a run before it costs anything."""
-        name = f"{TEMPORARY}check-{uuid.uuid4().hex}"
+        """Writes, reads back and removes a small hidden file: finds what would stop a run before it costs anything.
+
+        A store that does not answer is given up after seconds, not minutes.
+        """
+        name = temporary_name()
+        address, backend = self._address(name), self._backend
+        if isinstance(backend, remote.ObjectStore):
+            backend = backend.brief()
         try:
-            self.write(name, name.encode())
-            back = self.read(name)
-            self.remove(name)
+            backend.write(address, name.encode())
+            back = backend.read(address)
+            backend.remove(address)
         except StorageError as error:
-            raise StorageError(str(error).replace(f"/{name}", "")) from error
+            raise type(error)(str(error).replace(f"/{name}", "")) from error
         if back != name.encode():
             raise StorageError(f"{self.uri}: what was written does not read back; choose another place")
-        backend = self._backend
         if isinstance(backend, LocalDisk):
             backend.check_space(self.uri)
 

@@ -1,21 +1,37 @@
 """What goes wrong in object stores: which errors pass with time, which mean a lost race, and what mends the others."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from typing import Any
 
 import aiohttp
 from botocore.exceptions import (
     ClientError,
+    ConnectTimeoutError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
-from infscan.errors import StorageError
+from infscan.errors import StorageError, UnwritableError
 from infscan.storage.address import MissingError, redact
+
+
+class CutOffError(Exception):
+    """Fewer bytes came than were promised."""
+
+
+class ChangedError(Exception):
+    """The object was replaced between two requests for its parts."""
+
 
 _BUSY_CODES = {
     "SlowDown",
@@ -24,11 +40,11 @@ _BUSY_CODES = {
     "RequestLimitExceeded",
     "TooManyRequests",
     "ServiceUnavailable",
-    "InternalError",
-    "RequestTimeout",
     "OperationAborted",
     "ConditionalRequestConflict",  # two conditional puts at once: ask again who won
 }
+_CUT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}  # a body damaged on its way
+_BROKEN_CODES = {"InternalError", "NoSuchUpload"}  # NoSuchUpload: another process took it for abandoned
 _REFUSED_CODES = {
     "403",
     "401",
@@ -41,24 +57,49 @@ _REFUSED_CODES = {
     "AllAccessDisabled",
     "AccountProblem",
 }
+_SKEWED_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
 _LOST_CODES = {"PreconditionFailed", "412"}
+_RANGE_CODES = {"InvalidRange", "416"}
 _UNSUPPORTED_CODES = {"NotImplemented", "501"}
-_UNREACHABLE = (
-    TimeoutError,
-    ConnectionError,
-    HTTPClientError,
-    BotoConnectionError,
+_TIMEOUTS = (TimeoutError, ReadTimeoutError, ConnectTimeoutError)
+_CUT = (
+    CutOffError,
+    aiohttp.ClientPayloadError,
+    IncompleteRead,
+    IncompleteReadError,
+    ResponseStreamingError,
     ResponseParserError,
-    aiohttp.ClientError,
 )
+_UNREACHABLE = (ConnectionError, HTTPClientError, BotoConnectionError, aiohttp.ClientError)
 
 
-def is_transient(error: BaseException) -> bool:
-    """Throttled, broken inside, timed out or out of reach: the same request may succeed a little later."""
+def passing_kind(error: BaseException) -> str | None:
+    """What kind of fault this is, if the same request may succeed a little later; else None.
+
+    busy: throttled. broken: the server failed inside. timeout, connection: it does not answer or is out of reach.
+    cut_off: a body ended early. changed: an object was replaced while its parts were read.
+    """
+    if isinstance(error, ChangedError):
+        return "changed"
     code, status = _code(error), _status(error)
+    if code in _UNSUPPORTED_CODES:
+        return None
+    if code in _BUSY_CODES or status in (429, 503):
+        return "busy"
+    if code in _CUT_CODES:
+        return "cut_off"
+    if code in _BROKEN_CODES or status >= 500:
+        return "broken"
     if code or status:
-        return code in _BUSY_CODES or status == 429 or (status >= 500 and code not in _UNSUPPORTED_CODES)
-    return isinstance(error, _UNREACHABLE) and not isinstance(error, SSLError)
+        return None
+    causes = list(_chain(error))
+    if any(isinstance(e, SSLError) for e in causes):
+        return None
+    if any(isinstance(e, _CUT) for e in causes):
+        return "cut_off"
+    if isinstance(error, _TIMEOUTS):
+        return "timeout"
+    return "connection" if isinstance(error, _UNREACHABLE) else None
 
 
 def is_lost_race(error: BaseException | None) -> bool:
@@ -66,16 +107,31 @@ def is_lost_race(error: BaseException | None) -> bool:
     return isinstance(error, FileExistsError) or _code(error) in _LOST_CODES
 
 
+def is_other_version(error: BaseException | None) -> bool:
+    """A read on condition of a version found another one, or an object that ends before the range."""
+    return is_lost_race(error) or _code(error) in _RANGE_CODES
+
+
 def is_unsupported(error: BaseException | None) -> bool:
     """The store or its driver has no conditional put."""
     return isinstance(error, NotImplementedError) or _code(error) in _UNSUPPORTED_CODES
 
 
-def explained(error: Exception, uri: str, endpoint: str | None, attempts: int) -> StorageError:
+def explained(
+    error: Exception, uri: str, endpoint: str | None, attempts: int, *, writing: bool = False
+) -> StorageError:
     """The StorageError (MissingError where the object is not there) that says the place, the reason and the mend."""
-    kind = MissingError if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket" else StorageError
+    kind: type[StorageError] = StorageError
+    if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket":
+        kind = MissingError
+    elif writing and _is_refused(error):
+        kind = UnwritableError
     store = f"the store at {endpoint}" if endpoint else "the store"
     return kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
+
+
+def _is_refused(error: Exception) -> bool:
+    return _code(error) in _REFUSED_CODES or _status(error) in (401, 403) or isinstance(error, PermissionError)
 
 
 def _reason(error: Exception, store: str, attempts: int) -> str:
@@ -84,7 +140,9 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
         return "the bucket does not exist; create it or correct its name"
     if any(isinstance(e, NoCredentialsError | PartialCredentialsError) for e in causes):
         return "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if code in _REFUSED_CODES or status in (401, 403) or isinstance(error, PermissionError):
+    if code in _SKEWED_CODES:
+        return f"{store} says that this machine's clock is wrong ({code}); set the clock"
+    if _is_refused(error):
         return (
             f"{store} refused access ({code or 'permission denied'}); "
             "check the credentials in the environment, and that they may list, read and write there"
@@ -93,13 +151,18 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
         return "there is no such object; check the address"
     if any(isinstance(e, SSLError) for e in causes):
         return f"the secure connection to {store} failed ({error}); check its certificate or use http://"
-    if is_transient(error) and (code or status):
-        return f"{store} answered {code or status}, {attempts} times; try again when it has recovered"
-    if is_transient(error):
-        return (
-            f"{store} cannot be reached or does not answer ({type(error).__name__}); "
-            "check AWS_ENDPOINT_URL and the network, and that the server runs"
-        )
+    match passing_kind(error):
+        case "busy" | "broken":
+            return f"{store} answered {code or status}, {attempts} times; try again when it has recovered"
+        case "cut_off":
+            return f"{store} sent less than it promised, {attempts} times; check the network, then try again"
+        case "changed":
+            return "the object changed while it was read, again and again; wait until nobody writes it"
+        case "timeout" | "connection":
+            return (
+                f"{store} cannot be reached or does not answer ({type(error).__name__}, {attempts} times); "
+                "check AWS_ENDPOINT_URL and the network, and that the server runs"
+            )
     return f"{type(error).__name__}: {error}; check the address and the store's settings"
 
 
@@ -120,5 +183,7 @@ def _code(error: BaseException | None) -> str:
 
 
 def _status(error: BaseException | None) -> int:
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode") or getattr(error, "status", 0)
-    return status if isinstance(status, int) else 0
+    """The HTTP status behind `error`, or 0; drivers keep it under different names."""
+    found = [_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    found += [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    return next((status for status in found if isinstance(status, int) and 100 <= status < 600), 0)
