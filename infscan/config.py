@@ -122,6 +122,9 @@ class CorpusConfig:
     bos: bool = False
     max_sequences: int | None = None
     seed: int = 0
+    # Documents, and whole files, that cannot be used and may be left out, counted, before preparing stops.
+    allow_bad_documents: int = 0
+    allow_bad_files: int = 0
 
 
 @dataclass
@@ -139,6 +142,8 @@ class FactorsCorpusConfig(CorpusConfig):
     bos: bool = II("corpus.bos")
     max_sequences: int | None = II("corpus.max_sequences")
     seed: int = II("corpus.seed")
+    allow_bad_documents: int = II("corpus.allow_bad_documents")
+    allow_bad_files: int = II("corpus.allow_bad_files")
 
 
 @dataclass
@@ -296,6 +301,10 @@ class Config:
         for key, count in (
             ("scan.allow_quarantined", self.scan.allow_quarantined),
             ("scan.check_sequences", self.scan.check_sequences),
+            ("corpus.allow_bad_documents", self.corpus.allow_bad_documents),
+            ("corpus.allow_bad_files", self.corpus.allow_bad_files),
+            ("factors.corpus.allow_bad_documents", self.factors.corpus.allow_bad_documents),
+            ("factors.corpus.allow_bad_files", self.factors.corpus.allow_bad_files),
         ):
             if count < 0:
                 raise ConfigError(f"{key}={count}: must be 0 or more.")
@@ -340,6 +349,8 @@ RUN_TIME_FIELDS = (
     "model.zero.",
     "model.gradient_checkpointing",
     "scan.allow_quarantined",
+    "corpus.allow_bad_",
+    "factors.corpus.allow_bad_",
     "scan.max_nonfinite",
     "factors.max_group_bytes",
     "scan.query_group_bytes",

@@ -25,6 +25,18 @@ class CorpusError(InfscanError):
     """A corpus that is missing, empty, malformed or changed; names the file and the line or row."""
 
 
+class BadDocumentError(CorpusError):
+    """One document that cannot be used; as many as corpus.allow_bad_documents may be left out, counted by `reason`."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class BadFileError(CorpusError):
+    """A corpus file that cannot be read to its end; as many as corpus.allow_bad_files may be left out, whole."""
+
+
 class QueryError(InfscanError):
     """A query file or a query in it that cannot be measured; names the line and the id."""
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from infscan.config import CorpusConfig
-from infscan.errors import CorpusError
-from infscan.storage import InputFile, open_input
+from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
+from infscan.corpus.tally import Tally
+from infscan.errors import BadDocumentError, BadFileError, CorpusError, StorageError
+from infscan.storage import InputFile, changed, open_input
 
 MAX_LINE_BYTES = 64 << 20
+# Ids and sources are repeated in every sequence of their document.
+MAX_LABEL_CHARACTERS = 4096
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
-_COMPRESSIONS = (".gz", ".zst")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _READ_BYTES = 1 << 20
-_ROWS_PER_BATCH = 1024
+_BOM = b"\xef\xbb\xbf"
+# Few rows at a time: a dictionary can make every one of them as long as the longest.
+_ROWS_PER_BATCH = 16
+_LARGE_COLUMN = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +46,31 @@ class Document:
 
 
 def read_documents(
-    file: InputFile, config: CorpusConfig, *, max_line_bytes: int = MAX_LINE_BYTES
+    file: InputFile, config: CorpusConfig, tally: Tally | None = None, *, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Document]:
     """Stream the documents of one file, empty ones included.
 
     A row without an id gets `<file name>#<line or row>` (lines count from 1, rows from 0), one without a source the
-    file's name.
+    file's name. `tally` counts every line or row, and says how many bad documents may be left out (None: none).
 
     Raises:
-        CorpusError: with the file, the line or row and the mend, for anything that is not a document.
+        BadDocumentError: with the file, the line or row and the mend, for anything that is not a document.
+        BadFileError: for a file that cannot be read to its end.
+        CorpusError: for a file that is not the one that was listed, before or after reading it.
     """
-    with open_input(file.uri) as stream:
-        _check_unchanged(file, stream)
-        if file_format(file.uri, config.format) == "parquet":
-            yield from _read_parquet(file.uri, stream, config)
-        else:
-            yield from _read_jsonl(file.uri, stream, config, max_line_bytes)
+    tally = Tally() if tally is None else tally
+    _check_unchanged(file)
+    try:
+        with open_input(file.uri) as stream:
+            if file_format(file.uri, config.format) == "parquet":
+                yield from _read_parquet(file.uri, stream, config, tally)
+            else:
+                yield from _read_jsonl(file.uri, stream, config, tally, max_line_bytes)
+    except OSError as error:
+        raise StorageError(
+            f"{file.uri}, after record {tally.records}: {error}; check the disk or the store."
+        ) from error
+    _check_unchanged(file)
 
 
 def file_format(uri: str, setting: str = "auto") -> str:
@@ -73,24 +84,22 @@ def file_format(uri: str, setting: str = "auto") -> str:
             raise CorpusError(f"corpus.format={setting!r} is unknown; give auto, jsonl or parquet.")
         return setting
     name = uri
-    for compression in _COMPRESSIONS:
+    for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     for suffix, kind in _SUFFIXES.items():
         if name.endswith(suffix):
             return kind
     raise CorpusError(
         f"{uri}: the suffix says nothing about the format; rename it ({', '.join(_SUFFIXES)}, JSONL also with "
-        f"{' or '.join(_COMPRESSIONS)}), or set corpus.format to jsonl or parquet."
+        f"{' or '.join(COMPRESSIONS)}), or set corpus.format to jsonl or parquet."
     )
 
 
-def _check_unchanged(file: InputFile, stream: BinaryIO) -> None:
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    if file.size is not None and size != file.size:
+def _check_unchanged(file: InputFile) -> None:
+    difference = changed(file)
+    if difference:
         raise CorpusError(
-            f"{file.uri} has {size} bytes now and had {file.size} when the corpus was listed: it changed under the "
-            "run; put the old file back, or start a new output."
+            f"{file.uri} {difference}: it changed under the run; put the old file back, or start a new output."
         )
 
 
@@ -101,78 +110,45 @@ def _file_name(uri: str) -> str:
 # JSONL
 
 
-def _read_jsonl(uri: str, stream: BinaryIO, config: CorpusConfig, max_line_bytes: int) -> Iterator[Document]:
-    lines = _decompressed(uri, stream)
+def _read_jsonl(
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int
+) -> Iterator[Document]:
+    lines = decompressed(uri, stream)
     offset = 0
-    number = 0
     while True:
-        number += 1
-        where = f"{uri}, line {number}"
+        where = f"{uri}, line {tally.records + 1}"
         try:
             line = lines.readline(max_line_bytes + 1)
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise CorpusError(
-                f"{where}: the compressed stream is truncated or corrupt ({error}); copy the file again."
-            ) from error
-        if not line:
-            return
-        if len(line) > max_line_bytes:
-            raise CorpusError(
-                f"{where} is longer than {max_line_bytes} bytes: is the file JSONL, one object per line? "
-                "Split longer documents."
-            )
-        if not line.isspace():
-            yield _from_json(uri, number, offset, line, config)
-        offset += len(line)
+            if not line:
+                return
+            tally.records += 1
+            if offset == 0 and line.startswith(_BOM):
+                line, offset = line[len(_BOM) :], len(_BOM)
+            begin, offset = offset, offset + len(line)
+            if len(line) > max_line_bytes:
+                tally.leave_out(_too_long(where, max_line_bytes))
+                while not line.endswith(b"\n") and (line := lines.readline(_READ_BYTES)):
+                    offset += len(line)
+                continue
+        except DAMAGES as error:
+            raise damaged(where, error) from error
+        if not line.strip():
+            tally.blank += 1
+            continue
+        try:
+            document = _from_json(uri, tally.records, begin, line, config)
+        except BadDocumentError as error:
+            tally.leave_out(error)
+        else:
+            yield document
 
 
-def _decompressed(uri: str, stream: BinaryIO) -> BinaryIO:
-    if not uri.endswith(_COMPRESSIONS):
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), _READ_BYTES))
-    if not stream.read(1):
-        raise CorpusError(f"{uri} is empty, and a compressed file never is: it was cut off; copy the file again.")
-    stream.seek(0)
-    if uri.endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=stream), _READ_BYTES))
-    return cast(BinaryIO, io.BufferedReader(_ZstdReader(stream), _READ_BYTES))
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompress concatenated zstd frames; EOFError where the last one is cut off.
-
-    zstandard's own stream reader ends quietly in the middle of a frame, which would lose documents without a word.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._context = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._compressed = b""
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            if not self._compressed:
-                # Small bites: one that expands a thousandfold must still fit in memory.
-                self._compressed = self._stream.read(1 << 16)
-                if not self._compressed:
-                    if self._frame is not None:
-                        raise EOFError("it ends in the middle of a frame")
-                    return 0
-            if self._frame is None:
-                self._frame = self._context.decompressobj()
-            self._plain = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame = None
-        count = min(len(buffer), len(self._plain))
-        buffer[:count] = self._plain[:count]
-        self._plain = self._plain[count:]
-        return count
+def _too_long(where: str, max_line_bytes: int) -> BadDocumentError:
+    return BadDocumentError(
+        f"{where} is longer than {max_line_bytes} bytes: is the file JSONL, one object per line? "
+        "Split longer documents.",
+        "too long",
+    )
 
 
 def _from_json(uri: str, number: int, offset: int, line: bytes, config: CorpusConfig) -> Document:
@@ -183,44 +159,76 @@ def _from_json(uri: str, number: int, offset: int, line: bytes, config: CorpusCo
             # JSON can spell half a surrogate pair, which no tokenizer and no Parquet file can hold.
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise CorpusError(
+        raise BadDocumentError(
             f"{where}: byte {error.start} of the line is not UTF-8; convert the file, or give a compressed one its "
-            "suffix (.gz, .zst)."
+            "suffix (.gz, .zst).",
+            "not UTF-8",
         ) from None
     except UnicodeEncodeError:
-        raise CorpusError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.") from None
+        raise BadDocumentError(
+            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.", "half a surrogate pair"
+        ) from None
     except RecursionError:
-        raise CorpusError(f"{where}: nested too deeply to be read; a row is a flat object with a text.") from None
+        raise BadDocumentError(
+            f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
+        ) from None
     except ValueError as error:
-        raise CorpusError(f"{where} is not JSON ({error}); mend or remove the line.") from None
+        raise BadDocumentError(f"{where} is not JSON ({error}); mend or remove the line.", "not JSON") from None
     if not isinstance(row, dict):
-        raise CorpusError(f"{where} is {_kind(row)}, not an object; write one JSON object per line.")
+        raise BadDocumentError(
+            f"{where} is {_kind(row)}, not an object; write one JSON object per line.", "not an object"
+        )
     return _document(uri, where, number, offset, row, config)
 
 
 # Parquet
 
 
-def _read_parquet(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[Document]:
-    row_number = 0
+def _read_parquet(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
     try:
         with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
-            names = parquet.schema_arrow.names
-            wanted = (config.text_field, config.id_field, config.source_field, config.tokens_field)
-            columns = [name for name in dict.fromkeys(wanted) if name in names]
-            if config.text_field not in columns and config.tokens_field not in columns:
-                raise CorpusError(
-                    f"{uri} has the columns {', '.join(names[:10])}, and no {config.text_field!r}; "
-                    "name one in corpus.text_field, or one with token ids in corpus.tokens_field."
-                )
-            for batch in parquet.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+            columns = _columns(uri, parquet.schema_arrow.names, config)
+            rows = _rows_per_batch(parquet.metadata, columns)
+            # Without threads, which would decode batches ahead.
+            for batch in parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False):
                 for index in range(batch.num_rows):
-                    yield _from_row(uri, row_number, batch, index, config)
-                    row_number += 1
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise CorpusError(
-            f"{uri}, after row {row_number}: not Parquet, truncated or corrupt ({error}); copy the file again."
+                    tally.records += 1
+                    try:
+                        document = _from_row(uri, tally.records - 1, batch, index, config)
+                    except BadDocumentError as error:
+                        tally.leave_out(error)
+                    else:
+                        yield document
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadFileError(
+            f"{uri}, after row {tally.records}: not Parquet, truncated or corrupt ({reason}); copy the file again."
         ) from error
+
+
+def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
+    wanted = (config.text_field, config.id_field, config.source_field, config.tokens_field)
+    columns = [name for name in dict.fromkeys(wanted) if name in names]
+    if config.text_field not in columns and config.tokens_field not in columns:
+        raise CorpusError(
+            f"{uri} has the columns {', '.join(map(repr, names[:10]))}, and no {config.text_field!r}; "
+            "name one in corpus.text_field, or one with token ids in corpus.tokens_field."
+        )
+    for name in columns:
+        if names.count(name) > 1:
+            raise CorpusError(f"{uri} has the column {name!r} {names.count(name)} times; write it with distinct names.")
+    return columns
+
+
+def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
+    """One row at a time where a column is large and compressed beyond what text is: it may be a bomb."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size = max(column.total_uncompressed_size, column.num_values)
+            wanted = column.path_in_schema.partition(".")[0] in columns
+            if wanted and size > _LARGE_COLUMN and size > 100 * column.total_compressed_size:
+                return 1
+    return _ROWS_PER_BATCH
 
 
 def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: CorpusConfig) -> Document:
@@ -234,7 +242,13 @@ def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: 
                 value.values if name == config.tokens_field and isinstance(value, pa.ListScalar) else value.as_py()
             )
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.") from None
+            raise BadDocumentError(
+                f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.", "not UTF-8"
+            ) from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise BadDocumentError(
+                f"{where}: {name!r} cannot be read ({error}); mend or remove the row.", "not readable"
+            ) from None
     return _document(uri, where, number, number, row, config)
 
 
@@ -261,14 +275,21 @@ def _document(uri: str, where: str, number: int, offset: int, row: dict[str, Any
 def _text(where: str, row: dict[str, Any], config: CorpusConfig) -> str:
     text = row.get(config.text_field)
     if isinstance(text, str):
+        if len(text) > MAX_LINE_BYTES:
+            raise BadDocumentError(
+                f"{where}: a text of {len(text)} characters; split documents of more than {MAX_LINE_BYTES}.", "too long"
+            )
         return text
     if config.text_field in row:
-        raise CorpusError(f"{where}: {config.text_field!r} is {_kind(text)}, not a text; mend or remove the row.")
-    fields = ", ".join(map(repr, list(row)[:10])) or "none"
+        raise BadDocumentError(
+            f"{where}: {config.text_field!r} is {_kind(text)}, not a text; mend or remove the row.", "not a text"
+        )
+    fields = ", ".join(repr(name)[:80] for name in list(row)[:10]) or "none"
     neither = f" nor {config.tokens_field!r}" if config.tokens_field else ""
-    raise CorpusError(
+    raise BadDocumentError(
         f"{where} has no field {config.text_field!r}{neither}; it has {fields}. Name the text's field in "
-        "corpus.text_field, or the token ids' in corpus.tokens_field."
+        "corpus.text_field, or the token ids' in corpus.tokens_field.",
+        "no text",
     )
 
 
@@ -277,8 +298,15 @@ def _label(where: str, row: dict[str, Any], field: str, missing: str) -> str:
     if value is None:
         return missing
     if isinstance(value, str | int) and not isinstance(value, bool):
-        return str(value)
-    raise CorpusError(f"{where}: {field!r} is {_kind(value)}; give a text or a whole number, or leave it out.")
+        label = str(value)
+        if len(label) <= MAX_LABEL_CHARACTERS:
+            return label
+        raise BadDocumentError(
+            f"{where}: {field!r} has {len(label)} characters; give at most {MAX_LABEL_CHARACTERS}.", "not a label"
+        )
+    raise BadDocumentError(
+        f"{where}: {field!r} is {_kind(value)}; give a text or a whole number, or leave it out.", "not a label"
+    )
 
 
 def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
@@ -288,19 +316,24 @@ def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
             return np.empty(0, np.int64)
         if not pa.types.is_integer(value.type) or value.null_count:
             kind = "empty values" if value.null_count else f"values of type {value.type}"
-            raise CorpusError(f"{where}: {field!r} holds {kind}; token ids are whole numbers.")
+            raise BadDocumentError(f"{where}: {field!r} holds {kind}; token ids are whole numbers.", "no token ids")
         return value.to_numpy(zero_copy_only=False)
     if not isinstance(value, list):
-        raise CorpusError(f"{where}: {field!r} is {_kind(value)}, not a list of token ids; mend or remove the row.")
+        raise BadDocumentError(
+            f"{where}: {field!r} is {_kind(value)}, not a list of token ids; mend or remove the row.", "no token ids"
+        )
     for position, token in enumerate(value):
         if type(token) is not int:
-            raise CorpusError(
-                f"{where}: {field!r} holds {repr(token)[:40]} at position {position}; token ids are whole numbers."
+            raise BadDocumentError(
+                f"{where}: {field!r} holds {repr(token)[:40]} at position {position}; token ids are whole numbers.",
+                "no token ids",
             )
     try:
         return np.array(value, np.int64)
     except OverflowError:
-        raise CorpusError(f"{where}: {field!r} holds a number beyond 64 bits; is it a list of token ids?") from None
+        raise BadDocumentError(
+            f"{where}: {field!r} holds a number beyond 64 bits; is it a list of token ids?", "no token ids"
+        ) from None
 
 
 def _kind(value: Any) -> str:

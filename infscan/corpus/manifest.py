@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from infscan.config import fingerprint
 from infscan.corpus.packing import Counts
+from infscan.corpus.tally import LeftOut
 from infscan.errors import CorpusError
 from infscan.storage import InputFile
 
@@ -30,6 +31,7 @@ class PartSummary:
     input: InputFile
     settings: str
     counts: Counts
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def name(self) -> str:
@@ -49,6 +51,11 @@ class Manifest:
     tokens: int
     counts: Counts
     parts: tuple[PartSummary, ...]
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The documents and files that could not be used, as far as corpus.allow_bad_* let them pass."""
+        return LeftOut.together(part.left_out for part in self.parts)
 
     @property
     def inputs(self) -> list[InputFile]:
@@ -77,6 +84,7 @@ class Manifest:
             "sequences": self.sequences,
             "tokens": self.tokens,
             "counts": asdict(self.counts),
+            "left_out": asdict(self.left_out),
             "inputs": [asdict(file) for file in self.inputs],
             "parts": parts,
         }
@@ -94,8 +102,8 @@ class Manifest:
                 f"{where} has schema version {version!r} and this infscan reads {SCHEMA_VERSION}; "
                 "prepare the corpus again."
             )
-        settings = fingerprint(value["settings"])
         try:
+            settings = fingerprint(value["settings"])
             parts = tuple(
                 PartSummary(
                     index=part["index"],
@@ -106,6 +114,7 @@ class Manifest:
                     input=InputFile(**file),
                     settings=settings,
                     counts=Counts(**part["counts"]),
+                    left_out=left_out_of(part),
                 )
                 for part, file in zip(value["parts"], value["inputs"], strict=True)
             )
@@ -122,6 +131,12 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(f"{where} is not a corpus manifest ({error!r}); prepare the corpus again.") from error
+
+
+def left_out_of(part: Mapping[str, Any]) -> LeftOut:
+    """What a stored part says it left out; a part that does not say left out nothing."""
+    value = part.get("left_out", {"by_reason": {}, "first": []})
+    return LeftOut(value["by_reason"], list(value["first"]))
 
 
 def part_name(index: int) -> str:

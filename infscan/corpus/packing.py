@@ -10,16 +10,25 @@ import numpy as np
 from infscan.config import CorpusConfig, Packing
 from infscan.corpus.documents import Document
 from infscan.corpus.sequences import Sequence, Span
-from infscan.errors import CorpusError
+from infscan.corpus.tally import Tally
+from infscan.errors import BadDocumentError, CorpusError
 
 
 @dataclass
 class Counts:
-    """What was read and what became of it: tokens_read + tokens_added - tokens_truncated == tokens, always.
+    """What was read and what became of it.
 
-    `tokens_added` are separators (BOS, EOS); `documents_empty` had no token and are in no sequence.
+    Always: tokens_read + tokens_added - tokens_truncated == tokens, and of every file that was read
+    records_blank + documents_bad + documents_read == records_read. A record is a line (JSONL) or a row (Parquet).
+    `tokens_added` are separators (BOS, EOS); `documents_empty` had no token and are in no sequence. Of a bad file
+    nothing is kept, and nothing else is counted.
     """
 
+    files_read: int = 0
+    files_bad: int = 0
+    records_read: int = 0
+    records_blank: int = 0
+    documents_bad: int = 0
     documents_read: int = 0
     documents_empty: int = 0
     documents_truncated: int = 0
@@ -85,8 +94,10 @@ class Packer:
     the shorter tail of the file kept.
     """
 
-    def __init__(self, settings: PackSettings) -> None:
+    def __init__(self, settings: PackSettings, tally: Tally | None = None) -> None:
+        """tally: says how many bad documents may be left out (None: none)."""
         self.settings = settings
+        self.tally = Tally() if tally is None else tally
         self.counts = Counts()
         separators = (settings.bos_id, settings.eos_id if settings.packing is Packing.concat else None)
         self._before, self._after = (np.array([t for t in (i,) if t is not None], np.int64) for i in separators)
@@ -95,14 +106,21 @@ class Packer:
         """Yield the sequences of documents that carry token ids (int [n]), in order, reading no further than needed.
 
         Raises:
-            CorpusError: for a token id outside the vocabulary, with the document's id and the value.
+            BadDocumentError: for a token id outside the vocabulary, with the document's id and the value.
         """
         concat = self.settings.packing is Packing.concat
         room = self.settings.sequence_length
         pieces = _Pieces()
         for document in documents:
-            tokens = self._checked(document)
+            try:
+                tokens = self._checked(document)
+            except BadDocumentError as error:
+                self.tally.leave_out(error)
+                continue
+            self.counts.documents_read += 1
+            self.counts.tokens_read += len(tokens)
             if not len(tokens):
+                self.counts.documents_empty += 1
                 continue
             stream = np.concatenate([self._before, tokens, self._after])
             own = len(self._before), len(self._before) + len(tokens)
@@ -129,16 +147,12 @@ class Packer:
     def _checked(self, document: Document) -> np.ndarray:
         tokens = document.token_ids
         assert tokens is not None, f"document {document.id} reached the packer without token ids"
-        self.counts.documents_read += 1
-        self.counts.tokens_read += len(tokens)
-        if not len(tokens):
-            self.counts.documents_empty += 1
-            return tokens
-        for value in (int(tokens.min()), int(tokens.max())):
+        for value in (int(tokens.min()), int(tokens.max())) if len(tokens) else ():
             if not 0 <= value < self.settings.vocab_size:
-                raise CorpusError(
+                raise BadDocumentError(
                     f"{document.path}: document {document.id!r} (at {document.offset}) has token id {value}, outside "
-                    f"the vocabulary of {self.settings.vocab_size} tokens; was the corpus tokenised for another model?"
+                    f"the vocabulary of {self.settings.vocab_size} tokens; was the corpus tokenised for another model?",
+                    "token outside the vocabulary",
                 )
         return tokens.astype(np.int64, copy=False)
 

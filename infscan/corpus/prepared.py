@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -21,11 +21,20 @@ import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig, fingerprint
 from infscan.corpus.documents import Document, read_documents
-from infscan.corpus.manifest import MANIFEST, SCHEMA_VERSION, Manifest, PartSummary, part_name, part_schema
+from infscan.corpus.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    PartSummary,
+    left_out_of,
+    part_name,
+    part_schema,
+)
 from infscan.corpus.packing import Counts, Packer, PackSettings
 from infscan.corpus.sequences import Sequence
+from infscan.corpus.tally import LeftOut, Tally
 from infscan.corpus.tokenizer import Tokenizer
-from infscan.errors import CorpusError
+from infscan.errors import BadFileError, CorpusError
 from infscan.storage import InputFile, MissingError, Store
 
 ROW_GROUP_SEQUENCES = 1024
@@ -48,6 +57,8 @@ def prepare_part(
     The same file gives the same bytes. Documents stream through, but the finished part is held in memory, compressed
     (about two bytes per token), because it is written by one put: split inputs of many GB.
 
+    A file that cannot be read to its end is left out whole where corpus.allow_bad_files lets it: its part is empty.
+
     Raises:
         CorpusError: naming file and line, for anything that cannot be read; nothing is written then.
     """
@@ -55,16 +66,54 @@ def prepare_part(
     done = finished_part(store, index)
     if done is not None and (done.input, done.settings) == (file, settings):
         return done
-    packer = Packer(pack)
+    try:
+        data, summary = _prepared(file, index, config, pack, tokenizer, settings)
+    except BadFileError as error:
+        if not config.allow_bad_files:
+            raise
+        left_out = LeftOut({"file cannot be read": 1}, [str(error)])
+        data, summary = _part(iter(()), Packer(pack), index, file, settings, lambda: (Counts(files_bad=1), left_out))
+    store.write(part_name(index), data)
+    return replace(summary, bytes=len(data))
+
+
+def _prepared(
+    file: InputFile,
+    index: int,
+    config: CorpusConfig,
+    pack: PackSettings,
+    tokenizer: Tokenizer | None,
+    settings: str,
+) -> tuple[bytes, PartSummary]:
+    tally = Tally(config.allow_bad_documents)
+    packer = Packer(pack, tally)
+
+    def found() -> tuple[Counts, LeftOut]:
+        records = Counts(files_read=1, records_read=tally.records, records_blank=tally.blank, documents_bad=tally.bad)
+        return packer.counts + records, tally.left_out()
+
+    documents = read_documents(file, config, tally)
+    return _part(packer.pack(_with_tokens(documents, tokenizer)), packer, index, file, settings, found)
+
+
+def _part(
+    sequences: Iterator[Sequence],
+    packer: Packer,
+    index: int,
+    file: InputFile,
+    settings: str,
+    found: Callable[[], tuple[Counts, LeftOut]],
+) -> tuple[bytes, PartSummary]:
+    """A part's bytes, and what its footer says; `found` is asked once the sequences are exhausted."""
     digest = sha256()
     sink = pa.BufferOutputStream()
-    schema = part_schema(pack.vocab_size)
-    sequences = packer.pack(_with_tokens(read_documents(file, config), tokenizer))
+    schema = part_schema(packer.settings.vocab_size)
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         while rows := list(islice(sequences, ROW_GROUP_SEQUENCES)):
             writer.write_table(_table(rows, schema), row_group_size=ROW_GROUP_SEQUENCES)
             for row in rows:
                 _digest_row(digest, row)
+        counts, left_out = found()
         summary = PartSummary(
             index=index,
             sequences=packer.counts.sequences,
@@ -73,13 +122,12 @@ def prepare_part(
             bytes=0,
             input=file,
             settings=settings,
-            counts=packer.counts,
+            counts=counts,
+            left_out=left_out,
         )
         footer = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(summary)}, sort_keys=True)
         writer.add_key_value_metadata({_FOOTER_KEY: footer.encode()})
-    data = sink.getvalue().to_pybytes()
-    store.write(part_name(index), data)
-    return replace(summary, bytes=len(data))
+    return sink.getvalue().to_pybytes(), summary
 
 
 def finished_part(store: Store, index: int) -> PartSummary | None:
@@ -88,13 +136,16 @@ def finished_part(store: Store, index: int) -> PartSummary | None:
         with store.open(part_name(index)) as stream:
             size = stream.seek(0, 2)
             footer = pq.read_metadata(stream).metadata or {}
-    except (MissingError, pa.ArrowException, OSError):
+    except (MissingError, pa.ArrowException, OSError, ValueError):
         return None
-    value = json.loads(footer.get(_FOOTER_KEY, b"{}"))
-    if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
+    try:
+        value = json.loads(footer.get(_FOOTER_KEY, b"{}"))
+        if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
+            return None
+        value |= {"bytes": size, "input": InputFile(**value["input"]), "counts": Counts(**value["counts"])}
+        return PartSummary(**value | {"left_out": left_out_of(value)})
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    value |= {"bytes": size, "input": InputFile(**value["input"]), "counts": Counts(**value["counts"])}
-    return PartSummary(**value)
 
 
 def write_manifest(
@@ -105,13 +156,14 @@ def write_manifest(
     The fingerprint is of the content (token ids, document ids, T): the same documents prepared elsewhere have the same.
 
     Raises:
-        CorpusError: if the parts hold no sequence at all.
+        CorpusError: if the parts hold no sequence at all, or leave out more than corpus.allow_bad_* allow.
     """
     ordered = tuple(sorted(parts, key=lambda part: part.index))
     settings = prepare_settings(config, pack, tokenizer_digest)
     assert [part.index for part in ordered] == list(range(len(ordered))), "a part is missing or twice"
     assert {part.settings for part in ordered} <= {fingerprint(settings)}, "parts of different settings"
     counts = sum((part.counts for part in ordered), Counts())
+    check_allowed(config, counts, LeftOut.together(part.left_out for part in ordered))
     if not counts.sequences:
         raise CorpusError(
             f"{config.path}: {len(ordered)} files with {counts.documents_read} documents hold no token; "
@@ -131,6 +183,23 @@ def write_manifest(
     )
     store.write_json(MANIFEST, manifest.to_json())
     return manifest
+
+
+def check_allowed(config: CorpusConfig, counts: Counts, left_out: LeftOut) -> None:
+    """Refuse a corpus of which more was left out than its settings allow: the limits count over all files.
+
+    Raises:
+        CorpusError: with both numbers and the first sentence.
+    """
+    for bad, allowed, key in (
+        (counts.documents_bad, config.allow_bad_documents, "documents"),
+        (counts.files_bad, config.allow_bad_files, "files"),
+    ):
+        if bad > allowed:
+            raise CorpusError(
+                f"{config.path}: {bad} {key} cannot be used, more than corpus.allow_bad_{key}={allowed}. The first: "
+                f"{left_out.first[0]}"
+            )
 
 
 def _with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:

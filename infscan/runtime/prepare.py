@@ -14,7 +14,7 @@ from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
 from infscan.corpus.documents import file_format
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
-from infscan.corpus.prepared import finished_part, prepare_part, prepare_settings, write_manifest
+from infscan.corpus.prepared import check_allowed, finished_part, prepare_part, prepare_settings, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import CorpusError, InfscanError, RunError
 from infscan.model.architecture import Architecture
@@ -61,6 +61,7 @@ def prepare(
     if is_prepared(config.path):
         corpus = open_corpus(Store(config.path))
         _check_fits(config, corpus, architecture, tokenizer)
+        _warn_of_left_out(corpus, telemetry)
         return corpus
     pack = settings_for(config, architecture, tokenizer)
     files = expand(config.path)
@@ -73,13 +74,27 @@ def prepare(
             telemetry.warn(f"{error} It is prepared again now.")
         else:
             _check_same(config, corpus, files, prepare_settings(config, pack, digest))
+            check_allowed(config, corpus.manifest.counts, corpus.manifest.left_out)
+            _warn_of_left_out(corpus, telemetry)
             return corpus
     with telemetry.phase("prepare", len(files), "files") as phase:
         for summary in _on_ray(config, pack, architecture.folder, store, files):
             phase.advance(sequences=summary["sequences"], tokens=summary["tokens"])
         parts = [finished_part(store, index) for index in range(len(files))]
         write_manifest(store, config, pack, digest, [part for part in parts if part is not None])
-    return open_corpus(store)
+    corpus = open_corpus(store)
+    _warn_of_left_out(corpus, telemetry)
+    return corpus
+
+
+def _warn_of_left_out(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
+    left_out = corpus.manifest.left_out
+    if left_out.by_reason:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.by_reason.items())
+        telemetry.warn(
+            f"{corpus.store.uri} leaves out what could not be used ({reasons}); the first: {left_out.first[0]} "
+            f"More in {MANIFEST}."
+        )
 
 
 def _on_ray(

@@ -6,7 +6,7 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 """
 
 from infscan.storage.address import MissingError, is_uri, redact
-from infscan.storage.inputs import InputFile, expand, localise, open_input
+from infscan.storage.inputs import InputFile, changed, expand, localise, open_input
 from infscan.storage.patience import storage_faults
 from infscan.storage.store import Entry, Store
 
@@ -15,6 +15,7 @@ __all__ = [
     "InputFile",
     "MissingError",
     "Store",
+    "changed",
     "expand",
     "is_uri",
     "localise",

@@ -68,6 +68,21 @@ def open_input(uri: str) -> BinaryIO:
     return backend_of(address).open(address)
 
 
+def changed(file: InputFile) -> str | None:
+    """How the file differs from what it was when it was looked at (`has 5 bytes now and had 4`), or None.
+
+    Raises StorageError where it is missing or refused.
+    """
+    now = backend_of(file.uri).stat(file.uri)
+    if now is None:
+        return "is gone"
+    if now.size != file.size:
+        return f"has {now.size} bytes now and had {file.size} when it was listed"
+    if now.etag != file.etag:
+        return "has another ETag (or time of change) now than when it was listed"
+    return None
+
+
 def localise(uri: str, suffixes: tuple[str, ...]) -> Path:
     """A local folder with the files of `uri` whose names end in one of `suffixes`.
 

@@ -153,7 +153,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, rea
     [
         ({"text": pa.array(["a", None])}, "row 1: 'text' is null, not a text"),
         ({"text": pa.array([1, 2])}, "row 0: 'text' is a number"),
-        ({"body": pa.array(["a"])}, "has the columns body, and no 'text'.*corpus.text_field"),
+        ({"body": pa.array(["a"])}, "has the columns 'body', and no 'text'.*corpus.text_field"),
         ({"tokens": pa.array([[1], [2, None]])}, "row 1: 'tokens' holds empty values"),
         ({"tokens": pa.array([[0.5]])}, "row 0: 'tokens' holds values of type double"),
         ({"tokens": pa.array([5])}, "row 0: 'tokens' is a number, not a list"),
