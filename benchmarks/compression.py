@@ -284,7 +284,7 @@ def stacked(layers: Sequence[Layer], batches: Sequence[Arrays], device: str) -> 
 
 
 def numbers(arrays: Arrays) -> int:
-    return sum(array.size for array in arrays.values())
+    return sum(array.size for key, array in arrays.items() if key.rpartition("|")[2] in "PUV")
 
 
 def judged(reference: Scores, scores: Scores, options: argparse.Namespace, kind: Kind = "pearson") -> dict[str, Any]:

@@ -192,9 +192,18 @@ class FactorsConfig:
     max_group_bytes: int = 8 << 30
 
 
+# scan.rank=auto: every query and layer may have ranks up to this one.
+MOST_RANK = 32
+
+
 @dataclass
 class ScanConfig:
-    rank: int | None = 32
+    """How sequences are scored. rank: a number; null: full; `auto`: allotted per query and layer, so that the columns
+    kept hold `energy` of the score's expected square.
+    """
+
+    rank: int | str | None = 32
+    energy: float = 0.99
     compression: Compression = Compression.weighted
     top_k: int = 100
     candidates: int | None = None
@@ -238,6 +247,11 @@ class Config:
         return self.scan.candidates or 4 * self.scan.top_k
 
     @property
+    def most_rank(self) -> int | None:
+        """The rank at which query gradients are stored, the largest that any layer scans with; None: full."""
+        return MOST_RANK if isinstance(self.scan.rank, str) else self.scan.rank
+
+    @property
     def sides(self) -> tuple[str, ...]:
         both = ("proponent", "opponent")
         return {Sides.both: both, Sides.proponents: both[:1], Sides.opponents: both[1:]}[self.scan.sides]
@@ -276,7 +290,7 @@ class Config:
             "factors.iteration.batch": self.factors.iteration.batch,
             "factors.iteration.step_size": self.factors.iteration.step_size,
             "factors.damping.absolute": self.factors.damping.absolute,
-            "scan.rank": self.scan.rank,
+            "scan.rank": self.most_rank,
             "scan.candidates": self.scan.candidates,
             "scan.shard_sequences": self.scan.shard_sequences,
         }
@@ -287,6 +301,10 @@ class Config:
                     f"{name}.sequence_length={corpus.sequence_length}: a sequence needs two tokens to have a loss; "
                     "give at least 2, or null for the model's context (at most 512)."
                 )
+        if isinstance(self.scan.rank, str) and self.scan.rank != "auto":
+            raise ConfigError(f"scan.rank={self.scan.rank}: give a number, auto, or null for full rank.")
+        if not 0 < self.scan.energy <= 1:
+            raise ConfigError(f"scan.energy={self.scan.energy}: a share, above 0 and up to 1.")
         positive |= {key: value for key, value in optional.items() if value is not None}
         for key, value in positive.items():
             if not value > 0:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from infscan.influence.blocks import BlockDiagonal
+
+# Thinner panels save more products and make each slower: below this many rows one matrix product is as quick.
+_PANEL_ROWS, _MOST_PANELS = 192, 8
 
 
 def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool) -> Tensor:
@@ -23,7 +28,21 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor) -> None:
     """total += sum over tokens of x x^T, its diagonal blocks alone, in float32 or wider. Padding must be zero in x.
 
     total: [n, n]; x_btn: [B, T, n]. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
+    Only the upper triangle is summed, in panels of rows that start at the diagonal: near half the products of x^T x.
+    What is below the diagonal means nothing until `mirror` has made the sum symmetric.
     """
     for block, x_btk in zip(total.blocks, x_btn.split(total.sizes, dim=-1), strict=True):
         x_mk = x_btk.flatten(0, 1).to(block.dtype)
-        block.addmm_(x_mk.T, x_mk)
+        for start, stop in _panels(len(block)):
+            block[start:stop, start:].addmm_(x_mk[:, start:stop].T, x_mk[:, start:])
+
+
+def mirror(total: BlockDiagonal) -> BlockDiagonal:
+    """The symmetric matrix whose upper triangle `add_second_moment` has summed."""
+    return BlockDiagonal(tuple(block.triu() + block.triu(1).T for block in total.blocks))
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    count = min(_MOST_PANELS, max(1, n // _PANEL_ROWS))
+    edges = [n * index // count for index in range(count + 1)]
+    return list(pairwise(edges))

@@ -29,13 +29,26 @@ def to_core(P_qoi: Tensor, factors: LayerFactors) -> Tensor:
     return factors.Q_S.T @ P_qoi @ factors.Q_A
 
 
+def tokens_to_core(s_to: Tensor, a_ti: Tensor, factors: LayerFactors) -> Tensor:
+    """Q_S^T V Q_A of V = sum_t s_t a_t^T, [O, I], the tokens rotated before they are multiplied.
+
+    s_to: [T, O], a_ti: [T, I]. Costs T (O^2 + I^2) products instead of O I (O + I): a query has few tokens.
+    """
+    return (s_to @ factors.Q_S).T @ (a_ti @ factors.Q_A)
+
+
 def inverse_core(V_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
     """C = (Q_S^T V Q_A) / (Lambda + lambda): the preconditioned gradients, still in the eigenbases.
 
     V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (G23 equation 20). Q_S and Q_A rotate block by block; every
     entry of V is kept, whichever pair of blocks it lies in.
     """
-    return to_core(V_qoi, factors) / (factors.Lambda + lam)
+    return damped_core(to_core(V_qoi, factors), factors, lam)
+
+
+def damped_core(C_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
+    """C / (Lambda + lambda), for C in the eigenbases already."""
+    return C_qoi / (factors.Lambda + lam)
 
 
 def from_core(C_qoi: Tensor, factors: LayerFactors) -> Tensor:

@@ -5,56 +5,98 @@ score(q, z) = sum over layers of <P_q, g_z> = sum over layers and tokens of s_t^
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Columns of one matrix product: enough to keep it busy, few enough that a batch's [tokens, columns] stay small.
+_COLUMNS = 1024
+
 
 @dataclass(frozen=True)
 class LayerQueries:
-    """All queries' preconditioned gradients of one layer: low rank (U, V) or full (P).
+    """All queries' preconditioned gradients of one layer, laid out in one of three ways.
 
-    U_oqr: [O, Q * r]; V_iqr: [I, Q * r]; P_qoi: [Q, O, I].
+    U_parts, V_parts: [O, c] and [I, c], all queries' columns side by side, cut every `_COLUMNS`; query q owns the next
+    ranks[q] of them. P_qoi: [Q, O, I], full. B_om, B_in, K_qmn: one basis pair for all queries, P_q ~= B_O K_q B_I^T.
     """
 
-    queries: int
-    U_oqr: Tensor | None = None
-    V_iqr: Tensor | None = None
+    ranks: tuple[int, ...]
+    U_parts: tuple[Tensor, ...] = ()
+    V_parts: tuple[Tensor, ...] = ()
     P_qoi: Tensor | None = None
+    B_om: Tensor | None = None
+    B_in: Tensor | None = None
+    K_qmn: Tensor | None = None
+
+    @property
+    def queries(self) -> int:
+        return len(self.ranks)
 
     @staticmethod
-    def low_rank(U_qor: Tensor, V_qir: Tensor) -> LayerQueries:
-        """From U [Q, O, r] and V [Q, I, r], laid out so that one GEMM serves every query."""
-        Q = U_qor.shape[0]
-        return LayerQueries(
-            Q,
-            U_oqr=U_qor.permute(1, 0, 2).flatten(1).contiguous(),
-            V_iqr=V_qir.permute(1, 0, 2).flatten(1).contiguous(),
+    def low_rank(U_xo: Tensor, V_xi: Tensor, ranks: Sequence[int]) -> LayerQueries:
+        """From columns in rows, U [sum of ranks, O] and V [sum of ranks, I]: one GEMM a side serves every query."""
+        cut = (
+            [part.T.contiguous() for part in U_xo.split(_COLUMNS)],
+            [part.T.contiguous() for part in V_xi.split(_COLUMNS)],
         )
+        return LayerQueries(tuple(ranks), U_parts=tuple(cut[0]), V_parts=tuple(cut[1]))
 
     @staticmethod
     def full(P_qoi: Tensor) -> LayerQueries:
-        return LayerQueries(P_qoi.shape[0], P_qoi=P_qoi.contiguous())
+        return LayerQueries((0,) * len(P_qoi), P_qoi=P_qoi.contiguous())
+
+    @staticmethod
+    def joint(B_mo: Tensor, B_ni: Tensor, K_qmn: Tensor) -> LayerQueries:
+        return LayerQueries((0,) * len(K_qmn), B_om=B_mo.T.contiguous(), B_in=B_ni.T.contiguous(), K_qmn=K_qmn)
 
 
 def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
     """One layer's share of every sequence's score against every query: [B, Q], float32 or wider.
 
-    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding.
-    Low rank: sum_t (U_q^T s_t) . (V_q^T a_t), two GEMMs, 2 r Q (O + I) per token. Full: g = sum_t s_t a_t^T once,
-    2 O I per token, then one GEMM against every P_q.
+    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding. Products per token, R columns in all (`cheapest` compares): low
+    rank: sum_t (U_q^T s_t) . (V_q^T a_t), R (O + I). Full: g = sum_t s_t a_t^T once, O I (1 + Q / T). Joint: the
+    core B_O^T g B_I from projected tokens, m O + n I + m n (1 + Q / T).
     """
-    B, T, O = s_bto.shape
     if queries.P_qoi is not None:
-        g_boi = s_bto.transpose(1, 2) @ a_bti
-        return (g_boi.flatten(1) @ queries.P_qoi.flatten(1).T.to(g_boi.dtype)).to(_wide(s_bto))
-    assert queries.U_oqr is not None
-    assert queries.V_iqr is not None
-    X_bx = s_bto.reshape(B * T, O) @ queries.U_oqr.to(s_bto.dtype)
-    Y_bx = a_bti.reshape(B * T, -1) @ queries.V_iqr.to(a_bti.dtype)
-    products = X_bx.mul_(Y_bx).view(B, T, -1).sum(dim=1, dtype=_wide(s_bto))
-    return products.view(B, queries.queries, -1).sum(dim=-1)
+        return _against(s_bto, a_bti, queries.P_qoi)
+    if queries.K_qmn is not None:
+        assert queries.B_om is not None
+        assert queries.B_in is not None
+        return _against(s_bto @ queries.B_om.to(s_bto.dtype), a_bti @ queries.B_in.to(a_bti.dtype), queries.K_qmn)
+    B, T, _ = s_bto.shape
+    s_xo, a_xi = s_bto.flatten(0, 1), a_bti.flatten(0, 1)
+    shares = [
+        (s_xo @ U_oc.to(s_xo.dtype)).mul_(a_xi @ V_ic.to(a_xi.dtype)).view(B, T, -1).sum(dim=1, dtype=_wide(s_bto))
+        for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
+    ]
+    return _by_query(torch.cat(shares, dim=1), queries.ranks)
+
+
+def _against(s_btm: Tensor, a_btn: Tensor, K_qmn: Tensor) -> Tensor:
+    """<K_q, sum_t s_t a_t^T>: [B, Q]."""
+    g_bmn = s_btm.transpose(1, 2) @ a_btn
+    return (g_bmn.flatten(1) @ K_qmn.flatten(1).T.to(g_bmn.dtype)).to(_wide(s_btm))
+
+
+def _by_query(shares_bx: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    if min(ranks) == max(ranks):
+        return shares_bx.view(len(shares_bx), len(ranks), -1).sum(dim=-1)
+    return torch.stack([part.sum(dim=1) for part in shares_bx.split(list(ranks), dim=1)], dim=1)
+
+
+def cheapest(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> str:
+    """`low`, `full` or `joint`: the fewest multiply-adds per token (see `score_layer`), ties in this order.
+
+    columns: of all queries together. joint: (m, n), where there is a basis pair. T: tokens of a sequence.
+    """
+    costs = {"low": columns * (O + I), "full": O * I * (1 + Q / T)}
+    if joint:
+        m, n = joint
+        costs["joint"] = m * O + n * I + m * n * (1 + Q / T)
+    return min(costs, key=costs.__getitem__)
 
 
 def score_tokens(s_bto: Tensor, a_bti: Tensor, P_oi: Tensor) -> Tensor:

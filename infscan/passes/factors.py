@@ -18,7 +18,7 @@ from torch import Tensor
 from infscan.config import Labels
 from infscan.corpus.sequences import Sequence
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.covariance import add_second_moment
+from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, check_finite, eigenbasis
 from infscan.influence.layers import Layer
 from infscan.model.measure import next_tokens, sample_labels, summed_losses, uniforms
@@ -133,7 +133,7 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
         f"{key}|{name}": rank.reduce(block)
         for kind, totals in (("A", A), ("S", S))
         for name, total in totals.items()
-        for key, block in named_blocks(kind, total).items()
+        for key, block in named_blocks(kind, mirror(total)).items()
     }
     targets.store()
     tokens = sum(len(sequence) for sequence in sequences)

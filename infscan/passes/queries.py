@@ -5,7 +5,7 @@ Everything the factors do happens here, once per query; the scan only sees U, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from infscan.config import Compression, DampingConfig, Solver, fingerprint, plain
 from infscan.errors import QueryError
-from infscan.influence.compress import compress_weighted, truncate
-from infscan.influence.inverse import damping, from_core, inverse_core, to_core
+from infscan.influence.allot import allot
+from infscan.influence.compress import compress, compress_weighted
+from infscan.influence.eigenbasis import rotate_tokens_first
+from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.score import LayerQueries
 from infscan.model.measure import summed_losses
@@ -66,8 +68,23 @@ class QueryTask:
     fingerprint: str
 
 
-def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """V = grad(-f) of every query, by layer: [Q, O, I] float32 or wider.
+@dataclass(frozen=True)
+class Tokens:
+    """A query's gradient V = grad(-f) = sum_t s_t a_t^T, by its tokens: s_to [n, O], a_ti [n, I], float32 or wider.
+
+    Signs are in s. A query has few tokens, so this is far smaller than V, and cheaper to rotate.
+    """
+
+    s_to: Tensor
+    a_ti: Tensor
+
+    def matrix(self) -> Tensor:
+        """V, [O, I]."""
+        return self.s_to.T @ self.a_ti
+
+
+def query_tokens(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, list[Tokens]]:
+    """V of every query, by layer and by its tokens.
 
     Every rank of a group computes all of them, in step; the measurement's signs are in the loss. One token sequence at
     a time: beside others, longer or shorter, a query's gradient would round otherwise.
@@ -75,34 +92,55 @@ def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer
     Raises:
         QueryError: where a gradient is NaN or infinite.
     """
-    V = {
-        layer.name: torch.zeros(len(queries), layer.outputs, layer.inputs, dtype=rank.wide, device=rank.device)
-        for layer in layers
-    }
-    for index, part in ((index, part) for index, query in enumerate(queries) for part in query.parts):
-        ids = np.asarray([part.token_ids], np.int64)
-        targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-        at = np.asarray(part.positions)
-        # The input position t - 1 predicts token t.
-        targets[0, at - 1] = ids[0, at]
-        weights[0, at - 1] = part.sign
-        targets_bt, weights_bt = rank.to_device(targets), rank.to_device(weights)
-        batch = Batch(np.arange(1), rank.to_device(ids), rank.to_device(np.ones(ids.shape, np.bool_)))
+    found: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
+    for query in queries:
+        parts: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
+        for part in query.parts:
+            # Nothing from the last measured token on has a gradient.
+            ids = np.asarray([part.token_ids[: max(part.positions)]], np.int64)
+            targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+            at = np.asarray(part.positions)
+            # The input position t - 1 predicts token t.
+            targets[0, at - 1] = np.asarray(part.token_ids)[at]
+            weights[0, at - 1] = part.sign
+            targets_bt, weights_bt = rank.to_device(targets), rank.to_device(weights)
+            batch = Batch(np.arange(1), rank.to_device(ids), rank.to_device(np.ones(ids.shape, np.bool_)))
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, index: int = index) -> None:
-            V[layer.name][index] += (s_bto.to(rank.wide).transpose(1, 2) @ a_bti.to(rank.wide))[0]
+            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, parts: dict[str, list[Tokens]] = parts) -> None:
+                parts[layer.name].append(Tokens(s_bto[0].to(rank.wide), a_bti[0].to(rank.wide)))
 
-        def loss(logits_btv: Tensor, targets: Tensor = targets_bt, weights: Tensor = weights_bt) -> Tensor:
-            return summed_losses(logits_btv, targets, weights)
+            def loss(logits_btv: Tensor, targets: Tensor = targets_bt, weights: Tensor = weights_bt) -> Tensor:
+                return summed_losses(logits_btv, targets, weights)
 
-        rank.backward(batch, layers, loss, consume)
-    for name, V_qoi in V.items():
-        finite = torch.isfinite(V_qoi).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            bad = queries[int((~finite).nonzero()[0])].id
-            raise QueryError(
-                f"query {bad!r}: its gradient at {name} is NaN or infinite; use model.dtype=float32, or leave it out."
-            )
+            rank.backward(batch, layers, loss, consume)
+        for name, tokens in parts.items():
+            whole = Tokens(torch.cat([one.s_to for one in tokens]), torch.cat([one.a_ti for one in tokens]))
+            found[name].append(whole)
+    for name, mine in found.items():
+        finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in mine])
+        _check_finite(name, queries, finite)
+    return found
+
+
+def _check_finite(layer: str, queries: Sequence[Query], finite_q: Tensor) -> None:
+    if not bool(finite_q.all()):
+        bad = queries[int((~finite_q).nonzero()[0])].id
+        raise QueryError(
+            f"query {bad!r}: its gradient at {layer} is NaN or infinite; use model.dtype=float32, or leave it out."
+        )
+
+
+def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """V = grad(-f) of every query, by layer: [Q, O, I] float32 or wider.
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
+    tokens = query_tokens(rank, queries, layers)
+    V = {}
+    for name in list(tokens):
+        V[name] = torch.stack([one.matrix() for one in tokens.pop(name)])
+        _check_finite(name, queries, torch.isfinite(V[name]).flatten(1).all(dim=1))
     return V
 
 
@@ -118,17 +156,21 @@ def layer_factors(inverse: Inverse, layer: Layer, device: str, dtype: torch.dtyp
 def preconditioned(
     rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], inverse: Inverse
 ) -> dict[str, Tensor]:
-    """P = (G + lambda)^-1 grad(-f) at full rank, by layer: [Q, O, I]. Gradients are given up layer by layer."""
+    """P = (G + lambda)^-1 grad(-f) at full rank, by layer: [Q, O, I].
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
     if inverse.solutions is not None:
         return solutions(rank, queries, layers, inverse.solutions)
-    V = query_gradients(rank, queries, layers)
+    tokens = query_tokens(rank, queries, layers)
+    P: dict[str, Tensor] = {}
     for layer in layers:
         known = layer_factors(inverse, layer, rank.device, rank.wide)
-        if known is not None:
-            factors, lam = known
-            P = [from_core(inverse_core(V_oi, factors, lam), factors) for V_oi in _one_by_one(V.pop(layer.name))]
-            V[layer.name] = torch.cat(P)
-    return V
+        mine = tokens.pop(layer.name)
+        P[layer.name] = torch.stack([_full(_core(one, layer, known), known) for one in mine])
+        _check_finite(layer.name, queries, torch.isfinite(P[layer.name]).flatten(1).all(dim=1))
+    return P
 
 
 def solutions(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], found: Solutions) -> dict[str, Tensor]:
@@ -140,50 +182,58 @@ def solutions(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], fou
     return {layer.name: torch.stack([one(query, layer) for query in queries]) for layer in layers}
 
 
-def _one_by_one(V_qoi: Tensor) -> Iterator[Tensor]:
-    """Each query's [1, O, I], in memory of its own: within a product of all of them its bits could differ."""
-    for V_oi in V_qoi:
-        yield V_oi[None].clone()
+Known = tuple[LayerFactors, float] | None
+
+
+def _core(V: Tokens | Tensor, layer: Layer, known: Known) -> Tensor:
+    """(Q_S^T V Q_A) / (Lambda + lambda), [O, I]; V itself without factors. A Tensor is a solution: only rotated."""
+    if known is None:
+        return V.matrix() if isinstance(V, Tokens) else V
+    factors, lam = known
+    if isinstance(V, Tensor):
+        return to_core(V, factors)
+    tokens_first = rotate_tokens_first(len(V.s_to), layer.outputs, layer.inputs)
+    rotated = tokens_to_core(V.s_to, V.a_ti, factors) if tokens_first else to_core(V.matrix(), factors)
+    return damped_core(rotated, factors, lam)
+
+
+def _full(C_oi: Tensor, known: Known) -> Tensor:
+    return from_core(C_oi, known[0]) if known else C_oi
 
 
 def query_task(rank: Rank, task: QueryTask) -> int:
     """Gradients, inverse and compression of a group of queries for a group of layers; rank 0 writes one file.
 
-    Low rank only where min(O, I) > r. Returns the tokens measured.
+    Per layer: U [Q, O, r], V [Q, I, r], with values [Q, r] and totals [Q] (`Compressed`); or P [Q, O, I] where
+    min(O, I) is at most r. Returns the tokens measured.
     """
     found = task.inverse.solutions
-    V = solutions(rank, task.queries, task.layers, found) if found else query_gradients(rank, task.queries, task.layers)
+    V: Mapping[str, Sequence[Tokens] | Tensor]
+    V = solutions(rank, task.queries, task.layers, found) if found else query_tokens(rank, task.queries, task.layers)
     tensors: dict[str, Tensor] = {}
     for layer in task.layers:
         known = layer_factors(task.inverse, layer, rank.device, rank.wide)
-        by_query = [_compressed(task, layer, V_oi, known) for V_oi in _one_by_one(V.pop(layer.name))]
+        # One query at a time: within a product of all of them a query's bits could depend on the others.
+        by_query = [_compressed(task, layer, _core(one, layer, known), known) for one in V[layer.name]]
         for kind in by_query[0]:
-            tensors[f"{layer.name}|{kind}"] = torch.cat([one[kind] for one in by_query])
+            tensors[f"{layer.name}|{kind}"] = torch.stack([one[kind] for one in by_query])
+        finite = torch.stack([torch.isfinite(next(iter(one.values()))).all() for one in by_query])
+        _check_finite(layer.name, task.queries, finite)
     if rank.leads:
         write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
     return sum(len(part.token_ids) for query in task.queries for part in query.parts)
 
 
-def _compressed(
-    task: QueryTask, layer: Layer, V_qoi: Tensor, known: tuple[LayerFactors, float] | None
-) -> dict[str, Tensor]:
-    """U [Q, O, r] and V [Q, I, r], or P [Q, O, I]. known: the layer's factors and damping, if there are any.
-
-    V_qoi: gradients, or solutions, which are only turned into the eigenbases.
-    """
-    if known is None:
-        C_qoi = V_qoi
-    elif task.inverse.solutions:
-        C_qoi = to_core(V_qoi, known[0])
-    else:
-        C_qoi = inverse_core(V_qoi, *known)
+def _compressed(task: QueryTask, layer: Layer, C_oi: Tensor, known: Known) -> dict[str, Tensor]:
+    """One query and layer. C: its core in the eigenbases, or (without factors) its gradient."""
     if task.rank is None or min(layer.outputs, layer.inputs) <= task.rank:
-        return {"P": from_core(C_qoi, known[0]) if known else C_qoi}
+        return {"P": _full(C_oi, known)}
     if known and task.compression is Compression.weighted:
-        U_qor, V_qir = compress_weighted(C_qoi, known[0], task.rank)
+        found = compress_weighted(C_oi, known[0], task.rank)
     else:
-        U_qor, V_qir = truncate(from_core(C_qoi, known[0]) if known else C_qoi, task.rank)
-    return {"U": U_qor, "V": V_qir}
+        found = compress(_full(C_oi, known), task.rank)
+    total = torch.tensor(found.total, dtype=torch.float64)
+    return {"U": found.U_or, "V": found.V_ir, "values": found.values_r, "totals": total}
 
 
 def read_query_batch(store: Store, names: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
@@ -199,6 +249,32 @@ def read_query_batch(store: Store, names: Sequence[Sequence[str]]) -> dict[str, 
     return {key: np.concatenate([group[key] for group in groups]) for key in groups[0]}
 
 
+def allotted(arrays: Mapping[str, np.ndarray], layers: Sequence[Layer], kept: float) -> dict[str, np.ndarray]:
+    """The query batch with ranks allotted to every query and layer (`influence.allot`), as the fewest columns.
+
+    A low-rank layer comes to U [sum of ranks, O], V [sum of ranks, I] and ranks [Q], query after query; P stays whole.
+    """
+    low = [layer for layer in layers if f"{layer.name}|U" in arrays]
+    if not low:
+        return dict(arrays)
+    costs = [layer.outputs + layer.inputs for layer in low]
+    ranks = np.asarray(
+        [
+            allot([arrays[f"{layer.name}|values"][q] for layer in low],
+                  [float(arrays[f"{layer.name}|totals"][q]) for layer in low], costs, kept)
+            for q in range(len(arrays[f"{low[0].name}|U"]))
+        ]
+    )  # fmt: skip
+    chosen = {key: array for key, array in arrays.items() if key.endswith("|P")}
+    for index, layer in enumerate(low):
+        mine = ranks[:, index]
+        for kind in ("U", "V"):
+            sides = arrays[f"{layer.name}|{kind}"]
+            chosen[f"{layer.name}|{kind}"] = np.concatenate([sides[q, :, :r].T for q, r in enumerate(mine)])
+        chosen[f"{layer.name}|ranks"] = mine
+    return chosen
+
+
 def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQueries]:
     """The query batch laid out for scoring, on this rank's device, in the model's dtype."""
 
@@ -210,8 +286,13 @@ def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQu
     for layer in rank.layers:
         if f"{layer.name}|P" in arrays:
             batch[layer.name] = LayerQueries.full(tensor(f"{layer.name}|P"))
+        elif f"{layer.name}|ranks" in arrays:
+            ranks = arrays[f"{layer.name}|ranks"].tolist()
+            batch[layer.name] = LayerQueries.low_rank(tensor(f"{layer.name}|U"), tensor(f"{layer.name}|V"), ranks)
         else:
-            batch[layer.name] = LayerQueries.low_rank(tensor(f"{layer.name}|U"), tensor(f"{layer.name}|V"))
+            U_qor, V_qir = tensor(f"{layer.name}|U"), tensor(f"{layer.name}|V")
+            rows = [side.transpose(1, 2).flatten(0, 1) for side in (U_qor, V_qir)]
+            batch[layer.name] = LayerQueries.low_rank(rows[0], rows[1], [U_qor.shape[2]] * len(U_qor))
     return batch
 
 

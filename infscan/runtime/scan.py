@@ -15,7 +15,7 @@ from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import RunError
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts
-from infscan.passes.queries import QueryTask, query_groups, query_task, read_query_batch
+from infscan.passes.queries import QueryTask, allotted, query_groups, query_task, read_query_batch
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.results.publish import SUCCESS
@@ -88,6 +88,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
             "factors": factors.fingerprint,
             "inverse": factors.inverse.fingerprint,
             "rank": config.scan.rank,
+            "energy": config.scan.energy if config.scan.rank == "auto" else None,
             "compression": config.scan.compression,
         }
     )
@@ -110,7 +111,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
                     queries=tuple(run.queries[index] for index in groups[q]),
                     layers=layer_groups[g],
                     inverse=factors.inverse,
-                    rank=config.scan.rank,
+                    rank=config.most_rank,
                     compression=config.scan.compression,
                     fingerprint=key,
                 )
@@ -119,8 +120,11 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
                 phase.advance(sequences=len(groups[left[unit][0]]), tokens=tokens)
 
             run.pool.run(range(len(left)), query_task, task, on_done)
+    arrays = read_query_batch(run.store, names)
+    if config.scan.rank == "auto":
+        arrays = allotted(arrays, run.architecture.layers, config.scan.energy)
     # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
-    return QueryBatch(key, ray.put(read_query_batch(run.store, names)))
+    return QueryBatch(key, ray.put(arrays))
 
 
 def _made(run: Run, name: str, key: str) -> bool:

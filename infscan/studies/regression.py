@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from infscan.config import fingerprint, plain
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.covariance import add_second_moment
+from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.passes.factor_store import read_tensors, write_tensors
@@ -126,7 +126,7 @@ def fit(found: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> dict[str, Laye
         for kind, x_n1k in (("A", a_n1i), ("S", s_n1o)):
             total = BlockDiagonal.zeros(x_n1k.shape[-1], 1, dtype=_WIDE)
             add_second_moment(total, x_n1k)
-            moments[kind] = BlockDiagonal((total.blocks[0] / rows,))
+            moments[kind] = BlockDiagonal((mirror(total).blocks[0] / rows,))
         A_eigenvalues, Q_A = eigenbasis(moments["A"], f"A of {name}")
         S_eigenvalues, Q_S = eigenbasis(moments["S"], f"S of {name}")
         Lambda = torch.zeros(s_no.shape[1], a_ni.shape[1], dtype=_WIDE)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infscan.influence.compress import truncate
-from infscan.influence.score import LayerQueries, score_layer, score_tokens
+from infscan.influence import score
+from infscan.influence.compress import compress
+from infscan.influence.score import LayerQueries, cheapest, score_layer, score_tokens
 from tests.influence.factors import normal
 
 B, T, O, I, Q = 4, 6, 5, 7, 3
@@ -16,7 +17,17 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 def low_rank(P_qoi: Tensor, rank: int) -> LayerQueries:
-    return LayerQueries.low_rank(*truncate(P_qoi, rank))
+    return from_pairs(truncated(P_qoi, [rank] * len(P_qoi)))
+
+
+def truncated(P_qoi: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
+    found = [compress(P_oi, rank) for P_oi, rank in zip(P_qoi, ranks, strict=True)]
+    return [(one.U_or, one.V_ir) for one in found]
+
+
+def from_pairs(pairs: list[tuple[Tensor, Tensor]]) -> LayerQueries:
+    U_xo, V_xi = (torch.cat([pair[side].T for pair in pairs]) for side in (0, 1))
+    return LayerQueries.low_rank(U_xo, V_xi, [pair[0].shape[1] for pair in pairs])
 
 
 def test_the_score_is_the_product_with_the_gradient() -> None:
@@ -32,13 +43,32 @@ def test_the_score_is_the_product_with_the_gradient() -> None:
     torch.testing.assert_close(score_layer(s_bto, a_bti, low_rank(P_qoi, min(O, I))), expected)
 
 
-def test_low_rank_scores_are_those_of_the_truncated_gradients() -> None:
+@pytest.mark.parametrize("ranks", [[2, 2, 2], [3, 0, 1], [0, 0, 0]])
+def test_low_rank_scores_are_those_of_the_truncated_gradients(
+    ranks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     s_bto, a_bti = tokens()
-    U_qor, V_qir = truncate(normal(2, Q, O, I), 2)
-    full = LayerQueries.full(U_qor @ V_qir.transpose(1, 2))
+    pairs = truncated(normal(2, Q, O, I), ranks)
+    full = score_layer(s_bto, a_bti, LayerQueries.full(torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])))
+    torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
+    monkeypatch.setattr(score, "_COLUMNS", 2)  # cut in the middle of a query's columns
+    torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
+
+
+def test_joint_scores_are_those_of_the_products_they_stand_for() -> None:
+    s_bto, a_bti = tokens()
+    B_mo, B_ni, K_qmn = normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3)
+    full = LayerQueries.full(B_mo.T @ K_qmn @ B_ni)
     torch.testing.assert_close(
-        score_layer(s_bto, a_bti, LayerQueries.low_rank(U_qor, V_qir)), score_layer(s_bto, a_bti, full)
+        score_layer(s_bto, a_bti, LayerQueries.joint(B_mo, B_ni, K_qmn)), score_layer(s_bto, a_bti, full)
     )
+
+
+def test_the_cheapest_way_is_low_rank_for_few_queries_and_joint_for_many() -> None:
+    O, I, T, rank = 512, 2048, 256, 16
+    ways = [cheapest(O, I, T, Q, Q * rank, (128, 128)) for Q in (1, 10, 100, 1000)]
+    assert ways == ["low", "joint", "joint", "joint"]
+    assert [cheapest(O, I, T, Q, Q * rank) for Q in (1, 10, 100, 1000)] == ["low", "low", "full", "full"]
 
 
 def test_token_scores_add_up_to_the_sequences_score() -> None:

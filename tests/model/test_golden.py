@@ -9,8 +9,8 @@ from torch import Tensor
 
 from infscan.config import Dtype, ModelConfig
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.compress import truncate
-from infscan.influence.covariance import add_second_moment, with_ones
+from infscan.influence.compress import compress
+from infscan.influence.covariance import add_second_moment, mirror, with_ones
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
 from infscan.influence.inverse import damping, from_core, inverse_core
 from infscan.influence.layers import Layer, LayerFactors
@@ -65,7 +65,7 @@ class Reproduction:
         Lambda = torch.zeros(O, layer.inputs, dtype=torch.float64)
         add_second_moment(A, a_bti)
         add_second_moment(S, s_bto)
-        A, S = (BlockDiagonal((total.dense() / (N * T),)) for total in (A, S))
+        A, S = (BlockDiagonal((mirror(total).dense() / (N * T),)) for total in (A, S))
         A_values, Q_A = eigenbasis(A, "A")
         S_values, Q_S = eigenbasis(S, "S")
         add_squared_gradients(Lambda, s_bto, a_bti, Q_S, Q_A)
@@ -106,8 +106,10 @@ def test_scores_and_both_margins(run: Reproduction, kind: str) -> None:
         P_qoi = run.P(layer)
         queries = LayerQueries.full(P_qoi)
         if kind != "full":
-            U_qor, V_qir = truncate(P_qoi, run.truth.rank)
-            queries, P_qoi = LayerQueries.low_rank(U_qor, V_qir), U_qor @ V_qir.transpose(1, 2)
+            low = [compress(P_oi, run.truth.rank) for P_oi in P_qoi]
+            U_xo, V_xi = torch.cat([one.U_or.T for one in low]), torch.cat([one.V_ir.T for one in low])
+            queries = LayerQueries.low_rank(U_xo, V_xi, [run.truth.rank] * len(low))
+            P_qoi = torch.stack([one.U_or @ one.V_ir.T for one in low])
         scores_bq = score_layer(s_bto, a_bti, queries)
         assert relative(scores_bq.T, by_layer[layer.name]) < 1e-7, layer.name
         total += scores_bq.T

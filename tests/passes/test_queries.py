@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from infscan.config import Compression, DampingConfig, Measure, QueriesConfig, Solver
 from infscan.errors import QueryError
+from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer
 from infscan.passes.factor_store import read_tensors
 from infscan.passes.queries import (
     Inverse,
     QueryTask,
+    allotted,
+    layer_factors,
     preconditioned,
     query_gradients,
     query_groups,
@@ -220,3 +223,69 @@ def test_groups_cover_everything_in_order_and_within_bounds(
     for group in groups:
         used = 4 * sum(layer.size for layer in group)
         assert used * max(map(len, queries)) <= max_bytes or (len(group) == 1 and max(map(len, queries)) == 1)
+
+
+def stored(
+    rank: Rank, inverse: Inverse, store: Store, queries: list[Query], how: Compression = Compression.weighted
+) -> dict[str, np.ndarray]:
+    """The query batch at rank 6, as it comes from storage."""
+    name = f"{len(queries)}-{how.value}"
+    query_task(rank, QueryTask(store, name, tuple(queries), rank.layers, inverse, 6, how, "print"))
+    return read_query_batch(store, [[name]])
+
+
+def products(rank: Rank, arrays: dict[str, np.ndarray], Q: int) -> dict[str, Tensor]:
+    """What every query's columns multiply out to, by layer: [Q, O, I]."""
+    found = {}
+    for layer in rank.layers:
+        U, V = (torch.from_numpy(arrays[f"{layer.name}|{side}"]) for side in "UV")
+        if f"{layer.name}|ranks" in arrays:
+            ranks = arrays[f"{layer.name}|ranks"].tolist()
+            found[layer.name] = torch.stack([u.T @ v for u, v in zip(U.split(ranks), V.split(ranks), strict=True)])
+        else:
+            found[layer.name] = U @ V.transpose(1, 2)
+        assert len(found[layer.name]) == Q
+    return found
+
+
+@pytest.mark.parametrize("how", list(Compression))
+def test_allotted_ranks_keep_the_energy_asked_for_and_the_leading_columns(
+    rank: Rank, inverse: Inverse, tmp_path: Path, how: Compression
+) -> None:
+    queries = read(tmp_path, ROWS)
+    arrays = stored(rank, inverse, Store(str(tmp_path / "batch")), queries, how)
+    chosen = allotted(arrays, rank.layers, 0.5)
+    for q in range(len(queries)):
+        kept = [
+            np.square(arrays[f"{layer.name}|values"][q, : chosen[f"{layer.name}|ranks"][q]]).sum()
+            for layer in rank.layers
+        ]
+        totals = [arrays[f"{layer.name}|totals"][q] for layer in rank.layers]
+        assert sum(kept) >= 0.5 * sum(totals)
+    columns = sum(int(chosen[f"{layer.name}|ranks"].sum()) for layer in rank.layers)
+    assert columns < 6 * len(queries) * len(rank.layers)
+    everything = products(rank, allotted(arrays, rank.layers, 1.0), len(queries))
+    for name, whole in products(rank, arrays, len(queries)).items():
+        torch.testing.assert_close(everything[name], whole)
+
+
+def test_a_querys_ranks_do_not_depend_on_the_others(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+    queries, store = read(tmp_path, ROWS), Store(str(tmp_path / "batch"))
+    together = products(rank, allotted(stored(rank, inverse, store, queries), rank.layers, 0.9), len(queries))
+    for index, query in enumerate(queries):
+        alone = products(rank, allotted(stored(rank, inverse, store / query.id, [query]), rank.layers, 0.9), 1)
+        for name, matrix in alone.items():
+            assert torch.equal(together[name][index], matrix[0])
+
+
+def test_a_query_of_many_tokens_has_the_gradient_of_its_matrix(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+    """Rotating tokens or the gradient, whichever is cheaper, comes to the same."""
+    [short, long] = read(tmp_path, [ROWS[1], ROWS[3]])
+    for query in (short, long):
+        V = query_gradients(rank, [query], rank.layers)
+        found = preconditioned(rank, [query], rank.layers, inverse)
+        for layer in rank.layers:
+            known = layer_factors(inverse, layer, rank.device, rank.wide)
+            assert known is not None
+            expected = from_core(inverse_core(V[layer.name], *known), known[0])
+            assert relative(found[layer.name], expected) < 1e-5
