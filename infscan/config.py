@@ -111,12 +111,21 @@ class ModelConfig:
 
 @dataclass
 class CorpusConfig:
+    """Where a corpus lies and how it becomes sequences.
+
+    dtype: of raw token arrays (null: uint16 where that holds the vocabulary, else uint32). eos_id: what documents end
+    with (null: the tokenizer's, else the model's). in_place: scan token arrays where they lie; false prepares them.
+    """
+
     path: str = MISSING
     format: str = "auto"
     text_field: str = "text"
     id_field: str = "id"
     source_field: str = "source"
     tokens_field: str | None = None
+    dtype: str | None = None
+    eos_id: int | None = None
+    in_place: bool = True
     sequence_length: int | None = None
     packing: Packing = Packing.concat
     bos: bool = False
@@ -137,6 +146,9 @@ class FactorsCorpusConfig(CorpusConfig):
     id_field: str = II("corpus.id_field")
     source_field: str = II("corpus.source_field")
     tokens_field: str | None = II("corpus.tokens_field")
+    dtype: str | None = II("corpus.dtype")
+    eos_id: int | None = II("corpus.eos_id")
+    in_place: bool = II("corpus.in_place")
     sequence_length: int | None = II("corpus.sequence_length")
     packing: Packing = II("corpus.packing")
     bos: bool = II("corpus.bos")

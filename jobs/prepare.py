@@ -4,7 +4,6 @@ python jobs/prepare.py model=pythia-70m corpus.path='data/*.jsonl.zst' output=s3
 """
 
 import json
-from dataclasses import asdict
 
 import hydra
 from omegaconf import DictConfig
@@ -21,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         with Run(from_hydra(cfg, unused=("queries.path",)), needs_queries=False) as run:
             corpus = prepare_corpus(run)
         print(f"corpus      {corpus.store.uri}\nfingerprint {corpus.fingerprint}")
-        print(json.dumps(asdict(corpus.manifest.counts), indent=2))
+        print(json.dumps(corpus.counts, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""What the rest of infscan calls a sequence: up to T token ids, and the documents they came from."""
+"""What the rest of infscan calls a sequence (up to T token ids, and the documents they came from), and a corpus."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+
+from infscan.errors import CorpusError
+from infscan.storage import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,8 @@ class Sequence:
         sequence_id: its number in the addressable corpus.
         token_ids: int64 [length], 1 <= length <= T.
         documents: the spans, in order; never empty.
-        byte_offset: where its first document begins in `path`: the byte of the decompressed JSONL stream at which the
-            line starts, or the row number (from 0) of a Parquet file.
+        byte_offset: where its first document begins in `path`, as the format counts (docs/corpora.md): the byte of the
+            decompressed stream at which the line starts, the row of a table, the byte of an array's first token.
         path: the file the first document was read from.
     """
 
@@ -49,3 +54,90 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlock:
+    """Consecutive sequences' token ids and nothing else: sequence i is tokens[offsets[i]:offsets[i + 1]].
+
+    tokens: any integer dtype. offsets: int64 [n + 1], ascending.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def part(self, start: int, stop: int) -> TokenBlock:
+        """Sequences [start, stop) of the block."""
+        offsets = self.offsets[start : stop + 1]
+        return TokenBlock(self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+class AddressableCorpus(Protocol):
+    """A corpus whose sequences are numbered 0..sequences-1 for good. It pickles, and opens files when first read."""
+
+    @property
+    def store(self) -> Store:
+        """The folder that `open_corpus` opens it from: what a task is given instead of the corpus."""
+        ...
+
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def sequence_length(self) -> int:
+        """T: no sequence is longer."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: equal for equal token ids and document ids, wherever they lie."""
+        ...
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Digest of the tokenizer that made the token ids, where it is known."""
+        ...
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was read and what became of it; at least `sequences` and `tokens`."""
+        ...
+
+    @property
+    def chosen(self) -> np.ndarray | None:
+        """int64, ascending: the only numbers that are to be scanned; None for all of them."""
+        ...
+
+    def read(self, ids: np.ndarray) -> list[Sequence]:
+        """The sequences with these numbers (int64 [n]), in the order asked for.
+
+        Raises:
+            CorpusError: for a file that is missing, changed or damaged, by name.
+        """
+        ...
+
+    def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
+        """The token ids of the sequences [start, stop), in order, in blocks that are cut as they lie."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files; reading opens them again."""
+        ...
+
+
+def check_numbers(where: str, ids: np.ndarray, sequences: int) -> None:
+    """Raises CorpusError where a number is none of 0..sequences-1."""
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < sequences:
+        raise CorpusError(
+            f"{where} has the sequences 0 to {sequences - 1}, and {int(ids.min())} to {int(ids.max())} "
+            "were asked for; is this plan of another corpus?"
+        )

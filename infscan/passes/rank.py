@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infscan.config import ModelConfig
 from infscan.corpus import sequences as corpus
-from infscan.corpus.addressable import PreparedCorpus, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.batches import micro_batches, pad
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
@@ -119,7 +119,7 @@ class Rank:
             dist.reduce(tensor, dst=0)
         return tensor
 
-    def corpus(self, store: Store) -> PreparedCorpus:
+    def corpus(self, store: Store) -> AddressableCorpus:
         """An addressable corpus, opened once."""
         return self.cached("corpus", store, lambda: open_corpus(store))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection
 from infscan.influence.agreement import agreement
 from infscan.passes.check import CheckTask, check_task
@@ -19,7 +19,9 @@ from infscan.runtime.scan import QueryBatch
 REPORT = "approximation.json"
 
 
-def check(run: Run, plan: Plan, corpus: PreparedCorpus, batch: QueryBatch, factors: Factors) -> dict[str, Any] | None:
+def check(
+    run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch, factors: Factors
+) -> dict[str, Any] | None:
     """Agreement of the scan's scores with full-rank ones over a uniform sample of the planned sequences, per query.
 
     None where the scan is at full rank already (scan.rank=null), with scan.check_sequences=0, or (with a warning) where

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from infscan.config import Labels, Solver, plain
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError
 from infscan.influence.layers import Layer
@@ -49,16 +49,16 @@ class Factors:
 
     inverse: Inverse
     fingerprint: str | None
-    curvature: tuple[PreparedCorpus, Selection] | None = None
+    curvature: tuple[AddressableCorpus, Selection] | None = None
     iteration: dict[str, Any] | None = None
 
 
-def prepare_corpus(run: Run) -> PreparedCorpus:
+def prepare_corpus(run: Run) -> AddressableCorpus:
     """The scanned corpus, addressable: prepared into <output>/corpus unless it is prepared already."""
     return prepare(run.config.corpus, run.architecture, run.tokenizer, run.store / "corpus", run.telemetry)
 
 
-def prepare_factors_corpus(run: Run) -> PreparedCorpus:
+def prepare_factors_corpus(run: Run) -> AddressableCorpus:
     """What the factors are fitted on: the scanned corpus, or one of its own, prepared beside the factors."""
     if plain(run.config.factors.corpus) == plain(run.config.corpus):
         return prepare_corpus(run)
@@ -103,7 +103,7 @@ def fit(run: Run) -> Factors:
     return factors
 
 
-def _plan(run: Run, corpus: PreparedCorpus) -> FactorsPlan:
+def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:
     """The factors' plan: created if absent, then read back and compared."""
     config, store = run.config.factors, run.factors_store
     wanted = min(config.num_sequences, config.corpus.max_sequences or config.num_sequences)
@@ -112,7 +112,7 @@ def _plan(run: Run, corpus: PreparedCorpus) -> FactorsPlan:
         "model": run.architecture.fingerprint,
         "dtype": run.dtype,
         "tracked": [layer.name for layer in run.architecture.layers],
-        "tokenizer": corpus.manifest.tokenizer,
+        "tokenizer": corpus.tokenizer,
         "corpus": corpus.fingerprint,
         "labels": config.labels.value,
         "blocks": config.blocks,
@@ -148,7 +148,7 @@ def _json_bytes(value: Any) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _covariance(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
+def _covariance(run: Run, plan: FactorsPlan, corpus: AddressableCorpus) -> None:
     """The first layer group draws the labels; the other groups read them, so they go second."""
     store = run.factors_store
     if all(store.exists(f"S/{layer.name}.safetensors") for layer in plan.layers):
@@ -166,7 +166,7 @@ def _covariance(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
         _run_tasks(run, "covariance", plan, left, covariance_task, task)
 
 
-def _lambda(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
+def _lambda(run: Run, plan: FactorsPlan, corpus: AddressableCorpus) -> None:
     store = run.factors_store
     left: list[tuple[int, int]] = []
     for group in range(len(plan.groups)):
@@ -179,7 +179,7 @@ def _lambda(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
 
 
 def _task(
-    run: Run, plan: FactorsPlan, corpus: PreparedCorpus, group: int, index: int, *, draw_labels: bool = False
+    run: Run, plan: FactorsPlan, corpus: AddressableCorpus, group: int, index: int, *, draw_labels: bool = False
 ) -> FitTask:
     labels, seed = run.config.factors.labels, run.config.seed
     return FitTask(run.factors_store, corpus.store, plan, group, index, labels, seed, draw_labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,13 @@ import ray.data
 
 from infscan import errors
 from infscan.config import CorpusConfig
-from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.describe import describe, difference, token_files
 from infscan.corpus.documents import file_format
+from infscan.corpus.in_place import DESCRIPTION, Description
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
+from infscan.corpus.parts import open_prepared
 from infscan.corpus.prepared import check_allowed, finished_part, prepare_part, prepare_settings, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import CorpusError, InfscanError, RunError
@@ -25,19 +29,22 @@ from infscan.telemetry import Telemetry
 def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> PackSettings:
     """How this corpus is packed for this model: T, vocabulary, and the EOS and BOS that join documents."""
     eos_id = tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else architecture.eos_id
+    eos_id = eos_id if config.eos_id is None else config.eos_id
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)
     return pack_settings(config, length, architecture.vocab_size, eos_id, bos_id)
 
 
 def input_files(config: CorpusConfig) -> list[InputFile]:
-    """The corpus's files, found before anything runs; none for a corpus that is prepared already.
+    """The files to prepare, found before anything runs; none for a corpus that is addressable already.
 
     Raises:
         StorageError: where there is no such file.
         CorpusError: where a file's format is unknown.
     """
-    files = [] if is_prepared(config.path) else expand(config.path)
+    if is_prepared(config.path) or token_files(config) is not None:
+        return []
+    files = expand(config.path)
     for file in files:
         file_format(file.uri, config.format)
     return files
@@ -49,26 +56,31 @@ def prepare(
     tokenizer: Tokenizer | None,
     store: Store,
     telemetry: Telemetry,
-) -> PreparedCorpus:
-    """The corpus as an addressable one: where it lies if it is prepared already, else prepared into `store`.
+) -> AddressableCorpus:
+    """The corpus as an addressable one: where it lies if it is one already, else prepared into `store`.
 
-    Parts that are there already are kept, so preparing again finishes what is missing.
+    Token arrays are read where they lie; `store` then holds their description alone. Parts that are there already are
+    kept, so preparing again finishes what is missing.
 
     Raises:
         CorpusError: naming file and line, for input that cannot be read.
         RunError: where `store` holds a corpus of other files or settings.
     """
     if is_prepared(config.path):
-        corpus = open_corpus(Store(config.path))
-        _check_fits(config, corpus, architecture, tokenizer)
-        _warn_of_left_out(corpus, telemetry)
-        return corpus
+        there = open_corpus(Store(config.path))
+        _check_fits(config, there, architecture, tokenizer)
+        if isinstance(there, PreparedCorpus):
+            _warn_of_left_out(there, telemetry)
+        return there
     pack = settings_for(config, architecture, tokenizer)
+    arrays = token_files(config)
+    if arrays is not None:
+        return _described(config, pack, store, *arrays)
     files = expand(config.path)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
         try:
-            corpus = open_corpus(store)
+            corpus = open_prepared(store)
         except CorpusError as error:
             # What is missing or cut off is made again from the same files; whole parts are kept.
             telemetry.warn(f"{error} It is prepared again now.")
@@ -82,7 +94,7 @@ def prepare(
             phase.advance(sequences=summary["sequences"], tokens=summary["tokens"])
         parts = [finished_part(store, index) for index in range(len(files))]
         write_manifest(store, config, pack, digest, [part for part in parts if part is not None])
-    corpus = open_corpus(store)
+    corpus = open_prepared(store)
     _warn_of_left_out(corpus, telemetry)
     return corpus
 
@@ -95,6 +107,22 @@ def _warn_of_left_out(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
             f"{corpus.store.uri} leaves out what could not be used ({reasons}); the first: {left_out.first[0]} "
             f"More in {MANIFEST}."
         )
+
+
+def _described(
+    config: CorpusConfig, pack: PackSettings, store: Store, kind: str, files: list[InputFile]
+) -> AddressableCorpus:
+    """Token arrays, with their description in `store`; one that is there already must be of the same content."""
+    now = describe(kind, files, config, pack)
+    if store.exists(MANIFEST):
+        raise RunError(f"{store.uri} holds a corpus that was prepared of other files; start a new output.")
+    store.create(DESCRIPTION, json.dumps(now.to_json(), indent=1).encode())
+    before = Description.from_json(store.read_json(DESCRIPTION), f"{store.uri}/{DESCRIPTION}")
+    found = difference(before, now)
+    if found is not None:
+        raise RunError(f"{store.uri} was made for another corpus ({found}). Put it back, or start a new output.")
+    store.write_json(DESCRIPTION, now.to_json())
+    return open_corpus(store)
 
 
 def _on_ray(
@@ -120,9 +148,9 @@ def _on_ray(
 
 
 def _check_fits(
-    config: CorpusConfig, corpus: PreparedCorpus, architecture: Architecture, tokenizer: Tokenizer | None
+    config: CorpusConfig, corpus: AddressableCorpus, architecture: Architecture, tokenizer: Tokenizer | None
 ) -> None:
-    where = f"{corpus.store.uri}/{MANIFEST}"
+    where = corpus.store.uri
     if corpus.sequence_length > architecture.context:
         raise CorpusError(
             f"{where}: sequences of {corpus.sequence_length} tokens are longer than the model's context of "
@@ -138,7 +166,7 @@ def _check_fits(
             f"{where}: token ids of a vocabulary of {corpus.vocab_size}, and the model has {architecture.vocab_size}; "
             "prepare the corpus with this model's tokenizer."
         )
-    if tokenizer and corpus.manifest.tokenizer and tokenizer.digest != corpus.manifest.tokenizer:
+    if tokenizer and corpus.tokenizer and tokenizer.digest != corpus.tokenizer:
         raise CorpusError(f"{where} was made with another tokenizer than the model's; prepare the corpus again.")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from infscan.config import fingerprint
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan
 from infscan.errors import RunError
 from infscan.influence.topk import SIDES
@@ -23,7 +22,7 @@ from infscan.runtime.scan import Refined, Scanned, by_shard
 def publish(
     run: Run,
     plan: Plan,
-    corpus: PreparedCorpus,
+    corpus: AddressableCorpus,
     scanned: Scanned,
     refined: Refined,
     approximation: dict[str, Any] | None = None,
@@ -100,7 +99,7 @@ def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> 
 
 
 def _summary(
-    run: Run, plan: Plan, corpus: PreparedCorpus, scanned: Scanned, nonfinite: int, rows: int, sequences: int
+    run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, nonfinite: int, rows: int, sequences: int
 ) -> dict:
     """Counts that add up: what was read, scanned, kept and published, and what was not."""
     shards = scanned.counts.values()
@@ -110,7 +109,7 @@ def _summary(
         "schema_version": SCHEMA_VERSION,
         "inputs": run.inputs() | {"corpus": corpus.fingerprint},
         "counts": {
-            "corpus": asdict(corpus.manifest.counts),
+            "corpus": corpus.counts,
             "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},
             "scanned": {
                 "shards": len(scanned.counts),

@@ -10,7 +10,7 @@ import ray
 from numpy.typing import NDArray
 
 from infscan.config import fingerprint
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import RunError
 from infscan.influence.standings import Hits, Standings
@@ -55,7 +55,7 @@ class Refined:
     paths: list[list[list[str]]]
 
 
-def make_plan(run: Run, corpus: PreparedCorpus) -> Plan:
+def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     """The run's plan: created if absent, then read back; inputs whose content changed are refused by name.
 
     Raises:
@@ -147,7 +147,7 @@ def _queries_jsonl(run: Run) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def scan(run: Run, plan: Plan, corpus: PreparedCorpus, batch: QueryBatch) -> Scanned:
+def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> Scanned:
     """Scan every shard whose file is not there yet; thresholds come from the files that are.
 
     Raises:

@@ -6,7 +6,7 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 """
 
 from infscan.storage.address import MissingError, is_uri, redact
-from infscan.storage.inputs import InputFile, changed, expand, localise, open_input
+from infscan.storage.inputs import InputFile, changed, expand, localise, look_up, open_input, read_range
 from infscan.storage.patience import storage_faults
 from infscan.storage.store import Entry, Store
 
@@ -19,7 +19,9 @@ __all__ = [
     "expand",
     "is_uri",
     "localise",
+    "look_up",
     "open_input",
+    "read_range",
     "redact",
     "storage_faults",
 ]

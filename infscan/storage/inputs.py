@@ -24,7 +24,7 @@ _DOWNLOADS = 4  # files at a time
 _CHUNK_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """An input as it was when it was looked at: address, bytes, and the store's ETag or a digest of size and mtime."""
 
@@ -81,6 +81,19 @@ def changed(file: InputFile) -> str | None:
     if now.etag != file.etag:
         return "has another ETag (or time of change) now than when it was listed"
     return None
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of one input file, and no others; StorageError where they are not all there."""
+    address = normalise(uri)
+    return backend_of(address).read_range(address, start, stop) if stop > start else b""
+
+
+def look_up(uri: str) -> InputFile | None:
+    """One input file as it is now; None where there is no such file."""
+    address = normalise(uri)
+    found = backend_of(address).stat(address)
+    return None if found is None else InputFile(address, found.size, found.etag)
 
 
 def localise(uri: str, suffixes: tuple[str, ...]) -> Path:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -106,27 +106,32 @@ class ObjectStore:
         found = self._info(uri)
         if found is None:
             raise MissingError(redact(f"{uri}: there is no such object; check the address"))
-        now, etag = _found("", found), found.get("ETag")
+        ranges = partial(self._range, uri, _found("", found), found.get("ETag"))
+        return io.BufferedReader(_Ranges(ranges, int(found.get("size") or 0)), BUFFER_BYTES)
 
-        def request(start: int, stop: int) -> bytes:
+    def read_range(self, uri: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of an object that has at least as many, by one ranged request."""
+        return self._range(uri, None, None, start, stop)
+
+    def _range(self, uri: str, version: Entry | None, etag: str | None, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of one version (None: whatever is there)."""
+
+        def request() -> bytes:
             if self.scheme in _S3_SCHEMES:
                 return self._wait(s3.get_range(self.fs, uri, start, stop, etag, self.patience))
             data = bytes(self._ask("cat_file", uri, size=stop - start, start=start, end=stop))
             if len(data) != stop - start:
-                if self.stat(uri) != now:
+                if version is not None and self.stat(uri) != version:
                     raise ChangedError
                 raise CutOffError(f"{len(data)} bytes came of {stop - start}")
             return data
 
-        def fetch(start: int, stop: int) -> bytes:
-            try:
-                return self._call(uri, lambda: request(start, stop), passing=_but_not_changed)
-            except StorageError as error:
-                if isinstance(error.__cause__, ChangedError):
-                    raise StorageError(redact(f"{uri}: the object changed while it was read; read it again")) from error
-                raise
-
-        return io.BufferedReader(_Ranges(fetch, now.size), BUFFER_BYTES)
+        try:
+            return self._call(uri, request, passing=_but_not_changed)
+        except StorageError as error:
+            if isinstance(error.__cause__, ChangedError):
+                raise StorageError(redact(f"{uri}: the object changed while it was read; read it again")) from error
+            raise
 
     def write(self, uri: str, data: bytes) -> None:
         # s3fs puts below 100 MB in one request; above, in parts that it aborts on failure. Neither shows a half.
@@ -306,7 +311,7 @@ class _Ranges(io.RawIOBase):
 def _found(name: str, info: dict[str, Any]) -> Entry:
     size = int(info.get("size") or 0)
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
-    moments = [info.get(key) for key in ("created", "mtime", "LastModified", "last_modified")]
+    moments = [_moment(info.get(key)) for key in ("created", "mtime", "LastModified", "last_modified")]
     return Entry(name, size, etag or tag(size, *map(str, moments)))
 
 
@@ -314,3 +319,8 @@ def _age_s(info: dict[str, Any]) -> float:
     moments = (info.get(key) for key in ("LastModified", "last_modified", "mtime", "created"))
     moment = next((moment for moment in moments if isinstance(moment, datetime)), None)
     return time.time() - moment.timestamp() if moment else 0.0
+
+
+def _moment(value: Any) -> Any:
+    """A listing may give a number where a look at the one object gives a date: the same moment is one value."""
+    return value.timestamp() if hasattr(value, "timestamp") else value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from infscan.config import Labels, Solver
-from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
@@ -113,7 +113,7 @@ def _check(config: ValidateJob) -> None:
 
 def prepare_here(
     config: ValidateJob, architecture: Architecture, tokenizer: Tokenizer | None, store: Store
-) -> PreparedCorpus:
+) -> AddressableCorpus:
     """The corpus where it lies prepared, else its files prepared into `store`, one after another."""
     if is_prepared(config.corpus.path):
         return open_corpus(Store(config.corpus.path))
@@ -124,7 +124,7 @@ def prepare_here(
     return open_corpus(store)
 
 
-def _plan(config: ValidateJob, architecture: Architecture, corpus: PreparedCorpus, rank: Rank) -> FactorsPlan:
+def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCorpus, rank: Rank) -> FactorsPlan:
     selection = Selection.of(corpus.sequences, config.validate.curvature_sequences, config.seed)
     return FactorsPlan(
         fields={
@@ -145,7 +145,7 @@ def _plan(config: ValidateJob, architecture: Architecture, corpus: PreparedCorpu
     )
 
 
-def fit_here(rank: Rank, store: Store, corpus: PreparedCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
+def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
     """Every task of a fit in turn, or nothing where `store` has the finished factors; the seconds the fit took."""
     if store.exists(COMPLETE):
         return float(store.read_json(COMPLETE)["seconds"])

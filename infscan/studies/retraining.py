@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import GPTNeoXForCausalLM
 
 from infscan.config import fingerprint
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.errors import ConfigError, RunError
 from infscan.model.architecture import describe
 from infscan.queries import Query, queries_fingerprint
@@ -62,7 +62,7 @@ class Study:
 class RetrainingStudy:
     """A corpus, queries and a recipe, with the trainings they come to."""
 
-    def __init__(self, study: Study, corpus: PreparedCorpus, queries: Sequence[Query], store: Store) -> None:
+    def __init__(self, study: Study, corpus: AddressableCorpus, queries: Sequence[Query], store: Store) -> None:
         self.study, self.store = study, store
         self.queries = sorted(queries, key=lambda query: query.id)
         self.query_ids = [query.id for query in self.queries]

@@ -1,0 +1,245 @@
+"""Find out how token arrays lie, and describe them: what lets a corpus be scanned without preparing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from infscan.config import CorpusConfig, Packing, fingerprint
+from infscan.corpus import mds, megatron, npy
+from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, file_name, sampled_digest
+from infscan.corpus.packing import PackSettings
+from infscan.errors import CorpusError, StorageError
+from infscan.storage import InputFile, expand, look_up, read_range
+
+FORMATS = ("megatron", "npy", "mds")
+_AT_ONCE = 16
+_FIRST_TOKENS = 2048
+# Beside the arrays of some tools lie files that say where their documents came from; they are no arrays.
+_BESIDE = {"megatron": (".json", ".txt"), "npy": (".csv.gz", ".csv", ".json"), "mds": ()}
+
+
+def token_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
+    """The format and the files of a corpus of token arrays; None where the path holds something else.
+
+    `corpus.format=auto` goes by names: .bin with .idx is Megatron, .npy an array, index.json with .mds shards MDS
+    (which is read in place where corpus.tokens_field names its token ids).
+
+    Raises:
+        StorageError: where nothing is there.
+        CorpusError: for a file that does not belong to the format.
+    """
+    if not config.in_place or config.format not in ("auto", *FORMATS):
+        return None
+    files = _expand(config)
+    kind = config.format if config.format != "auto" else _guess(files)
+    if kind is None or (kind == "mds" and config.tokens_field is None):
+        return None
+    suffixes = {"megatron": (".bin", ".idx"), "npy": (".npy",), "mds": (mds.INDEX, ".mds", ".mds.zstd")}[kind]
+    if config.format == "auto":
+        for file in files:
+            if not file.uri.endswith((*suffixes, *_BESIDE[kind])):
+                raise CorpusError(
+                    f"{file.uri} lies among {kind} files and is none; name the files by a glob in corpus.path, or move "
+                    "it."
+                )
+        files = [file for file in files if file.uri.endswith(suffixes)]
+    return kind, files
+
+
+def _expand(config: CorpusConfig) -> list[InputFile]:
+    try:
+        return expand(config.path)
+    except StorageError:
+        # Megatron's own tools name a dataset by its prefix.
+        beside = [look_up(f"{config.path.rstrip('/')}{suffix}") for suffix in (".bin", ".idx")]
+        found = [file for file in beside if file is not None]
+        if not found:
+            raise
+        return found
+
+
+def _guess(files: Sequence[InputFile]) -> str | None:
+    names = [file_name(file.uri) for file in files]
+    if any(name.endswith((".bin", ".idx")) for name in names):
+        return "megatron"
+    if any(name.endswith(".npy") for name in names):
+        return "npy"
+    return "mds" if any(name.endswith((".mds", ".mds.zstd")) for name in names) else None
+
+
+def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Description:
+    """Read the headers, and enough of every file for a fingerprint, in parallel.
+
+    Raises:
+        CorpusError: for files that are cut off, do not belong together, or hold token ids the model does not have.
+    """
+    found, truncated, documents = _FILES[kind](files, config, pack)
+    found = [file for file in found if file.sequences]
+    if not found:
+        raise CorpusError(f"{config.path}: its {len(files)} files hold no token.")
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        digests = list(pool.map(lambda file: _digests(file, len(found)), found))
+    content = {
+        "format": kind,
+        "packing": pack.packing,
+        "sequence_length": pack.sequence_length,
+        "separators": [pack.bos_id, pack.eos_id],
+        "files": [
+            [file.name, file.sequences, file.tokens, digest, {k: v for k, v in file.facts.items() if k != "index"}]
+            for file, digest in zip(found, digests, strict=True)
+        ],
+    }
+    return Description(
+        format=kind,
+        packing=pack.packing,
+        sequence_length=pack.sequence_length,
+        vocab_size=pack.vocab_size,
+        eos_id=pack.eos_id,
+        bos_id=pack.bos_id,
+        documents=documents,
+        tokens_truncated=truncated,
+        fingerprint=fingerprint(content),
+        files=tuple(found),
+    )
+
+
+def _digests(file: TokenFile, files: int) -> list[str]:
+    index = file.facts.get("index")
+    return [sampled_digest(each, files) for each in (file.data, *([InputFile(**index)] if index else ()))]
+
+
+Found = tuple[list[TokenFile], int, int | None]
+
+
+def _megatron(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(lambda pair: _megatron_file(pair[0], pair[1], pack), _pairs(files)))
+    return (
+        [file for file, _, _ in found],
+        sum(truncated for _, truncated, _ in found),
+        sum(documents for _, _, documents in found),
+    )
+
+
+def _pairs(files: Sequence[InputFile]) -> list[tuple[InputFile, InputFile]]:
+    by_uri = {file.uri: file for file in files}
+    pairs = []
+    for stem in sorted({uri.rpartition(".")[0] for uri in by_uri}):
+        both = [by_uri.get(f"{stem}{suffix}") or look_up(f"{stem}{suffix}") for suffix in (".bin", ".idx")]
+        if both[0] is None or both[1] is None:
+            missing = ".bin" if both[0] is None else ".idx"
+            raise CorpusError(f"{stem}{missing} is missing: Megatron's tokens (.bin) and index (.idx) go together.")
+        pairs.append((both[0], both[1]))
+    return pairs
+
+
+def _megatron_file(data: InputFile, file: InputFile, pack: PackSettings) -> tuple[TokenFile, int, int]:
+    shape = megatron.read_header(file)
+    index = megatron.Index(file, shape)
+    size = np.dtype(shape.dtype).itemsize
+    tokens = index.tokens()
+    if tokens * size != data.size:
+        raise CorpusError(
+            f"{data.uri} has {data.size} bytes, and its index says {tokens * size}: one of the two was cut off or "
+            "belongs to another; copy both again."
+        )
+    facts = index.to_facts()
+    _check_first(data, facts, tokens, pack)
+    documents = shape.indices - 1
+    if pack.packing is Packing.concat:
+        return TokenFile(data, -(-tokens // pack.sequence_length), tokens, facts), 0, documents
+    kept = 0
+    for lengths in index.lengths():
+        if len(lengths) and lengths.min() < 1:
+            raise CorpusError(f"{file.uri} has documents without a token, which corpus.packing=document cannot number.")
+        kept += int(np.minimum(lengths, pack.sequence_length).sum())
+    return TokenFile(data, documents, kept, facts), tokens - kept, documents
+
+
+def _npy(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
+    if pack.packing is not Packing.concat:
+        raise CorpusError(
+            f"{config.path}: npy arrays have no index of documents, so corpus.packing=document cannot number them; use "
+            "corpus.packing=concat."
+        )
+    if config.dtype is not None and config.dtype not in npy.DTYPES:
+        raise CorpusError(f"corpus.dtype={config.dtype!r} is none of {', '.join(npy.DTYPES)}.")
+
+    def one(file: InputFile) -> TokenFile:
+        tokens, facts = npy.read_layout(file, config.dtype, pack.vocab_size, pack.sequence_length)
+        npy.check_dtype(file, facts["begin"], tokens, facts["dtype"])
+        _check_first(file, facts, tokens, pack)
+        return TokenFile(file, -(-tokens // pack.sequence_length), tokens, facts)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(one, files)), 0, None
+
+
+def _check_first(file: InputFile, facts: dict[str, Any], tokens: int, pack: PackSettings) -> None:
+    """Token ids of another model show in the first ones, before anything is scanned."""
+    kind = np.dtype(facts["dtype"])
+    count = min(tokens, _FIRST_TOKENS)
+    if count:
+        data = read_range(file.uri, facts["begin"], facts["begin"] + count * kind.itemsize)
+        check_vocabulary(file.uri, np.frombuffer(data, kind), pack.vocab_size)
+
+
+def _mds(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
+    by_uri = {file.uri: file for file in files}
+    indices = [file for file in files if file_name(file.uri) == mds.INDEX]
+    if not indices:
+        raise CorpusError(f"{config.path}: MDS shards come with an {mds.INDEX}, and there is none; copy it too.")
+    column = config.tokens_field
+    assert column is not None, "MDS without a column of token ids is not read in place"
+    found = []
+    for index in indices:
+        shards = [shard for shard in mds.read_index(index, by_uri) if shard.samples]
+        for shard in shards:
+            if column not in shard.names:
+                raise CorpusError(
+                    f"{index.uri} has the columns {', '.join(shard.names)}, and no {column!r}; name one in "
+                    "corpus.tokens_field."
+                )
+        if not shards:
+            continue
+        length = mds.sample_tokens(shards[0], column, config.dtype)
+        windows = max(1, -(-length // pack.sequence_length))
+        facts: dict[str, Any] = {
+            key: getattr(config, key) for key in ("tokens_field", "id_field", "source_field", "dtype")
+        }
+        facts["windows"] = windows
+        facts["uneven"] = not shards[0].sizes[shards[0].names.index(column)]
+        # Told from the first sample; every other one is held against it when it is read.
+        found += [
+            TokenFile(shard.file, shard.samples * windows, shard.samples * length, facts | shard.to_facts())
+            for shard in shards
+        ]
+    return found, 0, None
+
+
+_FILES: dict[str, Callable[[Sequence[InputFile], CorpusConfig, PackSettings], Found]] = {
+    "megatron": _megatron,
+    "npy": _npy,
+    "mds": _mds,
+}
+
+
+def difference(before: Description, now: Description) -> str | None:
+    """What differs between two descriptions, in words; None where nothing does, wherever the files lie."""
+    known = {file.data.uri: file.data for file in before.files}
+    for file in now.files:
+        old = known.get(file.data.uri, file.data)
+        if old != file.data:
+            return f"{file.data.uri} changed: {old.size} bytes then, {file.data.size} now, or written anew"
+    if before.fingerprint == now.fingerprint:
+        return None
+    old_settings, settings = (replace(each, files=(), fingerprint="").to_json() for each in (before, now))
+    changed = [
+        f"{key}: {old_settings[key]!r} -> {settings[key]!r}" for key in settings if old_settings[key] != settings[key]
+    ]
+    return "; ".join(changed) or "its files hold something else"
