@@ -231,6 +231,14 @@ class ScanConfig:
 
 @dataclass
 class ClusterConfig:
+    """Where ranks run, and how long is waited for what does not answer.
+
+    max_attempts: errors of a unit of work after which it is given up. deadline_s: for one unit. startup_s: for loading
+    the model, once there is room. heartbeat_s: between two questions to a rank whether it lives. silence_s: without an
+    answer after which it is taken for lost. capacity_s: without room for a single worker after which the job ends.
+    lease_s: without a sign of life after which another host's driver is taken for dead.
+    """
+
     address: str | None = None
     num_workers: int = 1
     ranks_per_worker: int = 1
@@ -240,6 +248,10 @@ class ClusterConfig:
     max_attempts: int = 3
     deadline_s: float = 3600.0
     startup_s: float = 600.0
+    heartbeat_s: float = 10.0
+    silence_s: float = 60.0
+    capacity_s: float = 1800.0
+    lease_s: float = 60.0
 
 
 @dataclass
@@ -293,6 +305,10 @@ class Config:
             "cluster.max_attempts": self.cluster.max_attempts,
             "cluster.deadline_s": self.cluster.deadline_s,
             "cluster.startup_s": self.cluster.startup_s,
+            "cluster.heartbeat_s": self.cluster.heartbeat_s,
+            "cluster.silence_s": self.cluster.silence_s,
+            "cluster.capacity_s": self.cluster.capacity_s,
+            "cluster.lease_s": self.cluster.lease_s,
             "factors.damping.relative": self.factors.damping.relative,
             "factors.iteration.steps": self.factors.iteration.steps,
             "factors.iteration.tolerance": self.factors.iteration.tolerance,

@@ -14,7 +14,12 @@ class ConfigError(InfscanError):
 
 
 class StorageError(InfscanError):
-    """A folder or object that cannot be read or written: missing, refused, full, unreachable."""
+    """A folder or object that cannot be read or written: missing, refused, full, unreachable.
+
+    passes: the store was busy, broken or out of reach; the same request may succeed later.
+    """
+
+    passes = False
 
 
 class UnwritableError(StorageError):

@@ -117,6 +117,10 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
             "cluster.max_attempts",
             "cluster.deadline_s",
             "cluster.startup_s",
+            "cluster.heartbeat_s",
+            "cluster.silence_s",
+            "cluster.capacity_s",
+            "cluster.lease_s",
         )
     ],
     ("factors.damping.relative", ["factors.damping.relative=nan"]),

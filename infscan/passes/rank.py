@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from infscan.influence.layers import Layer
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
 from infscan.model.measure import next_tokens, summed_losses
+from infscan.passes.memory import RankMemoryError, is_out_of_memory
 from infscan.storage import Store
 
 T = TypeVar("T")
@@ -57,6 +59,10 @@ class Rank:
         self.place = place
         self.model: LoadedModel = load(settings.model, place, sharded=settings.sharded)
         self._cache: dict[str, tuple[Any, Any]] = {}
+        # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
+        self.halvings = 0
+        # The micro-batch at work: sequences and padded tokens; None outside of one.
+        self._at: tuple[int, int] | None = None
 
     @property
     def device(self) -> str:
@@ -73,16 +79,43 @@ class Rank:
         return self.place.rank == 0
 
     def batches(self, sequences: Sequence[corpus.Sequence], tokens_per_batch: int) -> Iterator[Batch]:
-        """This rank's micro-batches: cut from the sequences alone, dealt in turn, as many for every rank."""
-        cut = micro_batches([len(sequence) for sequence in sequences], tokens_per_batch)
+        """This rank's micro-batches: cut from the sequences alone, dealt in turn, as many for every rank.
+
+        After k halvings they are cut for tokens_per_batch / 2^k, on every rank of the group alike.
+        """
+        cut = micro_batches([len(sequence) for sequence in sequences], max(1, tokens_per_batch >> self.halvings))
         for start in range(0, len(cut), self.place.world):
             mine = start + self.place.rank
             if mine < len(cut):
                 ids, mask = pad([sequences[row].token_ids for row in cut[mine]])
+                self._at = ids.shape
                 yield Batch(cut[mine], self.to_device(ids), self.to_device(mask))
             else:
                 ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
+                self._at = ids.shape
                 yield Batch(np.empty(0, np.int64), self.to_device(ids), self.to_device(mask), scored=False)
+        self._at = None
+
+    def attempt(self, function: Callable[..., T], halvings: int, *arguments: Any) -> T:
+        """function(self, *arguments) with micro-batches halved `halvings` times.
+
+        Raises:
+            RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
+        """
+        self.halvings, self._at = halvings, None
+        try:
+            return function(self, *arguments)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rows, longest = self._at or (None, 0)
+            found = RankMemoryError(reason, rows, (rows or 0) * longest)
+        # Out of the handler: the traceback, whose frames held the batch, is gone.
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        raise found
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy to the device; from pinned memory and without waiting where the device is a GPU."""

@@ -84,6 +84,7 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
         nonfinite=int((~np.isfinite(scores).all(axis=1)).sum()),
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
+        halvings=rank.halvings,
     )
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.

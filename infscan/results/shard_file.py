@@ -24,13 +24,17 @@ SUFFIX = ".parquet"
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What a shard saw: they add up to the plan's sequences in summary.json."""
+    """What a shard saw: they add up to the plan's sequences in summary.json.
+
+    halvings: how often its micro-batches were halved because memory ran out.
+    """
 
     sequences: int
     tokens: int
     nonfinite: int
     kept: int
     rows: int
+    halvings: int = 0
 
 
 def shard_path(name: str) -> str:

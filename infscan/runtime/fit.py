@@ -32,6 +32,7 @@ from infscan.passes.factors import (
     slice_bounds,
 )
 from infscan.passes.queries import Inverse
+from infscan.runtime import preflight
 from infscan.runtime.prepare import prepare
 from infscan.runtime.run import Run
 from infscan.storage import MissingError, Store
@@ -86,6 +87,7 @@ def fit(run: Run) -> Factors:
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
         len(plan.layers), plan.selection.size, len(plan.slices), len(plan.groups), plan.partial_bytes() / 2**20,
     )  # fmt: skip
+    preflight.check_disk_for_factors(run, plan)
     try:
         _covariance(run, plan, corpus)
         _on_layers(run, "eigenbasis", decompose_layer, plan)

@@ -18,28 +18,42 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infscan.config import ClusterConfig
 from infscan.model.load import Place
+from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import Rank, RankSettings
+from infscan.runtime.pulse import Pulse
+from infscan.storage.host import oom_kills
 
 _LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError)
 # A rank whose neighbour died fails in its collective at once; the death itself shows later (a node's: 15 s and more).
 _GRACE_S = 30.0
 # How long ranks may take to say how they are.
 _ANSWER_S = 10.0
+# Between two questions whether a waiting group has got its place.
+_PLACE_S = 1.0
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank reports of itself. host: its node's address. peak_bytes: its largest resident memory so far."""
+    """What a rank reports of itself. host: its node's address. peak_bytes: its largest resident memory so far.
+
+    oom_kills: processes that the host's kernel had killed for their memory by then.
+    """
 
     host: str
     parameters: int
     shard_parameters: int
     peak_bytes: int
+    oom_kills: int
 
 
 class RankActor:
@@ -65,11 +79,17 @@ class RankActor:
 
         model = self._rank.model
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return RankFacts(ray.util.get_node_ip_address(), model.parameters, model.shard_parameters, peak)
+        host = ray.util.get_node_ip_address()
+        return RankFacts(host, model.parameters, model.shard_parameters, peak, oom_kills())
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(rank, *arguments): one of infscan.passes' tasks."""
-        return function(self._rank, *arguments)
+    def run(self, function: Callable[..., Any], halvings: int, *arguments: Any) -> Any:
+        """function(rank, *arguments): one of infscan.passes' tasks, with micro-batches halved so many times."""
+        assert self._rank is not None
+        return self._rank.attempt(function, halvings, *arguments)
+
+    @ray.method(concurrency_group="pulse")
+    def beat(self) -> None:
+        """Answers beside the work, on a thread of its own."""
 
     def forget(self) -> None:
         if self._rank is not None:
@@ -77,7 +97,7 @@ class RankActor:
 
 
 # Never restarted by Ray itself: the driver counts attempts and rebuilds the whole group.
-_ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
+_ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"pulse": 1})(RankActor)
 
 
 @ray.remote(num_cpus=0)
@@ -144,16 +164,18 @@ class WorkerGroup:
             address = self.actors[0].address.remote()
             places = [_placed.remote(place, address) for place in places]
         self.refs = [actor.start.remote(self.settings, place) for actor, place in zip(self.actors, places, strict=True)]
+        self.pulse = Pulse(self.actors, self.cluster.heartbeat_s, self.cluster.silence_s)
+        self._placed, self._ask_place_at = False, 0.0
         self._began(State.starting, None, self.cluster.startup_s)
 
-    def submit(self, unit: int, function: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
         """Have every rank run function(rank, *arguments); object references among the arguments are fetched there."""
         assert self.state is State.idle
-        self.refs = [actor.run.remote(function, *arguments) for actor in self.actors]
+        self.refs = [actor.run.remote(function, halvings, *arguments) for actor in self.actors]
         self._began(State.busy, unit, self.cluster.deadline_s)
 
     def _began(self, state: State, unit: int | None, limit_s: float) -> None:
-        self.state, self.unit = state, unit
+        self.state, self.unit, self.limit_s = state, unit, limit_s
         self.deadline = time.monotonic() + limit_s
         self.running = list(self.refs)
         self.failed_at: float | None = None
@@ -161,8 +183,24 @@ class WorkerGroup:
     def poll(self) -> tuple[Outcome, Any] | None:
         """The step's outcome, with rank 0's result or the exception; None while it runs. Never waits.
 
-        Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome.
+        Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome. An
+        idle group has one outcome only: a rank that died or fell silent meanwhile.
         """
+        answer = None if self.state is State.idle else self._answer()
+        if answer is not None or self.failed_at is not None:
+            return answer
+        trouble = self.pulse.trouble()
+        if trouble is not None:
+            return Outcome.lost, trouble
+        if self.state is State.starting and not self.is_placed():
+            # The start is timed from when there is room for it.
+            self.deadline = time.monotonic() + self.limit_s
+        if self.state is not State.idle and time.monotonic() > self.deadline:
+            limit = "cluster.startup_s" if self.state is State.starting else "cluster.deadline_s"
+            return Outcome.lost, TimeoutError(f"no answer within {limit}={self.limit_s:g} s")
+        return None
+
+    def _answer(self) -> tuple[Outcome, Any] | None:
         ready, self.running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
         failure: Exception | None = None
         for ref in ready:
@@ -171,23 +209,30 @@ class WorkerGroup:
             except _LOST as error:
                 return Outcome.lost, error
             except RayTaskError as error:
-                failure = failure or (error.cause if isinstance(error.cause, Exception) else error)
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                if failure is None or isinstance(cause, RankMemoryError):
+                    failure = cause
             except RayError as error:
                 return Outcome.lost, error
         if failure is not None:
             self.failed_at = self.failed_at or time.monotonic()
-            waits = self.running and time.monotonic() < self.failed_at + _GRACE_S
-            return None if waits else (Outcome.failed, failure)
-        if not self.running:
-            results = ray.get(ready)
-            if self.state is State.starting:
-                self.facts = results
-            self.state = State.idle
-            return Outcome.done, results[0]
-        if time.monotonic() > self.deadline:
-            limit = "cluster.startup_s" if self.state is State.starting else "cluster.deadline_s"
-            return Outcome.lost, TimeoutError(f"no answer within {limit}")
-        return None
+            # The others wait for a rank without memory in a collective: it needs no other explanation.
+            known = isinstance(failure, RankMemoryError) or not self.running
+            return (Outcome.failed, failure) if known or time.monotonic() >= self.failed_at + _GRACE_S else None
+        if self.running:
+            return None
+        results = ray.get(ready)
+        if self.state is State.starting:
+            self.facts = results
+        self.state = State.idle
+        return Outcome.done, results[0]
+
+    def is_placed(self) -> bool:
+        """Whether the cluster has given the group its room; asked of Ray at most once a second."""
+        if not self._placed and time.monotonic() >= self._ask_place_at:
+            self._placed = placement_group_table(self.placement).get("state") == "CREATED"
+            self._ask_place_at = time.monotonic() + _PLACE_S
+        return self._placed
 
     def facts_now(self) -> list[RankFacts]:
         """What the ranks say of themselves; what they said when they started, where one does not answer any more."""

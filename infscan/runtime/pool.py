@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError
 
 from infscan.config import ClusterConfig
-from infscan.errors import ConfigError, FactorsError, InfscanError, ModelError, QueryError, RunError
+from infscan.errors import (
+    ConfigError,
+    FactorsError,
+    InfscanError,
+    ModelError,
+    QueryError,
+    RunError,
+    StorageError,
+    UnwritableError,
+)
+from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import RankSettings
 from infscan.runtime.group import Outcome, RankFacts, State, WorkerGroup
 from infscan.runtime.schedule import Schedule
@@ -18,8 +30,9 @@ from infscan.runtime.schedule import Schedule
 log = logging.getLogger(__name__)
 
 # Errors that another attempt cannot mend: they end the phase at once.
-_FATAL = (ConfigError, FactorsError, ModelError, QueryError)
+_FATAL = (ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
 _TICK_S = 0.5
+_LONGEST_REST_S = 60.0
 
 
 def connect(cluster: ClusterConfig) -> None:
@@ -53,20 +66,33 @@ def gpus_per_rank(cluster: ClusterConfig) -> float:
 
 
 class Pool:
-    """The worker groups, started together; `run` gives them one phase's units."""
+    """The worker groups, started together; `run` gives them one phase's units.
 
-    def __init__(self, cluster: ClusterConfig, settings: RankSettings, gpus: float) -> None:
-        self.cluster = cluster
-        self._check_room(gpus)
+    check: called at every turn of the loop; what it raises ends the phase (a driver that lost its lease).
+    """
+
+    def __init__(
+        self, cluster: ClusterConfig, settings: RankSettings, gpus: float, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.cluster, self.gpus, self.check = cluster, gpus, check
+        self.sharded = settings.sharded
         self.groups = [WorkerGroup(index, settings, cluster, gpus) for index in range(cluster.num_workers)]
         self.failed_starts = 0
         self.rebuilds = 0
+        self.halvings = 0
+        # Until when storage that had trouble is left alone, and how often in a row it had.
+        self._rest_until, self._troubles = 0.0, 0
+        # Since when no group has room.
+        self._homeless_since: float | None = None
+        # By host: processes that its kernel had killed for memory when last heard of. By group: the unit it died with.
+        self._oom_kills: dict[str, int] = {}
+        self._died_with: dict[int, int] = {}
 
     def wait_for_one(self) -> int:
         """Wait until a group has loaded its model; the others join when they are ready. Returns how many have.
 
         Raises:
-            InfscanError: where the model cannot be loaded, or no group can be started.
+            InfscanError: where the model cannot be loaded, or no group can be started or placed.
         """
         while not any(group.state is State.idle for group in self.groups):
             self._wait()
@@ -74,16 +100,6 @@ class Pool:
                 if group.state is State.starting and (answer := group.poll()) is not None:
                     self._started(group, *answer)
         return sum(group.state is State.idle for group in self.groups)
-
-    def _check_room(self, gpus: float) -> None:
-        ranks = self.cluster.ranks_per_worker
-        have = ray.cluster_resources()
-        for kind, need in (("CPU", float(ranks * self.cluster.cpus_per_rank)), ("GPU", ranks * gpus)):
-            if need > have.get(kind, 0.0):
-                log.warning(
-                    "a worker of %d ranks needs %g %s and the cluster has %g; waiting up to cluster.startup_s=%g s",
-                    ranks, need, kind, have.get(kind, 0.0), self.cluster.startup_s,
-                )  # fmt: skip
 
     def run(
         self,
@@ -100,42 +116,68 @@ class Pool:
         Returns the units given up, with reasons.
 
         Raises:
-            RunError: where a unit is given up and no `on_given_up` takes it, or where no group can be started.
+            RunError: where a unit is given up and no `on_given_up` takes it, where one sequence does not fit a rank's
+                memory, or where no group can be started or placed.
             InfscanError: at once, where an error cannot be mended by another attempt.
         """
         schedule = Schedule(units, self.cluster.max_attempts)
+        self._died_with.clear()
         while not schedule.finished:
             for group in self.groups:
-                if group.state is State.idle and (unit := schedule.take()) is not None:
-                    group.submit(unit, function, task(unit), *shared)
+                if group.state is not State.idle or time.monotonic() < self._rest_until:
+                    continue
+                if (unit := schedule.take()) is not None:
+                    halvings = schedule.halvings.get(unit, 0)
+                    group.submit(unit, function, task(unit), *shared, halvings=halvings)
             self._wait()
             for group in self.groups:
-                if group.state is State.idle:
-                    continue
                 was, unit = group.state, group.unit
                 answer = group.poll()
                 if answer is None:
                     continue
                 outcome, result = answer
                 if was is State.starting:
-                    self._started(group, outcome, result)
-                    continue
-                assert unit is not None
-                if outcome is Outcome.done:
+                    self._started(group, outcome, result, schedule)
+                elif was is State.idle:
+                    self._rebuild(group, result)
+                elif outcome is Outcome.done:
+                    assert unit is not None
+                    self._troubles = 0
                     schedule.succeed(unit)
                     on_done(unit, result)
-                    continue
-                self._ended_badly(schedule, group, unit, outcome, result, on_given_up)
+                else:
+                    assert unit is not None
+                    self._ended_badly(schedule, group, unit, outcome, result, on_given_up)
         return schedule.given_up
 
     def _wait(self) -> None:
+        self.check()
+        self._check_room()
         refs = [ref for group in self.groups if group.state is not State.idle for ref in group.running]
         if refs:
             ray.wait(refs, num_returns=1, timeout=_TICK_S, fetch_local=False)
+        else:
+            time.sleep(_TICK_S)
 
-    def _started(self, group: WorkerGroup, outcome: Outcome, result: Any) -> None:
+    def _check_room(self) -> None:
+        """Raise where for cluster.capacity_s there was no room for a single group."""
+        if any(group.state is not State.starting or group.is_placed() for group in self.groups):
+            self._homeless_since = None
+            return
+        if self._homeless_since is None:
+            self._homeless_since = time.monotonic()
+        if time.monotonic() - self._homeless_since <= self.cluster.capacity_s:
+            return
+        raise RunError(
+            f"no worker could be placed for cluster.capacity_s={self.cluster.capacity_s:g} s: "
+            f"{missing_room(self.cluster, self.gpus)}. Add nodes, or free them from other jobs, and run the same "
+            "command again: it goes on from here."
+        )
+
+    def _started(self, group: WorkerGroup, outcome: Outcome, result: Any, schedule: Schedule | None = None) -> None:
         if outcome is Outcome.done:
             self.failed_starts = 0
+            self._heed_oom_kills(group, schedule)
             return
         if isinstance(result, InfscanError):
             raise result
@@ -146,6 +188,21 @@ class Pool:
                 f"{_reason(result)}. Look at the Ray logs, at cluster.* and at the memory a rank has."
             )
         self._rebuild(group, result)
+
+    def _heed_oom_kills(self, group: WorkerGroup, schedule: Schedule | None) -> None:
+        """Halve the unit that a group died with, if its host's kernel killed for memory meanwhile.
+
+        A killed rank says nothing of the reason; its host's counter does, once the group is there again.
+        """
+        killed = False
+        for facts in group.facts:
+            known = self._oom_kills.get(facts.host)
+            killed |= known is not None and facts.oom_kills > known
+            self._oom_kills[facts.host] = facts.oom_kills
+        unit = self._died_with.pop(group.index, None)
+        if killed and schedule is not None and unit is not None:
+            log.warning("unit %d: the kernel killed a process of its worker for memory; micro-batches are halved", unit)
+            self.halvings += schedule.halve(unit)
 
     def _ended_badly(
         self,
@@ -159,10 +216,27 @@ class Pool:
         if isinstance(error, _FATAL):
             raise error
         reason = _reason(error)
-        last = schedule.fail(unit, reason) if outcome is Outcome.failed else schedule.lose(unit, reason)
+        passes = isinstance(error, StorageError) and error.passes
+        if isinstance(error, RankMemoryError) and error.rows == 1:
+            raise RunError(
+                f"one sequence alone ({error.tokens} tokens) does not fit a rank's memory ({error.reason}). Cut the "
+                "model over more ranks (cluster.ranks_per_worker), set model.gradient_checkpointing=true or "
+                "model.dtype=bfloat16, or prepare the corpus with a shorter corpus.sequence_length."
+            )
+        if isinstance(error, OutOfMemoryError) or (isinstance(error, RankMemoryError) and error.rows is not None):
+            last = schedule.shrink(unit, reason)
+            self.halvings += not last
+        elif outcome is Outcome.failed and not passes:
+            last = schedule.fail(unit, reason)
+        else:
+            last = schedule.lose(unit, reason)
         log.warning("unit %d on worker %d: %s; %s", unit, group.index, reason, "given up" if last else "tried again")
-        # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again.
-        if outcome is Outcome.lost or self.cluster.ranks_per_worker > 1:
+        if outcome is Outcome.failed and passes:
+            self._rest()
+        # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again. Nor can a
+        # sharded model whose parameters were gathered when it stopped.
+        if outcome is Outcome.lost or self.sharded:
+            self._died_with[group.index] = unit
             self._rebuild(group, error)
         else:
             group.state = State.idle
@@ -172,6 +246,15 @@ class Pool:
                     raise error
                 raise RunError(f"given up after {self.cluster.max_attempts} attempts: {reason}") from error
             on_given_up(unit, reason)
+
+    def _rest(self) -> None:
+        """Storage in trouble is nobody's fault and passes: hand nothing out for a while, twice as long every time."""
+        if time.monotonic() < self._rest_until:
+            return
+        pause = min(_LONGEST_REST_S, 2.0**self._troubles)
+        self._troubles += 1
+        self._rest_until = time.monotonic() + pause
+        log.warning("storage has trouble; nothing is handed out for %g s", pause)
 
     def _rebuild(self, group: WorkerGroup, error: Exception) -> None:
         log.warning("worker %d is rebuilt: %s", group.index, _reason(error))
@@ -191,6 +274,22 @@ class Pool:
     def close(self) -> None:
         for group in self.groups:
             group.close()
+
+
+def missing_room(cluster: ClusterConfig, gpus: float) -> str:
+    """What a worker needs, and what the cluster's living nodes have."""
+    rank = {"CPU": float(cluster.cpus_per_rank)} | ({"GPU": gpus} if gpus else {})
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [{kind: resources.get(kind, 0.0) for kind in rank} for resources in alive]
+    nodes = "; ".join(_amounts(node) for node in have) or "none"
+    return (
+        f"one needs {cluster.ranks_per_worker} x {{{_amounts(rank)}}} (cluster.placement={cluster.placement.value}), "
+        f"and the nodes that are alive have in all {{{nodes}}}"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {amount:g}" for kind, amount in resources.items())
 
 
 def _reason(error: BaseException) -> str:

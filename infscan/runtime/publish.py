@@ -52,6 +52,12 @@ def publish(
         rows = publisher.write_rows(ranked, provenance)
         publisher.remove_stale()
         phase.advance(sequences=len(provenance))
+    halved = sum(shard.halvings > 0 for shard in scanned.counts.values())
+    if halved:
+        run.telemetry.warn(
+            f"{halved} shards ran out of memory at scan.tokens_per_batch={run.config.scan.tokens_per_batch} and were "
+            "scanned in smaller micro-batches; a lower value saves the attempts that failed"
+        )
     summary = _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance))
     run.store.write_json("summary.json", summary | {"approximation": approximation, "iteration": iteration})
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
@@ -118,6 +124,7 @@ def _summary(
                 "nonfinite": sum(shard.nonfinite for shard in shards),
                 "rows_kept": sum(shard.rows for shard in shards),
                 "sequences_kept": sum(shard.kept for shard in shards),
+                "halved": sum(shard.halvings > 0 for shard in shards),
             },
             "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
             "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},

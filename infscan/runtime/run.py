@@ -17,6 +17,8 @@ from infscan.model.load import resolve_dtype
 from infscan.passes.rank import RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.results.publish import SUCCESS
+from infscan.runtime import preflight
+from infscan.runtime.lease import Lease
 from infscan.runtime.pool import Pool, connect, gpus_per_rank
 from infscan.runtime.prepare import input_files, settings_for
 from infscan.storage import MissingError, Store
@@ -32,6 +34,7 @@ class Run:
 
     Raises (on entering):
         InfscanError: for anything wrong with the model, tokenizer, corpus files, queries, output or settings.
+        RunError: where another driver works on this output.
     """
 
     def __init__(self, config: Config, *, needs_queries: bool = True) -> None:
@@ -45,10 +48,11 @@ class Run:
         self.tokenizer: Tokenizer | None
         self.queries: list[Query] = []
         self.gpus = 0.0
+        self.lease = Lease(self.store, config.cluster.lease_s)
 
     def __enter__(self) -> Run:
         config = self.config
-        self.store.check_writable()
+        preflight.check_writable(self)
         self.architecture = describe(config.model.path, config.model.tracked)
         self.tokenizer = load_tokenizer(self.architecture.folder)
         for corpus in (config.corpus, config.factors.corpus):
@@ -66,8 +70,14 @@ class Run:
             # By id: the tables are sorted so, and nothing depends on the order of the file.
             self.queries = sorted(queries, key=lambda query: query.id)
             self._claim()
-        connect(config.cluster)
-        self.gpus = gpus_per_rank(config.cluster)
+        self.lease.take()
+        try:
+            connect(config.cluster)
+            self.gpus = gpus_per_rank(config.cluster)
+            preflight.check_capacity(config.cluster, self.gpus)
+        except BaseException:
+            self.lease.release()
+            raise
         return self
 
     def __exit__(
@@ -75,6 +85,7 @@ class Run:
     ) -> None:
         if "pool" in self.__dict__:
             self.pool.close()
+        self.lease.release()
 
     def _claim(self) -> None:
         """Write config.yaml, or refuse an output that belongs to other settings, naming each field that differs."""
@@ -95,7 +106,7 @@ class Run:
         """The worker groups; started when the first pass asks for them."""
         settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded)
         with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
-            pool = Pool(self.config.cluster, settings, self.gpus)
+            pool = Pool(self.config.cluster, settings, self.gpus, self.lease.check)
             phase.advance(units=pool.wait_for_one())
         return pool
 
@@ -125,6 +136,7 @@ class Run:
             "ranks_per_worker": cluster.ranks_per_worker,
             "parameters": self.architecture.parameters,
             "rebuilds": started.rebuilds if started else 0,
+            "halvings": started.halvings if started else 0,
             "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
         }
 

@@ -21,7 +21,8 @@ from infscan.passes.scan import ScanTask, scan_task
 from infscan.results.publish import SUCCESS
 from infscan.results.refined import unit_path
 from infscan.results.schema import to_parquet
-from infscan.results.shard_file import ShardCounts, finished_shards, read_hits
+from infscan.results.shard_file import ShardCounts, finished_shards, read_hits, shard_path
+from infscan.runtime import preflight
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
 
@@ -60,6 +61,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
 
     Raises:
         RunError: where the model, the queries or the corpus are not those the run was planned with.
+        StorageError: where a local disk has no space for what the scan will write.
     """
     selection = Selection.of(corpus.sequences, run.config.corpus.max_sequences, run.config.corpus.seed)
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
@@ -76,7 +78,9 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
             f"{run.store.uri} was planned with another {', '.join(changed)}: the content differs, whatever the path. "
             "Put back what it was planned with, or give another output=..."
         )
-    return Plan.from_json(found)
+    plan = Plan.from_json(found)
+    preflight.check_disk_for_scan(run, plan, corpus)
+    return plan
 
 
 def query_batch(run: Run, factors: Factors) -> QueryBatch:
@@ -185,6 +189,11 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
 
     def on_given_up(number: int, reason: str) -> None:
         name, ids = names[number], plan.ids(number)
+        if run.store.exists(shard_path(name)):
+            # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
+            hits, counts[name] = read_hits(run.store, name, run.query_ids)
+            standings.add(hits)
+            return
         quarantined[name] = reason
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
         run.store.write_json(f"{QUARANTINE}/{name}.json", note)

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 
 # A unit outlives many more losses of machines than errors of its own: pre-emption says nothing about the unit.
 LOSSES_PER_ATTEMPT = 10
+# 2^16 tokens are more than a micro-batch has.
+MOST_HALVINGS = 16
 
 
 @dataclass
 class Schedule:
     """Units are waiting, running, done or given up; each is in exactly one of these.
 
-    max_attempts: errors of a unit itself after which it is given up; losses of machines are counted apart.
+    max_attempts: errors of a unit itself after which it is given up. Losses of machines and halvings of micro-batches
+    have budgets of their own: max_attempts * LOSSES_PER_ATTEMPT and MOST_HALVINGS.
     """
 
     units: Iterable[int]
@@ -25,6 +28,7 @@ class Schedule:
     given_up: dict[int, str] = field(init=False, default_factory=dict)
     errors: dict[int, int] = field(init=False, default_factory=dict)
     losses: dict[int, int] = field(init=False, default_factory=dict)
+    halvings: dict[int, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.units)
@@ -54,6 +58,19 @@ class Schedule:
         """The machine under the unit went away. Returns whether the unit is given up."""
         self.losses[unit] = self.losses.get(unit, 0) + 1
         return self._again(unit, reason, self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT)
+
+    def shrink(self, unit: int, reason: str) -> bool:
+        """Its memory ran out: it waits again, with micro-batches of half the size. Returns whether it is given up."""
+        last = not self.halve(unit)
+        return self._again(unit, reason, last)
+
+    def halve(self, unit: int) -> bool:
+        """Half the size in the unit's next attempt. Returns False where it has none, or they were halved enough."""
+        halvings = self.halvings.get(unit, 0) + 1
+        if unit in self.done or unit in self.given_up or halvings > MOST_HALVINGS:
+            return False
+        self.halvings[unit] = halvings
+        return True
 
     def _again(self, unit: int, reason: str, last: bool) -> bool:
         self.running.remove(unit)

@@ -166,10 +166,17 @@ class LocalDisk:
         """Raises UnwritableError where the disk of `folder` has no byte left."""
 
         def request() -> None:
-            if shutil.disk_usage(folder).free == 0:
+            if self.free_bytes(folder) == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         _persist(folder, request, writing=True)
+
+    def free_bytes(self, folder: str) -> int:
+        """What the disk of `folder` still takes, also where the folder is not there yet."""
+        while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+            folder = os.path.dirname(folder)
+        with _explained(folder):
+            return shutil.disk_usage(folder).free
 
 
 def _is_same_file(one: str, other: str) -> bool:

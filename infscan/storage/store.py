@@ -118,6 +118,11 @@ class Store:
         if isinstance(backend, LocalDisk):
             backend.check_space(self.uri)
 
+    def free_bytes(self) -> int | None:
+        """What the disk of this folder still takes; None for an object store."""
+        backend = self._backend
+        return backend.free_bytes(self.uri) if isinstance(backend, LocalDisk) else None
+
     @property
     def _backend(self) -> LocalDisk | remote.ObjectStore:
         return backend_of(self.uri)

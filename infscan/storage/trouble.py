@@ -127,7 +127,9 @@ def explained(
     elif writing and _is_refused(error):
         kind = UnwritableError
     store = f"the store at {endpoint}" if endpoint else "the store"
-    return kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
+    found = kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
+    found.passes = passing_kind(error) is not None
+    return found
 
 
 def _is_refused(error: Exception) -> bool:

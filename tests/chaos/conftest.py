@@ -36,7 +36,7 @@ class Trouble:
         if sent is not None:
             self.done_before = {entry.name for entry in task.run.list("shards")}
             # The rank is idle, and says at once which process it is.
-            self.victim = psutil.Process(ray.get(group.actors[-1].run.remote(lambda _: os.getpid())))
+            self.victim = psutil.Process(ray.get(group.actors[-1].run.remote(lambda _: os.getpid(), 0)))
         submit()
         if sent is not None and self.victim is not None:
             self.victim.send_signal(sent)
@@ -48,9 +48,9 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     state = Trouble()
     submit = WorkerGroup.submit
 
-    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any) -> None:
+    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
         def hand_out() -> None:
-            submit(self, unit, function, *arguments)
+            submit(self, unit, function, *arguments, halvings=halvings)
 
         if isinstance(arguments[0], ScanTask):
             state.around(self, arguments[0], hand_out)

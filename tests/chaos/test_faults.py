@@ -24,6 +24,7 @@ from infscan.errors import FactorsError, InfscanError, RunError
 from infscan.passes.factor_store import FactorsPlan
 from infscan.results.read import read_scores, read_summary
 from infscan.runtime import fit
+from infscan.runtime.lease import Lease
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
 from jobs.scan import answer
@@ -108,7 +109,12 @@ def assert_counts_add_up(config: Config, *, quarantined: int = 0) -> dict[str, A
             id="one of two ranks is killed",
             marks=pytest.mark.slow,
         ),
-        pytest.param(signal.SIGSTOP, ("cluster.deadline_s=8",), id="a rank hangs", marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGSTOP,
+            ("cluster.heartbeat_s=0.5", "cluster.silence_s=5"),
+            id="a rank hangs",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_lost_rank_costs_one_more_attempt(
@@ -259,8 +265,9 @@ def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_
 
 
 @pytest.mark.slow
-def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path) -> None:
-    """From the very start: factors of their own, prepared and fitted by both."""
+def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the lease, and from the very start: factors of their own, prepared and fitted by both."""
+    monkeypatch.setattr(Lease, "take", lambda self: None)
     config = disturbed(
         twin,
         tmp_path,

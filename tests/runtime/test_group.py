@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from infscan.errors import CorpusError
+from infscan.passes.memory import RankMemoryError
 from infscan.runtime import group as module
+from infscan.runtime import pulse
 from infscan.runtime.group import Outcome, State, WorkerGroup
+from infscan.runtime.pulse import Pulse
 
 
 class Answers:
-    """Stands for Ray: what each rank of a step answers, or None while it runs; and the clock."""
+    """Stands for Ray: what each rank of a step answers, or None while it runs; and the clock.
+
+    beats: what each rank answers to a heartbeat: True, an error, or None for silence.
+    """
+
+    exceptions = ray.exceptions
 
     def __init__(self, *ranks: Any) -> None:
         self.ranks = dict(enumerate(ranks))
+        self.beats: dict[str, Any] = {}
+        self.placement = "CREATED"
         self.now = 100.0
 
-    def wait(self, refs: list[int], **_: object) -> tuple[list[int], list[int]]:
-        return [ref for ref in refs if self.ranks[ref] is not None], [ref for ref in refs if self.ranks[ref] is None]
+    def actor(self, rank: int) -> SimpleNamespace:
+        self.beats[f"beat {rank}"] = True
+        return SimpleNamespace(beat=SimpleNamespace(remote=lambda: f"beat {rank}"))
 
-    def get(self, refs: int | list[int]) -> Any:
+    def wait(self, refs: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
+        said = self.ranks | self.beats
+        return [ref for ref in refs if said[ref] is not None], [ref for ref in refs if said[ref] is None]
+
+    def get(self, refs: Any) -> Any:
         if isinstance(refs, list):
             return [self.get(ref) for ref in refs]
-        if isinstance(self.ranks[refs], BaseException):
-            raise self.ranks[refs]
-        return self.ranks[refs]
+        said = (self.ranks | self.beats)[refs]
+        if isinstance(said, BaseException):
+            raise said
+        return said
 
     def monotonic(self) -> float:
         return self.now
@@ -40,13 +58,28 @@ def failed(cause: Exception) -> RayTaskError:
 LOST = [ActorDiedError(), ActorUnavailableError("unavailable", None), WorkerCrashedError(), OutOfMemoryError("memory")]
 
 
-def busy(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> WorkerGroup:
-    monkeypatch.setattr(module, "ray", answers)
-    monkeypatch.setattr(module, "time", answers)
+def busy(answers: Answers, monkeypatch: pytest.MonkeyPatch, state: State = State.busy) -> WorkerGroup:
+    """A group in a step of 1,000 seconds; heartbeats every 10, silent after 60."""
+    for place in (module, pulse):
+        monkeypatch.setattr(place, "ray", answers)
+        monkeypatch.setattr(place, "time", answers)
+    monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": answers.placement})
     group = WorkerGroup.__new__(WorkerGroup)
     group.refs = list(answers.ranks)
-    group._began(State.busy, 7, limit_s=1000.0)
+    group.pulse = Pulse([answers.actor(rank) for rank in answers.ranks], heartbeat_s=10.0, silence_s=60.0)
+    group.placement = object()
+    group._placed, group._ask_place_at = False, 0.0
+    group._began(state, 7, limit_s=1000.0)
     return group
+
+
+def pass_time(group: WorkerGroup, answers: Answers, seconds: int) -> tuple[Outcome, Any] | None:
+    """Poll every second until there is an outcome; None where there is none within `seconds`."""
+    for _ in range(seconds):
+        answers.now += 1.0
+        if (answer := group.poll()) is not None:
+            return answer
+    return None
 
 
 def test_done_when_every_rank_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +130,66 @@ def test_where_all_ranks_fail_there_is_nothing_to_wait_for(monkeypatch: pytest.M
 def test_silence_past_the_deadline_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = Answers("done", None)
     group = busy(answers, monkeypatch)
-    answers.now += 999.0
-    assert group.poll() is None
-    answers.now += 2.0
-    outcome, said = group.poll() or pytest.fail("no outcome")
+    assert pass_time(group, answers, 999) is None
+    outcome, said = pass_time(group, answers, 3) or pytest.fail("no outcome")
     assert outcome is Outcome.lost
-    assert "cluster.deadline_s" in str(said)
+    assert "cluster.deadline_s=1000" in str(said)
+
+
+@pytest.mark.parametrize("state", [State.busy, State.starting, State.idle])
+def test_a_rank_that_falls_silent_is_lost_long_before_the_deadline(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = Answers(None, None)
+    group = busy(answers, monkeypatch, state)
+    assert pass_time(group, answers, 100) is None
+    answers.beats["beat 1"] = None
+    began = answers.now
+    outcome, said = pass_time(group, answers, 200) or pytest.fail("no outcome")
+    assert outcome is Outcome.lost
+    assert "rank 1 has not answered for cluster.silence_s=60 s" in str(said)
+    assert answers.now - began <= 60 + 10 + 2
+
+
+def test_an_idle_rank_that_died_is_found_before_work_is_given_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    group = busy(answers, monkeypatch, State.idle)
+    assert pass_time(group, answers, 50) is None
+    answers.beats["beat 0"] = died = ActorDiedError()
+    assert pass_time(group, answers, 15) == (Outcome.lost, died)
+
+
+def test_a_driver_that_slept_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    group = busy(answers, monkeypatch)
+    assert pass_time(group, answers, 5) is None
+    answers.now += 900.0
+    assert group.poll() is None
+
+
+def test_a_process_that_still_starts_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    group = busy(answers, monkeypatch, State.starting)
+    answers.beats["beat 0"] = None
+    assert pass_time(group, answers, 900) is None
+    outcome, said = pass_time(group, answers, 200) or pytest.fail("no outcome")
+    assert outcome is Outcome.lost
+    assert "cluster.startup_s=1000" in str(said)
+
+
+def test_a_start_is_timed_from_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    answers.placement = "PENDING"
+    group = busy(answers, monkeypatch, State.starting)
+    answers.beats["beat 0"] = None
+    assert pass_time(group, answers, 5000) is None
+    answers.placement = "CREATED"
+    assert pass_time(group, answers, 990) is None
+    assert pass_time(group, answers, 20) is not None
+
+
+def test_memory_that_ran_out_explains_why_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It outranks what its neighbours say, and nothing is waited for."""
+    full = RankMemoryError("CUDA out of memory", 4, 256)
+    group = busy(Answers(None, failed(RuntimeError("connection closed by peer")), failed(full)), monkeypatch)
+    assert group.poll() == (Outcome.failed, full)

@@ -6,20 +6,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from infscan.runtime.schedule import LOSSES_PER_ATTEMPT, Schedule
+from infscan.runtime.schedule import LOSSES_PER_ATTEMPT, MOST_HALVINGS, Schedule
 
 _UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
 
 
 class AnyTrace(RuleBasedStateMachine):
-    """Attempts that succeed, fail and get lost in any order, beside a model that counts what became of each unit."""
+    """Attempts that succeed, fail, get lost or run out of memory in any order, beside a model of what became of it."""
 
     @initialize(units=_UNITS, max_attempts=st.integers(1, 3))
     def start(self, units: list[int], max_attempts: int) -> None:
         self.units, self.max_attempts = units, max_attempts
         self.schedule = Schedule(iter(units), max_attempts)
-        self.errors, self.losses = dict.fromkeys(units, 0), dict.fromkeys(units, 0)
+        self.errors, self.losses, self.halvings = (dict.fromkeys(units, 0) for _ in range(3))
         self.ended: set[int] = set()
+        self.ran_out: set[int] = set()
         self.queue = list(units)
 
     @rule()
@@ -54,9 +55,36 @@ class AnyTrace(RuleBasedStateMachine):
             self._again(unit, last, f"loss {self.losses[unit]}")
             if last:
                 return
-            while self.schedule.take() != unit:
-                pass
-            self.queue.clear()
+            self._take_until(unit)
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data(), times=st.sampled_from([1, MOST_HALVINGS - 1]))
+    def shrink(self, data: st.DataObject, times: int) -> None:
+        """One unit's memory runs out, some times in a row."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        for _ in range(times):
+            last = self.schedule.shrink(unit, "memory")
+            assert last == (self.halvings[unit] == MOST_HALVINGS)
+            self._again(unit, last, "memory")
+            if last:
+                self.ran_out.add(unit)
+                return
+            self.halvings[unit] += 1
+            self._take_until(unit)
+
+    @precondition(lambda self: self.units)
+    @rule(data=st.data())
+    def halve(self, data: st.DataObject) -> None:
+        """It shows later that it was memory: wherever the unit is, it stays, and what has ended is left alone."""
+        unit = data.draw(st.sampled_from(self.units))
+        halved = self.schedule.halve(unit)
+        assert halved == (unit not in self.ended and self.halvings[unit] < MOST_HALVINGS)
+        self.halvings[unit] += halved
+
+    def _take_until(self, unit: int) -> None:
+        while self.schedule.take() != unit:
+            pass
+        self.queue.clear()
 
     def _again(self, unit: int, last: bool, reason: str) -> None:
         if last:
@@ -82,9 +110,12 @@ class AnyTrace(RuleBasedStateMachine):
     def budgets_are_apart(self) -> None:
         for unit in self.units:
             spent = (
-                self.errors[unit] >= self.max_attempts or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
+                self.errors[unit] >= self.max_attempts
+                or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
+                or unit in self.ran_out
             )
             assert (unit in self.schedule.given_up) == spent
+            assert self.schedule.halvings.get(unit, 0) == self.halvings[unit]
 
     @invariant()
     def finished_is_when_nothing_waits_or_runs(self) -> None:
