@@ -7,6 +7,7 @@ manifest.json            written last: its presence is the fact that the corpus 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Row
@@ -39,6 +40,7 @@ from infscan.storage import InputFile, MissingError, Store
 
 ROW_GROUP_SEQUENCES = 1024
 _FOOTER_KEY = b"infscan"
+_PART = re.compile(r"part-(\d{5,})\.parquet")
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
 
@@ -148,6 +150,24 @@ def finished_part(store: Store, index: int) -> PartSummary | None:
         return None
 
 
+def finished_parts(store: Store, files: Row[InputFile]) -> list[PartSummary]:
+    """The parts of these files, all of which are there by now.
+
+    Raises:
+        CorpusError: where one is missing, or is of another file: something else writes to the same folder.
+    """
+    found: list[PartSummary] = []
+    for index, file in enumerate(files):
+        part = finished_part(store, index)
+        if part is None or part.input != file:
+            raise CorpusError(
+                f"{store}/{part_name(index)}: the part of {file.uri} is gone or another file's, though it was written; "
+                "does another job prepare into this folder? Run this one again when it alone does."
+            )
+        found.append(part)
+    return found
+
+
 def write_manifest(
     store: Store, config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None, parts: Iterable[PartSummary]
 ) -> Manifest:
@@ -182,6 +202,7 @@ def write_manifest(
         parts=ordered,
     )
     store.write_json(MANIFEST, manifest.to_json())
+    _remove_stale(store, len(ordered))
     return manifest
 
 
@@ -200,6 +221,15 @@ def check_allowed(config: CorpusConfig, counts: Counts, left_out: LeftOut) -> No
                 f"{config.path}: {bad} {key} cannot be used, more than corpus.allow_bad_{key}={allowed}. The first: "
                 f"{left_out.first[0]}"
             )
+
+
+def _remove_stale(store: Store, parts: int) -> None:
+    """Parts of ours that an earlier attempt with more input files left; a folder is often read as a whole."""
+    known = {part_name(index) for index in range(parts)}
+    for entry in store.list(suffix=".parquet"):
+        match = _PART.fullmatch(entry.name)
+        if match and entry.name not in known and finished_part(store, int(match[1])) is not None:
+            store.remove(entry.name)
 
 
 def _with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:

@@ -11,7 +11,7 @@ import ray
 from infscan.config import Labels, Solver, plain
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Selection
-from infscan.errors import FactorsError
+from infscan.errors import FactorsError, UnwritableError
 from infscan.influence.layers import Layer
 from infscan.passes.factor_store import (
     COMPLETE,
@@ -82,6 +82,7 @@ def fit(run: Run) -> Factors:
     factors = Factors(inverse, plan.fingerprint, (corpus, plan.selection))
     if store.exists(COMPLETE):
         log.info("factors     reused from %s", store.uri)
+        _remove_partials(store)
         return factors
     log.info(
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
@@ -98,11 +99,20 @@ def fit(run: Run) -> Factors:
         # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
         if not store.exists(COMPLETE):
             raise
-    for kind in ("covariance", "lambda"):
-        for entry in store.list(kind):
-            store.remove(entry.name)
+    _remove_partials(store)
     run.pool.forget()
     return factors
+
+
+def _remove_partials(store: Store) -> None:
+    """Partial sums of complete factors: this process's, or those that an earlier one left when it died."""
+    for kind in ("covariance", "lambda"):
+        for entry in store.list(kind):
+            try:
+                store.remove(entry.name)
+            except UnwritableError as error:
+                log.warning("factors     finished, and a partial sum is left: %s", error)
+                return
 
 
 def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:

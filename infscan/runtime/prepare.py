@@ -18,7 +18,7 @@ from infscan.corpus.in_place import DESCRIPTION, Description
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
 from infscan.corpus.parts import open_prepared
-from infscan.corpus.prepared import check_allowed, finished_part, prepare_part, prepare_settings, write_manifest
+from infscan.corpus.prepared import check_allowed, finished_parts, prepare_part, prepare_settings, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import CorpusError, InfscanError, RunError
 from infscan.model.architecture import Architecture
@@ -92,8 +92,7 @@ def prepare(
     with telemetry.phase("prepare", len(files), "files") as phase:
         for summary in _on_ray(config, pack, architecture.folder, store, files):
             phase.advance(sequences=summary["sequences"], tokens=summary["tokens"])
-        parts = [finished_part(store, index) for index in range(len(files))]
-        write_manifest(store, config, pack, digest, [part for part in parts if part is not None])
+        write_manifest(store, config, pack, digest, finished_parts(store, files))
     corpus = open_prepared(store)
     _warn_of_left_out(corpus, telemetry)
     return corpus

@@ -72,6 +72,7 @@ class Run:
             self._claim()
         self.lease.take()
         try:
+            self._sweep()
             connect(config.cluster)
             self.gpus = gpus_per_rank(config.cluster)
             preflight.check_capacity(config.cluster, self.gpus)
@@ -86,6 +87,13 @@ class Run:
         if "pool" in self.__dict__:
             self.pool.close()
         self.lease.release()
+
+    def _sweep(self) -> None:
+        """Remove what earlier processes that died were writing to the output and to the factors."""
+        apart = not self.factors_store.uri.startswith(f"{self.store.uri}/")
+        removed = self.store.sweep() + (self.factors_store.sweep() if apart else 0)
+        if removed:
+            log.info("storage     %d unfinished files of earlier processes removed", removed)
 
     def _claim(self) -> None:
         """Write config.yaml, or refuse an output that belongs to other settings, naming each field that differs."""

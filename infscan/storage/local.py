@@ -5,6 +5,7 @@ fsspec's local filesystem is not used: its moves are not atomic across devices a
 
 import errno
 import io
+import logging
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ from infscan.storage.address import Entry, MissingError, is_temporary, redact, t
 from infscan.storage.patience import Patience
 from infscan.storage.writers import is_abandoned, temporary_name
 
+log = logging.getLogger("infscan")
 T = TypeVar("T")
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
@@ -147,7 +149,7 @@ class LocalDisk:
         _persist(path, request, writing=True)
 
     def sweep(self, root: str) -> int:
-        """Removes hidden files below the folder `root` whose writers are gone; how many."""
+        """Removes hidden files below the folder `root` whose writers are gone; how many. What is refused is said."""
         removed = 0
         for folder, _, names in os.walk(root):
             for name in filter(is_temporary, names):
@@ -159,7 +161,7 @@ class LocalDisk:
                 except FileNotFoundError:
                     continue  # its writer was done with it
                 except OSError as error:
-                    raise _explain(error, path, writing=True) from error
+                    log.warning("an abandoned file is left: %s", _explain(error, path))
         return removed
 
     def check_space(self, folder: str) -> None:

@@ -74,7 +74,9 @@ class Patience:
                 pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempts - 1, 16)))
                 if time.monotonic() - began + pause > self.retry_s:
                     _count(GIVEN_UP)
-                    raise explain(error, attempts) from error
+                    given_up = explain(error, attempts)
+                    given_up.passes = True
+                    raise given_up from error
             time.sleep(pause)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.asyn import sync
 
-from infscan.errors import StorageError
+from infscan.errors import StorageError, UnwritableError
 from infscan.storage import s3
 from infscan.storage.address import Entry, MissingError, is_temporary, join, redact, scheme_of, tag
 from infscan.storage.patience import Patience
@@ -183,8 +183,11 @@ class ObjectStore:
         removed = 0
         for name, info in self._listing(root):
             if is_temporary(name) and is_abandoned(name, _age_s(info)):
-                self.remove(join(root, name))
-                removed += 1
+                try:
+                    self.remove(join(root, name))
+                    removed += 1
+                except UnwritableError as error:
+                    log.warning("an abandoned file is left: %s", error)
         if self.scheme in _S3_SCHEMES:
             try:
                 removed += self._call(root, lambda: self._wait(s3.abort_abandoned_uploads(self.fs, root)))

@@ -127,9 +127,7 @@ def explained(
     elif writing and _is_refused(error):
         kind = UnwritableError
     store = f"the store at {endpoint}" if endpoint else "the store"
-    found = kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
-    found.passes = passing_kind(error) is not None
-    return found
+    return kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
 
 
 def _is_refused(error: Exception) -> bool:
