@@ -77,7 +77,7 @@ async def _all(parts: Iterable[Any]) -> list[bytes]:
             task.cancel()
 
 
-async def abort_abandoned_uploads(fs: Any, uri: str, older_than_s: float = ABANDONED_S) -> int:
+async def abort_abandoned_uploads(fs: Any, uri: str) -> int:
     """Aborts multipart uploads below `uri` that were begun long ago and never completed; how many.
 
     One that is still alive fails with NoSuchUpload, and its writer begins it anew.
@@ -87,7 +87,7 @@ async def abort_abandoned_uploads(fs: Any, uri: str, older_than_s: float = ABAND
     while True:
         found = await fs._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **more)
         for upload in found.get("Uploads", []):
-            if (datetime.now(UTC) - upload["Initiated"]).total_seconds() > older_than_s:
+            if (datetime.now(UTC) - upload["Initiated"]).total_seconds() > ABANDONED_S:
                 await fs._call_s3(
                     "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )

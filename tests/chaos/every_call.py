@@ -150,9 +150,10 @@ def tiny_run(root: Path, output: str | Path) -> Config:
 def main(root: str, output: str, at: str, moment: str) -> None:
     """A process of its own that is killed at its n-th storage call."""
     from jobs.scan import answer
-    from tests.chaos.one_process import without_ray
+    from tests.chaos.one_process import load_rank, without_ray
 
     config = tiny_run(Path(root), output)
+    load_rank(config)
     with without_ray(), watched(kill_process(int(at), moment)):
         answer(config)
 

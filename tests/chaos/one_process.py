@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from infscan.config import ClusterConfig, CorpusConfig
+from infscan.config import ClusterConfig, Config, CorpusConfig
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.prepared import prepare_part
 from infscan.corpus.tokenizer import load_tokenizer
+from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.rank import Rank, RankSettings
 from infscan.runtime import fit, prepare, run, scan
@@ -127,6 +128,12 @@ def _files_here(
     for index, file in enumerate(files):
         part = _as_task(lambda i=index, f=file: prepare_part(f, i, config, pack, tokenizer, store))  # type: ignore[misc]
         yield {"sequences": part.sequences, "tokens": part.tokens}
+
+
+def load_rank(config: Config) -> None:
+    """Have the model loaded that a run of this configuration will use."""
+    layers = describe(config.model.path, config.model.tracked).layers
+    HereGroup(0, RankSettings(config.model, layers, config.sharded), config.cluster, 0.0)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import pytest
 from infscan.config import Config
 from infscan.results.read import read_summary
 from infscan.storage import Store
+from infscan.storage.writers import is_abandoned
 from jobs.scan import answer
 from tests.chaos.every_call import (
     CHANGING,
@@ -91,7 +92,9 @@ class Twin:
         assert sorted(ours) == sorted(self.files), why
         assert [name for name in ours if ours[name] != self.files[name]] == [], why
         assert read_summary(config.output)["counts"] == self.counts, why
-        assert [str(path) for path in Path(config.output).rglob(".tmp-*")] == [], why
+        # What this process began is not swept while it lives: here a driver that ended leaves its process behind.
+        hidden = [path.name for path in Path(config.output).rglob(".tmp-*")]
+        assert [name for name in hidden if is_abandoned(name, age_s=0)] == [], why
 
 
 @pytest.fixture(scope="module", autouse=True)
