@@ -249,9 +249,9 @@ class TestAtAServer:
         bucket, proxy = faulty_s3
         monkeypatch.setenv("INFSCAN_STORAGE_TIMEOUT_S", "0.6")
         monkeypatch.setenv("INFSCAN_STORAGE_RETRY_S", "0.1")
-        monkeypatch.setattr(Patience, "attempt_s", lambda self, size=0: 0.3)
+        monkeypatch.setattr(Patience, "attempt_s", lambda self, size=0: 0.1)
         store = Store(bucket.uri())
-        proxy.slow_s = 0.25
+        proxy.slow_s = 0.3
         proxy.plan = always("slow")
         accesses: list[Callable[[], object]] = [
             lambda: store.write("x", b"1"),
