@@ -10,7 +10,7 @@ from infscan.errors import RunError
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.publish import SUCCESS
 from infscan.results.schema import footer_of, read_parquet
-from infscan.results.shard_file import finished_shards
+from infscan.results.shard_file import quarantined_shards
 from infscan.storage import Store
 
 
@@ -43,9 +43,10 @@ def read_tokens(uri: str, *, unfinished: bool = False) -> pa.Table:
 def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     """Every sequence's scan scores, by sequence_id; only runs with scan.scores=all have them.
 
-    Of finished shards: an attempt that died between a shard's scores and its file leaves scores that do not count.
+    Not of quarantined shards: an attempt that died between a shard's scores and its file leaves scores that count
+    nowhere.
     """
-    return _read(uri, SCORES, unfinished, finished_shards(Store(uri))).sort_by("sequence_id")
+    return _read(uri, SCORES, unfinished, without=quarantined_shards(Store(uri))).sort_by("sequence_id")
 
 
 def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
@@ -63,12 +64,12 @@ def _finished(uri: str, unfinished: bool) -> Store:
     return store
 
 
-def _read(uri: str, folder: str, unfinished: bool, shards: set[str] | None = None) -> pa.Table:
-    """A folder's parts as one table; with `shards`, only those named after one of them."""
+def _read(uri: str, folder: str, unfinished: bool, without: frozenset[str] = frozenset()) -> pa.Table:
+    """A folder's parts as one table, `without` those of these shards."""
     store = _finished(uri, unfinished)
     parts = []
     for entry in store.list(folder, suffix=".parquet"):
-        if shards is not None and entry.name.rpartition("/")[2].removesuffix(".parquet") not in shards:
+        if entry.name.rpartition("/")[2].removesuffix(".parquet") in without:
             continue
         table = read_parquet(store, entry.name)
         footer_of(table.schema, f"{uri}/{entry.name}")

@@ -19,6 +19,7 @@ from infscan.results.schema import CANDIDATES, footer_of, read_parquet, to_parqu
 from infscan.storage import Store
 
 FOLDER = "shards"
+QUARANTINE = "quarantine"
 SUFFIX = ".parquet"
 
 
@@ -80,6 +81,12 @@ def write_shard(
 def finished_shards(store: Store) -> set[str]:
     """Names of the shards whose file is there, from a fresh listing."""
     return {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in store.list(FOLDER, suffix=SUFFIX)}
+
+
+def quarantined_shards(store: Store) -> frozenset[str]:
+    """Names of the shards that were given up: they have a note, and no file, which would outrank it."""
+    notes = {entry.name.rpartition("/")[2].removesuffix(".json") for entry in store.list(QUARANTINE, suffix=".json")}
+    return frozenset(notes - finished_shards(store)) if notes else frozenset()
 
 
 def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits, ShardCounts]:

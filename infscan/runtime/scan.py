@@ -21,13 +21,12 @@ from infscan.passes.scan import ScanTask, scan_task
 from infscan.results.publish import SUCCESS
 from infscan.results.refined import unit_path
 from infscan.results.schema import to_parquet
-from infscan.results.shard_file import ShardCounts, finished_shards, read_hits, shard_path
+from infscan.results.shard_file import QUARANTINE, ShardCounts, finished_shards, read_hits, shard_path
 from infscan.runtime import preflight
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
 
 PLAN = "plan.json"
-QUARANTINE = "quarantine"
 _SEQUENCES_PER_UNIT = 256
 
 

@@ -23,3 +23,15 @@ def test_parts_join_into_one_table_by_sequence(tmp_path: Path) -> None:
     found = np.stack([table[column].to_numpy() for column in table.column_names[2:]], axis=1)
     np.testing.assert_array_equal(found, scores_nq)
     assert {str(table[column].type) for column in table.column_names[2:]} == {"float"}
+
+
+def test_scores_of_a_shard_that_was_given_up_do_not_count(tmp_path: Path) -> None:
+    """An attempt may have died after its scores; a shard's file outranks its note."""
+    store = Store(str(tmp_path))
+    for number in range(3):
+        ids = [sequence(number)]
+        write_scores(store, f"shard-{number:06d}", ids, np.ones((1, 3), np.float32), QUERIES, "print")
+    for number in (1, 2):
+        store.write_json(f"quarantine/shard-{number:06d}.json", {})
+    store.write("shards/shard-000002.parquet", b"")
+    assert read_scores(str(tmp_path), unfinished=True)["sequence_id"].to_pylist() == [0, 2]
