@@ -39,7 +39,7 @@ class MountedDisk:
         self._mount("-o", f"remount,{'ro' if read_only else 'rw'}")
 
     def unmount(self) -> None:
-        subprocess.run(["umount", str(self.path)], check=True)
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
 
     def _mount(self, *options: str) -> None:
         subprocess.run(["mount", *options, str(self.path)], check=True, capture_output=True)

@@ -86,7 +86,7 @@ class HereGroup:
 
     def submit(self, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
         assert self.state is State.idle
-        self.state, self.unit, self.step = State.busy, unit, lambda: function(self.rank, *arguments)
+        self.state, self.unit, self.step = State.busy, unit, lambda: self.rank.attempt(function, halvings, *arguments)
 
     def poll(self) -> tuple[Outcome, Any] | None:
         if self.state is State.idle:
@@ -142,10 +142,10 @@ def without_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "connect", lambda cluster: None)
         patch.setattr(run, "gpus_per_rank", lambda cluster: 0.0)
+        patch.setattr(run.preflight, "check_capacity", lambda cluster, gpus: None)
         patch.setattr(scan, "ray", SimpleNamespace(put=lambda arrays: arrays))
         patch.setattr(fit, "_on_layers", _layers_here)
         patch.setattr(prepare, "_on_ray", _files_here)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
-        patch.setattr(pool_module.Pool, "_check_room", lambda self, *_: None)
-        patch.setattr(pool_module.Pool, "_wait", lambda self: None)
+        patch.setattr(pool_module.Pool, "_wait", lambda self: self.check())
         yield
