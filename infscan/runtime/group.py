@@ -31,6 +31,7 @@ from infscan.model.load import Place
 from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import Rank, RankSettings
 from infscan.runtime.pulse import Pulse
+from infscan.storage import storage_faults
 from infscan.storage.host import oom_kills
 
 _LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError)
@@ -46,7 +47,8 @@ _PLACE_S = 1.0
 class RankFacts:
     """What a rank reports of itself. host: its node's address. peak_bytes: its largest resident memory so far.
 
-    oom_kills: processes that the host's kernel had killed for their memory by then.
+    oom_kills: processes that the host's kernel had killed for their memory by then. storage_faults: passing faults of
+    storage that the rank met, by kind.
     """
 
     host: str
@@ -54,6 +56,7 @@ class RankFacts:
     shard_parameters: int
     peak_bytes: int
     oom_kills: int
+    storage_faults: dict[str, int]
 
 
 class RankActor:
@@ -80,7 +83,7 @@ class RankActor:
         model = self._rank.model
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         host = ray.util.get_node_ip_address()
-        return RankFacts(host, model.parameters, model.shard_parameters, peak, oom_kills())
+        return RankFacts(host, model.parameters, model.shard_parameters, peak, oom_kills(), storage_faults())
 
     def run(self, function: Callable[..., Any], halvings: int, *arguments: Any) -> Any:
         """function(rank, *arguments): one of infscan.passes' tasks, with micro-batches halved so many times."""

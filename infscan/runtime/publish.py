@@ -111,6 +111,7 @@ def _summary(
     shards = scanned.counts.values()
     planned = map(plan.shard, range(plan.num_shards))
     left_out = sum(len(shard) for shard in planned if shard.name not in scanned.counts)
+    workers = run.workers()
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": run.inputs() | {"corpus": corpus.fingerprint},
@@ -131,6 +132,7 @@ def _summary(
             "published": {"rows": rows, "sequences": sequences},
         },
         "warnings": run.telemetry.warnings,
-        "workers": run.workers(),
+        "workers": workers,
+        "storage_faults": run.storage_faults(workers),
         "phases": run.telemetry.phases,
     }

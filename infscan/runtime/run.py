@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from infscan.runtime import preflight
 from infscan.runtime.lease import Lease
 from infscan.runtime.pool import Pool, connect, gpus_per_rank
 from infscan.runtime.prepare import input_files, settings_for
-from infscan.storage import MissingError, Store
+from infscan.storage import MissingError, Store, storage_faults
 from infscan.telemetry import Telemetry, configure_logs
 
 log = logging.getLogger("infscan")
@@ -42,6 +43,7 @@ class Run:
         self.config = config
         self.needs_queries = needs_queries
         self.telemetry = Telemetry()
+        self._faults_before = storage_faults()
         self.store = Store(config.output)
         self.factors_store = Store(config.factors.path or f"{config.output}/factors")
         self.architecture: Architecture
@@ -147,6 +149,14 @@ class Run:
             "halvings": started.halvings if started else 0,
             "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
         }
+
+    def storage_faults(self, workers: dict[str, Any]) -> dict[str, int]:
+        """Passing faults of storage by kind: of this process since the run was made, and of the ranks in `workers`."""
+        mine = Counter(storage_faults())
+        mine.subtract(self._faults_before)
+        for rank in (rank for group in workers["ranks"] for rank in group):
+            mine.update(rank["storage_faults"])
+        return {kind: count for kind, count in sorted(mine.items()) if count}
 
     def inputs(self) -> dict[str, str | None]:
         """Fingerprints of the run's inputs by content: what lies at a path, not the path."""
