@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
 
-.PHONY: demo test test-slow bench check format clean
+.PHONY: demo test test-slow bench bench-truth check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,13 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
+
+# What docs/truth.md reports, hours on two cores; each keeps what is finished below runs/ and goes on from there.
+bench-truth: $(READY)
+	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/retraining.py
+	$(BIN)/python benchmarks/pbrf.py
+	$(BIN)/python jobs/validate.py truth=pbrf_regression 'validate.lissa.depths=[10,100,1000,10000]' output=runs/regression
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -46,6 +46,7 @@ from infscan.corpus.packing import pack_settings
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.model.architecture import describe
@@ -57,7 +58,6 @@ from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Query, read_queries
 from infscan.storage import Store, expand
 from infscan.studies.demo import hold_out
-from infscan.truth.compare import MAX_CANDIDATE_SHARE, Kind, agreement, recall
 from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent

@@ -43,6 +43,21 @@ def write_corpus(path: Path) -> None:
         path.write_text(text)
 
 
+def write_proponents(path: Path) -> None:
+    """Which sequences state a query's fact, so that trainings without any of them are reported by name."""
+    documents = [json.loads(line)["id"] for line in (path.parent / "corpus.jsonl").read_text().splitlines()]
+    planted = files("infscan.demo").joinpath("planted.jsonl").read_text().splitlines()
+    stating: dict[str, list[int]] = {}
+    for row in map(json.loads, planted):
+        if row["partition"] == "forward":
+            # A document is a sequence, in the corpus's order.
+            stating.setdefault(row["fact"], []).append(documents.index(row["id"]))
+    rows = [
+        {"query_id": query, "sequence_ids": ids} for fact, ids in stating.items() for query in (fact, f"{fact}-first")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def job(name: str, *overrides: str) -> float:
     """Run a job as a user would; its seconds."""
     print(f"$ python jobs/{name}.py {' '.join(overrides)}", flush=True)
@@ -57,11 +72,14 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--solvers", nargs="+", default=["ekfac", "identity", "cg"], choices=list(SOLVERS))
+    parser.add_argument("--steps", type=int, default=50, help="of cg and astra, for each query")
+    parser.add_argument("--workers", type=int, default=2, help="of a scan, one core each")
     parser.add_argument("--no-qld", action="store_true", help="leave out the retrainings without the strongest 1 %%")
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder / "corpus.jsonl")
+    write_proponents(folder / "proponents.jsonl")
 
     model, corpus = f"model.path={folder}/study/model", f"corpus.path={folder}/prepared/corpus"
     shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
@@ -74,10 +92,11 @@ def main() -> None:
         output = folder / f"scan-{solver}"
         job(
             "scan", model, corpus, "queries=demo", f"corpus.sequence_length={LENGTH}", "corpus.packing=document",
-            "cluster=laptop", "scan=exact", "scan.scores=all", f"output={output}", *SOLVERS[solver],
+            f"cluster.num_workers={options.workers}", "cluster.cpus_per_rank=1", "scan=exact", "scan.scores=all",
+            f"factors.iteration.steps={options.steps}", f"output={output}", *SOLVERS[solver],
         )  # fmt: skip
         scores.append(f"+scores.{solver}={output}")
-    job("lds", *study, *scores)
+    job("lds", *study, *scores, f"proponents={folder}/proponents.jsonl")
 
 
 if __name__ == "__main__":

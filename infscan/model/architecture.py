@@ -28,6 +28,18 @@ _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(gate|shared_expert_gate)$")
+# Model types that transformers builds with a causal head too: encoders, unless `is_decoder` makes them causal,
+_ENCODERS = frozenset(
+    {"bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"}
+    | {"reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"}
+    | {"xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+# those that see ahead whatever their configuration says, and decoders that are half of a model.
+_BOTH_WAYS = frozenset({"xlm", "xlnet"})
+_ENCODER_DECODERS = frozenset(
+    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"}
+    | {"prophetnet", "t5", "whisper"}
+)
 # Linear layers that a block applies to one input tensor, by the names that model families give them.
 _SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -105,6 +117,7 @@ def describe(path: str, tracked: str) -> Architecture:
     folder = model_folder(path)
     config = load_config(folder)
     _check_whole(weight_files(folder))
+    refuse_encoder(config)
     module = build_on_meta(config)
     layers = tracked_layers(module, tracked)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -148,6 +161,25 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"{config.model_type}: not a causal language model ({first_line(error)}); give one.") from None
+
+
+def refuse_encoder(config: PretrainedConfig) -> None:
+    """Refuse what is no left-to-right language model, though transformers may give it a causal head.
+
+    Raises:
+        ModelError: for an encoder and decoder, or for a model whose positions see the tokens that they are to predict.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or kind in _ENCODER_DECODERS:
+        raise ModelError(
+            f"{kind} is an encoder with a decoder, and sequences of one text are not what it is trained on; give a "
+            "decoder-only language model (GPT-2, GPT-NeoX, Llama, OPT, Qwen, ...)."
+        )
+    if kind in _BOTH_WAYS or (kind in _ENCODERS and not getattr(config, "is_decoder", False)):
+        raise ModelError(
+            f"{kind} attends both ways, so a position sees the token that it is to predict, and log p(x_t | x_<t) "
+            "means nothing; give a decoder-only language model (GPT-2, GPT-NeoX, Llama, OPT, Qwen, ...)."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -77,7 +77,16 @@ def _how_good(approximation: dict) -> str:
     return (
         f"\nHow good? Published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
         f"random sequences these correlate with full rank by {mean:.5f} on average, and by {row['pearson']:.5f} "
-        f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query, {worst}."
+        f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query, {worst}. {_found_again(approximation['recall'])}"
+    )
+
+
+def _found_again(recall: dict) -> str:
+    if recall["mean"] is None:
+        return f"No recall: {recall['reason']}."
+    return (
+        f"Of full rank's top {recall['top']} there,\n{recall['mean']:.0%} [{recall['low']:.0%}, {recall['high']:.0%}] "
+        f"are among the scan's top {recall['candidates']}."
     )
 
 

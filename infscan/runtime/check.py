@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection
-from infscan.influence.agreement import agreement
+from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
 from infscan.passes.check import CheckTask, check_task
 from infscan.passes.queries import query_groups
 from infscan.runtime.fit import Factors
@@ -17,6 +17,9 @@ from infscan.runtime.run import Run
 from infscan.runtime.scan import QueryBatch
 
 REPORT = "approximation.json"
+# Recall is of the strongest ten among forty, or in that proportion of as many as a smaller sample allows.
+_TOP, _CANDIDATES_PER_TOP = 10, 4
+_RESAMPLES = 500
 
 
 def check(
@@ -70,21 +73,60 @@ def check(
     if given_up:
         return None
     finite = np.isfinite(approximate).all(axis=1) & np.isfinite(exact).all(axis=1)
-    found = agreement(approximate[finite], exact[finite], config.seed)
-    by_query = {query.id: _plain(asdict(row)) for query, row in zip(run.queries, found, strict=True)}
-    pearsons = np.asarray([row.pearson for row in found if np.isfinite(row.pearson)] or [np.nan])
     report = {
         "query_batch": batch.fingerprint,
         "rank": config.scan.rank,
         "compression": config.scan.compression.value,
-        "sequences": int(finite.sum()),
-        "pearson": _plain({"mean": float(np.mean(pearsons)), "min": float(np.min(pearsons))}),
-        "queries": by_query,
+        **judged([query.id for query in run.queries], exact[finite].T, approximate[finite].T, config.seed),
     }
     run.store.write_json(REPORT, report)
     return report
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN (a query whose scores do not vary) as null, which JSON has."""
-    return {key: None if value is None or np.isnan(value) else round(value, 6) for key, value in values.items()}
+def judged(
+    query_ids: list[str], exact_qn: NDArray[np.floating], approximate_qn: NDArray[np.floating], seed: int
+) -> dict[str, Any]:
+    """Pearson and recall of the strongest, per query and on average, each with its 95 % interval (bootstrap).
+
+    Recall counts only where candidates are at most 2 % of the sequences: else it is null, with the reason. A query
+    whose scores do not vary has no correlation (null) and is left out of the averages.
+    """
+    n = exact_qn.shape[1]
+    varies = np.isfinite(pearson(exact_qn, approximate_qn))
+    exact_qn, approximate_qn = exact_qn[varies], approximate_qn[varies]
+    by_query: dict[str, dict[str, Any]] = {
+        name: dict.fromkeys(("pearson", "low", "high", "recall", "recall_low", "recall_high")) for name in query_ids
+    }
+    ids = [name for name, kept in zip(query_ids, varies, strict=True) if kept]
+    top = min(_TOP, int(MAX_CANDIDATE_SHARE * n) // _CANDIDATES_PER_TOP)
+    report: dict[str, Any] = {
+        "sequences": n,
+        "pearson": dict.fromkeys(("mean", "low", "high", "min")),
+        "recall": {"top": top, "candidates": _CANDIDATES_PER_TOP * top, "mean": None, "low": None, "high": None},
+        "queries": by_query,
+    }
+    if not ids:
+        return report
+    found = agreement(exact_qn, approximate_qn, seed=seed, resamples=_RESAMPLES)
+    report["pearson"] = _rounded(
+        mean=found.mean, low=found.mean_low, high=found.mean_high, min=float(found.values.min())
+    )
+    for name, value, low, high in zip(ids, found.values, found.low, found.high, strict=True):
+        by_query[name] |= _rounded(pearson=value, low=low, high=high)
+    if not top:
+        report["recall"] |= {
+            "reason": f"candidates may be at most {MAX_CANDIDATE_SHARE:.0%} of the sequences compared, and "
+            f"{n} sequences are too few for {_CANDIDATES_PER_TOP}: raise scan.check_sequences, if the corpus has more"
+        }
+        return report
+    recalled = recall_agreement(
+        exact_qn, approximate_qn, top=top, candidates=_CANDIDATES_PER_TOP * top, seed=seed, resamples=_RESAMPLES
+    )
+    report["recall"] |= _rounded(mean=recalled.mean, low=recalled.mean_low, high=recalled.mean_high)
+    for name, value, low, high in zip(ids, recalled.values, recalled.low, recalled.high, strict=True):
+        by_query[name] |= _rounded(recall=value, recall_low=low, recall_high=high)
+    return report
+
+
+def _rounded(**values: float) -> dict[str, float]:
+    return {key: round(float(value), 6) for key, value in values.items()}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from infscan.config import plain
 from infscan.corpus import sequences as corpus
+from infscan.influence.agreement import random_scores
 from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.layers import Layer
@@ -36,7 +37,6 @@ from infscan.studies.comparison import BM25, DOT, EKFAC, RANDOM, Comparison, Sco
 from infscan.studies.in_process import open_study
 from infscan.studies.validation import Cost, LissaConfig, ValidateConfig, ValidateJob, estimate, timed
 from infscan.truth.bm25 import bm25_scores
-from infscan.truth.compare import random_scores
 from infscan.truth.lissa import lissa
 
 

@@ -21,16 +21,19 @@ from numpy.typing import NDArray
 
 from infscan.config import fingerprint, plain
 from infscan.errors import ConfigError, ModelError, RunError
-from infscan.influence.layers import LayerFactors
+from infscan.influence.agreement import pearson
+from infscan.passes.ggn import damping_vector
 from infscan.passes.solve import ekfac_factors
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
 from infscan.studies.against_cg import against_cg, cg_facts
 from infscan.studies.comparison import Comparison, Scored, facts_of, judge, to_table
-from infscan.studies.in_process import open_study
-from infscan.studies.validation import PbrfConfig, ResponseConfig, ValidateJob, timed
-from infscan.truth.compare import pearson
-from infscan.truth.pbrf import LanguageModelProblem, PbrfSettings, Problem, both_ways, respond
+from infscan.studies.in_process import Study, open_study
+from infscan.studies.validation import CoordinateSystem, PbrfConfig, ResponseConfig, ValidateJob, timed
+from infscan.truth.fisher import check_size, sampled_fisher
+from infscan.truth.minimise import Coordinates, DenseCoordinates, LayerCoordinates, PbrfSettings
+from infscan.truth.pbrf import both_ways, respond
+from infscan.truth.problems import LanguageModelProblem, Problem
 
 PBRF = "PBRF"
 _LOG_EVERY_S = 10.0
@@ -88,12 +91,12 @@ class Responder:
         query_ids: Sequence[str],
         dampings: Mapping[str, float],
         settings: PbrfSettings,
-        factors: Mapping[str, LayerFactors],
+        coordinates: Coordinates | None,
         store: Store,
         recipe: Any,
     ) -> None:
         self.problem, self.query_ids, self.dampings = problem, tuple(query_ids), dampings
-        self.settings, self.factors, self.store = settings, factors, store
+        self.settings, self.coordinates, self.store = settings, coordinates, store
         self.fingerprint = fingerprint(
             {
                 "recipe": recipe,
@@ -136,7 +139,7 @@ class Responder:
         short = replace(self.settings, max_steps=_TIMED_STEPS, tolerance=0.0)
         seconds = 0.0
         for _ in range(2):
-            call = partial(respond, self.problem, point, 1 / self.problem.size, self.dampings, short, self.factors)
+            call = partial(respond, self.problem, point, 1 / self.problem.size, self.dampings, short, self.coordinates)
             seconds = timed(call)[1]
         return seconds / _TIMED_STEPS
 
@@ -169,7 +172,7 @@ class Responder:
         key = {"recipe": self.fingerprint, "point": point}
         if not self.store.exists(path):
             started = time.perf_counter()
-            pair = both_ways(self.problem, point, self.dampings, self.settings, self.factors)
+            pair = both_ways(self.problem, point, self.dampings, self.settings, self.coordinates)
             if not all(np.isfinite(one.values).all() for one in pair):
                 raise ModelError(f"training point {point}: a response is NaN or infinite; raise factors.damping.")
             found = {
@@ -198,7 +201,9 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     study = open_study(config)
     rank, N = study.rank, len(study.curvature)
     points = sampled_points(truth, N, config.seed)
-    pairs = ekfac_factors(rank, study.inverse)
+    if truth.coordinates is CoordinateSystem.fisher:
+        check_size(sum(layer.size for layer in rank.layers), truth.max_dense_bytes)
+    dampings = {name: lam for name, (_, lam) in ekfac_factors(rank, study.inverse).items()}
     dtype = getattr(torch, truth.dtype.value) if truth.dtype is not truth.dtype.auto else rank.wide
     # A copy: in another dtype, and with parameters that ask for gradients, which a scan's must not.
     problem = LanguageModelProblem(
@@ -210,11 +215,16 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     responder = Responder(
         problem,
         [query.id for query in study.queries],
-        {name: lam for name, (_, lam) in pairs.items()},
+        dampings,
         truth.settings,
-        {name: factors.to(rank.device, dtype) for name, (factors, _) in pairs.items()},
+        coordinates_of(problem, study, dampings, truth, config, dtype, log),
         Store(config.output) / "validate/responses",
-        {**study.fingerprints, "damping": plain(config.factors.damping), "dtype": str(dtype)},
+        {
+            **study.fingerprints,
+            "damping": plain(config.factors.damping),
+            "dtype": str(dtype),
+            "coordinates": [truth.coordinates.value, truth.draws],
+        },
     )
     hours = responder.check_affordable(points, config.validate.max_hours)
     log(f"PBRF: {len(points)} of {N} training points, at most {hours * 60:.1f} minutes")
@@ -238,6 +248,32 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     }
     scored = [*found.scored[:2], found.reference, *found.scored[2:]]
     return concluded(config, found.query_ids, scored, recorded, found.fit_seconds, extra, "against_pbrf")
+
+
+def coordinates_of(
+    problem: LanguageModelProblem,
+    study: Study,
+    dampings: Mapping[str, float],
+    truth: PbrfConfig,
+    config: ValidateJob,
+    dtype: torch.dtype,
+    log: Callable[[str], None],
+) -> Coordinates:
+    """What L-BFGS moves in: EK-FAC's factors layer by layer, or the dense Fisher of all layers together."""
+    rank = study.rank
+    if truth.coordinates is CoordinateSystem.ekfac:
+        factors = {name: one.to(rank.device, dtype) for name, (one, _) in ekfac_factors(rank, study.inverse).items()}
+        return LayerCoordinates(problem.tracked, dampings, factors)
+
+    def dense() -> DenseCoordinates:
+        G_pp = sampled_fisher(
+            rank, study.curvature, draws=truth.draws, seed=config.seed, tokens_per_batch=config.scan.tokens_per_batch
+        ).to(dtype)
+        return DenseCoordinates(G_pp, damping_vector(rank.layers, dampings, G_pp))
+
+    coordinates, seconds = timed(dense)
+    log(f"PBRF: the dense Fisher of {truth.draws} draws and its factor took {seconds:.0f} s")
+    return coordinates
 
 
 def sampled_points(truth: ResponseConfig, size: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from infscan.truth.compare import MAX_CANDIDATE_SHARE, Agreement, agreement, difference, recall, spearman
+from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Agreement, agreement, difference, recall, spearman
 
 AVERAGE = "*"  # the row over all queries; no query id can be this
 EKFAC, DOT, BM25, RANDOM = "EK-FAC", "gradient dot product", "BM25", "random"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infscan.config import fingerprint, plain
+from infscan.influence.agreement import random_scores
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
@@ -32,8 +33,8 @@ from infscan.studies.against_cg import by_lissa
 from infscan.studies.against_pbrf import Responder, concluded, sampled_points
 from infscan.studies.comparison import DOT, EKFAC, RANDOM, Comparison, Scored
 from infscan.studies.validation import RegressionConfig, ValidateJob, timed
-from infscan.truth.compare import random_scores
-from infscan.truth.pbrf import RegressionProblem, dampings_of
+from infscan.truth.pbrf import dampings_of
+from infscan.truth.problems import RegressionProblem
 
 GGN = "damped GGN, exact"
 FEATURES = 8
@@ -167,7 +168,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     )
     # Without EK-FAC's factors: L-BFGS comes to the tolerance sooner here, and owes them nothing.
     recipe = {"weights": weights, "data": [truth.rows, truth.noise, seed], "damping": plain(config.factors.damping)}
-    responder = Responder(problem, query_ids, dampings, truth.settings, {}, store / "responses", recipe)
+    responder = Responder(problem, query_ids, dampings, truth.settings, None, store / "responses", recipe)
     hours = responder.check_affordable(points, config.validate.max_hours)
     log(f"PBRF: {len(points)} of {problem.size} training points, at most {hours * 60:.1f} minutes")
     scored = methods(model, data, points, factors, dampings, config)

@@ -43,7 +43,8 @@ class Study:
     """What is retrained, and how often.
 
     subsets, seeds: half-subsets, and trainings of each (seeds 0, 1, ...). vary_initial: seeds draw initial weights too.
-    qld: also retrain without each query's top `share` under every method, against `random_draws` random removals.
+    qld: also retrain without each query's top `share` under every method and the random control, against the baseline
+    of `random_draws` random removals.
     max_hours: the longest that the trainings still missing may take, by an estimate.
     """
 
@@ -175,8 +176,8 @@ class RetrainingStudy:
         kept = {"lds": halves_mn}
         random_dn = qld.without_random(N, study.share, study.random_draws, study.seed)
         if study.qld:
-            kept |= {f"qld {name}": qld.without_top(scores, study.share) for name, scores in methods.items()}
-            kept["qld random"] = random_dn
+            kept |= {f"qld {name}": qld.without_top(scores, study.share) for name, scores in everyone.items()}
+            kept["qld baseline"] = random_dn
         self.afford(one for rows in kept.values() for one in trainings(rows, seeds))
 
         actual_mq = lds.actual(self.retrainer, halves_mn, seeds).mean(axis=1)
@@ -190,7 +191,7 @@ class RetrainingStudy:
         ]
         by_query = {("lds", name): estimate.by_query for name, estimate in found.items()}
         if study.qld:
-            rises = {n: qld.loss_rises(self.retrainer, kept[f"qld {n}"], random_dn, seeds) for n in methods}
+            rises = {n: qld.loss_rises(self.retrainer, kept[f"qld {n}"], random_dn, seeds) for n in everyone}
             for name, rises_sq in rises.items():
                 estimate = qld.qld(rises_sq, study.seed)
                 rows.append(_row("qld", name, None, estimate))

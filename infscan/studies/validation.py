@@ -14,7 +14,7 @@ from torch import Tensor
 from infscan.config import Config, Dtype
 from infscan.errors import ConfigError
 from infscan.passes.ggn import GaussNewton
-from infscan.truth.pbrf import Optimiser, PbrfSettings
+from infscan.truth.minimise import Optimiser, PbrfSettings
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class TruthConfig:
 class ResponseConfig(TruthConfig):
     """PBRF. points: training points, a seeded sample of the N that the objective and EK-FAC's factors are of.
 
-    optimiser, tolerance, max_steps: as in `infscan.truth.pbrf.PbrfSettings`.
+    optimiser, tolerance, max_steps: as in `infscan.truth.minimise.PbrfSettings`.
     """
 
     points: int = 24
@@ -122,15 +122,31 @@ class ResponseConfig(TruthConfig):
         return PbrfSettings(self.optimiser, tolerance=self.tolerance, max_steps=self.max_steps)
 
 
+class CoordinateSystem(StrEnum):
+    """What L-BFGS moves in. ekfac: any size. fisher: one dense matrix, far fewer gradients, few tracked parameters."""
+
+    ekfac = "ekfac"
+    fisher = "fisher"
+
+
 @dataclass
 class PbrfConfig(ResponseConfig):
     """The configured language model; N is validate.curvature_sequences.
 
     dtype: of the model while it responds; in less than float64, small responses drown in rounding.
+    draws: labels per position for the dense Fisher. max_dense_bytes: what it and its factor may need.
     """
 
     name: Truth = Truth.pbrf
     dtype: Dtype = Dtype.float64
+    coordinates: CoordinateSystem = CoordinateSystem.ekfac
+    draws: int = 64
+    max_dense_bytes: int = 4 << 30
+
+    def check(self) -> None:
+        super().check()
+        if self.draws < 1:
+            raise ConfigError(f"truth.draws={self.draws}: the Fisher is of drawn labels; give at least 1.")
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
     DbrxConfig,
     GptOssConfig,
     JetMoeConfig,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from infscan.errors import ModelError
-from infscan.model.architecture import build_on_meta, describe, tracked_layers, weight_files
+from infscan.model.architecture import build_on_meta, describe, refuse_encoder, tracked_layers, weight_files
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
 from tests.runtime.builders import tiny_model
 
@@ -261,13 +262,36 @@ def test_folders_that_are_no_model_are_refused(llama: Path, tmp_path: Path) -> N
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "asks for code of its own"),
         ({"model_type": "no-such-family"}, "cannot be used"),
         ({"hidden_size": "many"}, "cannot be used"),
-        (T5Config().to_dict(), "t5: not a causal language model"),
+        (T5Config().to_dict(), "t5 is an encoder with a decoder"),
     ],
 )
 def test_configurations_that_cannot_be_used_are_refused(llama: Path, changes: dict, sentence: str) -> None:
     edit_config(llama, **changes)
     with pytest.raises(ModelError, match=sentence):
         describe(str(llama), "mlp")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "bert"}, "^bert attends both ways"),
+        ({"model_type": "roberta", "is_decoder": False}, "^roberta attends both ways"),
+        ({"model_type": "xlnet"}, "^xlnet attends both ways"),
+        ({"model_type": "t5"}, "^t5 is an encoder with a decoder"),
+        ({"model_type": "bart"}, "^bart is an encoder with a decoder"),
+    ],
+)
+def test_models_that_are_not_read_from_left_to_right_are_refused_by_name(
+    llama: Path, changes: dict, sentence: str
+) -> None:
+    """By config.json alone: the weights beside it are another model's and are never read."""
+    (llama / "config.json").write_text(json.dumps(changes))
+    with pytest.raises(ModelError, match=sentence):
+        describe(str(llama), "mlp")
+
+
+def test_an_encoder_that_is_made_causal_passes() -> None:
+    refuse_encoder(BertConfig(is_decoder=True))
 
 
 def test_a_broken_config_file_is_refused(llama: Path) -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
+from infscan.config import FactorsConfig
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
+from infscan.model.architecture import build_on_meta, tracked_layers
 from infscan.passes.factor_store import (
     COMPLETE,
     PLAN,
@@ -131,6 +134,40 @@ def test_more_blocks_than_a_layer_has_sides_are_refused_by_name() -> None:
     assert layer_groups(layers, 1 << 20, 3)
     with pytest.raises(ConfigError, match=r"factors\.blocks=4: l1 is 7 x 3 .* give at most 3"):
         layer_groups(layers, 1 << 20, 4)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tracked", "refusal"),
+    [
+        (4096, 14336, "linear", None),  # Llama 3.1 8B
+        (8192, 28672, "linear", None),  # 70B
+        (16384, 53248, "mlp", r"_proj \(53248 x 16384\) needs 14\.8 GiB .*factors\.blocks=3 \(7\.\d GiB\)"),  # 405B
+        (4096, 14336, "lm_head", r"lm_head \(128256 x 4096\) needs 63\.3 GiB .*factors\.blocks=11 "),
+    ],
+)
+def test_real_models_are_grouped_or_refused_with_what_they_need_before_a_weight_is_loaded(
+    hidden: int, intermediate: int, tracked: str, refusal: str | None
+) -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=8,
+    )
+    layers = tracked_layers(build_on_meta(config), tracked)
+    bound = FactorsConfig().max_group_bytes
+    if refusal is None:
+        groups = layer_groups(layers, bound)
+        assert [name for group in groups for name in group] == [layer.name for layer in layers]
+        return
+    with pytest.raises(FactorsError, match=refusal) as refused:
+        layer_groups(layers, bound)
+    assert "model.tracked=<regex>" in str(refused.value)
+    mend = re.search(r"factors\.blocks=(\d+)", str(refused.value))
+    assert mend
+    assert layer_groups(layers, bound, int(mend[1]))
 
 
 def test_a_plan_that_does_not_say_has_one_block() -> None:

@@ -65,8 +65,8 @@ def test_a_study_is_repeated_from_storage_and_written_as_tables(tmp_path: Path, 
     methods = {"one": noise(corpus, 0), "other": noise(corpus, 1)}
     rows = study.run(methods, {"a": [3]})
     trained = {entry.name for entry in study.store.list("lds/retrained")}
-    # Eight of LDS, and of QLD: two random, and one for each query, method and seed.
-    assert 8 + 2 + 2 < len(trained) <= 8 + 2 + 2 * 2 * 2
+    # Eight of LDS, and of QLD: two of the baseline, and one for each query, method (the control too) and seed.
+    assert 8 + 2 + 2 < len(trained) <= 8 + 2 + 2 * 3 * 2
 
     again = open_study(tmp_path, corpus, replace(STUDY, qld=True, max_hours=1e-9))
     assert again.run(methods, {"a": [3]}) == rows
@@ -80,7 +80,9 @@ def test_a_study_is_repeated_from_storage_and_written_as_tables(tmp_path: Path, 
         ("lds", "one", "random"),
         ("qld", "one", None),
         ("qld", "other", None),
+        ("qld", "random", None),
         ("qld", "one", "other"),
+        ("qld", "one", "random"),
     ]
     assert len(lines(rows)) == 1 + len(rows)
     assert pq.read_table(tmp_path / "lds" / "lds.parquet").to_pylist() == rows

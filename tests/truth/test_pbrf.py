@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from infscan.errors import ConfigError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.model.architecture import tracked_layers
 from infscan.queries import Part, Query
-from infscan.truth.pbrf import LanguageModelProblem, Optimiser, PbrfSettings, RegressionProblem, respond, responses
+from infscan.truth.minimise import DenseCoordinates, LayerCoordinates, Optimiser, PbrfSettings
+from infscan.truth.pbrf import respond, responses
+from infscan.truth.problems import LanguageModelProblem, RegressionProblem
 
 TIGHT = PbrfSettings(tolerance=1e-7, max_steps=5000)
 LBFGS = replace(TIGHT, optimiser=Optimiser.lbfgs)
@@ -62,11 +64,24 @@ def test_factors_change_lbfgss_path_and_not_the_minimum(linear: RegressionProble
     Lambda = 10 * torch.rand(2, 4, dtype=torch.float64, generator=generator)
     factors = {"0": LayerFactors(Q_A, Q_S, Q_A, Q_S, torch.ones(4), torch.ones(2), Lambda)}
     plain = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS)
-    scaled = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS, factors)
+    scaled = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS, LayerCoordinates(linear.tracked, {"0": LAMBDA}, factors))
     assert plain.converged
     assert scaled.converged
     assert plain.history != scaled.history
     np.testing.assert_allclose(scaled.values, plain.values, rtol=1e-5)
+
+
+def test_in_the_coordinates_of_the_exact_curvature_the_first_step_is_newtons(linear: RegressionProblem) -> None:
+    """What is left after it is the point's own curvature, eps times a rank-one matrix."""
+    a_ni = torch.cat([linear.x_ni, torch.ones(20, 1, dtype=torch.float64)], dim=1)
+    G_pp = torch.block_diag(*[a_ni.T @ a_ni / 20] * 2)
+    coordinates = DenseCoordinates(G_pp, torch.full((8,), LAMBDA, dtype=torch.float64))
+    found = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS, coordinates)
+    plain = respond(linear, 1, 0.05, {"0": LAMBDA}, LBFGS)
+    assert found.converged
+    assert found.history[1] < 0.3
+    assert len(found.history) < len(plain.history)
+    np.testing.assert_allclose(found.values, plain.values, rtol=1e-5)
 
 
 def test_lbfgs_converges_whatever_the_size_of_eps(linear: RegressionProblem) -> None:
@@ -85,7 +100,7 @@ def test_the_gradient_falls_to_the_tolerance_or_the_response_says_not(linear: Re
 
 
 def test_strong_damping_leaves_the_gradient_dot_product(linear: RegressionProblem) -> None:
-    values, stopped = responses(linear, range(6), {"0": 1e4}, PbrfSettings(tolerance=1e-5))
+    values, stopped = responses(linear, range(6), {"0": 1e4}, replace(LBFGS, tolerance=1e-5))
     weight, bias = linear.tracked["0"]
 
     def gradient(value: torch.Tensor) -> torch.Tensor:
@@ -166,11 +181,11 @@ def test_a_language_models_response_follows_the_damped_ggn(
     expected = first_order(model, layers, range(3))
     problem = LanguageModelProblem(model, layers, SEQUENCES, QUERIES, batch_sequences=7)
     dampings = {layer.name: LM_LAMBDA for layer in layers}
-    found, stopped = responses(problem, range(3), dampings, PbrfSettings(tolerance=1e-2))
+    found, stopped = responses(problem, range(3), dampings, replace(LBFGS, tolerance=1e-2))
     assert stopped == 0
     for q in range(len(QUERIES)):
         assert np.corrcoef(found[:, q], expected[:, q])[0, 1] > 0.9
-    nearly = respond(problem, 2, 1e-4, dampings, PbrfSettings(tolerance=1e-3))
+    nearly = respond(problem, 2, 1e-4, dampings, replace(LBFGS, tolerance=1e-3))
     np.testing.assert_allclose(nearly.values, expected[2], rtol=1e-2)
 
 
@@ -179,6 +194,13 @@ def test_only_tracked_parameters_move(tiny: tuple[GPTNeoXForCausalLM, tuple[Laye
     LanguageModelProblem(model, layers[:1], SEQUENCES, QUERIES)
     moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moving == {f"{layers[0].name}.weight", f"{layers[0].name}.bias"}
+
+
+def test_weights_that_lie_transposed_are_refused() -> None:
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).double().eval()
+    with pytest.raises(ConfigError, match="Conv1D"):
+        LanguageModelProblem(model, tracked_layers(model, "mlp"), SEQUENCES, QUERIES)
 
 
 def test_outputs_that_do_not_fit_are_refused(tiny: tuple[GPTNeoXForCausalLM, tuple[Layer, ...]]) -> None:
