@@ -42,6 +42,13 @@ class Packing(StrEnum):
     document = "document"
 
 
+class TextRecords(StrEnum):
+    """What a document is in a plain text file."""
+
+    file = "file"
+    line = "line"
+
+
 class Measure(StrEnum):
     completion = "completion"
     first = "first"
@@ -123,6 +130,7 @@ class CorpusConfig:
     id_field: str = "id"
     source_field: str = "source"
     tokens_field: str | None = None
+    text_records: TextRecords = TextRecords.file
     dtype: str | None = None
     eos_id: int | None = None
     in_place: bool = True
@@ -146,6 +154,7 @@ class FactorsCorpusConfig(CorpusConfig):
     id_field: str = II("corpus.id_field")
     source_field: str = II("corpus.source_field")
     tokens_field: str | None = II("corpus.tokens_field")
+    text_records: TextRecords = II("corpus.text_records")
     dtype: str | None = II("corpus.dtype")
     eos_id: int | None = II("corpus.eos_id")
     in_place: bool = II("corpus.in_place")

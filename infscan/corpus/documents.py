@@ -1,4 +1,4 @@
-"""Read documents from JSONL (plain, gzip, zstd) and Parquet as a stream, and say exactly where a bad one lies."""
+"""Read documents from JSONL and text (plain, gzip, zstd), Parquet and Arrow as a stream; say where a bad one lies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import CorpusConfig
+from infscan.config import CorpusConfig, TextRecords
 from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError, StorageError
-from infscan.storage import InputFile, changed, open_input
+from infscan.storage import InputFile, changed, expand, open_input
 
 MAX_LINE_BYTES = 64 << 20
 # Ids and sources are repeated in every sequence of their document.
 MAX_LABEL_CHARACTERS = 4096
-_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".ipc": "arrow",
+    ".txt": "text",
+}
+_FORMATS = ("jsonl", "parquet", "arrow", "text")
+# What datasets' save_to_disk writes beside its tables.
+_BESIDE_ARROW = ("state.json", "dataset_info.json", "dataset_dict.json")
+_ARROW_FILE = b"ARROW1"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -34,7 +47,7 @@ _LARGE_COLUMN = 64 << 20
 class Document:
     """One document: its text, or its token ids (int [n]) where the corpus brings them.
 
-    `offset` is the byte of the decompressed stream where its line starts (JSONL), or its row number from 0 (Parquet).
+    `offset` is the byte of the decompressed stream where its line starts (JSONL, text), or its row from 0 (tables).
     """
 
     id: str
@@ -62,8 +75,13 @@ def read_documents(
     _check_unchanged(file)
     try:
         with open_input(file.uri) as stream:
-            if file_format(file.uri, config.format) == "parquet":
+            kind = file_format(file.uri, config.format)
+            if kind == "parquet":
                 yield from _read_parquet(file.uri, stream, config, tally)
+            elif kind == "arrow":
+                yield from _read_arrow(file.uri, stream, config, tally)
+            elif kind == "text":
+                yield from _read_text(file.uri, stream, config, tally, max_line_bytes)
             else:
                 yield from _read_jsonl(file.uri, stream, config, tally, max_line_bytes)
     except OSError as error:
@@ -73,15 +91,36 @@ def read_documents(
     _check_unchanged(file)
 
 
+def document_files(config: CorpusConfig) -> list[InputFile]:
+    """The files of a corpus of documents, in the order of their addresses.
+
+    Beside Arrow tables, what datasets' save_to_disk and its caches leave in the folder is no document.
+
+    Raises:
+        StorageError: where nothing is there.
+        CorpusError: where a file's format is unknown.
+    """
+    files = expand(config.path)
+    if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
+        files = [file for file in files if not _is_beside_arrow(_file_name(file.uri))]
+    for file in files:
+        file_format(file.uri, config.format)
+    return files
+
+
+def _is_beside_arrow(name: str) -> bool:
+    return name in _BESIDE_ARROW or (name.startswith("cache-") and name.endswith(".arrow"))
+
+
 def file_format(uri: str, setting: str = "auto") -> str:
-    """`jsonl` or `parquet`: the setting, or what the file's suffix says.
+    """`jsonl`, `parquet`, `arrow` or `text`: the setting, or what the file's suffix says.
 
     Raises:
         CorpusError: for an unknown setting or suffix.
     """
     if setting != "auto":
-        if setting not in _SUFFIXES.values():
-            raise CorpusError(f"corpus.format={setting!r} is unknown; give auto, jsonl or parquet.")
+        if setting not in _FORMATS:
+            raise CorpusError(f"corpus.format={setting!r} is unknown; give auto, {', '.join(_FORMATS)}.")
         return setting
     name = uri
     for compression in COMPRESSIONS:
@@ -90,8 +129,8 @@ def file_format(uri: str, setting: str = "auto") -> str:
         if name.endswith(suffix):
             return kind
     raise CorpusError(
-        f"{uri}: the suffix says nothing about the format; rename it ({', '.join(_SUFFIXES)}, JSONL also with "
-        f"{' or '.join(COMPRESSIONS)}), or set corpus.format to jsonl or parquet."
+        f"{uri}: the suffix says nothing about the format; rename it ({', '.join(_SUFFIXES)}, JSONL and text also with "
+        f"{' or '.join(COMPRESSIONS)}), or set corpus.format to one of {', '.join(_FORMATS)}."
     )
 
 
@@ -181,6 +220,49 @@ def _from_json(uri: str, number: int, offset: int, line: bytes, config: CorpusCo
     return _document(uri, where, number, offset, row, config)
 
 
+# Text
+
+
+def _read_text(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int) -> Iterator[Document]:
+    """The whole file as one document, or every line that is not blank (corpus.text_records)."""
+    lines = decompressed(uri, stream)
+    by_line = config.text_records is TextRecords.line
+    name = _file_name(uri)
+    offset = 0
+    while True:
+        where = f"{uri}, line {tally.records + 1}" if by_line else uri
+        try:
+            data = lines.readline(max_bytes + 1) if by_line else lines.read(max_bytes + 1)
+        except DAMAGES as error:
+            raise damaged(where, error) from error
+        if not data and (by_line or tally.records):
+            return
+        tally.records += 1
+        begin, offset = offset, offset + len(data)
+        if len(data) > max_bytes:
+            mend = "split it" if by_line else "split it, or make documents of its lines with corpus.text_records=line"
+            tally.leave_out(BadDocumentError(f"{where} is longer than {max_bytes} bytes; {mend}.", "too long"))
+            while not (by_line and data.endswith(b"\n")) and (data := _more(lines, by_line)):
+                offset += len(data)
+            continue
+        if begin == 0 and data.startswith(_BOM):
+            data, begin = data[len(_BOM) :], len(_BOM)
+        if by_line and not data.strip():
+            tally.blank += 1
+            continue
+        try:
+            text = data.rstrip(b"\r\n").decode() if by_line else data.decode()
+        except UnicodeDecodeError as error:
+            reason = f"{where}: byte {error.start} is not UTF-8; convert the file."
+            tally.leave_out(BadDocumentError(reason, "not UTF-8"))
+            continue
+        yield Document(f"{name}#{tally.records}" if by_line else name, name, text, None, uri, begin)
+
+
+def _more(lines: BinaryIO, by_line: bool) -> bytes:
+    return lines.readline(_READ_BYTES) if by_line else lines.read(_READ_BYTES)
+
+
 # Parquet
 
 
@@ -203,6 +285,32 @@ def _read_parquet(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally
         reason = " ".join(str(error).split())
         raise BadFileError(
             f"{uri}, after row {tally.records}: not Parquet, truncated or corrupt ({reason}); copy the file again."
+        ) from error
+
+
+def _read_arrow(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
+    """An IPC file (it begins with ARROW1) or stream, one record batch in memory at a time."""
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    try:
+        with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
+            columns = _columns(uri, reader.schema.names, config)
+            count = reader.num_record_batches if is_file else None
+            batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
+            for batch in batches:
+                batch.validate(full=True)
+                for index, wanted in ((row, batch.select(columns)) for row in range(batch.num_rows)):
+                    tally.records += 1
+                    try:
+                        document = _from_row(uri, tally.records - 1, wanted, index, config)
+                    except BadDocumentError as error:
+                        tally.leave_out(error)
+                    else:
+                        yield document
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadFileError(
+            f"{uri}, after row {tally.records}: not Arrow, truncated or corrupt ({reason}); copy the file again."
         ) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import CorpusConfig, fingerprint
+from infscan.config import CorpusConfig, TextRecords, fingerprint
 from infscan.corpus.documents import Document, read_documents
 from infscan.corpus.manifest import (
     MANIFEST,
@@ -48,6 +48,8 @@ _BATCH_CHARACTERS = 4 << 20
 def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None) -> dict[str, Any]:
     """Everything besides the files that decides what a prepared corpus holds, as plain JSON."""
     fields = {key: getattr(config, key) for key in ("format", "text_field", "id_field", "source_field", "tokens_field")}
+    if config.text_records is not TextRecords.file:
+        fields["text_records"] = config.text_records.value
     return {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
 
 

@@ -1,7 +1,10 @@
-"""G23's TF-IDF filter: which sequences share rare tokens with a query. Plain numpy, one pass, bounded memory.
+"""G23's TF-IDF filter: which sequences share rare tokens with a query. Plain numpy, bounded memory.
 
     IDF(w) = log((C - n_w + 0.5) / (n_w + 0.5) + 1)      C sequences, n_w of them containing w
     score(z) = sum over the query's tokens w, with multiplicity, that are present in z of IDF(w)
+
+IDF is rounded to a multiple of 2^-32 (an error of 1.2e-10 at most). Sums of such numbers are exact in float64, so a
+score depends on no order of summation, no batch and no number of workers, and ties are ties.
 
 A sequence that shares no token with the query scores 0: influence across languages or paraphrases is missed by design.
 """
@@ -14,7 +17,12 @@ from itertools import islice
 
 import numpy as np
 
+from infscan.corpus.sequences import TokenBlock
+
 _BLOCK = 1024
+_UNIT = 2.0**-32
+# Entries of the matrix that says which of the queries' tokens a sequence has: 32 MiB.
+_PRESENCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +36,35 @@ class DocumentFrequencies:
         return DocumentFrequencies(self.sequences + other.sequences, self.counts + other.counts)
 
     def idf(self) -> np.ndarray:
-        """float64 [V], all positive."""
-        return np.log((self.sequences - self.counts + 0.5) / (self.counts + 0.5) + 1.0)
+        """float64 [V], all positive, multiples of 2^-32."""
+        exact = np.log((self.sequences - self.counts + 0.5) / (self.counts + 0.5) + 1.0)
+        return np.maximum(np.rint(exact / _UNIT), 1.0) * _UNIT
+
+
+def block_of(sequences: Sequence[np.ndarray]) -> TokenBlock:
+    """Token ids of several sequences as one block."""
+    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    return TokenBlock(np.concatenate(sequences) if sequences else np.empty(0, np.int64), offsets)
+
+
+def block_frequencies(block: TokenBlock, vocab_size: int) -> DocumentFrequencies:
+    """Of a block of sequences: each row sorted, and counted where it differs from its neighbour."""
+    lengths = np.diff(block.offsets)
+    rows_st = np.full((len(block), int(lengths.max(initial=0)) + 1), vocab_size, np.int32)
+    rows_st[np.arange(rows_st.shape[1]) < lengths[:, None]] = block.tokens
+    rows_st.sort(axis=1)
+    # The last column is padding, so that a row's last token differs from its neighbour too.
+    kept = rows_st[:, :-1][rows_st[:, :-1] != rows_st[:, 1:]]
+    return DocumentFrequencies(len(block), np.bincount(kept, minlength=vocab_size + 1)[:vocab_size].astype(np.int64))
 
 
 def document_frequencies(sequences: Iterable[np.ndarray], vocab_size: int) -> DocumentFrequencies:
     """Count over sequences of token ids in [0, vocab_size)."""
-    counts = np.zeros(vocab_size, np.int64)
-    number = 0
-    for tokens in sequences:
-        counts[np.unique(tokens)] += 1
-        number += 1
-    return DocumentFrequencies(number, counts)
+    found = DocumentFrequencies(0, np.zeros(vocab_size, np.int64))
+    stream = iter(sequences)
+    while block := list(islice(stream, _BLOCK)):
+        found += block_frequencies(block_of(block), vocab_size)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +103,20 @@ class QueryWeights:
             words, times = np.unique(np.asarray(tokens, np.int64), return_counts=True)
             self.weights[self._column[words], q] = times * idf[words]
 
-    def score(self, tokens: np.ndarray) -> np.ndarray:
-        """float64 [Q]. The sum runs in token order, so a sequence's score does not depend on its neighbours."""
-        columns = self._column[tokens]
-        return self.weights[np.unique(columns[columns >= 0])].sum(axis=0)
+    def score(self, block: TokenBlock) -> np.ndarray:
+        """float64 [B, Q], exact: the product of which tokens a sequence has (0 or 1) and what they weigh."""
+        used = self.weights.shape[0]
+        step = max(1, _PRESENCE // max(used, 1))
+        pieces = [np.empty((0, self.weights.shape[1]))]
+        for start in range(0, len(block), step):
+            part = block.part(start, min(start + step, len(block)))
+            columns = self._column[part.tokens]
+            rows = np.repeat(np.arange(len(part)), np.diff(part.offsets))
+            hit = columns >= 0
+            present_bu = np.zeros((len(part), used))
+            present_bu.ravel()[rows[hit] * used + columns[hit]] = 1.0
+            pieces.append(present_bu @ self.weights)
+        return np.concatenate(pieces)
 
 
 def top_matches(
@@ -91,15 +126,39 @@ def top_matches(
 
     Memory: idf's V, Q scores for a block of sequences, and at most 2 k rows per query.
     """
-    weights = QueryWeights(queries, idf)
-    kept = [_Best(k) for _ in queries]
+    best_rows = TopMatches(queries, idf, k)
     stream = iter(sequences)
     while block := list(islice(stream, _BLOCK)):
         ids = np.array([sequence_id for sequence_id, _ in block], np.int64)
-        scores = np.stack([weights.score(tokens) for _, tokens in block])
-        for q, rows in enumerate(kept):
-            rows.add(ids, scores[:, q])
-    return [rows.result() for rows in kept]
+        best_rows.add(ids, block_of([tokens for _, tokens in block]))
+    return best_rows.result()
+
+
+class TopMatches:
+    """Every query's k best sequences of the blocks that were added.
+
+    known: for each query the last of k rows found elsewhere; what is strictly worse is dropped.
+    """
+
+    def __init__(
+        self, queries: Sequence[np.ndarray], idf: np.ndarray, k: int, known: Sequence[tuple[float, int] | None] = ()
+    ) -> None:
+        self._weights = QueryWeights(queries, idf)
+        self._kept = [_Best(k) for _ in queries]
+        self._known = list(known) or [None] * len(queries)
+
+    def add(self, sequence_ids: np.ndarray, block: TokenBlock) -> None:
+        scores_bq = self._weights.score(block)
+        for q, rows in enumerate(self._kept):
+            ids, scores = sequence_ids, scores_bq[:, q]
+            known = self._known[q]
+            if known is not None:
+                enters = (scores > known[0]) | ((scores == known[0]) & (ids <= known[1]))
+                ids, scores = ids[enters], scores[enters]
+            rows.add(ids, scores)
+
+    def result(self) -> list[Matches]:
+        return [rows.result() for rows in self._kept]
 
 
 class _Best:

@@ -13,7 +13,7 @@ from infscan import errors
 from infscan.config import CorpusConfig
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import describe, difference, token_files
-from infscan.corpus.documents import file_format
+from infscan.corpus.documents import document_files
 from infscan.corpus.in_place import DESCRIPTION, Description
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
@@ -22,7 +22,7 @@ from infscan.corpus.prepared import check_allowed, finished_parts, prepare_part,
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import CorpusError, InfscanError, RunError
 from infscan.model.architecture import Architecture
-from infscan.storage import InputFile, Store, expand
+from infscan.storage import InputFile, Store
 from infscan.telemetry import Telemetry
 
 
@@ -44,10 +44,7 @@ def input_files(config: CorpusConfig) -> list[InputFile]:
     """
     if is_prepared(config.path) or token_files(config) is not None:
         return []
-    files = expand(config.path)
-    for file in files:
-        file_format(file.uri, config.format)
-    return files
+    return document_files(config)
 
 
 def prepare(
@@ -76,7 +73,7 @@ def prepare(
     arrays = token_files(config)
     if arrays is not None:
         return _described(config, pack, store, *arrays)
-    files = expand(config.path)
+    files = document_files(config)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
         try:

@@ -109,9 +109,9 @@ def test_field_names_follow_the_configuration(tmp_path: Path) -> None:
 
 
 def test_an_explicit_format_overrides_the_suffix(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.txt", [{"text": "a"}])
+    path = write_rows(tmp_path / "x.dat", [{"text": "a"}])
     assert read(path, corpus_config(path, format="jsonl"))[0].text == "a"
-    with pytest.raises(CorpusError, match=r"x\.txt: the suffix says nothing.*corpus\.format"):
+    with pytest.raises(CorpusError, match=r"x\.dat: the suffix says nothing.*corpus\.format"):
         read(path)
     with pytest.raises(CorpusError, match="'csv' is unknown"):
         file_format("x.csv", "csv")
