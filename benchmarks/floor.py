@@ -35,7 +35,7 @@ from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.load import Place, load
-from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.measure import summed_losses
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
 from infscan.passes.queries import Inverse, QueryTask, on_device, query_task, read_query_batch
@@ -207,7 +207,7 @@ class Bench:
 
     def batches(self) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
         for batch in self.rank.batches(self.sequences, self.options.tokens_per_batch):
-            yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
+            yield batch, batch.next_tokens()
 
     @torch.no_grad()
     def forward(self) -> None:

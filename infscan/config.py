@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, cast
@@ -134,6 +134,9 @@ class CorpusConfig:
     dtype: str | None = None
     eos_id: int | None = None
     in_place: bool = True
+    # Where training had no loss: a row's prompt (text, token ids, or how many of its token ids), or 0 and 1 by token.
+    prompt_field: str | None = None
+    mask_field: str | None = None
     sequence_length: int | None = None
     packing: Packing = Packing.concat
     bos: bool = False
@@ -143,28 +146,36 @@ class CorpusConfig:
     allow_bad_documents: int = 0
     allow_bad_files: int = 0
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens carry no loss."""
+        return self.prompt_field is not None or self.mask_field is not None
+
 
 @dataclass
 class FactorsCorpusConfig(CorpusConfig):
-    """What the factors are fitted on: key by key the scanned corpus, unless said otherwise."""
+    """What the factors are fitted on: key by key the corpus beside them (the scanned one, or a stage's), unless said
+    otherwise."""
 
-    path: str = II("corpus.path")
-    format: str = II("corpus.format")
-    text_field: str = II("corpus.text_field")
-    id_field: str = II("corpus.id_field")
-    source_field: str = II("corpus.source_field")
-    tokens_field: str | None = II("corpus.tokens_field")
-    text_records: TextRecords = II("corpus.text_records")
-    dtype: str | None = II("corpus.dtype")
-    eos_id: int | None = II("corpus.eos_id")
-    in_place: bool = II("corpus.in_place")
-    sequence_length: int | None = II("corpus.sequence_length")
-    packing: Packing = II("corpus.packing")
-    bos: bool = II("corpus.bos")
-    max_sequences: int | None = II("corpus.max_sequences")
-    seed: int = II("corpus.seed")
-    allow_bad_documents: int = II("corpus.allow_bad_documents")
-    allow_bad_files: int = II("corpus.allow_bad_files")
+    path: str = II("...corpus.path")
+    format: str = II("...corpus.format")
+    text_field: str = II("...corpus.text_field")
+    id_field: str = II("...corpus.id_field")
+    source_field: str = II("...corpus.source_field")
+    tokens_field: str | None = II("...corpus.tokens_field")
+    text_records: TextRecords = II("...corpus.text_records")
+    prompt_field: str | None = II("...corpus.prompt_field")
+    mask_field: str | None = II("...corpus.mask_field")
+    dtype: str | None = II("...corpus.dtype")
+    eos_id: int | None = II("...corpus.eos_id")
+    in_place: bool = II("...corpus.in_place")
+    sequence_length: int | None = II("...corpus.sequence_length")
+    packing: Packing = II("...corpus.packing")
+    bos: bool = II("...corpus.bos")
+    max_sequences: int | None = II("...corpus.max_sequences")
+    seed: int = II("...corpus.seed")
+    allow_bad_documents: int = II("...corpus.allow_bad_documents")
+    allow_bad_files: int = II("...corpus.allow_bad_files")
 
 
 @dataclass
@@ -218,11 +229,75 @@ MOST_RANK = 32
 
 
 @dataclass
+class StageCorpusConfig(CorpusConfig):
+    """What a stage was trained on. How it is read is as for `corpus`, unless said otherwise."""
+
+    format: str = II("corpus.format")
+    text_field: str = II("corpus.text_field")
+    id_field: str = II("corpus.id_field")
+    source_field: str = II("corpus.source_field")
+    tokens_field: str | None = II("corpus.tokens_field")
+    text_records: TextRecords = II("corpus.text_records")
+    dtype: str | None = II("corpus.dtype")
+    eos_id: int | None = II("corpus.eos_id")
+    in_place: bool = II("corpus.in_place")
+    allow_bad_documents: int = II("corpus.allow_bad_documents")
+    allow_bad_files: int = II("corpus.allow_bad_files")
+    sequence_length: int | None = II("corpus.sequence_length")
+    packing: Packing = II("corpus.packing")
+    bos: bool = II("corpus.bos")
+
+
+@dataclass
+class StageDampingConfig(DampingConfig):
+    relative: float = II("factors.damping.relative")
+    absolute: float | None = II("factors.damping.absolute")
+
+
+@dataclass
+class StageIterationConfig(IterationConfig):
+    steps: int = II("factors.iteration.steps")
+    tolerance: float = II("factors.iteration.tolerance")
+    batch: int | None = II("factors.iteration.batch")
+    momentum: float = II("factors.iteration.momentum")
+    step_size: float | None = II("factors.iteration.step_size")
+    tokens_per_batch: int = II("factors.iteration.tokens_per_batch")
+
+
+@dataclass
+class StageFactorsConfig(FactorsConfig):
+    """A stage's factors, fitted on its corpus; settings are those of `factors`, unless said otherwise."""
+
+    labels: Labels = II("factors.labels")
+    num_sequences: int = II("factors.num_sequences")
+    damping: StageDampingConfig = field(default_factory=StageDampingConfig)
+    solver: Solver = II("factors.solver")
+    iteration: StageIterationConfig = field(default_factory=StageIterationConfig)
+    slices: int = II("factors.slices")
+    blocks: int = II("factors.blocks")
+    max_group_bytes: int = II("factors.max_group_bytes")
+
+
+@dataclass
+class StageConfig:
+    """One stage of training (METHOD: multi-stage). model: what it ended with, a folder, URI or hub id.
+
+    alpha: of the proximal term alpha/2 |theta - theta_before|^2 that held it at the stage before; the first has none.
+    """
+
+    model: str = MISSING
+    corpus: StageCorpusConfig = field(default_factory=StageCorpusConfig)
+    factors: StageFactorsConfig = field(default_factory=StageFactorsConfig)
+    alpha: float | None = None
+
+
+@dataclass
 class ScanConfig:
     """How sequences are scored. rank: a number; null: full; `auto`: allotted per query and layer, so that the columns
     kept hold `energy` of the score's expected square.
     """
 
+    stage: int = 1
     rank: int | str | None = 32
     energy: float = 0.99
     compression: Compression = Compression.weighted
@@ -271,8 +346,30 @@ class Config:
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    stages: list[StageConfig] = field(default_factory=list)
     output: str = MISSING
     seed: int = 0
+
+    def at_stage(self, number: int) -> Config:
+        """This configuration with the model, corpus and factors of a stage (1 is the first); one without stages as is.
+
+        After `from_hydra` a configuration is at its scan.stage: what is scanned stands at the top.
+        """
+        if not self.stages:
+            return self
+        stage = self.stages[number - 1]
+        return replace(
+            self,
+            model=replace(self.model, path=stage.model),
+            corpus=stage.corpus,
+            factors=stage.factors,
+            scan=replace(self.scan, stage=number),
+        )
+
+    @property
+    def alpha(self) -> float:
+        """alpha_j of the stage that is scanned; 0 for the first."""
+        return (self.stages[self.scan.stage - 1].alpha or 0.0) if self.stages else 0.0
 
     @property
     def candidates(self) -> int:
@@ -331,7 +428,15 @@ class Config:
             "scan.candidates": self.scan.candidates,
             "scan.shard_sequences": self.scan.shard_sequences,
         }
-        for name, corpus in (("corpus", self.corpus), ("factors.corpus", self.factors.corpus)):
+        corpora: dict[str, CorpusConfig] = {"corpus": self.corpus, "factors.corpus": self.factors.corpus}
+        for number, stage in enumerate(self.stages):
+            corpora[f"stages.{number}.corpus"] = stage.corpus
+        for name, corpus in corpora.items():
+            if corpus.mask_field is not None and (corpus.prompt_field is not None or corpus.tokens_field is None):
+                raise ConfigError(
+                    f"{name}.mask_field={corpus.mask_field}: a mask says 0 or 1 for every token id of a row; give "
+                    f"{name}.tokens_field too, and no prompt_field."
+                )
             optional[f"{name}.max_sequences"] = corpus.max_sequences
             if corpus.sequence_length is not None and corpus.sequence_length < 2:
                 raise ConfigError(
@@ -393,6 +498,34 @@ class Config:
                 "or scan.rank=null for exact scores."
             )
 
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        if not 1 <= self.scan.stage <= max(1, len(self.stages)):
+            raise ConfigError(
+                f"scan.stage={self.scan.stage}: there are {len(self.stages)} stages; give one of them, 1 for the first."
+            )
+        if len(self.stages) == 1:
+            raise ConfigError("stages: there is one; give two or more, pretraining first, or none.")
+        for number, stage in enumerate(self.stages):
+            key = f"stages.{number}"
+            if (number > 0) != (stage.alpha is not None):
+                raise ConfigError(
+                    f"{key}.alpha={stage.alpha}: every stage has one but the first, which nothing held: alpha of (mean "
+                    "loss of a sequence) + alpha/2 |theta - theta_before|^2."
+                )
+            if stage.alpha is not None and not 0 < stage.alpha < float("inf"):
+                raise ConfigError(
+                    f"{key}.alpha={stage.alpha}: must be greater than 0 and finite; where fine-tuning had no proximal "
+                    "term, a small one stands for its having stopped early."
+                )
+            if number + 1 != self.scan.stage:
+                # What a single-stage run at this stage would be refused for.
+                try:
+                    replace(self.at_stage(number + 1), stages=[], scan=ScanConfig(rank=None)).check()
+                except ConfigError as error:
+                    raise ConfigError(f"{key}: {error}") from None
+
 
 ConfigStore.instance().store(name="infscan_schema", node=Config)
 
@@ -416,6 +549,7 @@ RUN_TIME_FIELDS = (
     "factors.path",
     "factors.corpus.path",
 )
+_STAGE = re.compile(r"stages\.\d+\.(model$)?")
 
 
 def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
@@ -439,6 +573,7 @@ def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     config.check()
+    config = config.at_stage(config.scan.stage)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         config.output = f"{config.output.rstrip('/')}/{_cell_name(list(HydraConfig.get().overrides.task))}"
     config.output = absolute(config.output)
@@ -447,7 +582,18 @@ def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
     for corpus in (config.corpus, config.factors.corpus):
         corpus.path = absolute(corpus.path)
     config.factors.path = absolute(config.factors.path) if config.factors.path else f"{config.output}/factors"
+    for number, stage in enumerate(config.stages, start=1):
+        stage.model = absolute(stage.model, only_existing=True)
+        for corpus in (stage.corpus, stage.factors.corpus):
+            corpus.path = absolute(corpus.path)
+        own = f"{stage_output(config.output, number)}/factors"
+        stage.factors.path = absolute(stage.factors.path) if stage.factors.path else own
     return config
+
+
+def stage_output(output: str, number: int) -> str:
+    """Where a run keeps what it makes of a stage that it does not scan."""
+    return f"{output}/stages/{number}"
 
 
 def _cell_name(overrides: list[str]) -> str:
@@ -493,11 +639,19 @@ def from_yaml(text: str) -> dict[str, Any]:
 def differences(before: Any, after: Any) -> list[str]:
     """`key: before -> after` for every leaf that differs between two plain settings, run-time fields left out."""
     old, new = dict(_leaves(plain(before))), dict(_leaves(plain(after)))
-    keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(RUN_TIME_FIELDS))
+    keys = sorted(key for key in old.keys() | new.keys() if not _at_top(key).startswith(RUN_TIME_FIELDS))
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
+def _at_top(key: str) -> str:
+    """A stage's key as it would be called at the top: stages.1.corpus.path is corpus.path, stages.1.model is
+    model.path."""
+    return _STAGE.sub(lambda found: "model.path" if found[1] else "", key)
+
+
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{prefix}.{key}" if prefix else key)

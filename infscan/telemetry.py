@@ -95,6 +95,13 @@ class Telemetry:
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
+        self._prefix = ""
+
+    def within(self, prefix: str) -> Telemetry:
+        """The same record, for a part of the run whose phases are named `<prefix><name>`."""
+        part = Telemetry()
+        part.phases, part.warnings, part._prefix = self.phases, self.warnings, prefix
+        return part
 
     def warn(self, message: str) -> None:
         """Show a warning and keep it for summary.json."""
@@ -104,6 +111,7 @@ class Telemetry:
     @contextmanager
     def phase(self, name: str, units: int = 1, unit_name: str = "units") -> Iterator[PhaseView]:
         """Time a phase and show its progress; a phase entered twice adds up."""
+        name = self._prefix + name
         phase = Phase(name, units, unit_name)
         live = sys.stderr.isatty()
         view: PhaseView = _Live(phase) if live else _Lines(phase)

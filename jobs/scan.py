@@ -14,6 +14,7 @@ from infscan.runtime.publish import publish
 from infscan.runtime.run import Run
 from infscan.runtime.scan import make_plan, query_batch, refine, scan
 from infscan.runtime.solve import solve
+from infscan.runtime.stages import bring_back
 from infscan.telemetry import sentences
 
 
@@ -24,8 +25,10 @@ def answer(config: Config) -> None:
         corpus = prepare_corpus(run)
         # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
         plan = make_plan(run, corpus)
+        # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
+        vectors = bring_back(run)
         # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.
-        factors = fit(run)
+        factors = fit(run, vectors)
         # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
         factors = solve(run, factors)
         # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.

@@ -44,3 +44,12 @@ def pad(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = True
     return ids, mask
+
+
+def pad_losses(losses: Sequence[np.ndarray | None], mask: np.ndarray) -> np.ndarray:
+    """Which tokens of padded sequences have a loss: bool [B, T], within `mask`; None is a sequence that has it all."""
+    padded = mask.copy()
+    for row, loss in enumerate(losses):
+        if loss is not None:
+            padded[row, : len(loss)] = loss
+    return padded

@@ -47,6 +47,8 @@ _LARGE_COLUMN = 64 << 20
 class Document:
     """One document: its text, or its token ids (int [n]) where the corpus brings them.
 
+    `prompt`: a text that comes before, without a loss (corpus.prompt_field). `loss`: bool [n], where it has one, of
+    token ids that are not all of them in the loss; None where they are.
     `offset` is the byte of the decompressed stream where its line starts (JSONL, text), or its row from 0 (tables).
     """
 
@@ -56,6 +58,8 @@ class Document:
     token_ids: np.ndarray | None
     path: str
     offset: int
+    prompt: str | None = None
+    loss: np.ndarray | None = None
 
 
 def read_documents(
@@ -315,7 +319,8 @@ def _read_arrow(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) 
 
 
 def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
-    wanted = (config.text_field, config.id_field, config.source_field, config.tokens_field)
+    wanted = [config.text_field, config.id_field, config.source_field, config.tokens_field]
+    wanted += [config.prompt_field, config.mask_field]
     columns = [name for name in dict.fromkeys(wanted) if name in names]
     if config.text_field not in columns and config.tokens_field not in columns:
         raise CorpusError(
@@ -346,9 +351,8 @@ def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: 
         value = batch.column(name)[index]
         try:
             # Token ids stay an Arrow array: turning them into Python numbers would cost more than all the rest.
-            row[name] = (
-                value.values if name == config.tokens_field and isinstance(value, pa.ListScalar) else value.as_py()
-            )
+            lists = (config.tokens_field, config.prompt_field, config.mask_field)
+            row[name] = value.values if name in lists and isinstance(value, pa.ListScalar) else value.as_py()
         except UnicodeDecodeError as error:
             raise BadDocumentError(
                 f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.", "not UTF-8"
@@ -365,11 +369,17 @@ def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: 
 
 def _document(uri: str, where: str, number: int, offset: int, row: dict[str, Any], config: CorpusConfig) -> Document:
     text: str | None = None
+    prompt: str | None = None
     token_ids: np.ndarray | None = None
+    loss: np.ndarray | None = None
     if config.tokens_field is not None and row.get(config.tokens_field) is not None:
         token_ids = _token_ids(where, config.tokens_field, row[config.tokens_field])
+        if config.masked:
+            token_ids, loss = _with_loss(where, token_ids, row, config)
     else:
         text = _text(where, row, config)
+        if config.prompt_field is not None:
+            prompt = _prompt(where, row, config.prompt_field)
     return Document(
         id=_label(where, row, config.id_field, f"{_file_name(uri)}#{number}"),
         source=_label(where, row, config.source_field, _file_name(uri)),
@@ -377,7 +387,69 @@ def _document(uri: str, where: str, number: int, offset: int, row: dict[str, Any
         token_ids=token_ids,
         path=uri,
         offset=offset,
+        prompt=prompt,
+        loss=loss,
     )
+
+
+def _prompt(where: str, row: dict[str, Any], field: str) -> str:
+    if isinstance(prompt := row.get(field), str):
+        return prompt
+    if field in row:
+        raise BadDocumentError(
+            f"{where}: {field!r} is {_kind(row[field])}, not a text; give the prompt's text, empty for no prompt.",
+            "no prompt",
+        )
+    raise _no_field(where, row, field, "prompt_field")
+
+
+def _no_field(where: str, row: dict[str, Any], field: str, key: str) -> BadDocumentError:
+    fields = ", ".join(map(repr, list(row)[:10])) or "none"
+    return BadDocumentError(
+        f"{where} has no field {field!r}; it has {fields}. Every row says where its loss is; name the field in "
+        f"corpus.{key}, or give null for a corpus whose loss is everywhere.",
+        "no prompt",
+    )
+
+
+def _with_loss(
+    where: str, token_ids: np.ndarray, row: dict[str, Any], config: CorpusConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids with the prompt's before them where those come apart, and bool [n]: which of them have a loss."""
+    if config.mask_field is not None:
+        if config.mask_field not in row:
+            raise _no_field(where, row, config.mask_field, "mask_field")
+        value = row[config.mask_field]
+        mask = value if isinstance(value, list) else value.to_pylist() if isinstance(value, pa.Array) else None
+        if mask is None or len(mask) != len(token_ids) or not all(one in (0, 1) for one in mask):
+            found = _kind(value) if mask is None else f"{len(mask)} values for {len(token_ids)} token ids"
+            raise BadDocumentError(
+                f"{where}: {config.mask_field!r} is {found}; give a 0 (no loss) or a 1 for every one of the token ids.",
+                "no loss mask",
+            )
+        return token_ids, np.array(mask, np.bool_)
+    assert config.prompt_field is not None
+    if config.prompt_field not in row:
+        raise _no_field(where, row, config.prompt_field, "prompt_field")
+    value = row[config.prompt_field]
+    if type(value) is int:
+        if not 0 <= value <= len(token_ids):
+            raise BadDocumentError(
+                f"{where}: {config.prompt_field!r} is {value}, and there are {len(token_ids)} token ids; give how many "
+                "of them are the prompt.",
+                "no prompt",
+            )
+        return token_ids, np.arange(len(token_ids)) >= value
+    if isinstance(value, str | bool) or value is None:
+        raise BadDocumentError(
+            f"{where}: {config.prompt_field!r} is {_kind(value)} beside token ids; give the prompt's token ids, or how "
+            "many of the row's are the prompt.",
+            "no prompt",
+        )
+    before = _token_ids(where, config.prompt_field, value)
+    if not len(token_ids):
+        return token_ids, np.empty(0, np.bool_)
+    return np.concatenate([before, token_ids]), np.arange(len(before) + len(token_ids)) >= len(before)
 
 
 def _text(where: str, row: dict[str, Any], config: CorpusConfig) -> str:

@@ -143,15 +143,17 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def part_schema(vocab_size: int) -> pa.Schema:
-    """A part's columns; token ids in the smallest of uint16 and uint32 that holds the vocabulary."""
+def part_schema(vocab_size: int, *, masked: bool = False) -> pa.Schema:
+    """A part's columns; token ids in the smallest of uint16 and uint32 that holds the vocabulary.
+
+    masked: with `loss_mask`, true on the tokens whose prediction has a loss; without it all of them have one.
+    """
     token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
     span = pa.struct([("id", pa.string()), ("source", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
-    return pa.schema(
-        [
-            ("token_ids", pa.list_(token)),
-            ("documents", pa.list_(span)),
-            ("byte_offset", pa.int64()),
-            ("path", pa.string()),
-        ]
-    )
+    columns = [
+        ("token_ids", pa.list_(token)),
+        ("documents", pa.list_(span)),
+        ("byte_offset", pa.int64()),
+        ("path", pa.string()),
+    ]
+    return pa.schema([*columns, ("loss_mask", pa.list_(pa.bool_()))] if masked else columns)

@@ -21,7 +21,8 @@ class Counts:
     Always: tokens_read + tokens_added - tokens_truncated == tokens, and of every file that was read
     records_blank + documents_bad + documents_read == records_read. A record is a line (JSONL) or a row (Parquet).
     `tokens_added` are separators (BOS, EOS); `documents_empty` had no token and are in no sequence. Of a bad file
-    nothing is kept, and nothing else is counted.
+    nothing is kept, and nothing else is counted. `tokens_masked` are those
+    of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone scores 0.
     """
 
     files_read: int = 0
@@ -37,6 +38,7 @@ class Counts:
     tokens_added: int = 0
     sequences: int = 0
     tokens: int = 0
+    tokens_masked: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)})
@@ -44,13 +46,17 @@ class Counts:
 
 @dataclass(frozen=True)
 class PackSettings:
-    """How documents become sequences: T, the vocabulary's size, and the separators; `bos_id` None puts none."""
+    """How documents become sequences: T, the vocabulary's size, and the separators; `bos_id` None puts none.
+
+    masked: whether some documents' tokens have no loss; sequences then say which have one. EOS has one, BOS has none.
+    """
 
     packing: Packing
     sequence_length: int
     vocab_size: int
     eos_id: int | None = None
     bos_id: int | None = None
+    masked: bool = False
 
 
 def pack_settings(
@@ -84,6 +90,7 @@ def pack_settings(
         vocab_size=vocab_size,
         eos_id=eos_id if concat else None,
         bos_id=bos_id if config.bos else None,
+        masked=config.masked,
     )
 
 
@@ -123,20 +130,21 @@ class Packer:
                 self.counts.documents_empty += 1
                 continue
             stream = np.concatenate([self._before, tokens, self._after])
+            loss = self._loss(document, len(tokens))
             own = len(self._before), len(self._before) + len(tokens)
             self.counts.tokens_added += len(self._before) + len(self._after)
             if not concat:
                 kept = min(room, len(stream))
                 self.counts.documents_truncated += kept < len(stream)
                 self.counts.tokens_truncated += len(stream) - kept
-                pieces.add(document, stream, 0, kept, own)
+                pieces.add(document, stream, loss, 0, kept, own)
                 yield self._sequence(pieces)
                 pieces = _Pieces()
                 continue
             begin = 0
             while begin < len(stream):
                 end = min(len(stream), begin + room - pieces.length)
-                pieces.add(document, stream, begin, end, own)
+                pieces.add(document, stream, loss, begin, end, own)
                 begin = end
                 if pieces.length == room:
                     yield self._sequence(pieces)
@@ -156,7 +164,15 @@ class Packer:
                 )
         return tokens.astype(np.int64, copy=False)
 
+    def _loss(self, document: Document, tokens: int) -> np.ndarray:
+        """bool: which tokens of the document's stream have a loss."""
+        own = np.ones(tokens, np.bool_) if document.loss is None else document.loss
+        before = np.full(len(self._before), not self.settings.masked)
+        return np.concatenate([before, own, np.ones(len(self._after), np.bool_)])
+
     def _sequence(self, pieces: _Pieces) -> Sequence:
+        loss = np.concatenate(pieces.losses)
+        self.counts.tokens_masked += int((~loss).sum())
         number = self.counts.sequences
         self.counts.sequences += 1
         self.counts.tokens += pieces.length
@@ -168,6 +184,7 @@ class Packer:
             documents=spans or (pieces.spans[0][1],),
             byte_offset=first.offset,
             path=first.path,
+            loss=loss if self.settings.masked else None,
         )
 
 
@@ -177,10 +194,19 @@ class _Pieces:
     def __init__(self) -> None:
         self.length = 0
         self.tokens: list[np.ndarray] = []
+        self.losses: list[np.ndarray] = []
         self.spans: list[tuple[Document, Span]] = []
 
-    def add(self, document: Document, stream: np.ndarray, begin: int, end: int, own: tuple[int, int]) -> None:
-        """Append stream[begin:end]; `own` is the document's own range in the stream, without separators."""
+    def add(
+        self,
+        document: Document,
+        stream: np.ndarray,
+        loss: np.ndarray,
+        begin: int,
+        end: int,
+        own: tuple[int, int],
+    ) -> None:
+        """Append stream[begin:end], and the loss's; `own` is the document's own range in the stream, no separators."""
         start = self.length + max(begin, own[0]) - begin
         stop = self.length + min(end, own[1]) - begin
         span = (
@@ -189,5 +215,6 @@ class _Pieces:
             else Span(document.id, document.source, 0, 0)
         )
         self.tokens.append(stream[begin:end])
+        self.losses.append(loss[begin:end])
         self.spans.append((document, span))
         self.length += end - begin

@@ -208,6 +208,7 @@ class _RowGroup:
     span_offsets: np.ndarray
     byte_offsets: np.ndarray
     paths: pa.Array
+    loss: np.ndarray | None
 
     @classmethod
     def of(cls, table: pa.Table) -> _RowGroup:
@@ -220,14 +221,18 @@ class _RowGroup:
             span_offsets=documents.offsets.to_numpy(),
             byte_offsets=columns["byte_offset"].to_numpy(),
             paths=columns["path"],
+            # The masks lie as the tokens do, one for each.
+            loss=columns["loss_mask"].values.to_numpy(zero_copy_only=False) if "loss_mask" in columns else None,
         )
 
     def sequence(self, row: int, number: int) -> Sequence:
         begin, end = int(self.span_offsets[row]), int(self.span_offsets[row + 1])
+        tokens = slice(self.token_offsets[row], self.token_offsets[row + 1])
         return Sequence(
             sequence_id=number,
-            token_ids=self.tokens[self.token_offsets[row] : self.token_offsets[row + 1]].astype(np.int64),
+            token_ids=self.tokens[tokens].astype(np.int64),
             documents=tuple(Span(**span) for span in self.spans[begin:end].to_pylist()),
             byte_offset=int(self.byte_offsets[row]),
             path=self.paths[row].as_py(),
+            loss=None if self.loss is None else self.loss[tokens],
         )

@@ -50,7 +50,11 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
     fields = {key: getattr(config, key) for key in ("format", "text_field", "id_field", "source_field", "tokens_field")}
     if config.text_records is not TextRecords.file:
         fields["text_records"] = config.text_records.value
-    return {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
+    settings = {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
+    del settings["masked"]
+    # Where the loss is everywhere, nothing is said of it.
+    masks = {"prompt_field": config.prompt_field, "mask_field": config.mask_field} if pack.masked else {}
+    return settings | masks
 
 
 def prepare_part(
@@ -111,7 +115,7 @@ def _part(
     """A part's bytes, and what its footer says; `found` is asked once the sequences are exhausted."""
     digest = sha256()
     sink = pa.BufferOutputStream()
-    schema = part_schema(packer.settings.vocab_size)
+    schema = part_schema(packer.settings.vocab_size, masked=packer.settings.masked)
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         while rows := list(islice(sequences, ROW_GROUP_SEQUENCES)):
             writer.write_table(_table(rows, schema), row_group_size=ROW_GROUP_SEQUENCES)
@@ -255,8 +259,25 @@ def _with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> 
 def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:
     texts = [document.text for document in batch if document.text is not None]
     rows = iter(tokenizer.encode_batch(texts) if tokenizer else [])
+    prompts = [document.prompt for document in batch if document.prompt is not None]
+    before = iter(tokenizer.encode_batch(prompts) if tokenizer else [])
     for document in batch:
-        yield document if document.text is None else replace(document, text=None, token_ids=next(rows))
+        if document.text is None:
+            yield document
+            continue
+        token_ids = next(rows)
+        if document.prompt is None:
+            yield replace(document, text=None, token_ids=token_ids)
+            continue
+        # Apart, as a query's prompt and completion are; without a completion there is nothing to learn.
+        prompt_ids = next(before) if len(token_ids) else next(before)[:0]
+        yield replace(
+            document,
+            text=None,
+            prompt=None,
+            token_ids=np.concatenate([prompt_ids, token_ids]),
+            loss=np.arange(len(prompt_ids) + len(token_ids)) >= len(prompt_ids),
+        )
 
 
 def _table(rows: Row[Sequence], schema: pa.Schema) -> pa.Table:
@@ -278,9 +299,15 @@ def _table(rows: Row[Sequence], schema: pa.Schema) -> pa.Table:
             ),
             pa.array([row.byte_offset for row in rows], pa.int64()),
             pa.array([row.path for row in rows], pa.string()),
+            *([_masks(rows)] if "loss_mask" in schema.names else []),
         ],
         schema=schema,
     )
+
+
+def _masks(rows: Row[Sequence]) -> pa.Array:
+    masks = [row.loss if row.loss is not None else np.ones(len(row), np.bool_) for row in rows]
+    return pa.ListArray.from_arrays(_offsets(len(row) for row in rows), pa.array(np.concatenate(masks), pa.bool_()))
 
 
 def _offsets(lengths: Iterable[int]) -> pa.Array:
@@ -293,3 +320,5 @@ def _digest_row(digest: Any, row: Sequence) -> None:
     for span in row.documents:
         name = span.id.encode()
         digest.update(struct.pack("<qqq", len(name), span.start, span.end) + name)
+    if row.loss is not None:
+        digest.update(b"loss" + row.loss.astype(np.uint8).tobytes())

@@ -36,6 +36,7 @@ class Sequence:
         byte_offset: where its first document begins in `path`, as the format counts (docs/corpora.md): the byte of the
             decompressed stream at which the line starts, the row of a table, the byte of an array's first token.
         path: the file the first document was read from.
+        loss: bool [length], the tokens whose prediction training's loss counted; None where it counted them all.
     """
 
     sequence_id: int
@@ -43,6 +44,7 @@ class Sequence:
     documents: tuple[Span, ...]
     byte_offset: int
     path: str
+    loss: np.ndarray | None = None
 
     @property
     def document_id(self) -> str:

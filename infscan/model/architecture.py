@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ class Architecture:
     """A causal language model as the driver knows it: no weights, no GPU.
 
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
+    shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
     """
 
     folder: str
@@ -65,6 +68,8 @@ class Architecture:
     bos_id: int | None
     layers: tuple[Layer, ...]
     parameters: int
+    family: str = ""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -130,7 +135,42 @@ def describe(path: str, tracked: str) -> Architecture:
         bos_id=_token_id(config, "bos_token_id"),
         layers=layers,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
+        family=str(config.model_type),
+        shapes=_inner_shapes(module),
     )
+
+
+def _inner_shapes(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    ends = [end for end in (module.get_input_embeddings(), module.get_output_embeddings()) if end is not None]
+    outer = {id(parameter) for end in ends for parameter in end.parameters()}
+    return {name: tuple(value.shape) for name, value in module.named_parameters() if id(value) not in outer}
+
+
+def check_agree(one: Architecture, other: Architecture, one_key: str, other_key: str) -> None:
+    """Refuse two stages of training that are not of one architecture: influence passes from weight to weight.
+
+    Vocabularies may differ: the embeddings are not tracked, unless model.tracked names them. The keys are for people.
+
+    Raises:
+        ModelError: naming the first difference.
+    """
+    difference = ""
+    if one.family != other.family:
+        difference = f"{one.family} and {other.family}"
+    elif changed := sorted(
+        name for name in one.shapes.keys() | other.shapes.keys() if one.shapes.get(name) != other.shapes.get(name)
+    ):
+        name = changed[0]
+        first, second = (str(each.shapes.get(name, "missing")) for each in (one, other))
+        difference = f"{name} is {first} and {second}, one of {len(changed)} parameters that differ"
+    elif one.layers != other.layers:
+        pairs = zip_longest(one.layers, other.layers)
+        difference = "the tracked layers are {} and {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
+    if difference:
+        raise ModelError(
+            f"{one_key} ({one.folder}) and {other_key} ({other.folder}) are not of one architecture: {difference}; "
+            "give checkpoints of one model's training, a LoRA adapter merged into its weights."
+        )
 
 
 def _token_id(config: PretrainedConfig, name: str) -> int | None:
@@ -140,6 +180,11 @@ def _token_id(config: PretrainedConfig, name: str) -> int | None:
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config.json, never with code of its own (trust_remote_code stays off)."""
+    if Store(str(folder)).exists("adapter_config.json") and not Store(str(folder)).exists(_WEIGHTS):
+        raise ModelError(
+            f"{folder} is a LoRA adapter, not a model; merge it into the model that it adapts: "
+            f"python jobs/merge.py adapter={folder} output=<folder>, or peft's merge_and_unload and save_pretrained."
+        )
     if not Store(str(folder)).exists("config.json"):
         raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")
     try:

@@ -25,6 +25,17 @@ def next_tokens(ids_bt: Tensor, mask_bt: Tensor) -> tuple[Tensor, Tensor]:
     return targets_bt, weights_bt
 
 
+def predicting(loss_bt: Tensor, mask_bt: Tensor) -> Tensor:
+    """The positions that predict a token with a loss, and a sequence's last one where its own token has: bool [B, T].
+
+    loss_bt, mask_bt: [B, T] bool, on tokens. Where every token has a loss these are all positions that are not padding.
+    """
+    ahead_bt, follows_bt = torch.zeros_like(loss_bt), torch.zeros_like(mask_bt)
+    ahead_bt[:, :-1] = loss_bt[:, 1:]
+    follows_bt[:, :-1] = mask_bt[:, 1:]
+    return torch.where(follows_bt, ahead_bt, loss_bt)
+
+
 def summed_losses(logits_btv: Tensor, targets_bt: Tensor, weights_bt: Tensor) -> Tensor:
     """Each sequence's weighted sum of -log p(target), nats, float32 or wider: [B].
 

@@ -21,7 +21,7 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, check_finite, eigenbasis
 from infscan.influence.layers import Layer
-from infscan.model.measure import next_tokens, sample_labels, summed_losses, uniforms
+from infscan.model.measure import sample_labels, summed_losses, uniforms
 from infscan.passes.factor_store import (
     FactorsPlan,
     block_keys,
@@ -78,15 +78,14 @@ class _Targets:
 
         def summed(logits_btv: Tensor) -> Tensor:
             if self.labels_nt is None or not batch.scored:
-                targets_bt, weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)
-                return summed_losses(logits_btv, targets_bt, weights_bt)
+                return summed_losses(logits_btv, *batch.next_tokens())
             T = batch.ids_bt.shape[1]
             rows = self.rank.to_device(batch.rows)
             if self.task.draw_labels:
                 ids = np.asarray([self.sequences[row].sequence_id for row in batch.rows], np.int64)
                 numbers = self.rank.to_device(uniforms(self.task.seed, ids, T))
-                self.labels_nt[rows, :T] = sample_labels(logits_btv, numbers) * batch.mask_bt
-            return summed_losses(logits_btv, self.labels_nt[rows, :T], batch.mask_bt)
+                self.labels_nt[rows, :T] = sample_labels(logits_btv, numbers) * batch.positions()
+            return summed_losses(logits_btv, self.labels_nt[rows, :T], batch.positions())
 
         return summed
 
@@ -110,7 +109,8 @@ class _Targets:
 def covariance_task(rank: Rank, task: FitTask) -> int:
     """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
 
-    Every position that is not padding counts, the last one included. Returns the tokens.
+    Every position that is not padding counts, the last one included; of sequences with a loss mask those alone that
+    predict a token with a loss (`Batch.positions`). Returns the tokens read.
     """
     sequences = task.sequences(rank)
     layers = task.plan.group(task.group)
@@ -121,14 +121,20 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
     A = {layer.name: zeros(layer.inputs) for layer in layers if layer.input_of == layer.name}
     S = {layer.name: zeros(layer.outputs) for layer in layers}
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        add_second_moment(S[layer.name], s_bto)
-        if layer.name in A:
-            add_second_moment(A[layer.name], a_bti)
-
+    counted = torch.zeros(1, dtype=torch.int64, device=rank.device)
     targets = _Targets(task, rank, sequences)
     for batch in rank.batches(sequences, task.plan.tokens_per_batch):
+        masked_bt1 = None if batch.loss_bt is None else ~batch.positions()[..., None]
+
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, masked_bt1: Tensor | None = masked_bt1) -> None:
+            if masked_bt1 is not None:
+                s_bto, a_bti = s_bto.masked_fill(masked_bt1, 0), a_bti.masked_fill(masked_bt1, 0)
+            add_second_moment(S[layer.name], s_bto)
+            if layer.name in A:
+                add_second_moment(A[layer.name], a_bti)
+
         rank.backward(batch, layers, targets.loss(batch), consume)
+        counted += batch.positions().sum()
     sums = {
         f"{key}|{name}": rank.reduce(block)
         for kind, totals in (("A", A), ("S", S))
@@ -136,14 +142,11 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
         for key, block in named_blocks(kind, mirror(total)).items()
     }
     targets.store()
-    tokens = sum(len(sequence) for sequence in sequences)
+    counted = rank.reduce(counted)
     if rank.leads:
-        write_tensors(
-            task.factors,
-            partial_path("covariance", task.group, task.slice),
-            sums | {"tokens": torch.tensor([tokens], dtype=torch.int64)},
-        )
-    return tokens
+        path = partial_path("covariance", task.group, task.slice)
+        write_tensors(task.factors, path, sums | {"tokens": counted})
+    return sum(len(sequence) for sequence in sequences)
 
 
 def lambda_task(rank: Rank, task: FitTask) -> int:

@@ -4,8 +4,9 @@ G = (1/N) sum over sequences, sum over positions t of J_t^T H_t J_t     (METHOD:
 
 J_t: the Jacobian of position t's logits with respect to the tracked [W, b]. H_t = diag(p) - p p^T: the Hessian of the
 cross-entropy with respect to the logits, which is the Fisher of labels drawn from the model. Positions are those of
-EK-FAC's pseudo-gradients: every one that is not padding, the last included. G is a mean over sequences of summed
-losses, as Lambda is. A layer counts as the linear map it is: a weight tied to an embedding moves in the layer alone.
+EK-FAC's pseudo-gradients (`Batch.positions`): every one that is not padding, the last included, unless a loss mask says
+less. G is a mean over sequences of summed losses, as Lambda is. A layer counts as the linear map it is: a weight tied
+to an embedding moves in the layer alone.
 
 Vectors are [K, P]: K of them, each with every tracked layer's [O, I(+1)] matrix, row by row, one layer after another.
 """
@@ -85,7 +86,7 @@ class GaussNewton:
         weighted_kbtv = p_btv * directions_kbtv
         # H d = p * d - p (p . d), zero on padding.
         weighted_kbtv = weighted_kbtv - p_btv * weighted_kbtv.sum(dim=-1, keepdim=True)
-        weighted_kbtv = weighted_kbtv * batch.mask_bt[..., None]
+        weighted_kbtv = weighted_kbtv * batch.positions()[..., None]
         names = [layer.name for layer in self.layers]
         gradients = torch.autograd.grad(
             logits_btv, [outputs[name] for name in names], weighted_kbtv.to(logits_btv.dtype), is_grads_batched=True

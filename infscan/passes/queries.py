@@ -1,12 +1,14 @@
 """The query side: gradients of -f, preconditioned, and (for the scan) compressed and stored (METHOD: query batching).
 
-Everything the factors do happens here, once per query; the scan only sees U, V (or P).
+Everything the factors do happens here, once per query; the scan only sees U, V (or P). Where a fine-tuned model is
+asked (stages), what its stage left of the gradients comes from storage: `infscan.passes.stages`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,30 +30,45 @@ from infscan.storage import Store
 
 
 @dataclass(frozen=True)
-class Solutions:
-    """Where the iterated inverse's full-rank solutions lie. names: file by query id."""
+class Vectors:
+    """Where full-rank vectors of queries lie: an iterated inverse's solutions, or what a later stage left.
+
+    names: by query id, a file with every layer's [O, I]; where layers lie in several, the name has `{part}` in it, and
+    parts says in which part a layer is.
+    """
 
     store: Store
     names: Mapping[str, str]
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def file(self, query_id: str, layer: Layer) -> str:
+        return self.names[query_id].format(part=self.parts.get(layer.name, 0))
 
 
 @dataclass(frozen=True)
 class Inverse:
     """How gradients are preconditioned: with factors in storage, or not at all (solver=identity).
 
+    alpha: of the proximal term that held the stage whose factors they are (METHOD: multi-stage); it adds to damping.
+    vectors: what a later stage left, in place of the gradients at this stage's own model.
     solutions: of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
     """
 
     factors: Store
     solver: Solver
     damping: DampingConfig
-    solutions: Solutions | None = None
+    alpha: float = 0.0
+    vectors: Vectors | None = None
+    solutions: Vectors | None = None
 
     @property
     def fingerprint(self) -> str:
         """Of all that fixes what it does, the factors' own content apart."""
-        names = dict(self.solutions.names) if self.solutions else None
-        return fingerprint({"solver": self.solver, "damping": plain(self.damping), "solutions": names})
+        known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
+        known["solutions"] = dict(self.solutions.names) if self.solutions else None
+        if self.alpha or self.vectors:
+            known |= {"alpha": self.alpha, "vectors": dict(self.vectors.names) if self.vectors else None}
+        return fingerprint(known)
 
 
 @dataclass(frozen=True)
@@ -144,40 +161,48 @@ def query_gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer
     return V
 
 
+def gradients(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], inverse: Inverse) -> dict[str, Tensor]:
+    """What the inverse is applied to, by layer [Q, O, I]: grad(-f) at this model, or what a later stage left of it."""
+    if inverse.vectors is not None:
+        return read_vectors(rank, queries, layers, inverse.vectors)
+    return query_gradients(rank, queries, layers)
+
+
 def layer_factors(inverse: Inverse, layer: Layer, device: str, dtype: torch.dtype) -> tuple[LayerFactors, float] | None:
-    """A layer's factors and its damping, or None for the identity."""
+    """A layer's factors and what is added to Lambda (its damping, and alpha), or None for the identity."""
     if inverse.solver is Solver.identity:
         return None
     factors = read_layer_factors(inverse.factors, layer).to(device)
     lam = damping(factors.Lambda, inverse.damping.relative, inverse.damping.absolute, layer.name)
-    return factors.to(device, dtype), lam
+    # A relative damping is of Lambda alone.
+    return factors.to(device, dtype), lam + inverse.alpha
 
 
 def preconditioned(
     rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], inverse: Inverse
 ) -> dict[str, Tensor]:
-    """P = (G + lambda)^-1 grad(-f) at full rank, by layer: [Q, O, I].
+    """P = (G + alpha + lambda)^-1 V at full rank, by layer: [Q, O, I]. V: grad(-f), or what a later stage left of it.
 
     Raises:
         QueryError: where a gradient is NaN or infinite.
     """
     if inverse.solutions is not None:
-        return solutions(rank, queries, layers, inverse.solutions)
-    tokens = query_tokens(rank, queries, layers)
+        return read_vectors(rank, queries, layers, inverse.solutions)
+    V = dict(_sources(rank, queries, layers, inverse))
     P: dict[str, Tensor] = {}
     for layer in layers:
         known = layer_factors(inverse, layer, rank.device, rank.wide)
-        mine = tokens.pop(layer.name)
+        mine = V.pop(layer.name)
         P[layer.name] = torch.stack([_full(_core(one, layer, known), known) for one in mine])
         _check_finite(layer.name, queries, torch.isfinite(P[layer.name]).flatten(1).all(dim=1))
     return P
 
 
-def solutions(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], found: Solutions) -> dict[str, Tensor]:
-    """The iterated inverse's P of every query, by layer: [Q, O, I]; read by byte range, layer by layer."""
+def read_vectors(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], found: Vectors) -> dict[str, Tensor]:
+    """The stored vectors of every query, by layer: [Q, O, I]; read by byte range, layer by layer."""
 
     def one(query: Query, layer: Layer) -> Tensor:
-        return read_tensor(found.store, found.names[query.id], layer.name).to(rank.device, rank.wide)
+        return read_tensor(found.store, found.file(query.id, layer), layer.name).to(rank.device, rank.wide)
 
     return {layer.name: torch.stack([one(query, layer) for query in queries]) for layer in layers}
 
@@ -185,16 +210,26 @@ def solutions(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], fou
 Known = tuple[LayerFactors, float] | None
 
 
-def _core(V: Tokens | Tensor, layer: Layer, known: Known) -> Tensor:
-    """(Q_S^T V Q_A) / (Lambda + lambda), [O, I]; V itself without factors. A Tensor is a solution: only rotated."""
+def _sources(
+    rank: Rank, queries: Sequence[Query], layers: Sequence[Layer], inverse: Inverse
+) -> Mapping[str, Sequence[Tokens] | Tensor]:
+    """Of every query, by layer: the solution where there is one, what a later stage left, or the gradient's tokens."""
+    stored = inverse.solutions or inverse.vectors
+    return read_vectors(rank, queries, layers, stored) if stored else query_tokens(rank, queries, layers)
+
+
+def _core(V: Tokens | Tensor, layer: Layer, known: Known, *, solved: bool = False) -> Tensor:
+    """(Q_S^T V Q_A) / (Lambda + lambda), [O, I]; V itself without factors. A solution is only rotated."""
     if known is None:
         return V.matrix() if isinstance(V, Tokens) else V
     factors, lam = known
     if isinstance(V, Tensor):
-        return to_core(V, factors)
-    tokens_first = rotate_tokens_first(len(V.s_to), layer.outputs, layer.inputs)
-    rotated = tokens_to_core(V.s_to, V.a_ti, factors) if tokens_first else to_core(V.matrix(), factors)
-    return damped_core(rotated, factors, lam)
+        rotated = to_core(V, factors)
+    elif rotate_tokens_first(len(V.s_to), layer.outputs, layer.inputs):
+        rotated = tokens_to_core(V.s_to, V.a_ti, factors)
+    else:
+        rotated = to_core(V.matrix(), factors)
+    return rotated if solved else damped_core(rotated, factors, lam)
 
 
 def _full(C_oi: Tensor, known: Known) -> Tensor:
@@ -207,14 +242,13 @@ def query_task(rank: Rank, task: QueryTask) -> int:
     Per layer: U [Q, O, r], V [Q, I, r], with values [Q, r] and totals [Q] (`Compressed`); or P [Q, O, I] where
     min(O, I) is at most r. Returns the tokens measured.
     """
-    found = task.inverse.solutions
-    V: Mapping[str, Sequence[Tokens] | Tensor]
-    V = solutions(rank, task.queries, task.layers, found) if found else query_tokens(rank, task.queries, task.layers)
+    V = _sources(rank, task.queries, task.layers, task.inverse)
+    solved = task.inverse.solutions is not None
     tensors: dict[str, Tensor] = {}
     for layer in task.layers:
         known = layer_factors(task.inverse, layer, rank.device, rank.wide)
         # One query at a time: within a product of all of them a query's bits could depend on the others.
-        by_query = [_compressed(task, layer, _core(one, layer, known), known) for one in V[layer.name]]
+        by_query = [_compressed(task, layer, _core(one, layer, known, solved=solved), known) for one in V[layer.name]]
         for kind in by_query[0]:
             tensors[f"{layer.name}|{kind}"] = torch.stack([one[kind] for one in by_query])
         finite = torch.stack([torch.isfinite(next(iter(one.values()))).all() for one in by_query])

@@ -15,12 +15,12 @@ from torch import Tensor
 from infscan.config import ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
-from infscan.corpus.batches import micro_batches, pad
+from infscan.corpus.batches import micro_batches, pad, pad_losses
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
-from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.measure import next_tokens, predicting, summed_losses
 from infscan.passes.memory import RankMemoryError, is_out_of_memory
 from infscan.storage import Store
 
@@ -42,6 +42,7 @@ class RankSettings:
 class Batch:
     """A padded micro-batch on the device. rows: its positions among the task's sequences.
 
+    mask_bt: true on tokens. loss_bt: true on tokens whose prediction has a loss, where that is not all of them (None).
     Not `scored`: a dummy that keeps the ranks of a sharded group in step; nothing of it counts.
     """
 
@@ -49,6 +50,16 @@ class Batch:
     ids_bt: Tensor
     mask_bt: Tensor
     scored: bool = True
+    loss_bt: Tensor | None = None
+
+    def next_tokens(self) -> tuple[Tensor, Tensor]:
+        """Targets and weights of the training loss: `infscan.model.measure.next_tokens` of the tokens that have one."""
+        return next_tokens(self.ids_bt, self.mask_bt if self.loss_bt is None else self.loss_bt)
+
+    def positions(self) -> Tensor:
+        """Where the Fisher's labels are, bool [B, T]: every position before a token that has a loss, and the last one
+        where its own token has; with a loss on every token, every one that is not padding."""
+        return self.mask_bt if self.loss_bt is None else predicting(self.loss_bt, self.mask_bt)
 
 
 class Rank:
@@ -87,9 +98,14 @@ class Rank:
         for start in range(0, len(cut), self.place.world):
             mine = start + self.place.rank
             if mine < len(cut):
-                ids, mask = pad([sequences[row].token_ids for row in cut[mine]])
+                chosen = [sequences[row] for row in cut[mine]]
+                ids, mask = pad([sequence.token_ids for sequence in chosen])
                 self._at = ids.shape
-                yield Batch(cut[mine], self.to_device(ids), self.to_device(mask))
+                losses = [sequence.loss for sequence in chosen]
+                # Without a mask nothing is added to what is computed.
+                masked = any(loss is not None for loss in losses)
+                loss_bt = self.to_device(pad_losses(losses, mask)) if masked else None
+                yield Batch(cut[mine], self.to_device(ids), self.to_device(mask), loss_bt=loss_bt)
             else:
                 ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
                 self._at = ids.shape
@@ -126,7 +142,7 @@ class Rank:
 
     def training_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         """loss(logits_btv) -> [B]: every sequence's summed -log p of its own next tokens; a dummy batch gives zero."""
-        targets_bt, weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)
+        targets_bt, weights_bt = batch.next_tokens()
         return lambda logits_btv: summed_losses(logits_btv, targets_bt, weights_bt)
 
     def backward(

@@ -83,8 +83,9 @@ def _candidates(task: RefineTask) -> list[Sequence]:
     found: list[Sequence] = []
     for name, sequence_ids in task.shards:
         rows = read_candidates(task.run, name, sequence_ids, tokens_only=True).to_pydict()
-        for sequence_id, token_ids in zip(rows["sequence_id"], rows["token_ids"], strict=True):
-            found.append(Sequence(sequence_id, np.asarray(token_ids, np.int64), (), 0, ""))
+        for sequence_id, token_ids, mask in zip(rows["sequence_id"], rows["token_ids"], rows["loss_mask"], strict=True):
+            loss = None if mask is None else np.asarray(mask, np.bool_)
+            found.append(Sequence(sequence_id, np.asarray(token_ids, np.int64), (), 0, "", loss))
     assert len(found) == len(task.wanted), "a candidate is missing from its shard's file"
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
-from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.measure import summed_losses
 from infscan.passes.queries import on_device
 from infscan.passes.rank import Rank
 from infscan.results.dense import write_scores
@@ -57,7 +57,7 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, partial_bq: Tensor = partial_bq) -> None:
             partial_bq.add_(score_layer(s_bto, a_bti, queries[layer.name]))
 
-        targets = next_tokens(batch.ids_bt, batch.mask_bt)
+        targets = batch.next_tokens()
 
         def loss(
             logits_btv: Tensor,

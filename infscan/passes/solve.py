@@ -1,5 +1,6 @@
 """The iterated inverse of one query: (G + lambda) x = grad(-f) with exact products, from EK-FAC's solution on.
 
+With stages, grad(-f) is what a later stage left of it, and lambda includes the stage's own alpha.
 Solutions are stored at full rank, one file per query: compressing, checking and refining read them where they would
 otherwise apply EK-FAC, so that the scan knows nothing of it (METHOD: iterated inverse).
 """
@@ -21,7 +22,7 @@ from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.passes.factor_store import write_tensors
 from infscan.passes.ggn import GaussNewton, damping_vector, join, split
-from infscan.passes.queries import Inverse, layer_factors, query_gradients
+from infscan.passes.queries import Inverse, gradients, layer_factors
 from infscan.passes.rank import Rank
 from infscan.queries import Query
 from infscan.storage import Store
@@ -102,7 +103,7 @@ def solve_task(rank: Rank, task: SolveTask) -> Solved:
         FactorsError: where the iteration diverges or meets a direction without positive curvature.
     """
     system = rank.cached("system", (task.curvature, task.ekfac), lambda: _system(rank, task))
-    V = query_gradients(rank, (task.query,), rank.layers)
+    V = gradients(rank, (task.query,), rank.layers, task.ekfac)
     v_1p = join(rank.layers, V)
     x_1p, products = (_cg if task.solver is Solver.cg else _astra)(system, v_1p, task)
     both_2p = torch.cat([x_1p, system.precondition(v_1p)])

@@ -32,6 +32,8 @@ CANDIDATES = pa.schema(
         ("path", pa.string()),
         ("byte_offset", pa.int64()),
         ("loss", pa.float32()),
+        # On which tokens training had its loss; null where on all of them.
+        ("loss_mask", pa.list_(pa.bool_())),
         (
             "hits",
             pa.list_(pa.struct([("query_id", pa.string()), ("side", pa.string()), ("scan_score", pa.float32())])),
@@ -74,6 +76,8 @@ SEQUENCES = pa.schema(
         ("loss", pa.float32()),
         ("token_ids", pa.list_(pa.int32())),
         ("text", pa.string()),
+        # As in CANDIDATES.
+        ("loss_mask", pa.list_(pa.bool_())),
     ]
 )
 

@@ -69,6 +69,7 @@ def write_shard(
             "path": sequence.path,
             "byte_offset": sequence.byte_offset,
             "loss": float(loss),
+            "loss_mask": None if sequence.loss is None else sequence.loss.tolist(),
             "hits": by_sequence[sequence.sequence_id],
         }
         for sequence, loss in zip(sequences, losses, strict=True)
@@ -123,8 +124,8 @@ def _field(hits: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def read_candidates(store: Store, name: str, sequence_ids: NDArray[np.int64], *, tokens_only: bool = False) -> pa.Table:
-    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, just sequence_id and token_ids)."""
+    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, the tokens and the mask)."""
     everything = [column for column in CANDIDATES.names if column != "hits"]
-    columns = ["sequence_id", "token_ids"] if tokens_only else everything
+    columns = ["sequence_id", "token_ids", "loss_mask"] if tokens_only else everything
     table = read_parquet(store, shard_path(name), columns)
     return table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids))).replace_schema_metadata(None)

@@ -31,7 +31,7 @@ from infscan.passes.factors import (
     lambda_task,
     slice_bounds,
 )
-from infscan.passes.queries import Inverse
+from infscan.passes.queries import Inverse, Vectors
 from infscan.runtime import preflight
 from infscan.runtime.prepare import prepare
 from infscan.runtime.run import Run
@@ -67,14 +67,16 @@ def prepare_factors_corpus(run: Run) -> AddressableCorpus:
     return prepare(run.config.factors.corpus, run.architecture, run.tokenizer, store, run.telemetry)
 
 
-def fit(run: Run) -> Factors:
+def fit(run: Run, vectors: Vectors | None = None) -> Factors:
     """Covariance sums, eigenbases, Lambda sums; each piece that is in storage already is kept.
+
+    vectors: with stages, what the later ones left of the queries; the inverse is applied to them.
 
     Raises:
         FactorsError: where factors.path holds factors of another model, corpus or setting, naming what differs.
     """
     config, store = run.config, run.factors_store
-    inverse = Inverse(store, config.factors.solver, config.factors.damping)
+    inverse = Inverse(store, config.factors.solver, config.factors.damping, config.alpha, vectors)
     if config.factors.solver is Solver.identity:
         return Factors(inverse, None)
     corpus = prepare_factors_corpus(run)

@@ -72,6 +72,8 @@ def prepare(
     pack = settings_for(config, architecture, tokenizer)
     arrays = token_files(config)
     if arrays is not None:
+        if config.masked:
+            raise _no_rows(config)
         return _described(config, pack, store, *arrays)
     files = document_files(config)
     digest = tokenizer.digest if tokenizer else None
@@ -93,6 +95,13 @@ def prepare(
     corpus = open_prepared(store)
     _warn_of_left_out(corpus, telemetry)
     return corpus
+
+
+def _no_rows(config: CorpusConfig) -> CorpusError:
+    return CorpusError(
+        f"{config.path} is read where it lies and has no rows with a prompt_field or mask_field; leave both null, or give "
+        "JSONL or Parquet."
+    )
 
 
 def _warn_of_left_out(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
@@ -161,6 +170,14 @@ def _check_fits(
         raise CorpusError(
             f"{where}: token ids of a vocabulary of {corpus.vocab_size}, and the model has {architecture.vocab_size}; "
             "prepare the corpus with this model's tokenizer."
+        )
+    if config.masked and not isinstance(corpus, PreparedCorpus):
+        raise _no_rows(config)
+    given = (config.prompt_field, config.mask_field)
+    if config.masked and given != tuple(corpus.manifest.settings.get(key) for key in ("prompt_field", "mask_field")):
+        raise CorpusError(
+            f"corpus.prompt_field={given[0]}, corpus.mask_field={given[1]}, and {where} was prepared with another or "
+            "none; leave both null, or prepare the corpus again."
         )
     if tokenizer and corpus.tokenizer and tokenizer.digest != corpus.tokenizer:
         raise CorpusError(f"{where} was made with another tokenizer than the model's; prepare the corpus again.")

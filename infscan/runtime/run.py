@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 import ray
 
-from infscan.config import Config, Dtype, differences, from_yaml, plain, to_yaml
+from infscan.config import Config, Dtype, differences, fingerprint, from_yaml, plain, stage_output, to_yaml
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import RunError
-from infscan.model.architecture import Architecture, describe, load_config, model_folder
+from infscan.model.architecture import Architecture, check_agree, describe, load_config, model_folder
 from infscan.model.load import resolve_dtype
 from infscan.passes.rank import RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
@@ -33,16 +34,19 @@ CONFIG = "config.yaml"
 class Run:
     """Opened with `with`: inputs checked, the output claimed for this configuration, Ray reached; workers start lazily.
 
+    later: with stages, a run for every stage after the one that is scanned, in order. Each has its own model, corpus
+    and factors, and workers of its own, started and closed while none of another stage are there.
+
     Raises (on entering):
         InfscanError: for anything wrong with the model, tokenizer, corpus files, queries, output or settings.
         RunError: where another driver works on this output.
     """
 
-    def __init__(self, config: Config, *, needs_queries: bool = True) -> None:
+    def __init__(self, config: Config, *, needs_queries: bool = True, telemetry: Telemetry | None = None) -> None:
         configure_logs()
         self.config = config
         self.needs_queries = needs_queries
-        self.telemetry = Telemetry()
+        self.telemetry = telemetry or Telemetry()
         self._faults_before = storage_faults()
         self.store = Store(config.output)
         self.factors_store = Store(config.factors.path or f"{config.output}/factors")
@@ -51,8 +55,40 @@ class Run:
         self.queries: list[Query] = []
         self.gpus = 0.0
         self.lease = Lease(self.store, config.cluster.lease_s)
+        self.later: list[Run] = []
 
     def __enter__(self) -> Run:
+        self._open()
+        if self.needs_queries:
+            self._open_later()
+            self.queries = self._read_queries()
+            self._claim()
+        self.lease.take()
+        try:
+            connect(self.config.cluster)
+            self.gpus = gpus_per_rank(self.config.cluster)
+            preflight.check_capacity(self.config.cluster, self.gpus)
+        except BaseException:
+            self.lease.release()
+            raise
+        for stage in self.later:
+            stage.queries, stage.gpus = self.queries, self.gpus
+        return self
+
+    def _open_later(self) -> None:
+        """Every stage after the scanned one, its model held against the scanned one's."""
+        config = self.config
+        for number in range(config.scan.stage + 1, len(config.stages) + 1):
+            at_stage = replace(config.at_stage(number), output=stage_output(config.output, number))
+            stage = Run(at_stage, needs_queries=False, telemetry=self.telemetry.within(f"stage {number} "))
+            stage._open()
+            check_agree(
+                self.architecture, stage.architecture, f"stages.{config.scan.stage - 1}", f"stages.{number - 1}"
+            )
+            self.later.append(stage)
+
+    def _open(self) -> None:
+        """What is known of the inputs, without a worker."""
         config = self.config
         preflight.check_writable(self)
         self.architecture = describe(config.model.path, config.model.tracked)
@@ -60,35 +96,31 @@ class Run:
         for corpus in (config.corpus, config.factors.corpus):
             input_files(corpus)
             settings_for(corpus, self.architecture, self.tokenizer)
-        if self.needs_queries:
-            bos = settings_for(config.corpus, self.architecture, self.tokenizer).bos_id if config.corpus.bos else None
-            queries = read_queries(
-                config.queries,
-                self.tokenizer,
-                vocab_size=self.architecture.vocab_size,
-                context=self.architecture.context,
-                bos_id=bos,
-            )
-            # By id: the tables are sorted so, and nothing depends on the order of the file.
-            self.queries = sorted(queries, key=lambda query: query.id)
-            self._claim()
-        self.lease.take()
-        try:
-            self._sweep()
-            connect(config.cluster)
-            self.gpus = gpus_per_rank(config.cluster)
-            preflight.check_capacity(config.cluster, self.gpus)
-        except BaseException:
-            self.lease.release()
-            raise
-        return self
+
+    def _read_queries(self) -> list[Query]:
+        """Measured at the last stage's model, so read with its tokenizer. By id: the tables are sorted so, and nothing
+        depends on the order of the file."""
+        last = self.later[-1] if self.later else self
+        corpus = last.config.corpus
+        queries = read_queries(
+            self.config.queries,
+            last.tokenizer,
+            vocab_size=last.architecture.vocab_size,
+            context=last.architecture.context,
+            bos_id=settings_for(corpus, last.architecture, last.tokenizer).bos_id if corpus.bos else None,
+        )
+        return sorted(queries, key=lambda query: query.id)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "pool" in self.__dict__:
-            self.pool.close()
+        self.close_workers()
         self.lease.release()
+
+    def close_workers(self) -> None:
+        """End the worker groups, where there are any; the next pass that asks for them starts new ones."""
+        if pool := self.__dict__.pop("pool", None):
+            pool.close()
 
     def _sweep(self) -> None:
         """Remove what earlier processes that died were writing to the output and to the factors."""
@@ -164,6 +196,8 @@ class Run:
             "model": self.architecture.fingerprint,
             "tokenizer": self.tokenizer.digest if self.tokenizer else None,
             "queries": queries_fingerprint(self.queries),
+            # The models that come after, the last of which is asked.
+            **({"stages": fingerprint([stage.architecture.fingerprint for stage in self.later])} if self.later else {}),
         }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from infscan.config import Solver, fingerprint, plain
 from infscan.corpus.plan import Selection
 from infscan.passes.factor_store import read_facts
-from infscan.passes.queries import Solutions
+from infscan.passes.queries import Vectors
 from infscan.passes.solve import Solved, SolveTask, sequences_per_product, solve_task, solved_before
 from infscan.queries import queries_fingerprint
 from infscan.runtime.fit import Factors
@@ -45,7 +45,19 @@ def solve(run: Run, factors: Factors) -> Factors:
         "iteration": plain(config.iteration),
         "seed": run.config.seed,
     }
-    keys = {query.id: fingerprint({**settings, "query": queries_fingerprint([query])}) for query in run.queries}
+    vectors = factors.inverse.vectors
+    keys = {
+        query.id: fingerprint(
+            {
+                **settings,
+                "query": queries_fingerprint([query]),
+                # Of a run with stages: what held this one, and what a later one left of the query.
+                **({"alpha": factors.inverse.alpha} if factors.inverse.alpha else {}),
+                **({"vector": vectors.names[query.id]} if vectors else {}),
+            }
+        )
+        for query in run.queries
+    }
     names = {query_id: f"{FOLDER}/{key[:24]}.safetensors" for query_id, key in keys.items()}
     ekfac = replace(factors.inverse, solver=Solver.ekfac)
     found: dict[str, Solved] = {}
@@ -81,7 +93,7 @@ def solve(run: Run, factors: Factors) -> Factors:
 
             run.pool.run(range(len(left)), solve_task, task, on_done)
         run.pool.forget()
-    inverse = replace(factors.inverse, solutions=Solutions(run.store, names))
+    inverse = replace(factors.inverse, solutions=Vectors(run.store, names))
     return replace(factors, inverse=inverse, iteration=_report(run, found))
 
 

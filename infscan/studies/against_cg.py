@@ -25,7 +25,6 @@ from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.ggn import GaussNewton, damping_vector, join, split
 from infscan.passes.queries import Inverse, query_gradients
 from infscan.passes.rank import Rank
@@ -125,16 +124,12 @@ def score_solutions(
     }
     scores_nk = torch.zeros(len(sequences), len(stacked_kp), dtype=rank.wide, device=rank.device)
     for batch in rank.batches(sequences, tokens_per_batch):
-        targets = next_tokens(batch.ids_bt, batch.mask_bt)
         rows = rank.to_device(batch.rows)
-
-        def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
-            return summed_losses(logits_btv, *targets)
 
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, rows: Tensor = rows) -> None:
             scores_nk.index_add_(0, rows, score_layer(s_bto, a_bti, P[layer.name]))
 
-        rank.backward(batch, rank.layers, loss, consume)
+        rank.backward(batch, rank.layers, rank.training_loss(batch), consume)
     parts = scores_nk.T.cpu().numpy().reshape(len(solutions), -1, len(sequences))
     return dict(zip(solutions, parts, strict=True))
 

@@ -199,6 +199,10 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
     truth = config.truth
     assert isinstance(truth, PbrfConfig)
     study = open_study(config)
+    if any(one.loss is not None for one in study.curvature):
+        raise ConfigError(
+            "truth=pbrf: its objective is of every token; use a corpus without prompt_field or mask_field."
+        )
     rank, N = study.rank, len(study.curvature)
     points = sampled_points(truth, N, config.seed)
     if truth.coordinates is CoordinateSystem.fisher:

@@ -69,7 +69,12 @@ class RetrainingStudy:
         self.query_ids = [query.id for query in self.queries]
         self.corpus_fingerprint = corpus.fingerprint
         self.sequence_ids = np.arange(corpus.sequences)
-        sequences = [sequence.token_ids.tolist() for sequence in corpus.read(self.sequence_ids)]
+        read = corpus.read(self.sequence_ids)
+        if any(one.loss is not None for one in read):
+            raise ConfigError(
+                f"{corpus.store}: this study trains on every token; prepare it without prompt_field or mask_field."
+            )
+        sequences = [sequence.token_ids.tolist() for sequence in read]
         # The seed is the training's own; what it draws is part of the recipe.
         training = {name: value for name, value in asdict(study.training).items() if name != "seed"}
         self.recipe = {

@@ -19,7 +19,7 @@ from infscan.passes.ggn import GaussNewton, damping_vector, join
 from infscan.passes.queries import (
     Inverse,
     QueryTask,
-    Solutions,
+    Vectors,
     layer_factors,
     preconditioned,
     query_gradients,
@@ -145,7 +145,7 @@ def test_what_follows_reads_the_solutions(double: Rank, ekfac: Inverse, corpus: 
     store = Store(str(tmp_path))
     for query in QUERIES:
         solve(double, ekfac, corpus, store, query, Solver.cg, steps=20)
-    inverse = replace(ekfac, solver=Solver.cg, solutions=Solutions(store, {query.id: query.id for query in QUERIES}))
+    inverse = replace(ekfac, solver=Solver.cg, solutions=Vectors(store, {query.id: query.id for query in QUERIES}))
     P = preconditioned(double, QUERIES, double.layers, inverse)
     for row, query in enumerate(QUERIES):
         assert torch.equal(join(double.layers, P)[row], read_solution(double, store, query))
@@ -161,7 +161,7 @@ def test_what_follows_reads_the_solutions(double: Rank, ekfac: Inverse, corpus: 
 
 
 def test_what_an_inverse_does_has_a_fingerprint(ekfac: Inverse, tmp_path: Path) -> None:
-    solutions = Solutions(Store(str(tmp_path)), {"first": "solutions/1"})
+    solutions = Vectors(Store(str(tmp_path)), {"first": "solutions/1"})
     others = [ekfac, replace(ekfac, solver=Solver.cg), replace(ekfac, solver=Solver.cg, solutions=solutions)]
     others.append(replace(others[2], solutions=replace(solutions, names={"first": "solutions/2"})))
     assert len({inverse.fingerprint for inverse in others}) == 4

@@ -1,0 +1,93 @@
+"""A LoRA adapter merged into the weights that it adapts: W + s B A (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infscan.errors import ModelError
+from infscan.model.architecture import first_line, weight_files
+from infscan.storage import MissingError, Store
+
+_PREFIX = "base_model.model."
+# What an adapter may ask for beyond W + s B A, and the value with which it does not.
+_PLAIN = {"bias": ("none",), "use_dora": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,)}
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA adapter.
+
+    Raises:
+        ModelError: where there is none, or where it asks for more than W + s B A.
+    """
+    try:
+        config: dict[str, Any] = Store(str(folder)).read_json("adapter_config.json")
+    except MissingError:
+        raise ModelError(f"{folder} has no adapter_config.json: it is not an adapter; give peft's folder.") from None
+    odd = [key for key, plain in _PLAIN.items() if config.get(key) not in (None, *plain)]
+    odd += [key for key in ("modules_to_save", "layer_replication", "target_parameters") if config.get(key)]
+    if config.get("peft_type") != "LORA" or odd:
+        what = f"{odd[0]}={json.dumps(config[odd[0]])}" if odd else f"peft_type={config.get('peft_type')}"
+        raise ModelError(f"{folder}: {what} is more than W + s B A; merge it with peft's merge_and_unload instead.")
+    return config
+
+
+def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The base's weight files by name, every adapted W replaced by W + s B A, in W's dtype (summed in float32).
+
+    W: [O, I] ([I, O] with fan_in_fan_out); B: [O, r]; A: [r, I]; s = lora_alpha / r, or / sqrt(r) with use_rslora.
+
+    Raises:
+        ModelError: where the adapter has a part that the base has no weight for.
+    """
+    config = read_adapter_config(adapter)
+    rank = int(config["r"])
+    scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    pairs = _pairs(adapter)
+    for path in weight_files(base):
+        tensors = _read(path)
+        for name in sorted(tensors.keys() & pairs.keys()):
+            A_ri, B_or = pairs.pop(name)
+            change = scale * (B_or.float() @ A_ri.float())
+            weight = tensors[name]
+            change = change.T if config.get("fan_in_fan_out") else change
+            if change.shape != weight.shape:
+                raise ModelError(
+                    f"{adapter}: {name} is adapted as {tuple(change.shape)}, and {base} has {tuple(weight.shape)}; "
+                    "give the model that it adapts."
+                )
+            tensors[name] = (weight.float() + change).to(weight.dtype)
+        yield path.name, tensors
+    if pairs:
+        raise ModelError(f"{adapter} adapts {min(pairs)}, which {base} does not have; give the model that it adapts.")
+
+
+def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by the name of the weight that they change."""
+    path = folder / "adapter_model.safetensors"
+    if not Store(str(folder)).exists(path.name):
+        raise ModelError(f"{folder} has no {path.name}; save the adapter as safetensors (pickles are never opened).")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _read(path).items():
+        name, _, kind = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B"):
+            raise ModelError(f"{path}: {key} is no part of W + s B A; merge it with peft's merge_and_unload instead.")
+        parts.setdefault(f"{name}.weight", {})[kind] = tensor
+    half = [name for name, both in parts.items() if len(both) < 2]
+    if half:
+        raise ModelError(f"{path}: {half[0]} has only one of lora_A and lora_B; copy the adapter again.")
+    return {name: (both["lora_A"], both["lora_B"]) for name, both in parts.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safetensors handle is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({first_line(error)}); copy it again.") from None

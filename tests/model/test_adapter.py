@@ -1,0 +1,88 @@
+"""A merged adapter is W + s B A, computed by hand, and a model that loads; what is more than that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from infscan.errors import ConfigError, ModelError
+from infscan.model.adapter import merged_files
+from infscan.model.architecture import describe
+from jobs.merge import merge
+from tests.runtime.builders import tiny_model
+
+RANK, ALPHA = 4, 6.0
+NAMES = ("gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.1.attention.dense")
+
+
+def adapter(folder: Path, base: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    weights = load_file(base / "model.safetensors")
+    tensors = {}
+    for number, name in enumerate(NAMES):
+        O, I = weights[f"{name}.weight"].shape
+        draw = torch.Generator().manual_seed(number)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, I, generator=draw)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(O, RANK, generator=draw)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "modules_to_save": None, **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "base")
+
+
+@pytest.mark.parametrize(("changes", "scale"), [({}, ALPHA / RANK), ({"use_rslora": True}, ALPHA / RANK**0.5)])
+def test_a_merged_model_has_the_adapted_weights_and_no_others(
+    base: Path, tmp_path: Path, changes: dict[str, Any], scale: float
+) -> None:
+    folder = adapter(tmp_path / "adapter", base, **changes)
+    merge(base, folder, tmp_path / "merged")
+    parts = load_file(folder / "adapter_model.safetensors")
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, tmp_path / "merged"))
+    for key, weight in after.items():
+        expected = before[key]
+        if (name := key.removesuffix(".weight")) in NAMES and key.endswith(".weight"):
+            A_ri, B_or = (parts[f"base_model.model.{name}.lora_{kind}.weight"] for kind in "AB")
+            expected = expected + scale * torch.einsum("or,ri->oi", B_or, A_ri)
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
+    assert describe(str(tmp_path / "merged"), "mlp").layers == describe(str(base), "mlp").layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type=IA3"),
+        ({"use_dora": True}, "use_dora=true"),
+        ({"bias": "all"}, 'bias="all"'),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"x": 2}}, "rank_pattern"),
+    ],
+)
+def test_what_is_more_than_a_product_is_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=f"{message}.*merge_and_unload"):
+        list(merged_files(base, adapter(tmp_path / "adapter", base, **changes)))
+
+
+def test_another_models_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", base)
+    with pytest.raises(ModelError, match=r"layers\.1\.attention\.dense\.weight, which .* does not have"):
+        list(merged_files(tiny_model(tmp_path / "shallow", layers=1), folder))
+    with pytest.raises(ModelError, match=r"is adapted as \(64, 32\)"):
+        list(merged_files(tiny_model(tmp_path / "narrow", width=16), folder))
+
+
+def test_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is there already"):
+        merge(base, adapter(tmp_path / "adapter", base), base)
