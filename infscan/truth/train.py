@@ -19,6 +19,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from infscan.errors import ConfigError, CorpusError, ModelError
 from infscan.model.measure import next_tokens, summed_losses
 
+# Which of a sequence's tokens have a loss; None: all.
+Mask = Sequence[bool] | None
+Example = tuple[Sequence[int], Mask]
 POOL_BATCHES = 16  # sequences are sorted by length within this many batches: little padding, still a random order
 
 
@@ -103,16 +106,26 @@ def train_language_model(
     settings: TrainingSettings,
     heldout: Sequence[Sequence[int]] = (),
     on_epoch: Callable[[int, TrainingRecord], None] | None = None,
+    *,
+    losses: Sequence[Mask] | None = None,
+    alpha: float = 0.0,
 ) -> TrainingRecord:
     """Train ``model`` (a transformers causal LM, on its own device) in place and leave it in eval mode.
 
-    ``sequences`` are token ids, no longer than the model's context; each predicts its tokens t >= 1. ``heldout`` is
-    scored after each epoch; ``on_epoch(epoch, record)`` is called after that. Raises CorpusError where a sequence has
-    no token to predict and ModelError where the loss stops being finite.
+    ``sequences`` are token ids, no longer than the model's context; each predicts its tokens t >= 1, or those of them
+    that ``losses`` says (a mask of each sequence's tokens, None for all). ``heldout`` is scored after each epoch;
+    ``on_epoch(epoch, record)`` is called after that. ``alpha`` adds alpha/2 |theta - theta_0|^2, theta_0 being the
+    weights at the start, to the loss of a batch (METHOD: multi-stage; with reduction=sum, for the scale to be its own).
+    Raises CorpusError where a sequence has no token to predict and ModelError where the loss stops being finite.
     """
-    for number, ids in enumerate(sequences):
-        if len(ids) < 2:
-            raise CorpusError(f"Sequence {number} has {len(ids)} token(s) and nothing to predict: drop it beforehand.")
+    masks = losses or [None] * len(sequences)
+    examples = list(zip(sequences, masks, strict=True))
+    for number, example in enumerate(examples):
+        if not _predicted([example]):
+            raise CorpusError(f"Sequence {number} has nothing to predict: drop it beforehand.")
+    if alpha and settings.reduction != "sum":
+        raise ConfigError(f"alpha={alpha} is of a mean over sequences of summed losses: give reduction='sum' with it.")
+    start = [p.detach().clone() for p in model.parameters() if p.requires_grad] if alpha else []
     if not sequences:
         raise CorpusError("There is no sequence to train on: the list is empty.")
     order = torch.Generator().manual_seed(settings.seed)
@@ -126,10 +139,11 @@ def train_language_model(
         for epoch in range(settings.epochs):
             model.train()
             epoch_nats, epoch_tokens = 0.0, 0
-            for batch in _batches(sequences, settings.batch_sequences, order):
+            for batch in _batches(examples, settings.batch_sequences, order):
                 nats = _summed_loss(model, batch)
-                predicted = sum(len(ids) - 1 for ids in batch)
+                predicted = _predicted(batch)
                 (nats / (predicted if settings.reduction == "mean" else len(batch))).backward()
+                _pull_back(model, start, alpha)
                 nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
                 optimizer.step()
                 schedule.step()
@@ -157,12 +171,27 @@ def train_language_model(
 def mean_loss(model: nn.Module, sequences: Sequence[Sequence[int]], batch_sequences: int = 16) -> float:
     """Nats per predicted token over all sequences, in eval mode (in which the model is left)."""
     model.eval()
-    by_length = sorted(sequences, key=len)
+    by_length: list[Example] = [(ids, None) for ids in sorted(sequences, key=len)]
     nats = sum(
         _summed_loss(model, by_length[start : start + batch_sequences]).item()
         for start in range(0, len(by_length), batch_sequences)
     )
     return nats / sum(len(ids) - 1 for ids in sequences)
+
+
+def _predicted(batch: Sequence[Example]) -> int:
+    """Tokens with a loss; the first of a sequence has none."""
+    return sum(len(ids) - 1 if mask is None else int(sum(mask[1:])) for ids, mask in batch)
+
+
+def _pull_back(model: nn.Module, start: Sequence[Tensor], alpha: float) -> None:
+    """Add the gradient of alpha/2 |theta - theta_0|^2."""
+    if not alpha:
+        return
+    trained = (p for p in model.parameters() if p.requires_grad)
+    for parameter, theta_0 in zip(trained, start, strict=True):
+        change = alpha * (parameter.detach() - theta_0)
+        parameter.grad = change if parameter.grad is None else parameter.grad.add_(change)
 
 
 def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -185,31 +214,29 @@ def _rate(step: int, total_steps: int, settings: TrainingSettings) -> float:
     return settings.final_fraction + (1 - settings.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _batches(
-    sequences: Sequence[Sequence[int]], batch_sequences: int, order: torch.Generator
-) -> Iterator[list[Sequence[int]]]:
+def _batches(examples: Sequence[Example], batch_sequences: int, order: torch.Generator) -> Iterator[list[Example]]:
     """One epoch in a random order, cut into batches of similar length; every sequence comes once."""
-    shuffled = torch.randperm(len(sequences), generator=order).tolist()
+    shuffled = torch.randperm(len(examples), generator=order).tolist()
     pool = POOL_BATCHES * batch_sequences
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), pool):
         # The batch cut keeps whole batches inside a pool, so only the last pool has a short one.
-        near = sorted(shuffled[start : start + pool], key=lambda number: (len(sequences[number]), number))
+        near = sorted(shuffled[start : start + pool], key=lambda number: (len(examples[number][0]), number))
         batches += [near[i : i + batch_sequences] for i in range(0, len(near), batch_sequences)]
     for chosen in torch.randperm(len(batches), generator=order).tolist():
-        yield [sequences[number] for number in batches[chosen]]
+        yield [examples[number] for number in batches[chosen]]
 
 
-def _summed_loss(model: nn.Module, batch: Sequence[Sequence[int]]) -> Tensor:
-    """Sum of -log p(x_t | x_<t) over t >= 1 of every sequence: a scalar, in nats.
+def _summed_loss(model: nn.Module, batch: Sequence[Example]) -> Tensor:
+    """Sum of -log p(x_t | x_<t) over t >= 1 of every sequence, where its mask allows: a scalar, in nats.
 
     Sequences are padded on the right: attention is causal, so no real token sees the padding and no mask is needed.
     """
-    ids_bt = torch.zeros(len(batch), max(len(ids) for ids in batch), dtype=torch.long)
+    ids_bt = torch.zeros(len(batch), max(len(ids) for ids, _ in batch), dtype=torch.long)
     mask_bt = torch.zeros_like(ids_bt, dtype=torch.bool)
-    for row, ids in enumerate(batch):
+    for row, (ids, mask) in enumerate(batch):
         ids_bt[row, : len(ids)] = torch.tensor(ids)
-        mask_bt[row, : len(ids)] = True
+        mask_bt[row, : len(ids)] = True if mask is None else torch.tensor(mask, dtype=torch.bool)
     device = next(model.parameters()).device
     ids_bt, mask_bt = ids_bt.to(device), mask_bt.to(device)
     targets_bt, weights_bt = next_tokens(ids_bt, mask_bt)

@@ -123,3 +123,31 @@ def test_a_diverged_loss_is_refused(sequences: list[list[int]]) -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         TrainingSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_mask_leaves_the_gradient_of_the_rest(sequences: list[list[int]]) -> None:
+    """Tokens without a loss teach nothing: masked prompts are predicted as before, completions better."""
+    masks = [[position >= len(ids) // 2 for position in range(len(ids))] for ids in sequences]
+    few = TrainingSettings(epochs=1, batch_sequences=4, seed=3)
+    whole, masked, none = tiny_model(), tiny_model(), tiny_model()
+    train_language_model(whole, sequences, few, losses=[[True] * len(ids) for ids in sequences])
+    record = train_language_model(masked, sequences, few, losses=masks)
+    train_language_model(none, sequences, few)
+    assert torch.equal(weights(whole), weights(none))
+    assert not torch.equal(weights(masked), weights(none))
+    assert record.tokens == sum(sum(mask[1:]) for mask in masks)
+    with pytest.raises(CorpusError, match="Sequence 0 has nothing to predict"):
+        train_language_model(tiny_model(), [[1, 2, 3]], few, losses=[[True, False, False]])
+
+
+def test_the_proximal_term_holds_a_model_where_it_started(sequences: list[list[int]]) -> None:
+    settings = TrainingSettings(epochs=4, batch_sequences=4, weight_decay=0.0, reduction="sum", seed=3)
+    moved = []
+    for alpha in (0.0, 10.0, 1000.0):
+        model = tiny_model()
+        start = weights(model)
+        train_language_model(model, sequences, settings, alpha=alpha)
+        moved.append(float((weights(model) - start).norm()))
+    assert moved[0] > 2 * moved[1] > 2 * moved[2]
+    with pytest.raises(ConfigError, match="reduction='sum'"):
+        train_language_model(tiny_model(), sequences, SETTINGS, alpha=1.0)
