@@ -99,8 +99,8 @@ def prepare(
 
 def _no_rows(config: CorpusConfig) -> CorpusError:
     return CorpusError(
-        f"{config.path} is read where it lies and has no rows with a prompt_field or mask_field; leave both null, or give "
-        "JSONL or Parquet."
+        f"{config.path} is read where it lies and has no rows with a prompt_field or mask_field; leave both null, or "
+        "give JSONL or Parquet."
     )
 
 
@@ -174,7 +174,8 @@ def _check_fits(
     if config.masked and not isinstance(corpus, PreparedCorpus):
         raise _no_rows(config)
     given = (config.prompt_field, config.mask_field)
-    if config.masked and given != tuple(corpus.manifest.settings.get(key) for key in ("prompt_field", "mask_field")):
+    known = dict(corpus.manifest.settings) if isinstance(corpus, PreparedCorpus) else {}
+    if config.masked and given != (known.get("prompt_field"), known.get("mask_field")):
         raise CorpusError(
             f"corpus.prompt_field={given[0]}, corpus.mask_field={given[1]}, and {where} was prepared with another or "
             "none; leave both null, or prepare the corpus again."
