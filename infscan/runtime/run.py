@@ -72,7 +72,7 @@ class Run:
             self.lease.release()
             raise
         for stage in self.later:
-            stage.queries, stage.gpus = self.queries, self.gpus
+            stage.queries, stage.gpus, stage.lease = self.queries, self.gpus, self.lease
         return self
 
     def _open_later(self) -> None:
