@@ -122,7 +122,9 @@ def train_language_model(
     examples = list(zip(sequences, masks, strict=True))
     for number, example in enumerate(examples):
         if not _predicted([example]):
-            raise CorpusError(f"Sequence {number} has nothing to predict: drop it beforehand.")
+            raise CorpusError(
+                f"Sequence {number} has {len(example[0])} token(s) and nothing to predict: drop it beforehand."
+            )
     if alpha and settings.reduction != "sum":
         raise ConfigError(f"alpha={alpha} is of a mean over sequences of summed losses: give reduction='sum' with it.")
     start = [p.detach().clone() for p in model.parameters() if p.requires_grad] if alpha else []

@@ -59,11 +59,13 @@ def two(tmp_path: Path, *overrides: str, model: str = "finetuned") -> Config:
 
 
 def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path) -> None:
-    """The same weights, and no curvature: the scan is the single-stage one, bit for bit."""
+    """The same weights, and no curvature: the scan is the single-stage one."""
     answer(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}"))
     answer(two(tmp_path, "stages.1.factors.solver=identity", model="model"))
     single, double = (read_top(str(tmp_path / name)) for name in ("single", "run"))
-    assert single == double
+    names = ["query_id", "side", "rank", "sequence_id"]
+    assert single.select(names) == double.select(names)
+    np.testing.assert_allclose(single["score"].to_numpy(), double["score"].to_numpy(), rtol=1e-4)
 
 
 def test_a_run_is_kept_stage_by_stage_and_goes_on(tmp_path: Path) -> None:

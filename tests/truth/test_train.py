@@ -136,7 +136,7 @@ def test_a_mask_leaves_the_gradient_of_the_rest(sequences: list[list[int]]) -> N
     assert torch.equal(weights(whole), weights(none))
     assert not torch.equal(weights(masked), weights(none))
     assert record.tokens == sum(sum(mask[1:]) for mask in masks)
-    with pytest.raises(CorpusError, match="Sequence 0 has nothing to predict"):
+    with pytest.raises(CorpusError, match="Sequence 0 has 3 token\\(s\\) and nothing to predict"):
         train_language_model(tiny_model(), [[1, 2, 3]], few, losses=[[True, False, False]])
 
 
