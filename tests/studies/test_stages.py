@@ -23,7 +23,7 @@ def test_proponents_state_the_fact_and_distractors_do_not() -> None:
     names = [name for fact in facts for name in (fact.subject, fact.object)]
     assert len(set(names)) == len(names)
     for fact in facts:
-        kinds = {document: text for document, text in fact.documents}
+        kinds = dict(fact.documents)
         assert len(fact.proponents) == 4
         for document, text in kinds.items():
             states = fact.subject in text and fact.object in text
