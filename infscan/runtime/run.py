@@ -65,6 +65,8 @@ class Run:
             self._claim()
         self.lease.take()
         try:
+            for part in (self, *self.later):
+                part._sweep()
             connect(self.config.cluster)
             self.gpus = gpus_per_rank(self.config.cluster)
             preflight.check_capacity(self.config.cluster, self.gpus)
