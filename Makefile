@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
 
-.PHONY: demo test test-slow bench bench-truth check format clean
+.PHONY: demo demo-stages test test-slow bench bench-truth check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,15 @@ demo: $(READY)
 	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo
 	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
 	$(BIN)/python jobs/word_order.py run=runs/demo dot_product=runs/demo-dot-product
+
+# The model fine-tuned on questions is asked; what it was pretrained on is scanned: with stages, as if there were none, and
+# by the gradient dot product.
+ANSWERS := model=demo corpus=demo queries=answers cluster=laptop scan.scores=all scan.top_k=10
+demo-stages: $(READY)
+	$(BIN)/python jobs/scan.py $(ANSWERS) stages=demo output=runs/answers > /dev/null
+	$(BIN)/python jobs/scan.py $(ANSWERS) model.path=infscan://demo/model-answers output=runs/answers-single > /dev/null
+	$(BIN)/python jobs/scan.py $(ANSWERS) stages=demo factors=identity scan.compression=plain output=runs/answers-dot > /dev/null
+	$(BIN)/python jobs/answers.py multi-stage=runs/answers single-stage=runs/answers-single dot-product=runs/answers-dot
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infscan.config import CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
+from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.passes.ggn import GaussNewton, damping_vector, join
 from infscan.passes.queries import query_gradients
@@ -51,7 +52,6 @@ from infscan.studies.stages import (
 from infscan.studies.validation import LissaConfig, ValidateConfig, ValidateJob
 from infscan.truth import lds
 from infscan.truth.bm25 import bm25_scores
-from infscan.truth.compare import agreement, random_scores
 from infscan.truth.retrain import Retrainer, measure_queries, trainings
 from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 

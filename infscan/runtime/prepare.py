@@ -99,8 +99,8 @@ def prepare(
 
 def _no_rows(config: CorpusConfig) -> CorpusError:
     return CorpusError(
-        f"{config.path} is read where it lies and has no rows with a prompt_field or mask_field; leave both null, or "
-        "give JSONL or Parquet."
+        f"{config.path} has no rows that could have a prompt_field or mask_field; leave both null, or give JSONL or "
+        "Parquet."
     )
 
 
