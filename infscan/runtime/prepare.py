@@ -13,7 +13,7 @@ from infscan import errors
 from infscan.config import CorpusConfig
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import describe, difference, token_files
-from infscan.corpus.documents import document_files
+from infscan.corpus.documents import document_files, file_format
 from infscan.corpus.in_place import DESCRIPTION, Description
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
@@ -44,7 +44,10 @@ def input_files(config: CorpusConfig) -> list[InputFile]:
     """
     if is_prepared(config.path) or token_files(config) is not None:
         return []
-    return document_files(config)
+    files = document_files(config)
+    if config.masked and any(file_format(file.uri, config.format) == "text" for file in files):
+        raise _no_rows(config)
+    return files
 
 
 def prepare(
