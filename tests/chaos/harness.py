@@ -16,7 +16,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,7 +170,10 @@ class Harness:
         self._open.close()
 
     def _add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, setup_worker_path=WORKER)
+        return self.add_node(num_cpus=1)
+
+    def add_node(self, num_cpus: int) -> Any:
+        return self.cluster.add_node(num_cpus=num_cpus, setup_worker_path=WORKER)
 
     def _output(self, name: str) -> str:
         return f"s3://chaos/{name}" if name.startswith("storage") else str(self.root / name)
@@ -192,10 +195,11 @@ class Harness:
         rows = rows_of(self._output(name))
         return {table: rows[table] for table in TABLES}
 
-    def _drive(self, name: str, *own: str, kill_at: int = 0) -> Child:
+    def drive(self, name: str, *own: str, kill_at: int = 0, overrides: Sequence[str] = ()) -> Child:
+        """A driver of the run `name`, started; it kills itself when it hands out its unit number `kill_at`."""
         order = {
             "address": self.cluster.address,
-            "overrides": self._overrides(name, *own),
+            "overrides": [*self._overrides(name, *own), *overrides],
             "kill_at": kill_at,
             "report": str(self.root / f"{name}.report.json"),
             "progress": str(self.root / f"{name}.progress"),
@@ -204,13 +208,14 @@ class Harness:
         path.write_text(json.dumps(order))
         return Child("tests.chaos.driver", str(path))
 
-    def _said(self, name: str) -> str:
+    def said(self, name: str) -> str:
+        """The error that the run's driver ended with; '' where it ended well."""
         report = self.root / f"{name}.report.json"
         return json.loads(report.read_text()).get("error", "") if report.exists() else "the driver left no report"
 
     def _undisturbed(self, name: str, *own: str) -> float:
         began = time.monotonic()
-        assert self._drive(name, *own).wait() == 0, self._said(name)
+        assert self.drive(name, *own).wait() == 0, self.said(name)
         return time.monotonic() - began
 
     def run(self, fault: str, seed: int) -> Result:
@@ -226,15 +231,15 @@ class Harness:
         began = time.monotonic()
         with reader.reading():
             if fault == DRIVER_KILLED:
-                self._drive(name, *own, kill_at=at).wait()
+                self.drive(name, *own, kill_at=at).wait()
                 before = _shard_files(folder)
-                status = self._drive(name, *own).wait()
+                status = self.drive(name, *own).wait()
             elif fault == STORAGE:
                 self.proxy.plan = Plan(seed, rate=0.1)
-                status = self._drive(name, *own).wait()
+                status = self.drive(name, *own).wait()
                 self.proxy.plan = None
             else:
-                driver = self._drive(name, *own)
+                driver = self.drive(name, *own)
                 before, struck = self._strike(name, fault, at, draw)
                 status = driver.wait()
                 meanwhile = self._meanwhile(name, struck)
@@ -243,7 +248,7 @@ class Harness:
         redone = sorted(shard for shard, facts in before.items() if after.get(shard) != facts)
         recovered = status == 0 and self._tables(name) == self.expected
         lost = seconds - (self.fit_s if own else self.scan_s)
-        return Result(fault, seed, at, seconds, lost, recovered, reader.torn, redone, self._said(name), meanwhile)
+        return Result(fault, seed, at, seconds, lost, recovered, reader.torn, redone, self.said(name), meanwhile)
 
     def _handed_out(self, name: str) -> list[tuple[float, int, int]]:
         """When, to which worker, and the process id of its rank, for every unit so far."""

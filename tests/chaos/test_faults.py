@@ -8,7 +8,8 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,21 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.packing import pack_settings
 from infscan.errors import FactorsError, InfscanError, RunError
 from infscan.passes.factor_store import FactorsPlan
+from infscan.passes.rank import Batch, Rank
+from infscan.passes.scan import ScanTask
 from infscan.results.read import read_scores, read_summary
+from infscan.results.shard_file import finished_shards, read_hits
 from infscan.runtime import fit
+from infscan.runtime.group import WorkerGroup
 from infscan.runtime.lease import Lease
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
+from infscan.storage import Store
 from jobs.scan import answer
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
 from tests.runtime.builders import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
-from tests.runtime.test_end_to_end import rows_of
+from tests.runtime.test_end_to_end import assert_close_rows, rows_of
 
 SHARDS, PER_SHARD = 30, 8
 SEQUENCES = SHARDS * PER_SHARD
@@ -136,6 +142,71 @@ def test_a_lost_rank_costs_one_more_attempt(
     assert_same_answer(config, twin)
     assert_counts_add_up(config)
     assert read_summary(config.output)["workers"]["rebuilds"] >= 1
+
+
+# --- memory that runs out ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Room:
+    """What a micro-batch of the scan may have at most, in padded tokens; None: as much as it likes."""
+
+    tokens: int | None = None
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Room:
+    """Ranks run out of memory where there is no room; set `tokens` at any time."""
+    room, submit = Room(), WorkerGroup.submit
+
+    def submit_cramped(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0
+    ) -> None:
+        tokens = room.tokens
+
+        def in_little_memory(rank: Rank, *arguments: Any) -> Any:
+            def backward(batch: Batch, *rest: Any) -> None:
+                if batch.ids_bt.numel() > tokens:
+                    raise MemoryError("no room")
+                Rank.backward(rank, batch, *rest)
+
+            rank.backward = backward  # type: ignore[method-assign]
+            try:
+                return function(rank, *arguments)
+            finally:
+                del rank.backward
+
+        chosen = in_little_memory if tokens and isinstance(arguments[0], ScanTask) else function
+        submit(self, unit, chosen, *arguments, halvings=halvings)
+
+    monkeypatch.setattr(WorkerGroup, "submit", submit_cramped)
+    return room
+
+
+def test_memory_that_runs_out_halves_micro_batches_and_costs_no_attempt(
+    twin: Config, tmp_path: Path, room: Room
+) -> None:
+    """Scores agree within rounding; every shard that was halved says so, in its file and in summary.json."""
+    room.tokens = 128
+    config = disturbed(twin, tmp_path, "cluster.num_workers=1", "cluster.max_attempts=1")
+    answer(config)
+    assert_close_rows(config, twin)
+    counts = assert_counts_add_up(config)
+    store = Store(config.output)
+    halvings = [read_hits(store, name, ["q0", "q1", "q2"])[1].halvings for name in finished_shards(store)]
+    assert set(halvings) <= {0, 1}
+    assert counts["scanned"]["halved"] == sum(halvings) > 0
+    assert read_summary(config.output)["workers"]["halvings"] == sum(halvings)
+    assert "scan.tokens_per_batch=256" in " ".join(read_summary(config.output)["warnings"])
+
+    # One sequence alone that does not fit ends the job, and says what would help; more room lets it go on.
+    (tmp_path / "run" / "shards" / "shard-000003.parquet").unlink()
+    room.tokens = 1
+    with pytest.raises(RunError, match=r"one sequence alone \(\d+ tokens\) does not fit .*ranks_per_worker"):
+        answer(config)
+    room.tokens = None
+    answer(config)
+    assert_close_rows(config, twin)
 
 
 # --- a poison shard ------------------------------------------------------------------------------------------------
