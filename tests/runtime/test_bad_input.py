@@ -141,7 +141,7 @@ def test_a_corpus_of_unknown_format_is_refused(folder: Path, no_ray: None) -> No
 
 
 def test_an_unknown_format_setting_is_refused(folder: Path, no_ray: None) -> None:
-    assert_says(refusal(small_run(folder, "corpus.format=csv"), CorpusError), "corpus.format='csv'", "jsonl or parquet")
+    assert_says(refusal(small_run(folder, "corpus.format=csv"), CorpusError), "corpus.format='csv'", "jsonl", "parquet")
 
 
 @pytest.fixture(scope="module")
