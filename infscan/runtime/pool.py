@@ -281,7 +281,7 @@ def missing_room(cluster: ClusterConfig, gpus: float) -> str:
     rank = {"CPU": float(cluster.cpus_per_rank)} | ({"GPU": gpus} if gpus else {})
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = [{kind: resources.get(kind, 0.0) for kind in rank} for resources in alive]
-    nodes = "; ".join(_amounts(node) for node in have) or "none"
+    nodes = "; ".join(sorted(map(_amounts, have))) or "none"
     return (
         f"one needs {cluster.ranks_per_worker} x {{{_amounts(rank)}}} (cluster.placement={cluster.placement.value}), "
         f"and the nodes that are alive have in all {{{nodes}}}"
