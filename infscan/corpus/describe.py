@@ -11,7 +11,8 @@ import numpy as np
 
 from infscan.config import CorpusConfig, Packing, fingerprint
 from infscan.corpus import mds, megatron, npy
-from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, file_name, sampled_digest
+from infscan.corpus.files import file_name
+from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, sampled_digest
 from infscan.corpus.packing import PackSettings
 from infscan.errors import CorpusError, StorageError
 from infscan.storage import InputFile, expand, look_up, read_range

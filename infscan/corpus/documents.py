@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig, TextRecords
 from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
+from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError, StorageError
-from infscan.storage import InputFile, changed, expand, open_input
+from infscan.storage import InputFile, expand, open_input
 
 MAX_LINE_BYTES = 64 << 20
 # Ids and sources are repeated in every sequence of their document.
@@ -76,14 +77,14 @@ def read_documents(
         CorpusError: for a file that is not the one that was listed, before or after reading it.
     """
     tally = Tally() if tally is None else tally
-    _check_unchanged(file)
+    check_same_file(file)
     try:
         with open_input(file.uri) as stream:
             kind = file_format(file.uri, config.format)
             if kind == "parquet":
-                yield from _read_parquet(file.uri, stream, config, tally)
+                yield from _read_table("Parquet", file.uri, _parquet_batches(file.uri, stream, config), config, tally)
             elif kind == "arrow":
-                yield from _read_arrow(file.uri, stream, config, tally)
+                yield from _read_table("Arrow", file.uri, _arrow_batches(file.uri, stream, config), config, tally)
             elif kind == "text":
                 yield from _read_text(file.uri, stream, config, tally, max_line_bytes)
             else:
@@ -92,7 +93,7 @@ def read_documents(
         raise StorageError(
             f"{file.uri}, after record {tally.records}: {error}; check the disk or the store."
         ) from error
-    _check_unchanged(file)
+    check_same_file(file)
 
 
 def document_files(config: CorpusConfig) -> list[InputFile]:
@@ -106,7 +107,7 @@ def document_files(config: CorpusConfig) -> list[InputFile]:
     """
     files = expand(config.path)
     if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
-        files = [file for file in files if not _is_beside_arrow(_file_name(file.uri))]
+        files = [file for file in files if not _is_beside_arrow(file_name(file.uri))]
     for file in files:
         file_format(file.uri, config.format)
     return files
@@ -136,18 +137,6 @@ def file_format(uri: str, setting: str = "auto") -> str:
         f"{uri}: the suffix says nothing about the format; rename it ({', '.join(_SUFFIXES)}, JSONL and text also with "
         f"{' or '.join(COMPRESSIONS)}), or set corpus.format to one of {', '.join(_FORMATS)}."
     )
-
-
-def _check_unchanged(file: InputFile) -> None:
-    difference = changed(file)
-    if difference:
-        raise CorpusError(
-            f"{file.uri} {difference}: it changed under the run; put the old file back, or start a new output."
-        )
-
-
-def _file_name(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 # JSONL
@@ -231,7 +220,7 @@ def _read_text(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, m
     """The whole file as one document, or every line that is not blank (corpus.text_records)."""
     lines = decompressed(uri, stream)
     by_line = config.text_records is TextRecords.line
-    name = _file_name(uri)
+    name = file_name(uri)
     offset = 0
     while True:
         where = f"{uri}, line {tally.records + 1}" if by_line else uri
@@ -267,55 +256,47 @@ def _more(lines: BinaryIO, by_line: bool) -> bytes:
     return lines.readline(_READ_BYTES) if by_line else lines.read(_READ_BYTES)
 
 
-# Parquet
+# Tables
 
 
-def _read_parquet(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
+def _read_table(
+    name: str, uri: str, batches: Iterator[pa.RecordBatch], config: CorpusConfig, tally: Tally
+) -> Iterator[Document]:
+    """A document per row; every error of reading the table, `name`, says after which row."""
     try:
-        with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
-            columns = _columns(uri, parquet.schema_arrow.names, config)
-            rows = _rows_per_batch(parquet.metadata, columns)
-            # Without threads, which would decode batches ahead.
-            for batch in parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False):
-                for index in range(batch.num_rows):
-                    tally.records += 1
-                    try:
-                        document = _from_row(uri, tally.records - 1, batch, index, config)
-                    except BadDocumentError as error:
-                        tally.leave_out(error)
-                    else:
-                        yield document
+        for batch in batches:
+            for index in range(batch.num_rows):
+                tally.records += 1
+                try:
+                    document = _from_row(uri, tally.records - 1, batch, index, config)
+                except BadDocumentError as error:
+                    tally.leave_out(error)
+                else:
+                    yield document
     except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise BadFileError(
-            f"{uri}, after row {tally.records}: not Parquet, truncated or corrupt ({reason}); copy the file again."
+            f"{uri}, after row {tally.records}: not {name}, truncated or corrupt ({reason}); copy the file again."
         ) from error
 
 
-def _read_arrow(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
+def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
+        columns = _columns(uri, parquet.schema_arrow.names, config)
+        rows = _rows_per_batch(parquet.metadata, columns)
+        # Without threads, which would decode batches ahead.
+        yield from parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
+
+
+def _arrow_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[pa.RecordBatch]:
     """An IPC file (it begins with ARROW1) or stream, one record batch in memory at a time."""
     is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
     stream.seek(0)
-    try:
-        with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
-            columns = _columns(uri, reader.schema.names, config)
-            count = reader.num_record_batches if is_file else None
-            batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
-            for batch in batches:
-                batch.validate(full=True)
-                for index, wanted in ((row, batch.select(columns)) for row in range(batch.num_rows)):
-                    tally.records += 1
-                    try:
-                        document = _from_row(uri, tally.records - 1, wanted, index, config)
-                    except BadDocumentError as error:
-                        tally.leave_out(error)
-                    else:
-                        yield document
-    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadFileError(
-            f"{uri}, after row {tally.records}: not Arrow, truncated or corrupt ({reason}); copy the file again."
-        ) from error
+    with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
+        columns = _columns(uri, reader.schema.names, config)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            batch.validate(full=True)
+            yield batch.select(columns)
 
 
 def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
@@ -381,8 +362,8 @@ def _document(uri: str, where: str, number: int, offset: int, row: dict[str, Any
         if config.prompt_field is not None:
             prompt = _prompt(where, row, config.prompt_field)
     return Document(
-        id=_label(where, row, config.id_field, f"{_file_name(uri)}#{number}"),
-        source=_label(where, row, config.source_field, _file_name(uri)),
+        id=_label(where, row, config.id_field, f"{file_name(uri)}#{number}"),
+        source=_label(where, row, config.source_field, file_name(uri)),
         text=text,
         token_ids=token_ids,
         path=uri,

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from infscan.config import Packing
+from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers
 from infscan.errors import CorpusError
-from infscan.storage import InputFile, Store, changed, read_range
+from infscan.storage import InputFile, Store, read_range
 
 DESCRIPTION = "addressable.json"
 SCHEMA_VERSION = 1
@@ -80,19 +81,6 @@ class Description:
             raise CorpusError(
                 f"{where} describes no corpus ({error!r}); remove it, and it is written again."
             ) from error
-
-
-def file_name(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1]
-
-
-def check_same_file(file: InputFile) -> None:
-    """Raises CorpusError where a file is not the one that was described (bytes, ETag or time of change)."""
-    found = changed(file)
-    if found is not None:
-        raise CorpusError(
-            f"{file.uri} {found}: it changed under the run; put the old file back, or start a new output."
-        )
 
 
 def sampled_digest(file: InputFile, files: int) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from infscan.corpus.in_place import InPlace, document_spans, file_name
+from infscan.corpus.files import file_name
+from infscan.corpus.in_place import InPlace, document_spans
 from infscan.corpus.sequences import Span, TokenBlock
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, read_range

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from infscan.config import MOST_RANK, ClusterConfig, Placement, Scores
+from infscan.config import ClusterConfig, Placement, Scores
 from infscan.errors import ConfigError, StorageError
 from infscan.passes.factor_store import COMPLETE, FactorsPlan
 from infscan.results.shard_file import finished_shards
@@ -34,8 +34,7 @@ def check_writable(run: Run) -> None:
         StorageError: where one cannot be written: permissions, credentials, a full disk, a server that does not answer.
     """
     run.store.check_writable()
-    apart = not run.factors_store.uri.startswith(f"{run.store.uri}/")
-    if apart and not run.factors_store.exists(COMPLETE):
+    if run.factors_apart and not run.factors_store.exists(COMPLETE):
         run.factors_store.check_writable()
 
 
@@ -86,8 +85,7 @@ def scan_bytes(run: Run, plan: Plan, T: int, left: float = 1.0) -> dict[str, int
     config, N, C = run.config, plan.selection.size, run.config.candidates
     layers, boards = run.architecture.layers, len(run.queries) * len(run.config.sides)
     kept = boards * min(N, C * (1 + math.log(max(N / C, 1))))
-    # `auto` allots at most this.
-    r = MOST_RANK if isinstance(config.scan.rank, str) else config.scan.rank
+    r = config.most_rank
     entries = sum(
         layer.size if r is None or min(layer.outputs, layer.inputs) <= r else r * (layer.outputs + layer.inputs)
         for layer in layers

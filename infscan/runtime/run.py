@@ -126,8 +126,7 @@ class Run:
 
     def _sweep(self) -> None:
         """Remove what earlier processes that died were writing to the output and to the factors."""
-        apart = not self.factors_store.uri.startswith(f"{self.store.uri}/")
-        removed = self.store.sweep() + (self.factors_store.sweep() if apart else 0)
+        removed = self.store.sweep() + (self.factors_store.sweep() if self.factors_apart else 0)
         if removed:
             log.info("storage     %d unfinished files of earlier processes removed", removed)
 
@@ -144,6 +143,11 @@ class Run:
                 f"{self.store.uri} belongs to other settings ({'; '.join(changed)}). Resume it with its own, "
                 "or give another output=..."
             )
+
+    @property
+    def factors_apart(self) -> bool:
+        """Whether factors lie elsewhere than in the output."""
+        return not self.factors_store.uri.startswith(f"{self.store.uri}/")
 
     @cached_property
     def pool(self) -> Pool:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infscan.influence.agreement import INTERVAL
 from infscan.influence.cg import Operator
 from infscan.passes.ggn import join
 from infscan.passes.queries import query_gradients
@@ -161,7 +162,7 @@ def _ranks(
 def interval(values_q: NDArray[np.float64], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
     """Mean over queries with its 95 % bootstrap interval."""
     draws = np.random.default_rng(seed).integers(0, len(values_q), (resamples, len(values_q)))
-    low, high = np.percentile(values_q[draws].mean(axis=1), (2.5, 97.5))
+    low, high = np.percentile(values_q[draws].mean(axis=1), INTERVAL)
     return float(values_q.mean()), float(low), float(high)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infscan.errors import ConfigError
+from infscan.influence.agreement import INTERVAL
 from infscan.truth.retrain import Retrainer, trainings
 
 RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def random_scores(sequences: int, queries: int, seed: int) -> NDArray[np.float64
 
 
 def _estimate(by_query: NDArray[np.float64], draws_b: NDArray[np.float64]) -> Estimate:
-    low, high = np.percentile(draws_b, _INTERVAL)
+    low, high = np.percentile(draws_b, INTERVAL)
     return Estimate(float(by_query.mean()), float(low), float(high), by_query)
 
 

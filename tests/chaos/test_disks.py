@@ -13,12 +13,11 @@ import pytest
 
 from infscan.config import Config
 from infscan.errors import StorageError, UnwritableError
-from infscan.results.read import read_summary
 from infscan.storage import Store
 from infscan.storage import local as local_module
 from jobs.scan import answer
 from tests.chaos.disks import small_disk
-from tests.chaos.every_call import Tripwire, tiny_inputs, tiny_run, watched
+from tests.chaos.every_call import Tripwire, watched
 from tests.chaos.one_process import without_ray
 from tests.chaos.test_every_call import Twin, content
 
@@ -33,11 +32,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Twin:
-    root = tmp_path_factory.mktemp("twin")
-    tiny_inputs(root)
-    config = tiny_run(root, root / "run")
-    answer(config)
-    return Twin(root, config, content(config), read_summary(config.output)["counts"], [])
+    return Twin.made(tmp_path_factory.mktemp("twin"))
 
 
 def blocks(folder: Path) -> int:

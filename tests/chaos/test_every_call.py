@@ -70,6 +70,14 @@ class Twin:
     counts: dict[str, Any]
     calls: list[Call]
 
+    @classmethod
+    def made(cls, root: Path) -> Twin:
+        """Its inputs and its run, below `root`; nobody has counted its calls yet."""
+        tiny_inputs(root)
+        config = tiny_run(root, root / "run")
+        answer(config)
+        return cls(root, config, content(config), read_summary(config.output)["counts"], [])
+
     def strikes(self, ranks_only: bool = False) -> list[Strike]:
         """Every call number with every moment that makes a difference."""
         calls = [call for call in self.calls if call.rank or not ranks_only]
@@ -105,12 +113,8 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Twin:
-    root = tmp_path_factory.mktemp("twin")
-    tiny_inputs(root)
-    config = tiny_run(root, root / "run")
-    answer(config)
-    twin = Twin(root, config, content(config), read_summary(config.output)["counts"], [])
-    again = twin.disturbed(root / "again")
+    twin = Twin.made(tmp_path_factory.mktemp("twin"))
+    again = twin.disturbed(twin.root / "again")
     # The second one loads no model, as all that follow.
     with watched(crash_driver(None)) as wire:
         answer(again)
