@@ -44,6 +44,7 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 
 # What docs/truth.md reports, hours on two cores; each keeps what is finished below runs/ and goes on from there.
 bench-truth: $(READY)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from infscan.corpus.arrays import TokenArrays
+from infscan.corpus.filtered import FORMAT as FILTERED
+from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.in_place import DESCRIPTION, Description, InPlace
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.mds import MdsSamples
 from infscan.corpus.parts import PreparedCorpus, open_prepared
 from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import CorpusError
-from infscan.storage import MissingError, Store
+from infscan.storage import MissingError, Store, is_uri
 
 __all__ = ["AddressableCorpus", "PreparedCorpus", "is_prepared", "open_corpus"]
 
@@ -36,5 +38,13 @@ def open_corpus(store: Store) -> AddressableCorpus:
         raise CorpusError(
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
+    if value.get("format") == FILTERED:
+        # Below the folder, or anywhere: a relative address is below it.
+        base = value["base"]
+        at = Store(base) if is_uri(base) or base.startswith("/") else store / base
+        whole = open_corpus(at)
+        if whole.fingerprint != value["base_fingerprint"]:
+            raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
+        return FilteredCorpus(store, whole, value)
     description = Description.from_json(value, f"{store}/{DESCRIPTION}")
     return _IN_PLACE[description.format](store, description)

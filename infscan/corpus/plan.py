@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -17,16 +17,23 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Selection:
-    """The sequence numbers a pass reads, ascending: all of 0..total-1, or a uniform sample of `size` of them."""
+    """The sequence numbers a pass reads, ascending: all of 0..total-1, or a uniform sample of `size` of them.
+
+    among: int64, ascending: the only numbers to choose from, where the corpus is a filtered one; they do not travel.
+    """
 
     total: int
     size: int
     seed: int = 0
+    among: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, total: int, max_sequences: int | None = None, seed: int = 0) -> Selection:
-        """All numbers where `max_sequences` is null or no smaller than the corpus."""
-        return cls(total, total if max_sequences is None else min(max_sequences, total), seed)
+    def of(
+        cls, total: int, max_sequences: int | None = None, seed: int = 0, among: np.ndarray | None = None
+    ) -> Selection:
+        """All numbers where `max_sequences` is null or no smaller than what there is to choose from."""
+        there = total if among is None else len(among)
+        return cls(total, there if max_sequences is None else min(max_sequences, there), seed, among)
 
     def __post_init__(self) -> None:
         assert 0 <= self.size <= self.total, f"cannot choose {self.size} of {self.total} sequences"
@@ -47,15 +54,18 @@ class Selection:
 
     @cached_property
     def _sample(self) -> np.ndarray:
-        chosen = np.random.default_rng(self.seed).choice(self.total, self.size, replace=False, shuffle=False)
-        return np.sort(chosen.astype(np.int64))
+        there = self.total if self.among is None else len(self.among)
+        chosen = np.random.default_rng(self.seed).choice(there, self.size, replace=False, shuffle=False)
+        positions = np.sort(chosen.astype(np.int64))
+        return positions if self.among is None else self.among[positions]
 
     def digest(self) -> str:
         """SHA-256 of the sample: numpy does not promise that another version draws the same one."""
         return sha256(self._sample.astype("<i8").tobytes()).hexdigest() if self.size < self.total else "all"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The sample is drawn again where it is needed; it does not travel with every task.
+        # The sample is drawn again where it is needed; it does not travel with every task, and one of a filtered corpus
+        # is needed by the driver alone.
         return {"total": self.total, "size": self.size, "seed": self.seed}
 
 
@@ -132,8 +142,8 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Plan:
-        """Read a plan back.
+    def from_json(cls, value: dict[str, Any], among: np.ndarray | None = None) -> Plan:
+        """Read a plan back; `among` are a filtered corpus's numbers.
 
         Raises:
             RunError: for another schema version, or if this numpy draws another sample than the plan was made with.
@@ -143,7 +153,7 @@ class Plan:
                 f"the plan has schema version {value.get('schema_version')!r} and this infscan reads {SCHEMA_VERSION}; "
                 "finish the run with the version that began it, or start a new output."
             )
-        selection = Selection(value["sequences"], value["selection"]["size"], value["selection"]["seed"])
+        selection = Selection(value["sequences"], value["selection"]["size"], value["selection"]["seed"], among)
         if selection.digest() != value["selection"]["digest"]:
             raise RunError(
                 f"numpy {np.__version__} draws another sample of {selection.size} sequences than the plan was made "

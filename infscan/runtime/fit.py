@@ -10,6 +10,7 @@ import ray
 
 from infscan.config import Labels, Solver, plain
 from infscan.corpus.addressable import AddressableCorpus
+from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError, UnwritableError
 from infscan.influence.layers import Layer
@@ -62,9 +63,12 @@ def prepare_corpus(run: Run) -> AddressableCorpus:
 def prepare_factors_corpus(run: Run) -> AddressableCorpus:
     """What the factors are fitted on: the scanned corpus, or one of its own, prepared beside the factors."""
     if plain(run.config.factors.corpus) == plain(run.config.corpus):
-        return prepare_corpus(run)
-    store = run.factors_store / "corpus"
-    return prepare(run.config.factors.corpus, run.architecture, run.tokenizer, store, run.telemetry)
+        corpus = prepare_corpus(run)
+    else:
+        store = run.factors_store / "corpus"
+        corpus = prepare(run.config.factors.corpus, run.architecture, run.tokenizer, store, run.telemetry)
+    # What a filter chose looks like the queries: curvature is the whole corpus's.
+    return corpus.base if isinstance(corpus, FilteredCorpus) else corpus
 
 
 def fit(run: Run, vectors: Vectors | None = None) -> Factors:

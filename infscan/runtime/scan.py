@@ -62,7 +62,8 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
         RunError: where the model, the queries or the corpus are not those the run was planned with.
         StorageError: where a local disk has no space for what the scan will write.
     """
-    selection = Selection.of(corpus.sequences, run.config.corpus.max_sequences, run.config.corpus.seed)
+    settings = run.config.corpus
+    selection = Selection.of(corpus.sequences, settings.max_sequences, settings.seed, corpus.chosen)
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
@@ -77,7 +78,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
             f"{run.store.uri} was planned with another {', '.join(changed)}: the content differs, whatever the path. "
             "Put back what it was planned with, or give another output=..."
         )
-    plan = Plan.from_json(found)
+    plan = Plan.from_json(found, corpus.chosen)
     preflight.check_disk_for_scan(run, plan, corpus)
     return plan
 
