@@ -183,11 +183,11 @@ def test_ek_fac_of_one_linear_layer_is_the_exact_solve() -> None:
     torch.testing.assert_close(estimated, exact, rtol=0.06, atol=0.02)
 
 
-def test_a_language_model_is_judged_by_its_responses(folder: Path) -> None:
+def language_model(folder: Path, *overrides: str) -> ValidateJob:
     tiny_model(folder / "model", width=16)
     token_corpus(folder / "corpus.jsonl", 12, T=8)
     token_queries(folder / "queries.jsonl", 2)
-    config = compose(
+    return compose(
         "truth=pbrf",
         f"model.path={folder / 'model'}",
         "model.dtype=float64",
@@ -204,7 +204,19 @@ def test_a_language_model_is_judged_by_its_responses(folder: Path) -> None:
         "truth.points=8",
         "truth.tolerance=0.01",
         f"output={folder / 'lm'}",
+        *overrides,
     )
+
+
+def test_days_of_responses_of_a_language_model_are_refused_before_any_is_computed(tmp_path: Path) -> None:
+    config = language_model(tmp_path, "validate.max_hours=1e-9")
+    with pytest.raises(ConfigError, match=r"8 training points would take up to .* hours .* gradients over 10 training"):
+        against_pbrf.validate(config, quiet)
+    assert not list(tmp_path.glob("lm/validate/responses/*/point-*.json"))
+
+
+def test_a_language_model_is_judged_by_its_responses(folder: Path) -> None:
+    config = language_model(folder)
     found, table, facts = against_pbrf.validate(config, quiet)
     assert [one.name for one in found.scored][:3] == ["EK-FAC", "gradient dot product", "CG"]
     means = {row["method"]: row["pearson"] for row in table.to_pylist() if row["query"] == AVERAGE}
