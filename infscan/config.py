@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from infscan.errors import ConfigError
 
@@ -628,12 +629,43 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+_SEAL = "seal"
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the fingerprint of its content, by which damage shows."""
+    return value | {_SEAL: fingerprint(value)}
+
+
+def is_intact(value: Any) -> bool:
+    """Whether a value read back is an object that `sealed` gave, unchanged."""
+    if not isinstance(value, dict):
+        return False
+    return value.get(_SEAL) == fingerprint(unsealed(value))
+
+
+def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+    """What was given to `sealed`."""
+    return {key: item for key, item in value.items() if key != _SEAL}
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def from_yaml(text: str) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(text)))
+    """What `to_yaml` wrote.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    try:
+        value = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"not a configuration ({next(iter(str(error).splitlines()), '')})") from None
+    if not isinstance(value, dict) or not value:
+        raise ConfigError("not a configuration (no key)")
+    return cast("dict[str, Any]", value)
 
 
 def differences(before: Any, after: Any) -> list[str]:

@@ -26,6 +26,10 @@ class UnwritableError(StorageError):
     """A place that takes no writes now (full, over its quota, read-only, refused): another attempt does not mend it."""
 
 
+class DamagedError(StorageError):
+    """A file that infscan wrote and that does not hold what was written; names it, and what to remove or restore."""
+
+
 class CorpusError(InfscanError):
     """A corpus that is missing, empty, malformed or changed; names the file and the line or row."""
 

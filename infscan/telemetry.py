@@ -22,6 +22,25 @@ log = logging.getLogger("infscan")
 _INTERVAL_S = 10.0
 
 
+def shown(text: str) -> str:
+    """A message as a terminal or a log may show it: no secret, and nothing that controls a terminal.
+
+    Escapes, backspaces and bidirectional marks (from file names, ids or columns of a corpus) are spelt out.
+    """
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else f"\\u{ord(character):04x}"
+        for character in redact(text)
+    )
+
+
+class _Shown(logging.Filter):
+    """Every log line goes through `shown`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = shown(record.getMessage()), ()
+        return True
+
+
 def console() -> Console:
     """Where people look: standard error, so that standard output stays for results."""
     return Console(stderr=True, soft_wrap=True)
@@ -33,7 +52,7 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except InfscanError as error:
-        console().print(Text(f"error: {redact(str(error))}", style="bold red"))
+        console().print(Text(f"error: {shown(str(error))}", style="bold red"))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         console().print("interrupted; the same command goes on from here")
@@ -48,6 +67,7 @@ def configure_logs(level: int = logging.INFO) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_Shown())
     root = logging.getLogger("infscan")
     root.handlers[:] = [handler]
     root.propagate = False
@@ -105,8 +125,9 @@ class Telemetry:
 
     def warn(self, message: str) -> None:
         """Show a warning and keep it for summary.json."""
+        message = redact(message)
         self.warnings.append(message)
-        log.warning(message)
+        log.warning("%s", message)
 
     @contextmanager
     def phase(self, name: str, units: int = 1, unit_name: str = "units") -> Iterator[PhaseView]:

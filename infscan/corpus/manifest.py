@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from hashlib import sha256
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from infscan.config import fingerprint
+from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.packing import Counts
 from infscan.corpus.tally import LeftOut
 from infscan.errors import CorpusError
@@ -21,7 +23,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What one part holds and was made from. `digest` covers token ids, document ids and spans, and no path."""
+    """What one part holds and was made from. `digest` covers token ids, document ids and spans, and no path.
+
+    `footer` is the SHA-256 of the file's Parquet footer: pages have checksums of their own, the footer has none.
+    """
 
     index: int
     sequences: int
@@ -32,6 +37,7 @@ class PartSummary:
     settings: str
     counts: Counts
     left_out: LeftOut = field(default_factory=LeftOut)
+    footer: str = ""
 
     @property
     def name(self) -> str:
@@ -74,7 +80,7 @@ class Manifest:
         ]
         for part in parts:
             del part["settings"], part["input"]
-        return {
+        value = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
@@ -88,13 +94,14 @@ class Manifest:
             "inputs": [asdict(file) for file in self.inputs],
             "parts": parts,
         }
+        return sealed(value)
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Manifest:
         """Read a manifest back.
 
         Raises:
-            CorpusError: for another schema version, or a file that is no manifest.
+            CorpusError: for another schema version, or a file that is no manifest or not what was written.
         """
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != SCHEMA_VERSION:
@@ -102,6 +109,8 @@ class Manifest:
                 f"{where} has schema version {version!r} and this infscan reads {SCHEMA_VERSION}; "
                 "prepare the corpus again."
             )
+        if not is_intact(value):
+            raise CorpusError(f"{where} is not a corpus manifest, or was changed or damaged; prepare the corpus again.")
         try:
             settings = fingerprint(value["settings"])
             parts = tuple(
@@ -115,6 +124,7 @@ class Manifest:
                     settings=settings,
                     counts=Counts(**part["counts"]),
                     left_out=left_out_of(part),
+                    footer=part["footer"],
                 )
                 for part, file in zip(value["parts"], value["inputs"], strict=True)
             )
@@ -137,6 +147,15 @@ def left_out_of(part: Mapping[str, Any]) -> LeftOut:
     """What a stored part says it left out; a part that does not say left out nothing."""
     value = part.get("left_out", {"by_reason": {}, "first": []})
     return LeftOut(value["by_reason"], list(value["first"]))
+
+
+def footer_digest(stream: BinaryIO) -> str:
+    """SHA-256 of a Parquet file's footer, its length and magic included; of what is there where it is none."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, size - 8))
+    length = int.from_bytes(stream.read(4), "little") + 8
+    stream.seek(max(0, size - length))
+    return sha256(stream.read(length)).hexdigest()
 
 
 def part_name(index: int) -> str:

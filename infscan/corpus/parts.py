@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.corpus.manifest import MANIFEST, Manifest, PartSummary
+from infscan.corpus.manifest import MANIFEST, Manifest, PartSummary, footer_digest
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers
 from infscan.errors import CorpusError
 from infscan.storage import MissingError, Store
@@ -165,6 +165,9 @@ class _OpenPart:
             except MissingError:
                 stream = None
             _check_size(store, part, None if stream is None else stream.seek(0, 2))
+            assert stream is not None, "a missing part was refused"
+            if footer_digest(stream) != part.footer:
+                raise self._damaged("its footer is not the one that was written")
             try:
                 # A local file by its path: Arrow may let go of a Python stream while the interpreter ends, and abort.
                 source = store.local_path(part.name) or stream
@@ -188,10 +191,11 @@ class _OpenPart:
     def _read(self, group: int, columns: list[str] | None) -> pa.Table:
         try:
             return self._file.read_row_group(group, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, MemoryError) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, reason: object) -> CorpusError:
+        reason = " ".join(str(reason).split())
         return CorpusError(f"{self._name} cannot be read ({reason}); remove the file and prepare the corpus again.")
 
     def close(self) -> None:

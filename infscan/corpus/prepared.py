@@ -6,6 +6,7 @@ manifest.json            written last: its presence is the fact that the corpus 
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -27,6 +28,7 @@ from infscan.corpus.manifest import (
     SCHEMA_VERSION,
     Manifest,
     PartSummary,
+    footer_digest,
     left_out_of,
     part_name,
     part_schema,
@@ -82,7 +84,7 @@ def prepare_part(
         left_out = LeftOut({"file cannot be read": 1}, [str(error)])
         data, summary = _part(iter(()), Packer(pack), index, file, settings, lambda: (Counts(files_bad=1), left_out))
     store.write(part_name(index), data)
-    return replace(summary, bytes=len(data))
+    return replace(summary, bytes=len(data), footer=footer_digest(io.BytesIO(data)))
 
 
 def _prepared(
@@ -142,7 +144,7 @@ def finished_part(store: Store, index: int) -> PartSummary | None:
     """What the footer of a part that is already there says; None where there is none, or none of this schema."""
     try:
         with store.open(part_name(index)) as stream:
-            size = stream.seek(0, 2)
+            size, digest = stream.seek(0, io.SEEK_END), footer_digest(stream)
             footer = pq.read_metadata(stream).metadata or {}
     except (MissingError, pa.ArrowException, OSError, ValueError):
         return None
@@ -151,7 +153,7 @@ def finished_part(store: Store, index: int) -> PartSummary | None:
         if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
             return None
         value |= {"bytes": size, "input": InputFile(**value["input"]), "counts": Counts(**value["counts"])}
-        return PartSummary(**value | {"left_out": left_out_of(value)})
+        return PartSummary(**value | {"left_out": left_out_of(value), "footer": digest})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

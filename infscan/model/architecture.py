@@ -189,13 +189,25 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder}/config.json cannot be used ({first_line(error)}); give a causal language model of a "
             "family that the installed transformers knows (models that bring their own code are refused)."
         ) from None
     if getattr(config, "auto_map", None):
         raise ModelError(f"{folder} asks for code of its own (auto_map), which is never run; give a known family.")
+    asked = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in asked or "|" in asked:
+        # transformers would fetch and run it from the hub.
+        raise ModelError(
+            f"{folder}/config.json asks for attention code from a hub ({asked[:80]!r}), which is never run; remove "
+            "attn_implementation from it."
+        )
+    if Store(str(folder)).exists("adapter_config.json"):
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json), which would load another model's weights; merge it into "
+            "its model and save that."
+        )
     return config
 
 
@@ -203,9 +215,12 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The module tree with the shapes of its parameters, and no storage behind them."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(f"{config.model_type}: not a causal language model ({first_line(error)}); give one.") from None
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
+        raise ModelError(
+            f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or mend its "
+            "config.json."
+        ) from None
 
 
 def refuse_encoder(config: PretrainedConfig) -> None:
@@ -240,7 +255,7 @@ def weight_files(folder: Path) -> list[Path]:
     if _WEIGHTS in there:
         return [folder / _WEIGHTS]
     if _WEIGHTS_INDEX in there:
-        wanted = sorted(set(store.read_json(_WEIGHTS_INDEX)["weight_map"].values()))
+        wanted = _indexed(folder, store.read_json(_WEIGHTS_INDEX))
         missing = [name for name in wanted if name not in there]
         if missing:
             raise ModelError(
@@ -251,6 +266,21 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "nor an index of it"
     raise ModelError(f"{folder}: no {_WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
+
+
+def _indexed(folder: Path, index: Any) -> list[str]:
+    """The files that a checkpoint's index names, if they are safetensors files beside it."""
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{folder}/{_WEIGHTS_INDEX} has no weight_map of file names; copy or save the model again.")
+    wanted = sorted(set(names.values()))
+    for name in wanted:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{folder}/{_WEIGHTS_INDEX} names {name[:80]!r}, which is no safetensors file beside it; nothing else "
+                "is opened. Save the model again."
+            )
+    return wanted
 
 
 def _check_whole(files: list[Path]) -> None:

@@ -14,26 +14,31 @@ partial sums `A.1|<layer>`. `eigenvalues` goes through the blocks in order.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from infscan.config import fingerprint
+from infscan.config import fingerprint, is_intact, sealed, unsealed
 from infscan.corpus.plan import Selection
-from infscan.errors import ConfigError, FactorsError
+from infscan.errors import ConfigError, DamagedError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.storage import Store
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
+_DIGESTS = "digests"
+_FINISHED = ("A/", "S/", "Lambda/", "labels/")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class FactorsPlan:
         return 4 * len(self.slices) * (covariance + sum(layer.size for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        return sealed({"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)})
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> FactorsPlan:
@@ -143,6 +148,43 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
+def read_plan(store: Store) -> FactorsPlan:
+    """The plan that is in storage.
+
+    Raises:
+        FactorsError: where it is not what was written.
+    """
+    value = store.read_json(PLAN)
+    if not is_intact(value):
+        raise FactorsError(
+            f"{store.uri}/{PLAN} is not what was written, or of another version of infscan; restore it, or remove "
+            f"{store.uri} and fit again."
+        )
+    return FactorsPlan.from_json(value)
+
+
+def complete(store: Store, plan: FactorsPlan) -> dict[str, Any]:
+    """What factors.json says: what the factors are of, and the sizes of their files."""
+    files = {entry.name: entry.size for entry in store.list(suffix=".safetensors") if entry.name.startswith(_FINISHED)}
+    return sealed({"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files})
+
+
+def check_files(store: Store) -> None:
+    """Refuse finished factors of which a file is missing or has another size, by one listing.
+
+    Raises:
+        DamagedError: with the first such file.
+    """
+    value = store.read_json(COMPLETE)
+    if not is_intact(value):
+        raise _damaged(store, COMPLETE, "it is not what was written")
+    there = {entry.name: entry.size for entry in store.list(suffix=".safetensors")}
+    for name, size in value["files"].items():
+        if there.get(name) != size:
+            found = "it is missing" if name not in there else f"{there[name]} bytes where {size} were written"
+            raise _damaged(store, name, found)
+
+
 def labels_path(slice_index: int) -> str:
     return f"labels/slice-{slice_index:04d}.safetensors"
 
@@ -168,36 +210,107 @@ def write_tensors(
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> bytes:
-    """Safetensors bytes; `facts` go to the header as strings."""
+    """Safetensors bytes; `facts` go to the header as strings, with a digest of every tensor and of all of this."""
     plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    return save_tensors(plain, metadata=dict(facts) if facts else None)
+    digests = {key: _digest(tensor) for key, tensor in plain.items()}
+    known = dict(facts or {}) | {_DIGESTS: json.dumps(digests)}
+    return save_tensors(plain, metadata=sealed(known))
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(store: Store, name: str) -> dict[str, Tensor]:
-    return load_tensors(store.read(name))
+    """All tensors of a file, each held to its digest.
+
+    Raises:
+        DamagedError: where the file does not hold what was written.
+    """
+    data = store.read(name)
+    digests = _digests(_header(io.BytesIO(data), store, name))
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(store, name, str(error)) from error
+    if tensors.keys() != digests.keys():
+        raise _damaged(store, name, "tensors are missing")
+    for key, tensor in tensors.items():
+        _check(store, name, key, tensor, digests)
+    return tensors
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 
 
 def read_tensor(store: Store, name: str, key: str) -> Tensor:
-    """One tensor out of a safetensors file, by its byte range: the rest of the file is not read."""
+    """One tensor out of a safetensors file, by its byte range and held to its digest: the rest is not read.
+
+    Raises:
+        DamagedError: where the file does not hold what was written.
+    """
     with store.open(name) as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        entry = header[key]
-        begin, end = entry["data_offsets"]
+        header = _header(stream, store, name)
         base = stream.tell()
-        stream.seek(base + begin)
-        data = bytearray(stream.read(end - begin))
-    return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            entry = header[key]
+            begin, end = entry["data_offsets"]
+            stream.seek(base + begin)
+            data = bytearray(stream.read(end - begin))
+            tensor = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise _damaged(store, name, f"{key}: {error}") from error
+    _check(store, name, key, tensor, _digests(header))
+    return tensor
 
 
 def read_facts(store: Store, name: str) -> dict[str, str]:
-    """The strings in a safetensors file's header."""
+    """The strings in a safetensors file's header.
+
+    Raises:
+        DamagedError: where they are not what was written.
+    """
     with store.open(name) as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    facts: dict[str, str] = header.get("__metadata__", {})
-    return facts
+        facts: dict[str, str] = _header(stream, store, name)["__metadata__"]
+    return unsealed({key: value for key, value in facts.items() if key != _DIGESTS})
+
+
+def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
+    """A file's header, its facts intact; leaves the stream where the tensors begin."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 + length:
+        raise _damaged(store, name, f"it is cut off at {size} bytes")
+    try:
+        header = json.loads(stream.read(length))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or not is_intact(header.get("__metadata__")):
+        raise _damaged(store, name, "its header is not what was written")
+    return header
+
+
+def _digests(header: Mapping[str, Any]) -> dict[str, str]:
+    digests: dict[str, str] = json.loads(header["__metadata__"].get(_DIGESTS, "{}"))
+    return digests
+
+
+def _check(store: Store, name: str, key: str, tensor: Tensor, digests: Mapping[str, str]) -> None:
+    if digests.get(key) != _digest(tensor):
+        raise _damaged(store, name, f"{key} is not what was written")
+
+
+def _damaged(store: Store, name: str, reason: str) -> DamagedError:
+    finished = name.startswith(("A/", "S/", "Lambda/", "labels/"))
+    mend = (
+        f"restore it, or remove {store.uri} and fit again" if finished else "remove it and run the same command again"
+    )
+    return DamagedError(f"{store.uri}/{name} is damaged ({reason}); {mend}.")
 
 
 def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
@@ -231,5 +344,5 @@ def read_factors(uri: str) -> dict[str, LayerFactors]:
         raise FactorsError(
             f"{uri} has no {COMPLETE}: its factors are not complete; run jobs/fit.py again to finish them."
         )
-    plan = FactorsPlan.from_json(store.read_json(PLAN))
+    plan = read_plan(store)
     return {layer.name: read_layer_factors(store, layer) for layer in plan.layers}

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import io
 import json
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infscan.errors import RunError
+from infscan.config import is_intact, sealed, unsealed
+from infscan.errors import DamagedError, RunError
 from infscan.storage import Store
 
 SCHEMA_VERSION = 1
 _FOOTER = b"infscan"
+_COLUMNS = "columns"
 
 DOCUMENTS = pa.list_(
     pa.struct([("id", pa.string()), ("source", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
@@ -89,11 +93,15 @@ TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("sc
 
 
 def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
-    """A table as complete Parquet bytes: zstd, statistics, and `footer` with the schema version as JSON."""
-    facts = json.dumps({"schema_version": SCHEMA_VERSION, **footer}).encode()
-    table = table.replace_schema_metadata({_FOOTER: facts})
+    """A table as complete Parquet bytes: zstd, statistics, page checksums, and `footer` as JSON.
+
+    The schema version and a digest of each column go into the footer too: `read_parquet` holds what it reads to them.
+    """
+    columns = {name: _digest(table.column(name)) for name in table.column_names}
+    facts = sealed({"schema_version": SCHEMA_VERSION, **footer, _COLUMNS: columns})
+    table = table.replace_schema_metadata({_FOOTER: json.dumps(facts).encode()})
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_statistics=True)
+    pq.write_table(table, sink, compression="zstd", write_statistics=True, write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -105,11 +113,23 @@ def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> p
 
     Raises:
         StorageError: where the file is missing or refused.
+        DamagedError: where it does not hold what was written.
+        RunError: as `footer_of`.
     """
     data = store.read(name)
+    where = f"{store.uri}/{name}"
     owned = pa.allocate_buffer(len(data))
     np.frombuffer(owned, np.uint8)[:] = np.frombuffer(data, np.uint8)
-    return pq.read_table(pa.BufferReader(owned), columns=columns)
+    try:
+        table = pq.read_table(pa.BufferReader(owned), columns=columns)
+        digests = {column: _digest(table.column(column)) for column in table.column_names}
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
+        raise _damaged(where, " ".join(str(error).split())) from error
+    known = _footer(table.schema, where)[_COLUMNS]
+    for column, digest in digests.items():
+        if known.get(column) != digest:
+            raise _damaged(where, f"the column {column!r} is not what was written")
+    return table
 
 
 def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
@@ -117,14 +137,65 @@ def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
 
     Raises:
         RunError: for a file of a newer schema, or one that infscan did not write.
+        DamagedError: where it is not what was written.
     """
+    return unsealed({key: value for key, value in _footer(schema, name).items() if key != _COLUMNS})
+
+
+def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(_FOOTER)
     if raw is None:
         raise RunError(f"{name} was not written by infscan (its footer says nothing); take it out of the run folder.")
-    footer: dict[str, Any] = json.loads(raw)
-    if footer["schema_version"] > SCHEMA_VERSION:
+    try:
+        footer = json.loads(raw)
+    except ValueError:
+        footer = None
+    if not is_intact(footer):
+        raise _damaged(name, "its footer is not what was written")
+    version: int = footer["schema_version"]
+    if version > SCHEMA_VERSION:
         raise RunError(
-            f"{name} has schema version {footer['schema_version']}, newer than this infscan's {SCHEMA_VERSION}; "
-            "upgrade infscan."
+            f"{name} has schema version {version}, newer than this infscan's {SCHEMA_VERSION}; upgrade infscan."
         )
-    return footer
+    facts: dict[str, Any] = footer
+    return facts
+
+
+def _damaged(where: str, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{where} is damaged ({reason}); remove it (of scores/, the shards/ file of the same name too) and run the "
+        "same command again."
+    )
+
+
+def _digest(column: pa.ChunkedArray) -> str:
+    """SHA-256 of a column's values: the same however they are chunked, sliced or encoded."""
+    digest = sha256()
+    array = column.combine_chunks()
+    for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
+        _feed(digest, chunk)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, array: pa.Array) -> None:
+    digest.update(f"{len(array)}:{array.null_count}:".encode())
+    if array.null_count:
+        digest.update(array.is_null().cast(pa.uint8()).to_numpy().tobytes())
+    if pa.types.is_list(array.type):
+        digest.update(pc.list_value_length(array).fill_null(0).to_numpy().tobytes())
+        _feed(digest, array.flatten())
+    elif pa.types.is_struct(array.type):
+        for index, child in enumerate(array.flatten()):
+            digest.update(array.type.field(index).name.encode())
+            _feed(digest, child)
+    elif pa.types.is_string(array.type):
+        digest.update(pc.binary_length(array).fill_null(0).to_numpy().tobytes())
+        digest.update(b"".join(array.cast(pa.binary()).fill_null(b"").to_pylist()))
+    elif pa.types.is_boolean(array.type):
+        _feed(digest, array.cast(pa.uint8()))
+    else:
+        values = array.fill_null(0).to_numpy(zero_copy_only=False)
+        if pa.types.is_floating(array.type):
+            # Encodings may merge NaNs of other bits, and zeros of other signs.
+            values = np.where(np.isnan(values), np.float32(np.nan), values) + np.float32(0)
+        digest.update(np.ascontiguousarray(values).tobytes())

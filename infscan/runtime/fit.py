@@ -18,10 +18,13 @@ from infscan.passes.factor_store import (
     COMPLETE,
     PLAN,
     FactorsPlan,
+    check_files,
+    complete,
     labels_path,
     layer_groups,
     partial_path,
     read_facts,
+    read_plan,
 )
 from infscan.passes.factors import (
     FitTask,
@@ -87,6 +90,7 @@ def fit(run: Run, vectors: Vectors | None = None) -> Factors:
     plan = _plan(run, corpus)
     factors = Factors(inverse, plan.fingerprint, (corpus, plan.selection))
     if store.exists(COMPLETE):
+        check_files(store)
         log.info("factors     reused from %s", store.uri)
         _remove_partials(store)
         return factors
@@ -100,7 +104,7 @@ def fit(run: Run, vectors: Vectors | None = None) -> Factors:
         _on_layers(run, "eigenbasis", decompose_layer, plan)
         _lambda(run, plan, corpus)
         _on_layers(run, "factors", finish_layer, plan)
-        store.write_json(COMPLETE, {"fingerprint": plan.fingerprint, "fields": plan.fields})
+        store.write_json(COMPLETE, complete(store, plan))
     except MissingError:
         # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
         if not store.exists(COMPLETE):
@@ -147,7 +151,7 @@ def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:
         tokens_per_batch=run.config.scan.tokens_per_batch,
     )
     store.create(PLAN, _json_bytes(made.to_json()))
-    plan = FactorsPlan.from_json(store.read_json(PLAN))
+    plan = read_plan(store)
     stored = plan.fields | {"blocks": plan.blocks}
     differing = [
         f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in fields.items() if stored.get(key) != value

@@ -13,7 +13,7 @@ import ray
 
 from infscan.config import Config, Dtype, differences, fingerprint, from_yaml, plain, stage_output, to_yaml
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
-from infscan.errors import RunError
+from infscan.errors import ConfigError, RunError
 from infscan.model.architecture import Architecture, check_agree, describe, load_config, model_folder
 from infscan.model.load import resolve_dtype
 from infscan.passes.rank import RankSettings
@@ -134,9 +134,13 @@ class Run:
         """Write config.yaml, or refuse an output that belongs to other settings, naming each field that differs."""
         self.store.create(CONFIG, to_yaml(self.config).encode())
         try:
-            before = from_yaml(self.store.read(CONFIG).decode())
+            before = from_yaml(self.store.read(CONFIG).decode(errors="replace"))
         except MissingError:
             raise RunError(f"{self.store.uri}/{CONFIG} vanished while it was read; run the command again.") from None
+        except ConfigError as error:
+            raise RunError(
+                f"{self.store.uri}/{CONFIG} is damaged ({error}); restore it, or give another output=..."
+            ) from None
         changed = differences(before, plain(self.config))
         if changed:
             raise RunError(

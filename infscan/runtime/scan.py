@@ -9,12 +9,12 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from infscan.config import fingerprint
+from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
-from infscan.errors import RunError
+from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
-from infscan.passes.factor_store import read_facts
+from infscan.passes.factor_store import read_facts, read_tensors
 from infscan.passes.queries import QueryTask, allotted, query_groups, query_task, read_query_batch
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
@@ -67,9 +67,11 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
-    value = made.to_json() | {"inputs": run.inputs()}
+    value = sealed(made.to_json() | {"inputs": run.inputs()})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
+    if not is_intact(found):
+        raise RunError(f"{run.store.uri}/{PLAN} is not what was written; restore it, or give another output=...")
     wanted = {"corpus": corpus.fingerprint, **run.inputs()}
     planned = {"corpus": found["corpus_fingerprint"], **found["inputs"]}
     changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
@@ -132,7 +134,17 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
 
 
 def _made(run: Run, name: str, key: str) -> bool:
-    return run.store.exists(name) and read_facts(run.store, name).get("fingerprint") == key
+    """Whether a file of the query batch is there, of this key and whole; a damaged one is made again."""
+    if not run.store.exists(name):
+        return False
+    try:
+        if read_facts(run.store, name).get("fingerprint") != key:
+            return False
+        read_tensors(run.store, name)
+    except DamagedError as error:
+        run.telemetry.warn(f"{error} It is computed again now.")
+        return False
+    return True
 
 
 def _queries_jsonl(run: Run) -> bytes:
@@ -165,8 +177,14 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
         run.store.remove(entry.name)
     names = [plan.shard(number).name for number in range(plan.num_shards)]
     for name in sorted(done & set(names)):
-        hits, counts[name] = read_hits(run.store, name, run.query_ids)
-        standings.add(hits)
+        try:
+            hits, counts[name] = read_hits(run.store, name, run.query_ids)
+        except DamagedError as error:
+            run.telemetry.warn(f"{error} It is scanned again now.")
+            run.store.remove(shard_path(name))
+            done.remove(name)
+        else:
+            standings.add(hits)
     left = [int(number) for number in plan.order() if names[int(number)] not in done]
     quarantined: dict[str, str] = {}
     run_fingerprint = fingerprint({"plan": plan.to_json(), "queries": batch.fingerprint})
