@@ -14,7 +14,15 @@ import torch
 from infscan.config import Packing, from_yaml
 from infscan.corpus.addressable import open_corpus
 from infscan.errors import ConfigError, CorpusError, DamagedError, RunError, StorageError
-from infscan.passes.factor_store import check_files, complete, read_facts, read_tensor, read_tensors, write_tensors
+from infscan.passes.factor_store import (
+    check_files,
+    complete,
+    read_facts,
+    read_tensor,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import read_candidates, read_hits
 from infscan.storage import Store
@@ -104,6 +112,11 @@ def test_a_file_of_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
         return {key: (str(t.dtype), t.tolist()) for key, t in found.items()}, one.tolist(), facts
 
     damage(tmp_path / "queries.safetensors", read)
+
+
+def test_equal_content_is_equal_bytes_however_many_facts_stand_beside_it() -> None:
+    facts = {str(number): "x" for number in range(20)}
+    assert len({tensor_bytes({"a": torch.ones(2), "b": torch.ones(3)}, facts) for _ in range(20)}) == 1
 
 
 def test_finished_factors_of_which_a_file_is_gone_or_cut_off_are_refused_by_one_listing(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The module tree with the shapes of its parameters, and no storage behind them."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
         raise ModelError(
             f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or mend its "

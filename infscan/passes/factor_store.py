@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from infscan.config import fingerprint, is_intact, sealed, unsealed
+from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, DamagedError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
@@ -37,7 +37,7 @@ from infscan.storage import Store
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
-_DIGESTS = "digests"
+_SEALED = "infscan"
 _FINISHED = ("A/", "S/", "Lambda/", "labels/")
 
 
@@ -213,8 +213,9 @@ def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None 
     """Safetensors bytes; `facts` go to the header as strings, with a digest of every tensor and of all of this."""
     plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     digests = {key: _digest(tensor) for key, tensor in plain.items()}
-    known = dict(facts or {}) | {_DIGESTS: json.dumps(digests)}
-    return save_tensors(plain, metadata=sealed(known))
+    known = sealed({"facts": dict(facts or {}), "digests": digests})
+    # Under one key: safetensors writes several in no fixed order, and equal content must be equal bytes.
+    return save_tensors(plain, metadata={_SEALED: json.dumps(known, sort_keys=True)})
 
 
 def _digest(tensor: Tensor) -> str:
@@ -275,12 +276,12 @@ def read_facts(store: Store, name: str) -> dict[str, str]:
         DamagedError: where they are not what was written.
     """
     with store.open(name) as stream:
-        facts: dict[str, str] = _header(stream, store, name)["__metadata__"]
-    return unsealed({key: value for key, value in facts.items() if key != _DIGESTS})
+        facts: dict[str, str] = _header(stream, store, name)[_SEALED]["facts"]
+    return facts
 
 
 def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
-    """A file's header, its facts intact; leaves the stream where the tensors begin."""
+    """A file's header, and under `_SEALED` its facts and digests, intact; leaves the stream where the tensors begin."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
@@ -288,15 +289,17 @@ def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
         raise _damaged(store, name, f"it is cut off at {size} bytes")
     try:
         header = json.loads(stream.read(length))
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or not is_intact(header.get("__metadata__")):
+        header[_SEALED] = json.loads(header.pop("__metadata__")[_SEALED])
+        intact = is_intact(header[_SEALED])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
         raise _damaged(store, name, "its header is not what was written")
     return header
 
 
 def _digests(header: Mapping[str, Any]) -> dict[str, str]:
-    digests: dict[str, str] = json.loads(header["__metadata__"].get(_DIGESTS, "{}"))
+    digests: dict[str, str] = header[_SEALED]["digests"]
     return digests
 
 
@@ -306,10 +309,9 @@ def _check(store: Store, name: str, key: str, tensor: Tensor, digests: Mapping[s
 
 
 def _damaged(store: Store, name: str, reason: str) -> DamagedError:
-    finished = name.startswith(("A/", "S/", "Lambda/", "labels/"))
-    mend = (
-        f"restore it, or remove {store.uri} and fit again" if finished else "remove it and run the same command again"
-    )
+    mend = "remove it and run the same command again"
+    if name.startswith(_FINISHED) or name == COMPLETE:
+        mend = f"restore it, or remove {store.uri} and fit again"
     return DamagedError(f"{store.uri}/{name} is damaged ({reason}); {mend}.")
 
 
