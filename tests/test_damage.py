@@ -67,7 +67,7 @@ def test_a_prepared_part(tmp_path: Path) -> None:
         opened.close()
         return found
 
-    damage(tmp_path / "out" / "part-00000.parquet", read, step=3)
+    damage(tmp_path / "out" / "part-00000.parquet", read, step=17)
 
 
 def test_a_manifest(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_shards_file(tmp_path: Path) -> None:
         hits, counts = read_hits(store, "shard-000000", QUERIES)
         return list(hits.rows()), counts, read_candidates(store, "shard-000000", np.arange(4)).to_pylist()
 
-    damage(tmp_path / "shards" / "shard-000000.parquet", read, step=5)
+    damage(tmp_path / "shards" / "shard-000000.parquet", read, step=23)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
