@@ -163,17 +163,17 @@ def read_plan(store: Store) -> FactorsPlan:
     return FactorsPlan.from_json(value)
 
 
-def complete(store: Store, plan: FactorsPlan) -> dict[str, Any]:
-    """What factors.json says: what the factors are of, and the sizes of their files."""
+def complete(store: Store, plan: FactorsPlan, **facts: Any) -> dict[str, Any]:
+    """What factors.json says: what the factors are of, the sizes of their files, and `facts`."""
     files = {entry.name: entry.size for entry in store.list(suffix=".safetensors") if entry.name.startswith(_FINISHED)}
-    return sealed({"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files})
+    return sealed({"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files} | facts)
 
 
-def check_files(store: Store) -> None:
-    """Refuse finished factors of which a file is missing or has another size, by one listing.
+def check_files(store: Store) -> dict[str, Any]:
+    """What `complete` gave, after one listing of the files that it names.
 
     Raises:
-        DamagedError: with the first such file.
+        DamagedError: with the first that is missing or has another size.
     """
     value = store.read_json(COMPLETE)
     if not is_intact(value):
@@ -183,6 +183,8 @@ def check_files(store: Store) -> None:
         if there.get(name) != size:
             found = "it is missing" if name not in there else f"{there[name]} bytes where {size} were written"
             raise _damaged(store, name, found)
+    facts: dict[str, Any] = value
+    return facts
 
 
 def labels_path(slice_index: int) -> str:

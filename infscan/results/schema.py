@@ -106,22 +106,16 @@ def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
 
 
 def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file as a table, with its footer in the schema's metadata.
-
-    Read from memory that Arrow owns: its threads may let go of a Python object's memory while the interpreter ends,
-    which aborts the process after its work is done.
+    """A table that `to_parquet` wrote, with its footer in the schema's metadata.
 
     Raises:
         StorageError: where the file is missing or refused.
         DamagedError: where it does not hold what was written.
         RunError: as `footer_of`.
     """
-    data = store.read(name)
     where = f"{store.uri}/{name}"
-    owned = pa.allocate_buffer(len(data))
-    np.frombuffer(owned, np.uint8)[:] = np.frombuffer(data, np.uint8)
     try:
-        table = pq.read_table(pa.BufferReader(owned), columns=columns)
+        table = read_any_parquet(store, name, columns)
         digests = {column: _digest(table.column(column)) for column in table.column_names}
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
         raise _damaged(where, " ".join(str(error).split())) from error
@@ -130,6 +124,22 @@ def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> p
         if known.get(column) != digest:
             raise _damaged(where, f"the column {column!r} is not what was written")
     return table
+
+
+def read_any_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file, whoever wrote it, as a table.
+
+    Read from memory that Arrow owns: its threads may let go of a Python object's memory while the interpreter ends,
+    which aborts the process after its work is done.
+
+    Raises:
+        StorageError: where the file is missing or refused.
+        pa.ArrowException, OSError, ValueError: where it is no Parquet file, or damaged.
+    """
+    data = store.read(name)
+    owned = pa.allocate_buffer(len(data))
+    np.frombuffer(owned, np.uint8)[:] = np.frombuffer(data, np.uint8)
+    return pq.read_table(pa.BufferReader(owned), columns=columns)
 
 
 def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
-from infscan.passes.factor_store import COMPLETE, FactorsPlan, layer_groups
+from infscan.passes.factor_store import COMPLETE, FactorsPlan, check_files, complete, layer_groups
 from infscan.passes.factors import (
     FitTask,
     covariance_task,
@@ -148,7 +148,7 @@ def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCo
 def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
     """Every task of a fit in turn, or nothing where `store` has the finished factors; the seconds the fit took."""
     if store.exists(COMPLETE):
-        return float(store.read_json(COMPLETE)["seconds"])
+        return float(check_files(store)["seconds"])
     started = time.perf_counter()
 
     def task(group: int, *, draw_labels: bool) -> FitTask:
@@ -164,5 +164,5 @@ def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsP
         finish_layer(store, plan, layer)
     rank.forget()
     seconds = time.perf_counter() - started
-    store.write_json(COMPLETE, {"fingerprint": plan.fingerprint, "fields": plan.fields, "seconds": seconds})
+    store.write_json(COMPLETE, complete(store, plan, seconds=seconds))
     return seconds

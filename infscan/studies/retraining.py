@@ -24,7 +24,7 @@ from infscan.model.architecture import describe
 from infscan.queries import Query, queries_fingerprint
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores
-from infscan.results.schema import read_parquet, to_parquet
+from infscan.results.schema import read_any_parquet, read_parquet, to_parquet
 from infscan.storage import MissingError, Store, open_input
 from infscan.truth import lds, qld
 from infscan.truth.retrain import LanguageModelTrainer, Retrainer, check_affordable, left_out, trainings
@@ -134,11 +134,15 @@ class RetrainingStudy:
         """A method's scores [N, Q]: a finished run's folder (scan.scores=all), or a Parquet file with its columns.
 
         Raises:
-            RunError: where a run scanned another model or corpus, or a sequence, a query or a finite score is missing.
+            RunError: where a run scanned another model or corpus, a file is no Parquet, or a sequence, a query or a
+                finite score is missing.
         """
         if uri.endswith(".parquet"):
             folder, _, name = uri.rpartition("/")
-            table = read_parquet(Store(folder or "."), name)
+            try:
+                table = read_any_parquet(Store(folder or "."), name)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise RunError(f"{uri} cannot be read ({' '.join(str(error).split())}); give a Parquet file.") from None
         else:
             self._check_run(uri)
             table = read_scores(uri)
