@@ -1,8 +1,9 @@
 """How fast the TF-IDF filter reads, counts and scores, on one core, and how its memory grows: a corpus made here.
 
-python benchmarks/corpus_tfidf.py [sequences=200000]
+python benchmarks/corpus_tfidf.py [sequences=200000] [length=512] [layout=npy|prepared]
 
-Token ids are drawn from a Zipf distribution over 50,304, as an array of uint16 in sequences of 512 tokens.
+Token ids are drawn from a Zipf distribution over 50,304, as an array of uint16; with layout=prepared that array is
+prepared first, and the filter reads the Parquet parts.
 """
 
 import resource
@@ -14,26 +15,44 @@ from pathlib import Path
 import numpy as np
 
 from infscan.config import CorpusConfig, Packing
-from infscan.corpus.addressable import open_corpus
+from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.describe import describe, token_files
+from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.in_place import DESCRIPTION
 from infscan.corpus.packing import PackSettings
+from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tfidf import DocumentFrequencies, TopMatches, block_frequencies
 from infscan.storage import Store
 
-VOCAB, T, K = 50_304, 512, 10_000
+VOCAB, K, EOS = 50_304, 10_000, 0
 CHUNK = 4096
 
 
-def write_corpus(path: Path, sequences: int) -> None:
+def write_corpus(path: Path, sequences: int, length: int) -> None:
+    """Documents of length - 1 tokens and EOS, one after another."""
     rng = np.random.default_rng(0)
     weights = 1.0 / (np.arange(1, VOCAB) + 2.7)
     cumulative = np.cumsum(weights / weights.sum())
     with path.open("wb") as file:
         for start in range(0, sequences, CHUNK):
-            count = min(CHUNK, sequences - start) * T
-            ids = np.searchsorted(cumulative, rng.random(count)) + 1
-            file.write(np.minimum(ids, VOCAB - 1).astype("<u2").tobytes())
+            count = min(CHUNK, sequences - start)
+            ids = np.minimum(np.searchsorted(cumulative, rng.random((count, length))) + 1, VOCAB - 1)
+            ids[:, -1] = EOS
+            file.write(ids.astype("<u2").tobytes())
+
+
+def corpus_of(folder: str, length: int, layout: str) -> AddressableCorpus:
+    config = CorpusConfig(path=f"{folder}/a.npy", dtype="uint16", eos_id=EOS, in_place=layout == "npy")
+    pack = PackSettings(Packing.concat, length, VOCAB, EOS)
+    store = Store(f"{folder}/corpus")
+    arrays = token_files(config)
+    if arrays is not None:
+        store.write_json(DESCRIPTION, describe(*arrays, config, pack).to_json())
+    else:
+        pieces = document_pieces(document_files(config), config)
+        parts = [prepare_part(piece, n, config, pack, None, store) for n, piece in enumerate(pieces)]
+        write_manifest(store, config, pack, None, parts)
+    return open_corpus(store)
 
 
 def peak_mib() -> float:
@@ -41,16 +60,13 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    sequences = int(sys.argv[1].partition("=")[2]) if len(sys.argv) > 1 else 200_000
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    sequences, length = int(given.get("sequences", 200_000)), int(given.get("length", 512))
+    layout = given.get("layout", "npy")
     with tempfile.TemporaryDirectory() as folder:
-        write_corpus(Path(folder) / "a.npy", sequences)
-        config = CorpusConfig(path=folder, dtype="uint16")
-        kind, files = token_files(config) or ("", [])
-        described = describe(kind, files, config, PackSettings(Packing.concat, T, VOCAB, 0))
-        store = Store(f"{folder}/described")
-        store.write_json(DESCRIPTION, described.to_json())
-        corpus = open_corpus(store)
-        print(f"{corpus.sequences:,} sequences of {T} tokens; peak memory before: {peak_mib():.0f} MiB")
+        write_corpus(Path(folder) / "a.npy", sequences, length)
+        corpus = corpus_of(folder, length, layout)
+        print(f"{layout}: {corpus.sequences:,} sequences of {length} tokens; peak before: {peak_mib():.0f} MiB")
         started = time.process_time()
         found = DocumentFrequencies(0, np.zeros(VOCAB, np.int64))
         for block in corpus.token_blocks(0, corpus.sequences):

@@ -123,9 +123,13 @@ class CorpusConfig:
 
     dtype: of raw token arrays (null: uint16 where that holds the vocabulary, else uint32). eos_id: what documents end
     with (null: the tokenizer's, else the model's). in_place: scan token arrays where they lie; false prepares them.
+    part_bytes: a larger file of documents is cut into several parts. deduplicate: drop documents whose content an
+    earlier one has too. paths: several corpora in place of `path`, by label. sample: a share of the sequences, drawn
+    uniformly with `seed`, as max_sequences is a number of them.
     """
 
     path: str = MISSING
+    paths: dict[str, str] = field(default_factory=dict)
     format: str = "auto"
     text_field: str = "text"
     id_field: str = "id"
@@ -135,6 +139,8 @@ class CorpusConfig:
     dtype: str | None = None
     eos_id: int | None = None
     in_place: bool = True
+    part_bytes: int = 256 << 20
+    deduplicate: bool = False
     # Where training had no loss: a row's prompt (text, token ids, or how many of its token ids), or 0 and 1 by token.
     prompt_field: str | None = None
     mask_field: str | None = None
@@ -142,10 +148,16 @@ class CorpusConfig:
     packing: Packing = Packing.concat
     bos: bool = False
     max_sequences: int | None = None
+    sample: float | None = None
     seed: int = 0
     # Documents, and whole files, that cannot be used and may be left out, counted, before preparing stops.
     allow_bad_documents: int = 0
     allow_bad_files: int = 0
+
+    @property
+    def several(self) -> dict[str, CorpusConfig]:
+        """Each of several corpora by its label; empty where there is one."""
+        return {label: replace(self, path=path, paths={}) for label, path in self.paths.items()}
 
     @property
     def masked(self) -> bool:
@@ -159,6 +171,7 @@ class FactorsCorpusConfig(CorpusConfig):
     otherwise."""
 
     path: str = II("...corpus.path")
+    paths: dict[str, str] = II("...corpus.paths")
     format: str = II("...corpus.format")
     text_field: str = II("...corpus.text_field")
     id_field: str = II("...corpus.id_field")
@@ -170,10 +183,13 @@ class FactorsCorpusConfig(CorpusConfig):
     dtype: str | None = II("...corpus.dtype")
     eos_id: int | None = II("...corpus.eos_id")
     in_place: bool = II("...corpus.in_place")
+    part_bytes: int = II("...corpus.part_bytes")
+    deduplicate: bool = II("...corpus.deduplicate")
     sequence_length: int | None = II("...corpus.sequence_length")
     packing: Packing = II("...corpus.packing")
     bos: bool = II("...corpus.bos")
     max_sequences: int | None = II("...corpus.max_sequences")
+    sample: float | None = II("...corpus.sample")
     seed: int = II("...corpus.seed")
     allow_bad_documents: int = II("...corpus.allow_bad_documents")
     allow_bad_files: int = II("...corpus.allow_bad_files")
@@ -242,6 +258,8 @@ class StageCorpusConfig(CorpusConfig):
     dtype: str | None = II("corpus.dtype")
     eos_id: int | None = II("corpus.eos_id")
     in_place: bool = II("corpus.in_place")
+    part_bytes: int = II("corpus.part_bytes")
+    deduplicate: bool = II("corpus.deduplicate")
     allow_bad_documents: int = II("corpus.allow_bad_documents")
     allow_bad_files: int = II("corpus.allow_bad_files")
     sequence_length: int | None = II("corpus.sequence_length")
@@ -439,6 +457,12 @@ class Config:
                     f"{name}.tokens_field too, and no prompt_field."
                 )
             optional[f"{name}.max_sequences"] = corpus.max_sequences
+            if corpus.sample is not None and not 0 < corpus.sample <= 1:
+                raise ConfigError(f"{name}.sample={corpus.sample}: a share of the sequences, above 0 and up to 1.")
+            for label in corpus.paths:
+                if not _LABEL.fullmatch(label):
+                    raise ConfigError(f"{name}.paths: {label!r} is no label; give 1 to 64 of A-Z, a-z, 0-9, _ and -.")
+            positive[f"{name}.part_bytes"] = corpus.part_bytes
             if corpus.sequence_length is not None and corpus.sequence_length < 2:
                 raise ConfigError(
                     f"{name}.sequence_length={corpus.sequence_length}: a sequence needs two tokens to have a loss; "
@@ -550,6 +574,7 @@ RUN_TIME_FIELDS = (
     "factors.path",
     "factors.corpus.path",
 )
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _STAGE = re.compile(r"stages\.\d+\.(model$)?")
 
 
@@ -564,6 +589,9 @@ def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
     """
     unresolved = OmegaConf.to_container(cfg, resolve=False)
     missing = [key for key, value in _leaves(unresolved) if value == MISSING]
+    for key in [key for key in missing if key.endswith("corpus.path") and OmegaConf.select(cfg, f"{key}s")]:
+        OmegaConf.update(cfg, key, "")
+        missing.remove(key)
     for key in set(missing) & set(unused):
         OmegaConf.update(cfg, key, "")
     missing = [key for key in missing if key not in unused]
@@ -581,15 +609,23 @@ def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
     config.model.path = absolute(config.model.path, only_existing=True)
     config.queries.path = absolute(config.queries.path) if config.queries.path else ""
     for corpus in (config.corpus, config.factors.corpus):
-        corpus.path = absolute(corpus.path)
+        _settle_paths(corpus)
     config.factors.path = absolute(config.factors.path) if config.factors.path else f"{config.output}/factors"
     for number, stage in enumerate(config.stages, start=1):
         stage.model = absolute(stage.model, only_existing=True)
         for corpus in (stage.corpus, stage.factors.corpus):
-            corpus.path = absolute(corpus.path)
+            _settle_paths(corpus)
         own = f"{stage_output(config.output, number)}/factors"
         stage.factors.path = absolute(stage.factors.path) if stage.factors.path else own
     return config
+
+
+def _settle_paths(corpus: CorpusConfig) -> None:
+    """Absolute addresses; a path of its own stands before the several that may be inherited."""
+    if corpus.path:
+        corpus.path, corpus.paths = absolute(corpus.path), {}
+    else:
+        corpus.paths = {label: absolute(path) for label, path in sorted(corpus.paths.items())}
 
 
 def stage_output(output: str, number: int) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from infscan.config import is_intact
 from infscan.corpus.arrays import TokenArrays
 from infscan.corpus.filtered import FORMAT as FILTERED
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.in_place import DESCRIPTION, Description, InPlace
+from infscan.corpus.joined import FORMAT as JOINED
+from infscan.corpus.joined import JoinedCorpus, at_address
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.mds import MdsSamples
 from infscan.corpus.parts import PreparedCorpus, open_prepared
 from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import CorpusError
-from infscan.storage import MissingError, Store, is_uri
+from infscan.storage import MissingError, Store
 
-__all__ = ["AddressableCorpus", "PreparedCorpus", "is_prepared", "open_corpus"]
+__all__ = ["AddressableCorpus", "PreparedCorpus", "is_prepared", "label_of", "open_corpus"]
 
 _IN_PLACE: dict[str, type[InPlace]] = {"megatron": TokenArrays, "npy": TokenArrays, "mds": MdsSamples}
 
@@ -38,13 +41,24 @@ def open_corpus(store: Store) -> AddressableCorpus:
         raise CorpusError(
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
-    if value.get("format") == FILTERED:
-        # Below the folder, or anywhere: a relative address is below it.
-        base = value["base"]
-        at = Store(base) if is_uri(base) or base.startswith("/") else store / base
+    kind = value.get("format")
+    if kind in (FILTERED, JOINED) and not is_intact(value):
+        raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
+    if kind == FILTERED:
+        at = at_address(store, value["base"])
         whole = open_corpus(at)
         if whole.fingerprint != value["base_fingerprint"]:
             raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
         return FilteredCorpus(store, whole, value)
+    if kind == JOINED:
+        parts = [open_corpus(at_address(store, entry["at"])) for entry in value["corpora"]]
+        return JoinedCorpus(store, value, parts)
     description = Description.from_json(value, f"{store}/{DESCRIPTION}")
     return _IN_PLACE[description.format](store, description)
+
+
+def label_of(corpus: AddressableCorpus, number: int) -> str | None:
+    """Of which of several corpora a sequence is; None where there is one."""
+    if isinstance(corpus, FilteredCorpus):
+        return label_of(corpus.base, number)
+    return corpus.label(number) if isinstance(corpus, JoinedCorpus) else None

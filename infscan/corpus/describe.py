@@ -25,20 +25,32 @@ _BESIDE = {"megatron": (".json", ".txt"), "npy": (".csv.gz", ".csv", ".json"), "
 
 
 def token_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
-    """The format and the files of a corpus of token arrays; None where the path holds something else.
+    """The format and the files of a corpus of token arrays that is scanned where it lies; None for another.
 
-    `corpus.format=auto` goes by names: .bin with .idx is Megatron, .npy an array, index.json with .mds shards MDS
-    (which is read in place where corpus.tokens_field names its token ids).
+    MDS is read in place where corpus.tokens_field names its token ids.
+
+    Raises:
+        StorageError, CorpusError: as `array_files`.
+    """
+    found = array_files(config) if config.in_place else None
+    return None if found is None or (found[0] == "mds" and config.tokens_field is None) else found
+
+
+def array_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
+    """The format and the files, indices included, of a corpus of token arrays; None where the path holds something
+    else.
+
+    `corpus.format=auto` goes by names: .bin with .idx is Megatron, .npy an array, index.json with .mds shards MDS.
 
     Raises:
         StorageError: where nothing is there.
         CorpusError: for a file that does not belong to the format.
     """
-    if not config.in_place or config.format not in ("auto", *FORMATS):
+    if config.format not in ("auto", *FORMATS):
         return None
     files = _expand(config)
     kind = config.format if config.format != "auto" else _guess(files)
-    if kind is None or (kind == "mds" and config.tokens_field is None):
+    if kind is None:
         return None
     suffixes = {"megatron": (".bin", ".idx"), "npy": (".npy",), "mds": (mds.INDEX, ".mds", ".mds.zstd")}[kind]
     if config.format == "auto":

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import fingerprint
+from infscan.config import fingerprint, sealed
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
+from infscan.corpus.joined import address
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock
 from infscan.storage import Store
 
@@ -26,18 +27,18 @@ def describe_filtered(store: Store, base: AddressableCorpus, chosen: np.ndarray)
     pq.write_table(pa.table({"sequence_id": chosen}), sink, compression="zstd")
     store.write(CHOSEN, sink.getvalue().to_pybytes())
     digest = sha256(chosen.astype("<i8").tobytes()).hexdigest()
-    inside = base.store.uri.removeprefix(f"{store.uri}/")
     store.write_json(
         DESCRIPTION,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "format": FORMAT,
-            # A corpus that lies below moves with the folder.
-            "base": inside,
-            "base_fingerprint": base.fingerprint,
-            "chosen": len(chosen),
-            "fingerprint": fingerprint({"base": base.fingerprint, "chosen": digest}),
-        },
+        sealed(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "format": FORMAT,
+                "base": address(store, base.store),
+                "base_fingerprint": base.fingerprint,
+                "chosen": len(chosen),
+                "fingerprint": fingerprint({"base": base.fingerprint, "chosen": digest}),
+            }
+        ),
     )
 
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infscan.config import fingerprint, is_intact, sealed
-from infscan.corpus.packing import Counts
+from infscan.corpus.packing import Counts, Lengths
+from infscan.corpus.pieces import Piece
 from infscan.corpus.tally import LeftOut
 from infscan.errors import CorpusError
-from infscan.storage import InputFile
+from infscan.storage import InputFile, MissingError, Store
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# Its name begins with '_', so that who reads the folder as one table passes it over.
+INPUTS = "_inputs.parquet"
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What one part holds and was made from. `digest` covers token ids, document ids and spans, and no path.
+    """What one part holds and was made of. `digest` covers token ids, document ids and spans, and no path.
 
     `footer` is the SHA-256 of the file's Parquet footer: pages have checksums of their own, the footer has none.
+    piece, dropped: not in manifest.json; the files are in _inputs.parquet. dropped: digest of which documents were left
+    out as duplicates, empty for none.
     """
 
     index: int
@@ -33,10 +39,12 @@ class PartSummary:
     tokens: int
     digest: str
     bytes: int
-    input: InputFile
+    piece: Piece = field(compare=False)
     settings: str
     counts: Counts
     left_out: LeftOut = field(default_factory=LeftOut)
+    lengths: Lengths = field(default_factory=Lengths)
+    dropped: str = field(default="", compare=False)
     footer: str = ""
 
     @property
@@ -46,7 +54,8 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says. `first[i]` is the number of part i's first sequence."""
+    """What manifest.json says. `first[i]` is the number of part i's first sequence; `inputs` the SHA-256 of
+    _inputs.parquet."""
 
     fingerprint: str
     settings: Mapping[str, Any]
@@ -57,6 +66,7 @@ class Manifest:
     tokens: int
     counts: Counts
     parts: tuple[PartSummary, ...]
+    inputs: str
 
     @property
     def left_out(self) -> LeftOut:
@@ -64,8 +74,8 @@ class Manifest:
         return LeftOut.together(part.left_out for part in self.parts)
 
     @property
-    def inputs(self) -> list[InputFile]:
-        return [part.input for part in self.parts]
+    def lengths(self) -> Lengths:
+        return sum((part.lengths for part in self.parts), Lengths())
 
     @property
     def first(self) -> np.ndarray:
@@ -79,7 +89,7 @@ class Manifest:
             for part, first in zip(self.parts, self.first, strict=True)
         ]
         for part in parts:
-            del part["settings"], part["input"]
+            del part["settings"], part["piece"], part["dropped"]
         value = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
@@ -91,7 +101,8 @@ class Manifest:
             "tokens": self.tokens,
             "counts": asdict(self.counts),
             "left_out": asdict(self.left_out),
-            "inputs": [asdict(file) for file in self.inputs],
+            "document_lengths": self.lengths.to_json(),
+            "inputs": self.inputs,
             "parts": parts,
         }
         return sealed(value)
@@ -113,21 +124,8 @@ class Manifest:
             raise CorpusError(f"{where} is not a corpus manifest, or was changed or damaged; prepare the corpus again.")
         try:
             settings = fingerprint(value["settings"])
-            parts = tuple(
-                PartSummary(
-                    index=part["index"],
-                    sequences=part["sequences"],
-                    tokens=part["tokens"],
-                    digest=part["digest"],
-                    bytes=part["bytes"],
-                    input=InputFile(**file),
-                    settings=settings,
-                    counts=Counts(**part["counts"]),
-                    left_out=left_out_of(part),
-                    footer=part["footer"],
-                )
-                for part, file in zip(value["parts"], value["inputs"], strict=True)
-            )
+            unsaid = {"settings": settings, "piece": {"files": [], "stretch": {}}}
+            parts = tuple(part_of(part | unsaid) for part in value["parts"])
             return cls(
                 fingerprint=value["fingerprint"],
                 settings=value["settings"],
@@ -138,15 +136,61 @@ class Manifest:
                 tokens=value["tokens"],
                 counts=Counts(**value["counts"]),
                 parts=parts,
+                inputs=value["inputs"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(f"{where} is not a corpus manifest ({error!r}); prepare the corpus again.") from error
 
 
-def left_out_of(part: Mapping[str, Any]) -> LeftOut:
-    """What a stored part says it left out; a part that does not say left out nothing."""
-    value = part.get("left_out", {"by_reason": {}, "first": []})
-    return LeftOut(value["by_reason"], list(value["first"]))
+def part_of(value: Mapping[str, Any]) -> PartSummary:
+    """A part as a footer or the manifest says it.
+
+    Raises:
+        KeyError, TypeError, ValueError: where something is missing or of another kind.
+    """
+    fields = {key: value[key] for key in PartSummary.__dataclass_fields__ if key in value}
+    return PartSummary(
+        **fields
+        | {
+            "piece": Piece.of(value["piece"]),
+            "counts": Counts(**value["counts"]),
+            "left_out": LeftOut(value["left_out"]["by_reason"], list(value["left_out"]["first"])),
+            "lengths": Lengths(list(value["lengths"]["counts"])),
+        }
+    )
+
+
+def inputs_parquet(parts: Sequence[PartSummary]) -> bytes:
+    """A row per part and file: part, uri, size, etag, start, stop (of the stretch; null: to the file's end)."""
+    rows = [(part, file) for part in parts for file in part.piece.files]
+    table = pa.table(
+        {
+            "part": pa.array([part.index for part, _ in rows], pa.int64()),
+            **{key: [getattr(file, key) for _, file in rows] for key in ("uri", "size", "etag")},
+            "start": pa.array([part.piece.stretch.start for part, _ in rows], pa.int64()),
+            "stop": pa.array([part.piece.stretch.stop for part, _ in rows], pa.int64()),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def read_inputs(store: Store, manifest: Manifest) -> dict[str, InputFile]:
+    """The files that a prepared corpus was made of, by address.
+
+    Raises:
+        CorpusError: where that is not said any more.
+    """
+    try:
+        data = store.read(INPUTS)
+    except MissingError as error:
+        raise CorpusError(f"{store}/{INPUTS} is missing; prepare the corpus again.") from error
+    if sha256(data).hexdigest() != manifest.inputs:
+        raise CorpusError(f"{store}/{INPUTS} was changed or damaged; prepare the corpus again.")
+    table = pq.read_table(pa.BufferReader(data))
+    columns = (table[name].to_pylist() for name in ("uri", "size", "etag"))
+    return {uri: InputFile(uri, size, etag) for uri, size, etag in zip(*columns, strict=True)}
 
 
 def footer_digest(stream: BinaryIO) -> str:
@@ -163,11 +207,11 @@ def part_name(index: int) -> str:
 
 
 def part_schema(vocab_size: int, *, masked: bool = False) -> pa.Schema:
-    """A part's columns; token ids in the smallest of uint16 and uint32 that holds the vocabulary.
+    """A part's columns; token ids in the smallest of uint8, uint16 and uint32 that holds the vocabulary.
 
     masked: with `loss_mask`, true on the tokens whose prediction has a loss; without it all of them have one.
     """
-    token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    token = pa.uint8() if vocab_size <= 1 << 8 else pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
     span = pa.struct([("id", pa.string()), ("source", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
     columns = [
         ("token_ids", pa.list_(token)),

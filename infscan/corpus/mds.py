@@ -78,6 +78,23 @@ def read_index(index: InputFile, files: dict[str, InputFile]) -> list[Shard]:
         raise CorpusError(f"{index.uri} is no index of MDS shards ({error!r}); write it again.") from error
 
 
+def read_shard(index: InputFile, file: InputFile) -> Shard:
+    """One shard as its index.json describes it.
+
+    Raises:
+        CorpusError: as `read_index`, and where the index does not list the file.
+    """
+    name = file_name(file.uri)
+    try:
+        entries = json.loads(read_range(index.uri, 0, index.size))["shards"]
+        for entry in entries:
+            if name in (entry["raw_data"]["basename"], (entry.get("zip_data") or {}).get("basename")):
+                return _shard(index.uri, index.uri.rsplit("/", 1)[0], entry, {file.uri: file})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(f"{index.uri} is no index of MDS shards ({error!r}); write it again.") from error
+    raise CorpusError(f"{index.uri} does not list {name}; remove the shard, or copy the index again.")
+
+
 def _shard(where: str, folder: str, entry: dict[str, Any], files: dict[str, InputFile]) -> Shard:
     raw, zipped = entry["raw_data"], entry.get("zip_data")
     name = raw["basename"]

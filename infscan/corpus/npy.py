@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def read_layout(
             raise ValueError(f"version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, kind = read(stream)
-    except ValueError as error:
+    except (ValueError, TypeError, TokenError) as error:  # what numpy's parser lets through of Python's own
         raise CorpusError(f"{file.uri}: its npy header cannot be read ({error}); write the file again.") from error
     if kind.kind not in "iu":
         raise CorpusError(f"{file.uri} holds {kind}, and token ids are whole numbers; write them as uint16 or uint32.")

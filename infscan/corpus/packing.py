@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 
 import numpy as np
 
 from infscan.config import CorpusConfig, Packing
-from infscan.corpus.documents import Document
+from infscan.corpus.rows import Document
 from infscan.corpus.sequences import Sequence, Span
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, CorpusError
@@ -19,10 +21,11 @@ class Counts:
     """What was read and what became of it.
 
     Always: tokens_read + tokens_added - tokens_truncated == tokens, and of every file that was read
-    records_blank + documents_bad + documents_read == records_read. A record is a line (JSONL) or a row (Parquet).
-    `tokens_added` are separators (BOS, EOS); `documents_empty` had no token and are in no sequence. Of a bad file
-    nothing is kept, and nothing else is counted. `tokens_masked` are those
-    of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone scores 0.
+    records_blank + documents_bad + documents_duplicate + documents_read == records_read. A record is a line (JSONL) or
+    a row (Parquet). `documents_duplicate` were dropped (corpus.deduplicate). `tokens_added` are separators (BOS, EOS);
+    `documents_empty` had no token and are in no sequence. Of a bad file nothing is kept, and nothing else is counted.
+    `tokens_masked` are those of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone
+    scores 0.
     """
 
     files_read: int = 0
@@ -30,6 +33,7 @@ class Counts:
     records_read: int = 0
     records_blank: int = 0
     documents_bad: int = 0
+    documents_duplicate: int = 0
     documents_read: int = 0
     documents_empty: int = 0
     documents_truncated: int = 0
@@ -42,6 +46,25 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)})
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long documents are, before they are packed or cut: counts[b] have from 2^(b-1) up to 2^b - 1 tokens."""
+
+    counts: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, bins: Counter[int]) -> Lengths:
+        return cls([bins[b] for b in range(max(bins, default=-1) + 1)])
+
+    def __add__(self, other: Lengths) -> Lengths:
+        return Lengths([one + two for one, two in zip_longest(self.counts, other.counts, fillvalue=0)])
+
+    def to_json(self) -> dict[str, int]:
+        """By the shortest and longest length of each bin: {"0": 3, "1": 0, "2-3": 5, "4-7": 1, ...}."""
+        names = ["0", "1", *(f"{1 << b}-{(2 << b) - 1}" for b in range(1, len(self.counts)))]
+        return dict(zip(names, self.counts, strict=False))
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,7 @@ class Packer:
         self.settings = settings
         self.tally = Tally() if tally is None else tally
         self.counts = Counts()
+        self._lengths: Counter[int] = Counter()
         separators = (settings.bos_id, settings.eos_id if settings.packing is Packing.concat else None)
         self._before, self._after = (np.array([t for t in (i,) if t is not None], np.int64) for i in separators)
 
@@ -126,11 +150,12 @@ class Packer:
                 continue
             self.counts.documents_read += 1
             self.counts.tokens_read += len(tokens)
+            self._lengths[len(tokens).bit_length()] += 1
             if not len(tokens):
                 self.counts.documents_empty += 1
                 continue
             stream = np.concatenate([self._before, tokens, self._after])
-            loss = self._loss(document, len(tokens))
+            loss = self._loss(document, len(tokens)) if self.settings.masked else None
             own = len(self._before), len(self._before) + len(tokens)
             self.counts.tokens_added += len(self._before) + len(self._after)
             if not concat:
@@ -152,6 +177,11 @@ class Packer:
         if pieces.length:
             yield self._sequence(pieces)
 
+    @property
+    def lengths(self) -> Lengths:
+        """Of the documents that were read."""
+        return Lengths.of(self._lengths)
+
     def _checked(self, document: Document) -> np.ndarray:
         tokens = document.token_ids
         assert tokens is not None, f"document {document.id} reached the packer without token ids"
@@ -167,12 +197,11 @@ class Packer:
     def _loss(self, document: Document, tokens: int) -> np.ndarray:
         """bool: which tokens of the document's stream have a loss."""
         own = np.ones(tokens, np.bool_) if document.loss is None else document.loss
-        before = np.full(len(self._before), not self.settings.masked)
-        return np.concatenate([before, own, np.ones(len(self._after), np.bool_)])
+        return np.concatenate([np.zeros(len(self._before), np.bool_), own, np.ones(len(self._after), np.bool_)])
 
     def _sequence(self, pieces: _Pieces) -> Sequence:
-        loss = np.concatenate(pieces.losses)
-        self.counts.tokens_masked += int((~loss).sum())
+        loss = np.concatenate(pieces.losses) if self.settings.masked else None
+        self.counts.tokens_masked += 0 if loss is None else int((~loss).sum())
         number = self.counts.sequences
         self.counts.sequences += 1
         self.counts.tokens += pieces.length
@@ -184,7 +213,7 @@ class Packer:
             documents=spans or (pieces.spans[0][1],),
             byte_offset=first.offset,
             path=first.path,
-            loss=loss if self.settings.masked else None,
+            loss=loss,
         )
 
 
@@ -201,12 +230,15 @@ class _Pieces:
         self,
         document: Document,
         stream: np.ndarray,
-        loss: np.ndarray,
+        loss: np.ndarray | None,
         begin: int,
         end: int,
         own: tuple[int, int],
     ) -> None:
-        """Append stream[begin:end], and the loss's; `own` is the document's own range in the stream, no separators."""
+        """Append stream[begin:end], and the loss's where there is one.
+
+        own: the document's own range in the stream, no separators.
+        """
         start = self.length + max(begin, own[0]) - begin
         stop = self.length + min(end, own[1]) - begin
         span = (
@@ -215,6 +247,7 @@ class _Pieces:
             else Span(document.id, document.source, 0, 0)
         )
         self.tokens.append(stream[begin:end])
-        self.losses.append(loss[begin:end])
+        if loss is not None:
+            self.losses.append(loss[begin:end])
         self.spans.append((document, span))
         self.length += end - begin

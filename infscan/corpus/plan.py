@@ -29,11 +29,17 @@ class Selection:
 
     @classmethod
     def of(
-        cls, total: int, max_sequences: int | None = None, seed: int = 0, among: np.ndarray | None = None
+        cls,
+        total: int,
+        max_sequences: int | None = None,
+        seed: int = 0,
+        among: np.ndarray | None = None,
+        share: float | None = None,
     ) -> Selection:
-        """All numbers where `max_sequences` is null or no smaller than what there is to choose from."""
+        """At most `max_sequences`, and `share` (rounded, at least one) of what there is to choose from; null: all."""
         there = total if among is None else len(among)
-        return cls(total, there if max_sequences is None else min(max_sequences, there), seed, among)
+        size = there if max_sequences is None else min(max_sequences, there)
+        return cls(total, size if share is None else min(size, max(1, round(share * there))), seed, among)
 
     def __post_init__(self) -> None:
         assert 0 <= self.size <= self.total, f"cannot choose {self.size} of {self.total} sequences"

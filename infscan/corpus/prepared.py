@@ -1,50 +1,48 @@
 """Write a prepared corpus: documents tokenised, packed, numbered and laid down as Parquet that can be read by number.
 
-part-00000.parquet ...   one per input file, in the inputs' order; sequences are numbered through the parts
+part-00000.parquet ...   one per piece of the input, in order; sequences are numbered through the parts
+_inputs.parquet          the files they were made of
 manifest.json            written last: its presence is the fact that the corpus is complete
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import asdict, replace
 from hashlib import sha256
-from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig, TextRecords, fingerprint
-from infscan.corpus.documents import Document, read_documents
+from infscan.corpus.documents import read_documents
+from infscan.corpus.duplicates import HASH, hashes_of
 from infscan.corpus.manifest import (
+    INPUTS,
     MANIFEST,
-    SCHEMA_VERSION,
     Manifest,
     PartSummary,
     footer_digest,
-    left_out_of,
+    inputs_parquet,
     part_name,
-    part_schema,
 )
-from infscan.corpus.packing import Counts, Packer, PackSettings
+from infscan.corpus.packing import Counts, Lengths, Packer, PackSettings
+from infscan.corpus.part_file import finished_part, part_bytes
+from infscan.corpus.pieces import Piece
+from infscan.corpus.rows import Document
 from infscan.corpus.sequences import Sequence
 from infscan.corpus.tally import LeftOut, Tally
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.errors import BadFileError, CorpusError
-from infscan.storage import InputFile, MissingError, Store
+from infscan.storage import InputFile, Store
 
-ROW_GROUP_SEQUENCES = 1024
-_FOOTER_KEY = b"infscan"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
+NOTHING = np.empty(0, np.int64)
 
 
 def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None) -> dict[str, Any]:
@@ -52,125 +50,148 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
     fields = {key: getattr(config, key) for key in ("format", "text_field", "id_field", "source_field", "tokens_field")}
     if config.text_records is not TextRecords.file:
         fields["text_records"] = config.text_records.value
+    # What token arrays are read by; null for text.
+    fields |= {key: value for key in ("dtype",) if (value := getattr(config, key)) is not None}
+    if config.deduplicate:
+        fields["deduplicate"] = True
     settings = {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
     del settings["masked"]
+    if settings["eos_id"] is None and config.eos_id is not None:
+        # Not packed with, and yet what npy's documents are told by.
+        settings["eos_id"] = config.eos_id
     # Where the loss is everywhere, nothing is said of it.
     masks = {"prompt_field": config.prompt_field, "mask_field": config.mask_field} if pack.masked else {}
     return settings | masks
 
 
 def prepare_part(
-    file: InputFile, index: int, config: CorpusConfig, pack: PackSettings, tokenizer: Tokenizer | None, store: Store
-) -> PartSummary:
-    """Read, tokenise, pack and write one input file; a part already there, of the same file and settings, is kept.
-
-    The same file gives the same bytes. Documents stream through, but the finished part is held in memory, compressed
-    (about two bytes per token), because it is written by one put: split inputs of many GB.
-
-    A file that cannot be read to its end is left out whole where corpus.allow_bad_files lets it: its part is empty.
-
-    Raises:
-        CorpusError: naming file and line, for anything that cannot be read; nothing is written then.
-    """
-    settings = fingerprint(prepare_settings(config, pack, tokenizer.digest if tokenizer else None))
-    done = finished_part(store, index)
-    if done is not None and (done.input, done.settings) == (file, settings):
-        return done
-    try:
-        data, summary = _prepared(file, index, config, pack, tokenizer, settings)
-    except BadFileError as error:
-        if not config.allow_bad_files:
-            raise
-        left_out = LeftOut({"file cannot be read": 1}, [str(error)])
-        data, summary = _part(iter(()), Packer(pack), index, file, settings, lambda: (Counts(files_bad=1), left_out))
-    store.write(part_name(index), data)
-    return replace(summary, bytes=len(data), footer=footer_digest(io.BytesIO(data)))
-
-
-def _prepared(
-    file: InputFile,
+    piece: Piece | InputFile,
     index: int,
     config: CorpusConfig,
     pack: PackSettings,
     tokenizer: Tokenizer | None,
-    settings: str,
-) -> tuple[bytes, PartSummary]:
-    tally = Tally(config.allow_bad_documents)
-    packer = Packer(pack, tally)
+    store: Store,
+    dropped: np.ndarray = NOTHING,
+) -> PartSummary:
+    """Read, tokenise, pack and write one piece; a part already there, of the same piece and settings, is kept.
 
-    def found() -> tuple[Counts, LeftOut]:
-        records = Counts(files_read=1, records_read=tally.records, records_blank=tally.blank, documents_bad=tally.bad)
-        return packer.counts + records, tally.left_out()
+    The same piece gives the same bytes. Documents stream through, but the finished part is held in memory, compressed
+    (about two bytes per token), because it is written by one put: corpus.part_bytes bounds it.
 
-    documents = read_documents(file, config, tally)
-    return _part(packer.pack(_with_tokens(documents, tokenizer)), packer, index, file, settings, found)
-
-
-def _part(
-    sequences: Iterator[Sequence],
-    packer: Packer,
-    index: int,
-    file: InputFile,
-    settings: str,
-    found: Callable[[], tuple[Counts, LeftOut]],
-) -> tuple[bytes, PartSummary]:
-    """A part's bytes, and what its footer says; `found` is asked once the sequences are exhausted."""
-    digest = sha256()
-    sink = pa.BufferOutputStream()
-    schema = part_schema(packer.settings.vocab_size, masked=packer.settings.masked)
-    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-        while rows := list(islice(sequences, ROW_GROUP_SEQUENCES)):
-            writer.write_table(_table(rows, schema), row_group_size=ROW_GROUP_SEQUENCES)
-            for row in rows:
-                _digest_row(digest, row)
-        counts, left_out = found()
-        summary = PartSummary(
-            index=index,
-            sequences=packer.counts.sequences,
-            tokens=packer.counts.tokens,
-            digest=digest.hexdigest(),
-            bytes=0,
-            input=file,
-            settings=settings,
-            counts=counts,
-            left_out=left_out,
-        )
-        footer = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(summary)}, sort_keys=True)
-        writer.add_key_value_metadata({_FOOTER_KEY: footer.encode()})
-    return sink.getvalue().to_pybytes(), summary
-
-
-def finished_part(store: Store, index: int) -> PartSummary | None:
-    """What the footer of a part that is already there says; None where there is none, or none of this schema."""
-    try:
-        with store.open(part_name(index)) as stream:
-            size, digest = stream.seek(0, io.SEEK_END), footer_digest(stream)
-            footer = pq.read_metadata(stream).metadata or {}
-    except (MissingError, pa.ArrowException, OSError, ValueError):
-        return None
-    try:
-        value = json.loads(footer.get(_FOOTER_KEY, b"{}"))
-        if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
-            return None
-        value |= {"bytes": size, "input": InputFile(**value["input"]), "counts": Counts(**value["counts"])}
-        return PartSummary(**value | {"left_out": left_out_of(value), "footer": digest})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def finished_parts(store: Store, files: Row[InputFile]) -> list[PartSummary]:
-    """The parts of these files, all of which are there by now.
+    A file that cannot be read to its end is left out where corpus.allow_bad_files lets it; of one that was cut, the
+    stretch. dropped: int64, ascending: which of the piece's documents are left out as duplicates.
 
     Raises:
-        CorpusError: where one is missing, or is of another file: something else writes to the same folder.
+        CorpusError: naming file and line, for anything that cannot be read; nothing is written then.
+    """
+    if isinstance(piece, InputFile):
+        piece = Piece((piece,))
+    settings = fingerprint(prepare_settings(config, pack, tokenizer.digest if tokenizer else None))
+    drops = sha256(dropped.astype("<i8").tobytes()).hexdigest() if len(dropped) else ""
+    done = finished_part(store, index)
+    if done is not None and (done.piece, done.settings, done.dropped) == (piece, settings, drops):
+        return done
+    bad: dict[InputFile, str] = {}
+    while True:
+        reading = _Reading(piece, config, pack, tokenizer, dropped, bad)
+
+        def summary_of(digest: str, reading: _Reading = reading) -> PartSummary:
+            counts = reading.counts
+            left_out, lengths = LeftOut.together(reading.left_out), reading.lengths
+            return PartSummary(
+                index, counts.sequences, counts.tokens, digest, 0, piece, settings, counts, left_out, lengths, drops
+            )
+
+        try:
+            data, summary = part_bytes(reading.sequences(), pack, summary_of)
+        except BadFileError as error:
+            if not config.allow_bad_files:
+                raise
+            # Its first documents are in the part by now: once more, without it.
+            bad[reading.file] = str(error)
+        else:
+            store.write(part_name(index), data)
+            return replace(summary, bytes=len(data), footer=footer_digest(io.BytesIO(data)))
+
+
+class _Reading:
+    """A piece's sequences, file by file, and what was counted on the way."""
+
+    def __init__(
+        self,
+        piece: Piece,
+        config: CorpusConfig,
+        pack: PackSettings,
+        tokenizer: Tokenizer | None,
+        dropped: np.ndarray,
+        bad: dict[InputFile, str],
+    ) -> None:
+        self.piece, self.config, self.pack, self.tokenizer, self.bad = piece, config, pack, tokenizer, bad
+        self.dropped = set(dropped.tolist())
+        self.position = 0
+        self.file = piece.files[0]
+        self.counts = Counts()
+        self.left_out: list[LeftOut] = []
+        self.lengths = Lengths()
+
+    def sequences(self) -> Iterator[Sequence]:
+        for file in self.piece.files:
+            self.file = file
+            if file in self.bad:
+                self.counts += Counts(files_bad=1)
+                self.left_out.append(LeftOut({"file cannot be read": 1}, [self.bad[file]]))
+                continue
+            tally = Tally(self.config.allow_bad_documents)
+            packer = Packer(self.pack, tally)
+            documents = read_documents(file, self.config, tally, stretch=self.piece.stretch)
+            yield from packer.pack(_with_tokens(self._kept(documents), self.tokenizer))
+            # Of a file that was cut, its first stretch says that it was read.
+            first = int(self.piece.stretch.start == 0)
+            self.counts += packer.counts + Counts(
+                files_read=first, records_read=tally.records, records_blank=tally.blank, documents_bad=tally.bad
+            )
+            self.left_out.append(tally.left_out())
+            self.lengths += packer.lengths
+
+    def _kept(self, documents: Iterator[Document]) -> Iterator[Document]:
+        for document in documents:
+            if self.position in self.dropped:
+                self.counts += Counts(documents_duplicate=1)
+            else:
+                yield document
+            self.position += 1
+
+
+def hash_piece(piece: Piece, config: CorpusConfig) -> np.ndarray:
+    """HASH [n]: the content of every document of a piece, in order; of a file that cannot be read to its end, none.
+
+    Raises:
+        CorpusError: for what corpus.allow_bad_* do not let pass.
+    """
+    found = [np.empty(0, HASH)]
+    for file in piece.files:
+        try:
+            tally = Tally(config.allow_bad_documents)
+            found.append(hashes_of(read_documents(file, config, tally, stretch=piece.stretch)))
+        except BadFileError:
+            if not config.allow_bad_files:
+                raise
+    return np.concatenate(found)
+
+
+def finished_parts(store: Store, pieces: Row[Piece]) -> list[PartSummary]:
+    """The parts of these pieces, all of which are there by now.
+
+    Raises:
+        CorpusError: where one is missing, or is of another piece: something else writes to the same folder.
     """
     found: list[PartSummary] = []
-    for index, file in enumerate(files):
+    for index, piece in enumerate(pieces):
         part = finished_part(store, index)
-        if part is None or part.input != file:
+        if part is None or part.piece != piece:
             raise CorpusError(
-                f"{store}/{part_name(index)}: the part of {file.uri} is gone or another file's, though it was written; "
-                "does another job prepare into this folder? Run this one again when it alone does."
+                f"{store}/{part_name(index)}: the part of {piece.files[0].uri} is gone or another file's, though it "
+                "was written; does another job prepare into this folder? Run this one again when it alone does."
             )
         found.append(part)
     return found
@@ -194,10 +215,11 @@ def write_manifest(
     check_allowed(config, counts, LeftOut.together(part.left_out for part in ordered))
     if not counts.sequences:
         raise CorpusError(
-            f"{config.path}: {len(ordered)} files with {counts.documents_read} documents hold no token; "
+            f"{config.path}: {counts.files_read} files with {counts.documents_read} documents hold no token; "
             f"check the files and corpus.text_field={config.text_field!r}."
         )
     digests = [part.digest for part in ordered if part.sequences]
+    inputs = inputs_parquet(ordered)
     manifest = Manifest(
         fingerprint=fingerprint({"sequence_length": pack.sequence_length, "parts": digests}),
         settings=settings,
@@ -208,7 +230,9 @@ def write_manifest(
         tokens=counts.tokens,
         counts=counts,
         parts=ordered,
+        inputs=sha256(inputs).hexdigest(),
     )
+    store.write(INPUTS, inputs)
     store.write_json(MANIFEST, manifest.to_json())
     _remove_stale(store, len(ordered))
     return manifest
@@ -269,7 +293,8 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Doc
             continue
         token_ids = next(rows)
         if document.prompt is None:
-            yield replace(document, text=None, token_ids=token_ids)
+            # Not by dataclasses.replace, which would cost as much as packing does.
+            yield Document(document.id, document.source, None, token_ids, document.path, document.offset)
             continue
         # Apart, as a query's prompt and completion are; without a completion there is nothing to learn.
         prompt_ids = next(before) if len(token_ids) else next(before)[:0]
@@ -280,47 +305,3 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Doc
             token_ids=np.concatenate([prompt_ids, token_ids]),
             loss=np.arange(len(prompt_ids) + len(token_ids)) >= len(prompt_ids),
         )
-
-
-def _table(rows: Row[Sequence], schema: pa.Schema) -> pa.Table:
-    token = schema.field("token_ids").type.value_type.to_pandas_dtype()
-    span = schema.field("documents").type.value_type
-    spans = [document for row in rows for document in row.documents]
-    columns = (
-        pa.array([s.id for s in spans], pa.string()),
-        pa.array([s.source for s in spans], pa.string()),
-        pa.array([s.start for s in spans], pa.int32()),
-        pa.array([s.end for s in spans], pa.int32()),
-    )
-    token_ids = np.concatenate([row.token_ids for row in rows]).astype(token)
-    return pa.Table.from_arrays(
-        [
-            pa.ListArray.from_arrays(_offsets(len(row) for row in rows), token_ids),
-            pa.ListArray.from_arrays(
-                _offsets(len(row.documents) for row in rows), pa.StructArray.from_arrays(columns, fields=list(span))
-            ),
-            pa.array([row.byte_offset for row in rows], pa.int64()),
-            pa.array([row.path for row in rows], pa.string()),
-            *([_masks(rows)] if "loss_mask" in schema.names else []),
-        ],
-        schema=schema,
-    )
-
-
-def _masks(rows: Row[Sequence]) -> pa.Array:
-    masks = [row.loss if row.loss is not None else np.ones(len(row), np.bool_) for row in rows]
-    return pa.ListArray.from_arrays(_offsets(len(row) for row in rows), pa.array(np.concatenate(masks), pa.bool_()))
-
-
-def _offsets(lengths: Iterable[int]) -> pa.Array:
-    return pa.array(np.cumsum([0, *lengths]), pa.int32())
-
-
-def _digest_row(digest: Any, row: Sequence) -> None:
-    digest.update(struct.pack("<qq", len(row), len(row.documents)))
-    digest.update(row.token_ids.astype("<u4").tobytes())
-    for span in row.documents:
-        name = span.id.encode()
-        digest.update(struct.pack("<qqq", len(name), span.start, span.end) + name)
-    if row.loss is not None:
-        digest.update(b"loss" + row.loss.astype(np.uint8).tobytes())

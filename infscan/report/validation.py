@@ -37,6 +37,26 @@ def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
         console.print(line)
 
 
+def show_coverage(table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """A line per side and top, a column per k: the queries' average share that the filter keeps."""
+    console = Console(soft_wrap=True, highlight=False, width=120)
+    rows = table.filter(pc.field("query") == AVERAGE).to_pylist()
+    ks = sorted({row["k"] for row in rows})
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column("of the scan's")
+    for k in ks:
+        shown.add_column(f"best {k:,}", justify="right")
+    for side, top in sorted(
+        {(row["side"], row["top"]) for row in rows}, key=lambda each: (each[0] != "proponent", each)
+    ):
+        shares = {row["k"]: row["share"] for row in rows if (row["side"], row["top"]) == (side, top)}
+        shown.add_row(f"top {top} {side}s", *(f"{shares[k]:.2f}" for k in ks))
+    by_chance = (min(1.0, k / facts["sequences"]) for k in ks)
+    shown.add_row("any sequence", *(f"{share:.2f}" for share in by_chance), style="dim")
+    console.print("Share that the TF-IDF filter keeps, by how many sequences it keeps per query\n")
+    console.print(shown)
+
+
 def lines(facts: Mapping[str, Any]) -> list[str]:
     """What was compared, and how well each truth converged."""
     said = []

@@ -65,13 +65,19 @@ def is_spurious(token_scores: NDArray[np.float32]) -> bool:
 class Publisher:
     """Writes top, layers, tokens (by groups of queries) and sequences (by groups of shards), then removes stale parts.
 
-    decode: token ids to text; None where the model has no tokenizer (text is then null).
+    decode: token ids to text; None where the model has no tokenizer (text is then null). label: a sequence's corpus
+    among several, by its number; None where there is one.
     """
 
     def __init__(
-        self, store: Store, layers: Sequences[str], decode: Callable[[list[int]], str] | None, fingerprint: str
+        self,
+        store: Store,
+        layers: Sequences[str],
+        decode: Callable[[list[int]], str] | None,
+        fingerprint: str,
+        label: Callable[[int], str | None] = lambda number: None,
     ):
-        self.store, self.layers, self.decode = store, layers, decode
+        self.store, self.layers, self.decode, self.label = store, layers, decode, label
         self.footer = {"fingerprint": fingerprint}
         self.written: set[str] = set()
 
@@ -94,7 +100,8 @@ class Publisher:
     def _sequence(self, row: dict[str, Any]) -> dict[str, Any]:
         first = row["documents"][0]
         text = self.decode(row["token_ids"]) if self.decode else None
-        return row | {"document_id": first["id"], "source": first["source"], "text": text}
+        known = {"document_id": first["id"], "source": first["source"], "corpus": self.label(row["sequence_id"])}
+        return row | known | {"text": text}
 
     def write_rows(self, by_query: Iterable[list[Ranked]], provenance: dict[int, tuple[str, str]]) -> int:
         """top, layers and tokens, sorted by query_id, side and rank. Returns the rows of top.
@@ -125,6 +132,7 @@ class Publisher:
                 "spurious": is_spurious(row.margins.token_scores),
                 "document_id": provenance[row.sequence_id][0],
                 "source": provenance[row.sequence_id][1],
+                "corpus": self.label(row.sequence_id),
             }
             for row in rows
         ]

@@ -66,6 +66,8 @@ TOP = pa.schema(
         ("spurious", pa.bool_()),
         ("document_id", pa.string()),
         ("source", pa.string()),
+        # The label of a corpus among several; null where there is one.
+        ("corpus", pa.string()),
     ]
 )
 
@@ -82,6 +84,8 @@ SEQUENCES = pa.schema(
         ("text", pa.string()),
         # As in CANDIDATES.
         ("loss_mask", pa.list_(pa.bool_())),
+        # As in TOP.
+        ("corpus", pa.string()),
     ]
 )
 

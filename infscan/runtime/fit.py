@@ -129,7 +129,7 @@ def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:
     """The factors' plan: created if absent, then read back and compared."""
     config, store = run.config.factors, run.factors_store
     wanted = min(config.num_sequences, config.corpus.max_sequences or config.num_sequences)
-    selection = Selection.of(corpus.sequences, wanted, run.config.seed)
+    selection = Selection.of(corpus.sequences, wanted, run.config.seed, share=config.corpus.sample)
     fields: dict[str, Any] = {
         "model": run.architecture.fingerprint,
         "dtype": run.dtype,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from infscan.config import fingerprint
-from infscan.corpus.addressable import AddressableCorpus
+from infscan.corpus.addressable import AddressableCorpus, label_of
 from infscan.corpus.plan import Plan
 from infscan.errors import RunError
 from infscan.influence.topk import SIDES
@@ -39,7 +40,7 @@ def publish(
     with run.telemetry.phase("publish", 1, "tables") as phase:
         layers = [layer.name for layer in run.architecture.layers]
         decode = run.tokenizer.decode if run.tokenizer else None
-        publisher = Publisher(run.store, layers, decode, fingerprint(run.inputs()))
+        publisher = Publisher(run.store, layers, decode, fingerprint(run.inputs()), partial(label_of, corpus))
         ranked: list[list[Ranked]] = []
         nonfinite = 0
         for mine, lost in _ranked(run, scanned, refined, layers):

@@ -63,7 +63,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
         StorageError: where a local disk has no space for what the scan will write.
     """
     settings = run.config.corpus
-    selection = Selection.of(corpus.sequences, settings.max_sequences, settings.seed, corpus.chosen)
+    selection = Selection.of(corpus.sequences, settings.max_sequences, settings.seed, corpus.chosen, settings.sample)
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))

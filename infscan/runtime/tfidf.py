@@ -76,8 +76,8 @@ def tfidf_filter(run: Run, corpus: AddressableCorpus, settings: TfidfConfig) -> 
     sample = None
     if settings.idf_sequences is not None and settings.idf_sequences < corpus.sequences:
         sample = Selection.of(corpus.sequences, settings.idf_sequences, run.config.seed)
-    facts = [corpus.fingerprint, run.inputs(), settings.top_k, settings.slice_sequences, sample and sample.digest()]
-    folder = f"{_FOLDER}/{fingerprint(facts)[:16]}"
+    key = [corpus.fingerprint, run.inputs(), settings.top_k, settings.slice_sequences, sample and sample.digest()]
+    folder = f"{_FOLDER}/{fingerprint(key)[:16]}"
     size = settings.slice_sequences or max(_SMALLEST_SLICE, -(-corpus.sequences // _SLICES))
     frequencies = _frequencies(run, corpus, folder, size, sample)
     matches = _matches(run, corpus, folder, size, queries, frequencies.idf(), settings.top_k)
@@ -91,9 +91,14 @@ def tfidf_filter(run: Run, corpus: AddressableCorpus, settings: TfidfConfig) -> 
             "score": np.concatenate([rows.scores for rows in matches]),
         }
     )
-    run.store.write(
-        CANDIDATES, to_parquet(table, {"corpus": corpus.fingerprint, "idf_sequences": frequencies.sequences})
-    )
+    facts = {
+        "corpus": corpus.fingerprint,
+        "queries": run.inputs()["queries"],
+        "sequences": corpus.sequences,
+        "idf_sequences": frequencies.sequences,
+        "top_k": settings.top_k,
+    }
+    run.store.write(CANDIDATES, to_parquet(table, facts))
     describe_filtered(run.store, corpus, np.unique(table["sequence_id"].to_numpy()))
     for entry in run.store.list(_FOLDER):
         run.store.remove(entry.name)

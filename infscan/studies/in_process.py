@@ -9,6 +9,7 @@ import torch
 
 from infscan.config import Labels, Solver
 from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
+from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
@@ -29,7 +30,7 @@ from infscan.passes.queries import Inverse
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.runtime.prepare import settings_for
-from infscan.storage import Store, expand
+from infscan.storage import Store
 from infscan.studies.validation import ValidateJob
 
 
@@ -114,12 +115,21 @@ def _check(config: ValidateJob) -> None:
 def prepare_here(
     config: ValidateJob, architecture: Architecture, tokenizer: Tokenizer | None, store: Store
 ) -> AddressableCorpus:
-    """The corpus where it lies prepared, else its files prepared into `store`, one after another."""
+    """The corpus where it lies prepared, else its files prepared into `store`, one after another.
+
+    Raises:
+        ConfigError: for several corpora.
+    """
+    if config.corpus.paths:
+        raise ConfigError(
+            f"corpus.paths={', '.join(config.corpus.paths)}: a validation reads one corpus; give corpus.path, which "
+            "may be the <output>/corpus of a run that joined them."
+        )
     if is_prepared(config.corpus.path):
         return open_corpus(Store(config.corpus.path))
     pack = settings_for(config.corpus, architecture, tokenizer)
-    files = expand(config.corpus.path)
-    parts = [prepare_part(file, index, config.corpus, pack, tokenizer, store) for index, file in enumerate(files)]
+    pieces = document_pieces(document_files(config.corpus), config.corpus)
+    parts = [prepare_part(piece, index, config.corpus, pack, tokenizer, store) for index, piece in enumerate(pieces)]
     write_manifest(store, config.corpus, pack, tokenizer.digest if tokenizer else None, parts)
     return open_corpus(store)
 

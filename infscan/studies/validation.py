@@ -83,6 +83,7 @@ class Truth(StrEnum):
     pbrf = "pbrf"
     pbrf_regression = "pbrf_regression"
     retraining = "retraining"
+    coverage = "coverage"
 
 
 @dataclass
@@ -182,6 +183,30 @@ class RegressionConfig(ResponseConfig):
     def trained(self) -> int:
         """N: the rows that are trained on."""
         return self.rows - self.rows // 10
+
+
+@dataclass
+class CoverageConfig(TruthConfig):
+    """How much of an unfiltered scan's top the TF-IDF filter keeps; model, corpus and queries are not read.
+
+    run: a finished scan of the whole corpus. filter: what jobs/tfidf.py made of the same corpus and queries. tops: how
+    many of the scan's rows per query and side are looked for, among the filter's first `ks`.
+    """
+
+    name: Truth = Truth.coverage
+    run: str | None = None
+    filter: str | None = None
+    tops: list[int] = field(default_factory=lambda: [10, 100])
+    ks: list[int] = field(default_factory=lambda: [10, 30, 100, 300, 1000, 3000, 10_000])
+
+    def check(self) -> None:
+        if not self.run or not self.filter:
+            raise ConfigError(
+                f"truth.run={self.run}, truth.filter={self.filter}: give a finished scan of a whole corpus, and the "
+                "output of jobs/tfidf.py on the same corpus (corpus.path=<run>/corpus) and queries."
+            )
+        if min([*self.tops, *self.ks], default=0) < 1 or not self.tops or not self.ks:
+            raise ConfigError(f"truth.tops={self.tops}, truth.ks={self.ks}: numbers of rows, each at least 1.")
 
 
 @dataclass

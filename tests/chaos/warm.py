@@ -80,15 +80,11 @@ def template() -> Iterator[None]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.warm", "serve", str(listener.fileno())], pass_fds=[listener.fileno()]
         )
-        outer = os.environ.get(ADDRESS)
         os.environ[ADDRESS] = path
         try:
             yield
         finally:
-            if outer is None:
-                del os.environ[ADDRESS]
-            else:
-                os.environ[ADDRESS] = outer
+            del os.environ[ADDRESS]
             listener.close()
             process.kill()
             process.wait()

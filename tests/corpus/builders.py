@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import zstandard
 
 from infscan.config import CorpusConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus, open_corpus
-from infscan.corpus.documents import Document
+from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.duplicates import duplicates
 from infscan.corpus.manifest import Manifest
 from infscan.corpus.packing import PackSettings, pack_settings
-from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.prepared import NOTHING, hash_piece, prepare_part, write_manifest
+from infscan.corpus.rows import Document
 from infscan.corpus.sequences import Sequence
-from infscan.storage import Store, expand
+from infscan.storage import Store
 
 VOCAB = 50
 EOS = 0
@@ -52,11 +55,16 @@ def token_rows(count: int, *, seed: int = 0, longest: int = 20) -> list[dict[str
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows as what the name's suffix says: .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
+    """Write rows as the name's suffix says: .jsonl (also .gz, .zst), .parquet, .arrow (a file), .ipc (a stream)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7, write_page_checksum=True)
+    elif path.suffix in (".arrow", ".ipc"):
+        table = pa.Table.from_pylist(rows)
+        kind = pa.ipc.new_file if path.suffix == ".arrow" else pa.ipc.new_stream
+        with path.open("wb") as sink, kind(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines))
     elif path.suffix == ".zst":
@@ -68,11 +76,18 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def prepare(source: Path, target: Path | str, pack: PackSettings, **changes: Any) -> tuple[Manifest, PreparedCorpus]:
+def prepare(
+    source: Path | str, target: Path | str, pack: PackSettings, **changes: Any
+) -> tuple[Manifest, PreparedCorpus]:
     """Prepare every file below `source` into `target` and open what came of it."""
     config = corpus_config(source, packing=pack.packing, **changes)
     store = Store(str(target))
-    parts = [prepare_part(file, n, config, pack, None, store) for n, file in enumerate(expand(str(source)))]
+    pieces = document_pieces(document_files(config), config)
+    dropped = duplicates([hash_piece(piece, config) for piece in pieces]) if config.deduplicate else repeat(NOTHING)
+    parts = [
+        prepare_part(piece, n, config, pack, None, store, drops)
+        for n, (piece, drops) in enumerate(zip(pieces, dropped, strict=False))
+    ]
     return write_manifest(store, config, pack, None, parts), open_corpus(store)
 
 

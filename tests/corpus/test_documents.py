@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.config import CorpusConfig
-from infscan.corpus.documents import Document, file_format, read_documents
+from infscan.corpus.documents import file_format, read_documents
+from infscan.corpus.rows import Document
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, Store, expand
 from tests.corpus.builders import corpus_config, token_rows, write_rows

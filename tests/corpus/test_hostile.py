@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.config import Packing
-from infscan.corpus.documents import MAX_LABEL_CHARACTERS, read_documents
+from infscan.corpus.documents import read_documents
 from infscan.corpus.manifest import Manifest
 from infscan.corpus.packing import Counts
+from infscan.corpus.rows import MAX_LABEL_CHARACTERS
 from infscan.corpus.tally import LISTED, Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError
 from infscan.storage import Store, expand
@@ -51,7 +52,10 @@ BAD = {
 
 
 def add_up(counts: Counts) -> None:
-    assert counts.records_read == counts.records_blank + counts.documents_bad + counts.documents_read
+    assert (
+        counts.records_read
+        == counts.records_blank + counts.documents_bad + counts.documents_duplicate + counts.documents_read
+    )
     assert counts.tokens_read + counts.tokens_added - counts.tokens_truncated == counts.tokens
 
 
@@ -128,7 +132,7 @@ def test_every_line_of_a_fuzzed_file_is_a_document_blank_or_bad(lines: list[byte
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "ipc"])
 def test_a_mutated_file_is_refused_or_its_records_add_up(tmp_path_factory, suffix: str, data: st.DataObject) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.getbasetemp() / "mutated"
     path = write_rows(folder / f"x.{suffix}", [{"text": f"t{n}", "tokens": [n]} for n in range(20)])
@@ -251,6 +255,7 @@ def test_ids_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
         "x.jsonl",
         "out",
         "part-00000.parquet",
+        "_inputs.parquet",
         "manifest.json",
     }
 

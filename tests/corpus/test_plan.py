@@ -51,6 +51,15 @@ def test_every_number_is_as_likely_to_be_chosen() -> None:
     assert deviation.max() < 5
 
 
+def test_a_share_is_rounded_and_the_smaller_of_share_and_number_counts() -> None:
+    assert Selection.of(1000, share=0.25).size == 250
+    assert Selection.of(1000, 100, share=0.25).size == 100
+    assert Selection.of(1000, 300, share=0.25).size == 250
+    assert Selection.of(3, share=0.01).size == 1
+    assert Selection.of(1000, among=np.arange(0, 1000, 10), share=0.5).size == 50
+    assert (Selection.of(1000, share=0.25, seed=3).ids() == Selection.of(1000, 250, 3).ids()).all()
+
+
 def test_the_sample_does_not_travel_with_a_pickle_and_is_the_same_after_it() -> None:
     selection = Selection(1_000_000, 50_000, 7)
     before = selection.ids(10, 20)

@@ -11,9 +11,10 @@ import pytest
 from infscan.config import Packing
 from infscan.corpus.addressable import is_prepared
 from infscan.corpus.documents import read_documents
-from infscan.corpus.manifest import Manifest, part_schema
+from infscan.corpus.manifest import Manifest, part_schema, read_inputs
 from infscan.corpus.packing import Counts, Packer, PackSettings
-from infscan.corpus.prepared import ROW_GROUP_SEQUENCES, finished_part, prepare_part, write_manifest
+from infscan.corpus.part_file import ROW_GROUP_SEQUENCES, finished_part
+from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import CorpusError
 from infscan.storage import Store, expand
@@ -77,7 +78,10 @@ def test_the_manifest_adds_up_and_numbers_the_parts_through(tmp_path: Path) -> N
     value = json.loads((tmp_path / "out" / "manifest.json").read_text())
     starts = [part["first_sequence_id"] for part in value["parts"]]
     assert starts == [0, *(sum(p.sequences for p in manifest.parts[: n + 1]) for n in range(3))]
-    assert [file["uri"] for file in value["inputs"]] == [str(tmp_path / "in" / f"{n}.jsonl") for n in range(4)]
+    assert list(read_inputs(corpus.store, manifest)) == [str(tmp_path / "in" / f"{n}.jsonl") for n in range(4)]
+    lengths = [len(row["tokens"]) for n in (0, 2, 3) for row in token_rows(10 + n, seed=n)]
+    assert value["document_lengths"]["2-3"] == sum(2 <= length <= 3 for length in lengths)
+    assert sum(value["document_lengths"].values()) == len(lengths)
     assert Manifest.from_json(value, "here") == manifest
     sequences = corpus.read(range(corpus.sequences))
     assert [sequence.sequence_id for sequence in sequences] == list(range(manifest.sequences))
@@ -157,7 +161,9 @@ def test_row_groups_and_columns_are_as_they_are_said_to_be(tmp_path: Path) -> No
         assert parquet.schema_arrow.equals(part_schema(VOCAB))
 
 
-@pytest.mark.parametrize(("vocab_size", "kind"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "kind"), [(256, "uint8"), (257, "uint16"), (1 << 16, "uint16"), ((1 << 16) + 1, "uint32")]
+)
 def test_token_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size: int, kind: str) -> None:
     assert str(part_schema(vocab_size).field("token_ids").type.value_type) == kind
 

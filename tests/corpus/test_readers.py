@@ -18,7 +18,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from infscan.config import Packing, TextRecords
-from infscan.corpus.documents import Document, document_files, read_documents
+from infscan.corpus.documents import document_files, read_documents
+from infscan.corpus.rows import Document
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError
 from infscan.storage import Store

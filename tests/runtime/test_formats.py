@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from infscan.runtime.run import Run
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.corpus import layouts
+from tests.corpus.builders import write_rows
 from tests.runtime.builders import EOS, small_run, write_jsonl
 
 T = 16
@@ -37,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def scanned(folder: Path, corpus: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+def scanned(folder: Path, corpus: str, *overrides: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """The published rows without provenance: of top, and of sequences."""
-    output = folder / f"run-{corpus}"
+    output = folder / "-".join(["run", corpus, *overrides])
     config = small_run(
         folder,
         f"corpus.path={folder / corpus}",
@@ -47,8 +49,10 @@ def scanned(folder: Path, corpus: str) -> tuple[list[tuple[Any, ...]], list[tupl
         f"corpus.sequence_length={T}",
         # One set of factors for all: what is compared is what the corpora give.
         f"factors.corpus.path={folder / 'corpus.jsonl'}",
+        "factors.corpus.in_place=true",
         f"factors.path={folder / 'factors'}",
         f"output={output}",
+        *overrides,
     )
     answer(config)
     top = pq.read_table(output / "top").to_pylist()
@@ -74,6 +78,24 @@ def test_a_scan_in_place_publishes_the_rows_of_the_prepared_documents(
 ) -> None:
     assert scanned(folder, layout) == prepared
     assert [entry.name for entry in Store(str(folder / f"run-{layout}" / "corpus")).list()] == ["addressable.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".ipc"])
+def test_the_same_documents_in_every_format_give_the_same_rows(
+    folder: Path, suffix: str, prepared: tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]
+) -> None:
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    write_rows(folder / f"again{suffix}", rows)
+    assert scanned(folder, f"again{suffix}") == prepared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["megatron", "npy", "mds"])
+def test_an_array_that_is_prepared_gives_the_rows_of_its_documents(
+    folder: Path, layout: str, prepared: tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]
+) -> None:
+    assert scanned(folder, layout, "corpus.in_place=false") == prepared
 
 
 def test_an_array_that_changed_is_refused_when_the_run_goes_on(folder: Path) -> None:

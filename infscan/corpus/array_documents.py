@@ -1,0 +1,165 @@
+"""The documents of token arrays, to be prepared: Megatron's by its index, npy's by EOS, MDS's a sample each.
+
+A document's trailing EOS is taken off: packing adds its own. A stretch is bytes of the file: the documents whose first
+token lies in it; MDS shards are read whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from infscan.config import CorpusConfig
+from infscan.corpus import mds, megatron, npy
+from infscan.corpus.files import file_name
+from infscan.corpus.pieces import Stretch
+from infscan.corpus.rows import MAX_LINE_BYTES, Document
+from infscan.corpus.tally import Tally
+from infscan.errors import BadDocumentError, CorpusError
+from infscan.storage import InputFile, look_up, read_range
+
+# What lies beside the files of tokens and holds none.
+INDICES = (".idx", f"/{mds.INDEX}")
+_BLOCK_TOKENS = 1 << 20
+_BLOCK_DOCUMENTS = 1024
+
+
+def read_array_documents(
+    kind: str, file: InputFile, config: CorpusConfig, tally: Tally, stretch: Stretch
+) -> Iterator[Document]:
+    """Documents of token ids, or of MDS's text where corpus.tokens_field names no column.
+
+    Raises:
+        CorpusError: for a file that is damaged, or npy without an EOS (corpus.eos_id) to tell its documents by.
+    """
+    if kind == "mds":
+        yield from _samples(file, config, tally)
+        return
+    found = _indexed(file, stretch) if kind == "megatron" else _separated(file, config, stretch)
+    name = file_name(file.uri)
+    for label, offset, tokens in found:
+        tally.records += 1
+        if len(tokens) > MAX_LINE_BYTES:
+            where = f"{file.uri}: the document at byte {offset}"
+            tally.leave_out(BadDocumentError(f"{where} has more than {MAX_LINE_BYTES} tokens; split it.", "too long"))
+            continue
+        if len(tokens) and tokens[-1] == config.eos_id:
+            tokens = tokens[:-1]
+        yield Document(f"{name}{label}", name, None, tokens, file.uri, offset)
+
+
+def _indexed(file: InputFile, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
+    stem = file.uri.removesuffix(".bin")
+    beside = look_up(f"{stem}.idx")
+    if beside is None:
+        raise CorpusError(f"{stem}.idx is missing: Megatron's tokens (.bin) and index (.idx) go together.")
+    shape = megatron.read_header(beside)
+    index = megatron.Index(beside, shape)
+    dtype = np.dtype(shape.dtype)
+    if index.tokens() * dtype.itemsize != file.size:
+        raise CorpusError(
+            f"{file.uri} has {file.size} bytes, and its index says {index.tokens() * dtype.itemsize}: one of the two "
+            "was cut off or belongs to another; copy both again."
+        )
+    documents = shape.indices - 1
+    number = _first_from(index, documents, -(-stretch.start // dtype.itemsize))
+    end = documents
+    if stretch.stop is not None:
+        end = _first_from(index, documents, -(-stretch.stop // dtype.itemsize))
+    for start in range(number, end, _BLOCK_DOCUMENTS):
+        starts = index.documents(start, min(start + _BLOCK_DOCUMENTS, end) + 1)
+        if (np.diff(starts) < 0).any():
+            raise CorpusError(f"{beside.uri}: documents begin before their predecessors; write the index again.")
+        for at, (low, high) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True), start):
+            data = read_range(file.uri, low * dtype.itemsize, high * dtype.itemsize)
+            yield f"#{at}", low * dtype.itemsize, np.frombuffer(data, dtype)
+
+
+def _first_from(index: megatron.Index, documents: int, token: int) -> int:
+    """The first document that begins at or after a token; empty ones before it included."""
+    low, high = 0, documents
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if int(index.documents(middle, middle + 1)[0]) >= token else (middle + 1, high)
+    return low
+
+
+def _separated(file: InputFile, config: CorpusConfig, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
+    if config.eos_id is None:
+        raise CorpusError(
+            f"{file.uri}: npy arrays have no index of documents, and no EOS token is known to tell them by; set "
+            "corpus.eos_id."
+        )
+    # A vocabulary of 1 << 16 says uint16; whoever asks has said corpus.dtype where it is larger.
+    tokens, facts = npy.read_layout(file, config.dtype, 1 << 16, 1)
+    begin, dtype = facts["begin"], np.dtype(facts["dtype"])
+    npy.check_dtype(file, begin, tokens, facts["dtype"])
+
+    def token_at(byte: int) -> int:
+        return min(tokens, max(0, -(-(byte - begin) // dtype.itemsize)))
+
+    first = token_at(stretch.start)
+    stop = tokens if stretch.stop is None else token_at(stretch.stop)
+    # From the token before: where that one is EOS, a document begins at `first` itself.
+    at = max(first - 1, 0)
+    start: int | None = 0 if first == 0 < stop else None
+    held: list[np.ndarray] = []
+    while at < tokens and not (start is None and at >= stop):
+        after = min(at + _BLOCK_TOKENS, tokens)
+        block = np.frombuffer(read_range(file.uri, begin + at * dtype.itemsize, begin + after * dtype.itemsize), dtype)
+        low = 0
+        for end in (np.flatnonzero(block == config.eos_id) + 1).tolist():
+            if start is not None:
+                yield f"@{start}", begin + start * dtype.itemsize, np.concatenate([*held, block[low:end]])
+            held, low = [], end
+            start = at + end if at + end < stop else None
+            if start is None and at + end >= stop:
+                return
+        if start is not None and low < len(block):
+            held.append(block[low:])
+            if sum(map(len, held)) > MAX_LINE_BYTES:
+                raise CorpusError(
+                    f"{file.uri}: more than {MAX_LINE_BYTES} tokens from {start} on without EOS ({config.eos_id}); is "
+                    "corpus.eos_id what its documents end with?"
+                )
+        at = after
+    if start is not None and held:
+        yield f"@{start}", begin + start * dtype.itemsize, np.concatenate(held)
+
+
+def _samples(file: InputFile, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
+    folder, _, name = file.uri.rpartition("/")
+    index = look_up(f"{folder}/{mds.INDEX}")
+    if index is None:
+        raise CorpusError(f"{folder}: MDS shards come with an {mds.INDEX}, and there is none; copy it too.")
+    shard = mds.read_shard(index, file)
+    column = config.tokens_field or config.text_field
+    encoding = shard.encoding(column)
+    if encoding is None:
+        raise CorpusError(
+            f"{index.uri} has the columns {', '.join(shard.names)}, and no {column!r}; name one in corpus.tokens_field "
+            "or corpus.text_field."
+        )
+    reader = mds.ShardReader(shard)
+    for start in range(0, shard.samples, _BLOCK_DOCUMENTS):
+        samples = reader.samples(start, min(start + _BLOCK_DOCUMENTS, shard.samples))
+        for number, (offset, columns) in enumerate(samples, start):
+            where = f"{file.uri}, sample {number}"
+
+            def label(field: str, missing: str, where: str = where, columns: dict[str, bytes] = columns) -> str:
+                if field not in columns:
+                    return missing
+                return mds.text_of(where, shard.encoding(field), columns[field])
+
+            tokens = text = None
+            if config.tokens_field:
+                tokens = mds.token_ids(where, encoding, columns[column], config.dtype)
+                tokens = tokens[:-1] if len(tokens) and tokens[-1] == config.eos_id else tokens
+            else:
+                text = mds.text_of(where, encoding, columns[column])
+            tally.records += 1
+            yield Document(
+                label(config.id_field, f"{name}#{number}"), label(config.source_field, name), text, tokens, file.uri,
+                offset,
+            )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Documents out of lines: JSONL, and plain text by the line or by the file; plain, gzip or zstd."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from infscan.config import CorpusConfig, TextRecords
+from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
+from infscan.corpus.files import file_name
+from infscan.corpus.pieces import Stretch
+from infscan.corpus.rows import Document, document_of, kind_of
+from infscan.corpus.tally import Tally
+from infscan.errors import BadDocumentError
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_READ_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that is neither blank nor too long: where it is, what it is called, its first byte, what it says."""
+
+    where: str
+    name: str
+    offset: int
+    data: bytes
+
+
+def read_jsonl(
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int, stretch: Stretch
+) -> Iterator[Document]:
+    mend = ": is the file JSONL, one object per line? Split longer documents."
+    for line in _lines(uri, stream, tally, max_line_bytes, stretch, mend):
+        try:
+            document = _from_json(uri, line, config)
+        except BadDocumentError as error:
+            tally.leave_out(error)
+        else:
+            yield document
+
+
+def read_text(
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int, stretch: Stretch
+) -> Iterator[Document]:
+    """The whole file as one document, or every line that is not blank (corpus.text_records)."""
+    by_line = config.text_records is TextRecords.line
+    found = (
+        _lines(uri, stream, tally, max_bytes, stretch, "; split it.")
+        if by_line
+        else _whole(uri, stream, tally, max_bytes)
+    )
+    for record in found:
+        try:
+            text = record.data.rstrip(b"\r\n").decode() if by_line else record.data.decode()
+        except UnicodeDecodeError as error:
+            reason = f"{record.where}: byte {error.start} is not UTF-8; convert the file."
+            tally.leave_out(BadDocumentError(reason, "not UTF-8"))
+            continue
+        yield Document(record.name, file_name(uri), text, None, uri, record.offset)
+
+
+def _lines(
+    uri: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
+) -> Iterator[_Line]:
+    """The lines whose first byte lies in the stretch; in a file that was cut they are named by that byte."""
+    number = 0
+    where = uri
+    try:
+        lines, offset = _at(uri, stream, stretch.start)
+        while stretch.stop is None or offset < stretch.stop:
+            where = f"{uri}, line {number + 1}" if stretch.whole else f"{uri}, the line at byte {offset}"
+            line = lines.readline(max_line_bytes + 1)
+            if not line:
+                return
+            number += 1
+            tally.records += 1
+            if offset == 0 and line.startswith(_BOM):
+                line, offset = line[len(_BOM) :], len(_BOM)
+            begin, offset = offset, offset + len(line)
+            if len(line) > max_line_bytes:
+                tally.leave_out(BadDocumentError(f"{where} is longer than {max_line_bytes} bytes{mend}", "too long"))
+                offset += _rest_of_line(lines, line)
+                continue
+            if not line.strip():
+                tally.blank += 1
+                continue
+            name = f"{file_name(uri)}#{number}" if stretch.whole else f"{file_name(uri)}@{begin}"
+            yield _Line(where, name, begin, line)
+    except DAMAGES as error:
+        raise damaged(where, error) from error
+
+
+def _at(uri: str, stream: BinaryIO, start: int) -> tuple[BinaryIO, int]:
+    """The plain stream where the first line at or after `start` begins, and that byte.
+
+    What cannot be sought in is read and dropped.
+    """
+    if start == 0:
+        return decompressed(uri, stream), 0
+    # From the byte before: where that one ends a line, the next line begins at `start` itself.
+    left = start - 1
+    if not uri.endswith(COMPRESSIONS):
+        stream.seek(left)
+        left = 0
+    lines = decompressed(uri, stream)
+    while left and (dropped := lines.read(min(left, _READ_BYTES))):
+        left -= len(dropped)
+    return lines, start - 1 - left + _rest_of_line(lines, b"")
+
+
+def _rest_of_line(lines: BinaryIO, line: bytes) -> int:
+    """Read to the end of a line of which `line` has been read; how many bytes that was."""
+    count = 0
+    while not line.endswith(b"\n") and (line := lines.readline(_READ_BYTES)):
+        count += len(line)
+    return count
+
+
+def _whole(uri: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator[_Line]:
+    lines = decompressed(uri, stream)
+    try:
+        data = lines.read(max_bytes + 1)
+        tally.records += 1
+        if len(data) > max_bytes:
+            mend = "split it, or make documents of its lines with corpus.text_records=line"
+            tally.leave_out(BadDocumentError(f"{uri} is longer than {max_bytes} bytes; {mend}.", "too long"))
+            # To its end, where a damage would show.
+            while lines.read(_READ_BYTES):
+                pass
+            return
+    except DAMAGES as error:
+        raise damaged(uri, error) from error
+    begin = len(_BOM) if data.startswith(_BOM) else 0
+    yield _Line(uri, file_name(uri), begin, data[begin:])
+
+
+def _from_json(uri: str, line: _Line, config: CorpusConfig) -> Document:
+    where = line.where
+    try:
+        row = json.loads(line.data.decode("utf-8"))
+        if _SURROGATE.search(line.data):
+            # JSON can spell half a surrogate pair, which no tokenizer and no Parquet file can hold.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocumentError(
+            f"{where}: byte {error.start} of the line is not UTF-8; convert the file, or give a compressed one its "
+            "suffix (.gz, .zst).",
+            "not UTF-8",
+        ) from None
+    except UnicodeEncodeError:
+        raise BadDocumentError(
+            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.", "half a surrogate pair"
+        ) from None
+    except RecursionError:
+        raise BadDocumentError(
+            f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
+        ) from None
+    except ValueError as error:
+        raise BadDocumentError(f"{where} is not JSON ({error}); mend or remove the line.", "not JSON") from None
+    if not isinstance(row, dict):
+        raise BadDocumentError(
+            f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"
+        )
+    return document_of(uri, where, line.name, line.offset, row, config)

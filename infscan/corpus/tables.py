@@ -1,0 +1,133 @@
+"""Documents out of tables: Parquet, and Arrow's IPC files and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infscan.config import CorpusConfig
+from infscan.corpus.files import file_name
+from infscan.corpus.pieces import Stretch
+from infscan.corpus.rows import Document, document_of
+from infscan.corpus.tally import Tally
+from infscan.errors import BadDocumentError, BadFileError, CorpusError
+
+_ARROW_FILE = b"ARROW1"
+_READ_BYTES = 1 << 20
+# Few rows at a time: a dictionary can make every one of them as long as the longest.
+_ROWS_PER_BATCH = 16
+_LARGE_COLUMN = 64 << 20
+
+
+def read_parquet(
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, stretch: Stretch
+) -> Iterator[Document]:
+    yield from _documents("Parquet", uri, _parquet_batches(uri, stream, config, stretch), config, tally, stretch.start)
+
+
+def read_arrow(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
+    yield from _documents("Arrow", uri, _arrow_batches(uri, stream, config), config, tally, 0)
+
+
+def _documents(
+    name: str, uri: str, batches: Iterator[pa.RecordBatch], config: CorpusConfig, tally: Tally, row: int
+) -> Iterator[Document]:
+    """A document per row, from number `row` on; every error of reading the table, `name`, says after which row."""
+    try:
+        for batch in batches:
+            for index in range(batch.num_rows):
+                row += 1
+                tally.records += 1
+                try:
+                    document = _from_row(uri, row - 1, batch, index, config)
+                except BadDocumentError as error:
+                    tally.leave_out(error)
+                else:
+                    yield document
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadFileError(
+            f"{uri}, after row {row}: not {name}, truncated or corrupt ({reason}); copy the file again."
+        ) from error
+
+
+def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: Stretch) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
+        metadata = parquet.metadata
+        columns = _columns(uri, parquet.schema_arrow.names, config)
+        rows = _rows_per_batch(metadata, columns)
+        stop = metadata.num_rows if stretch.stop is None else stretch.stop
+        first = 0
+        for group in range(metadata.num_row_groups):
+            after = first + metadata.row_group(group).num_rows
+            if first < stop and after > stretch.start:
+                at = first
+                # Without threads, which would decode batches ahead.
+                for batch in parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                    begin, end = max(stretch.start - at, 0), min(stop - at, batch.num_rows)
+                    at += batch.num_rows
+                    if end > begin:
+                        yield batch.slice(begin, end - begin)
+                    if at >= stop:
+                        break
+            first = after
+
+
+def _arrow_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[pa.RecordBatch]:
+    """An IPC file (it begins with ARROW1) or stream, one record batch in memory at a time."""
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
+        columns = _columns(uri, reader.schema.names, config)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            batch.validate(full=True)
+            yield batch.select(columns)
+
+
+def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
+    wanted = [config.text_field, config.id_field, config.source_field, config.tokens_field]
+    wanted += [config.prompt_field, config.mask_field]
+    columns = [name for name in dict.fromkeys(wanted) if name in names]
+    if config.text_field not in columns and config.tokens_field not in columns:
+        raise CorpusError(
+            f"{uri} has the columns {', '.join(map(repr, names[:10]))}, and no {config.text_field!r}; "
+            "name one in corpus.text_field, or one with token ids in corpus.tokens_field."
+        )
+    for name in columns:
+        if names.count(name) > 1:
+            raise CorpusError(f"{uri} has the column {name!r} {names.count(name)} times; write it with distinct names.")
+    return columns
+
+
+def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
+    """One row at a time where a column is large and compressed beyond what text is: it may be a bomb."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size = max(column.total_uncompressed_size, column.num_values)
+            wanted = column.path_in_schema.partition(".")[0] in columns
+            if wanted and size > _LARGE_COLUMN and size > 100 * column.total_compressed_size:
+                return 1
+    return _ROWS_PER_BATCH
+
+
+def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: CorpusConfig) -> Document:
+    where = f"{uri}, row {number}"
+    row: dict[str, Any] = {}
+    for name in batch.schema.names:
+        value = batch.column(name)[index]
+        try:
+            # Token ids stay an Arrow array: turning them into Python numbers would cost more than all the rest.
+            lists = (config.tokens_field, config.prompt_field, config.mask_field)
+            row[name] = value.values if name in lists and isinstance(value, pa.ListScalar) else value.as_py()
+        except UnicodeDecodeError as error:
+            raise BadDocumentError(
+                f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.", "not UTF-8"
+            ) from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise BadDocumentError(
+                f"{where}: {name!r} cannot be read ({error}); mend or remove the row.", "not readable"
+            ) from None
+    return document_of(uri, where, f"{file_name(uri)}#{number}", number, row, config)
