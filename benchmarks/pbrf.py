@@ -1,6 +1,6 @@
 """PBRF on a tiny language model: do the scores predict where the model moves? (docs/truth.md)
 
-python benchmarks/pbrf.py [--folder runs/pbrf] [--points 500]
+python benchmarks/pbrf.py [--folder runs/pbrf] [--points 125]
 
 A character-level GPT-NeoX is trained to near convergence on pieces of the corpus beside this file; then
 jobs/validate.py, whose command is printed, judges EK-FAC and its rivals by the model's responses. The model and every
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 CORPUS = HERE / "corpus" / "minipile.jsonl.gz"
 # A character's id is its place; the first stands for every other character.
 ALPHABET = "~abcdefghijklmnopqrstuvwxyz .,;:'\"!?-\n0123456789"
-SEQUENCES, LENGTH, QUERIES, PROMPT, SEED = 500, 32, 10, 16, 0
+SEQUENCES, POINTS, LENGTH, QUERIES, PROMPT, SEED = 500, 125, 32, 10, 16, 0
 SIZES = Sizes(layers=2, width=24, heads=2, mlp_width=48)
 TRAINING = TrainingSettings(
     epochs=300, batch_sequences=50, learning_rate=3e-3, weight_decay=0.0, final_fraction=0.0, reduction="sum"
@@ -81,7 +81,7 @@ def train(folder: Path, sequences: list[list[int]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "pbrf")
-    parser.add_argument("--points", type=int, default=SEQUENCES)
+    parser.add_argument("--points", type=int, default=POINTS)
     options = parser.parse_args()
     disable_progress_bar()
     folder: Path = options.folder.absolute()

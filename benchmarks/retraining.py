@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--solvers", nargs="+", default=["ekfac", "identity", "cg"], choices=list(SOLVERS))
-    parser.add_argument("--steps", type=int, default=50, help="of cg and astra, for each query")
+    parser.add_argument("--steps", type=int, default=20, help="of cg and astra, for each query")
     parser.add_argument("--workers", type=int, default=2, help="of a scan, one core each")
     parser.add_argument("--no-qld", action="store_true", help="leave out the retrainings without the strongest 1 %%")
     options = parser.parse_args()

@@ -11,14 +11,18 @@ os.environ.update(
     DS_ACCELERATOR="cpu",
 )
 
+import functools
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from tests import servers
 from tests.chaos.proxy import Proxy, fault_proxy
+from tests.chaos.warm import WORKER, template
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,21 @@ def faulty_s3(moto_server: servers.ObjectServer, monkeypatch: pytest.MonkeyPatch
         for name, value in proxy.server.env.items():
             monkeypatch.setenv(name, value)
         yield Bucket(proxy.server, "infscan-moto"), proxy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """Every Ray that a test starts in this process forks its workers from a warm template: real ones, whose imports are
+    done. The template starts with the first of them."""
+    from ray._private.parameter import RayParams
+
+    cold = RayParams.__init__
+    with ExitStack() as opened, pytest.MonkeyPatch.context() as patch:
+        start = functools.cache(lambda: opened.enter_context(template()))
+
+        def warm(self: RayParams, *arguments: Any, **named: Any) -> None:
+            start()
+            cold(self, *arguments, **{"setup_worker_path": WORKER, **named})
+
+        patch.setattr(RayParams, "__init__", warm)
+        yield

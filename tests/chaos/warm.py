@@ -80,11 +80,15 @@ def template() -> Iterator[None]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.warm", "serve", str(listener.fileno())], pass_fds=[listener.fileno()]
         )
+        outer = os.environ.get(ADDRESS)
         os.environ[ADDRESS] = path
         try:
             yield
         finally:
-            del os.environ[ADDRESS]
+            if outer is None:
+                del os.environ[ADDRESS]
+            else:
+                os.environ[ADDRESS] = outer
             listener.close()
             process.kill()
             process.wait()

@@ -88,7 +88,7 @@ def dense(config: Config) -> np.ndarray:
     return np.stack([scores[name].to_numpy() for name in scores.column_names if name.startswith("score_")])
 
 
-@pytest.mark.parametrize(("name", "rank"), [("small", 8), ("medium", 32)])
+@pytest.mark.parametrize(("name", "rank"), [("small", 8), pytest.param("medium", 32, marks=pytest.mark.slow)])
 def test_golden_numbers_through_the_public_job(name: Name, rank: int, tmp_path: Path) -> None:
     config = golden_run(name, tmp_path, "scan.rank=null", f"output={tmp_path / 'full'}")
     answer(config)

@@ -51,6 +51,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_kill_the_driver_and_run_it_again(inputs: list[str], tmp_path: Path) -> None:
     """kill -9 in the middle of the scan; the same command goes on, and the tables are those of an undisturbed run."""
     finish(start(*inputs, f"output={tmp_path / 'undisturbed'}"))
@@ -71,6 +72,7 @@ def test_kill_the_driver_and_run_it_again(inputs: list[str], tmp_path: Path) -> 
     assert read_summary(str(tmp_path / "killed"))["phases"]["scan"]["sequences"] <= 8 * (50 - len(done))
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_cell_a_folder(inputs: list[str], tmp_path: Path) -> None:
     others = inputs[4].replace("queries.jsonl", "others.jsonl").removeprefix("queries.path=")
     swept = [value for value in inputs if not value.startswith("queries.path=")]

@@ -58,6 +58,7 @@ def two(tmp_path: Path, *overrides: str, model: str = "finetuned") -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path) -> None:
     """The same weights, and no curvature: the scan is the single-stage one."""
     answer(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}"))
