@@ -54,7 +54,10 @@ class Holder:
 
 
 class Lease:
-    """The lease of one run folder. `take`, then `check` now and then, then `release`."""
+    """The lease of one run folder. `take`, then `check` now and then, then `release`.
+
+    followed: the dead driver that the lease was taken over from, if there was one.
+    """
 
     # Tokens of leases that this process holds: what else carries its process id is left over.
     _held: ClassVar[set[str]] = set()
@@ -71,6 +74,7 @@ class Lease:
         )
         self._ended = threading.Event()
         self._taken_by: Holder | None = None
+        self.followed: Holder | None = None
         self._renewals = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self) -> None:
@@ -90,6 +94,7 @@ class Lease:
                 )
             log.info("lease       taken over from %s", first)
             self.store.write(LEASE, self.mine.to_bytes())
+            self.followed = first
             break
         self._held.add(self.mine.token)
         self._renewals.start()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from infscan.config import ClusterConfig
 from infscan.errors import (
@@ -25,6 +25,7 @@ from infscan.errors import (
 from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import RankSettings
 from infscan.runtime.group import Outcome, RankFacts, State, WorkerGroup
+from infscan.runtime.losses import Losses
 from infscan.runtime.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -68,17 +69,22 @@ def gpus_per_rank(cluster: ClusterConfig) -> float:
 class Pool:
     """The worker groups, started together; `run` gives them one phase's units.
 
-    check: called at every turn of the loop; what it raises ends the phase (a driver that lost its lease).
+    losses: told of every worker that is lost. check: called at every turn of the loop; what it raises ends the phase (a
+    driver that lost its lease).
     """
 
     def __init__(
-        self, cluster: ClusterConfig, settings: RankSettings, gpus: float, check: Callable[[], None] = lambda: None
+        self,
+        cluster: ClusterConfig,
+        settings: RankSettings,
+        gpus: float,
+        losses: Losses,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.cluster, self.gpus, self.check = cluster, gpus, check
+        self.cluster, self.gpus, self.losses, self.check = cluster, gpus, losses, check
         self.sharded = settings.sharded
         self.groups = [WorkerGroup(index, settings, cluster, gpus) for index in range(cluster.num_workers)]
         self.failed_starts = 0
-        self.rebuilds = 0
         self.halvings = 0
         # Until when storage that had trouble is left alone, and how often in a row it had.
         self._rest_until, self._troubles = 0.0, 0
@@ -122,6 +128,7 @@ class Pool:
         """
         schedule = Schedule(units, self.cluster.max_attempts)
         self._died_with.clear()
+        self.losses.next_pass()
         while not schedule.finished:
             for group in self.groups:
                 if group.state is not State.idle or time.monotonic() < self._rest_until:
@@ -129,6 +136,7 @@ class Pool:
                 if (unit := schedule.take()) is not None:
                     halvings = schedule.halvings.get(unit, 0)
                     group.submit(unit, function, task(unit), *shared, halvings=halvings)
+                    self.losses.handed(group.index)
             self._wait()
             for group in self.groups:
                 was, unit = group.state, group.unit
@@ -143,6 +151,7 @@ class Pool:
                 elif outcome is Outcome.done:
                     assert unit is not None
                     self._troubles = 0
+                    self.losses.done(group.index)
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
@@ -177,6 +186,7 @@ class Pool:
     def _started(self, group: WorkerGroup, outcome: Outcome, result: Any, schedule: Schedule | None = None) -> None:
         if outcome is Outcome.done:
             self.failed_starts = 0
+            self.losses.started(group.index)
             self._heed_oom_kills(group, schedule)
             return
         if isinstance(result, InfscanError):
@@ -239,6 +249,7 @@ class Pool:
             self._died_with[group.index] = unit
             self._rebuild(group, error)
         else:
+            self.losses.failed(group.index)
             group.state = State.idle
         if last:
             if on_given_up is None:
@@ -258,7 +269,7 @@ class Pool:
 
     def _rebuild(self, group: WorkerGroup, error: Exception) -> None:
         log.warning("worker %d is rebuilt: %s", group.index, _reason(error))
-        self.rebuilds += 1
+        self.losses.lost(group.index, _reason(error))
         group.rebuild()
 
     def forget(self) -> None:
@@ -274,6 +285,7 @@ class Pool:
     def close(self) -> None:
         for group in self.groups:
             group.close()
+        self.losses.closed()
 
 
 def missing_room(cluster: ClusterConfig, gpus: float) -> str:
@@ -294,4 +306,8 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 def _reason(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"
+    last = text[-1] if text else "no message"
+    if isinstance(error, RayError):
+        # What follows is a list of causes that there might be.
+        last = last.partition(" Some common causes")[0]
+    return f"{type(error).__name__}: {last}"

@@ -134,6 +134,7 @@ def _summary(
         },
         "warnings": run.telemetry.warnings,
         "workers": workers,
+        "driver": run.losses.driver(),
         "storage_faults": run.storage_faults(workers),
         "phases": run.telemetry.phases,
     }

@@ -21,6 +21,7 @@ from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.results.publish import SUCCESS
 from infscan.runtime import preflight
 from infscan.runtime.lease import Lease
+from infscan.runtime.losses import Losses
 from infscan.runtime.pool import Pool, connect, gpus_per_rank
 from infscan.runtime.prepare import input_files, settings_for
 from infscan.storage import MissingError, Store, storage_faults
@@ -47,6 +48,7 @@ class Run:
         self.config = config
         self.needs_queries = needs_queries
         self.telemetry = telemetry or Telemetry()
+        self.losses = Losses()
         self._faults_before = storage_faults()
         self.store = Store(config.output)
         self.factors_store = Store(config.factors.path or f"{config.output}/factors")
@@ -64,6 +66,7 @@ class Run:
             self.queries = self._read_queries()
             self._claim()
         self.lease.take()
+        self.losses.followed = str(self.lease.followed) if self.lease.followed else None
         try:
             for part in (self, *self.later):
                 part._sweep()
@@ -75,6 +78,7 @@ class Run:
             raise
         for stage in self.later:
             stage.queries, stage.gpus, stage.lease = self.queries, self.gpus, self.lease
+            stage.losses = self.losses
         return self
 
     def _open_later(self) -> None:
@@ -158,7 +162,7 @@ class Run:
         """The worker groups; started when the first pass asks for them."""
         settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded)
         with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
-            pool = Pool(self.config.cluster, settings, self.gpus, self.lease.check)
+            pool = Pool(self.config.cluster, settings, self.gpus, self.losses, self.lease.check)
             phase.advance(units=pool.wait_for_one())
         return pool
 
@@ -187,7 +191,8 @@ class Run:
             "num_workers": cluster.num_workers,
             "ranks_per_worker": cluster.ranks_per_worker,
             "parameters": self.architecture.parameters,
-            "rebuilds": started.rebuilds if started else 0,
+            "rebuilds": len(self.losses.all),
+            "losses": [loss.to_json() for loss in self.losses.all],
             "halvings": started.halvings if started else 0,
             "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
         }
