@@ -143,6 +143,8 @@ def tiny_run(root: Path, output: str | Path) -> Config:
         "scan.shard_sequences=4",
         "scan.rank=4",
         "scan.check_sequences=4",
+        # Renewed by the clock, the lease would make storage calls at any place between the run's own.
+        "cluster.lease_s=3600",
         f"output={output}",
     )
 
