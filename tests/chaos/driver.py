@@ -1,6 +1,6 @@
 """One driver of the job, as a process of its own: `jobs/scan.py`'s work on a Ray that runs already.
 
-It says to whom it hands out each unit of work, and may be told to kill itself with SIGKILL at the n-th.
+It writes down what its workers are at, and may be told to kill itself with SIGKILL at the n-th unit it hands out.
 """
 
 from __future__ import annotations
@@ -17,34 +17,48 @@ import ray
 
 from infscan.errors import InfscanError
 from infscan.runtime.group import WorkerGroup
+from infscan.runtime.losses import Losses
 from jobs.scan import answer
 from tests.runtime.builders import compose
 
 
 def main(argv: list[str]) -> int:
-    """argv: a JSON file with `address`, `overrides`, `kill_at` (0: never), `report` and `progress`.
+    """argv: a JSON file with `address`, `overrides`, `kill_at` (0: never), `pause_s`, `report`, `progress` and
+    `spans`.
 
-    progress gets a line per unit handed out: when, the worker's number, the process id of a rank of it.
-    0, or 2 for a user's error.
+    progress gets a line when a unit is handed out or found done: when, `handed` or `done`, the worker's number, and
+    the process id of a rank of it (0 when done). spans gets one from the rank as a unit ends there: when it began,
+    when it ended, the worker, the function. 0, or 2 for a user's error.
     """
     order = json.loads(Path(argv[0]).read_text())
     ray.init(address=order["address"], log_to_driver=False, logging_level="ERROR")
     handed_out = 0
+    pids: dict[Any, int] = {}
     progress = open(order["progress"], "a")  # noqa: SIM115 (a driver that is killed closes nothing)
-    submit = WorkerGroup.submit
+    submit, done = WorkerGroup.submit, Losses.done
+
+    def note(what: str, worker: int, pid: int = 0) -> None:
+        progress.write(f"{time.time()} {what} {worker} {pid}\n")
+        progress.flush()
 
     def counted(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
         nonlocal handed_out
         handed_out += 1
-        # An idle rank says at once which process it is.
-        pid = ray.get(self.actors[-1].run.remote(lambda _: os.getpid(), 0))
-        submit(self, unit, function, *arguments, halvings=halvings)
-        progress.write(f"{time.time()} {self.index} {pid}\n")
-        progress.flush()
+        actor = self.actors[-1]
+        if actor not in pids:
+            # It is idle, and says at once which process it is. Asked once: by the next time it may be stopped.
+            pids[actor] = ray.get(actor.run.remote(lambda _: os.getpid(), 0))
+        submit(self, unit, timed(function, self.index, order["pause_s"], order["spans"]), *arguments, halvings=halvings)
+        note("handed", self.index, pids[actor])
         if handed_out == order["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def noted(self: Losses, worker: int) -> None:
+        note("done", worker)
+        done(self, worker)
+
     WorkerGroup.submit = counted  # type: ignore[method-assign]
+    Losses.done = noted  # type: ignore[method-assign]
     try:
         answer(compose("scan", *order["overrides"]))
     except InfscanError as error:
@@ -52,3 +66,18 @@ def main(argv: list[str]) -> int:
         return 2
     Path(order["report"]).write_text(json.dumps({"handed_out": handed_out}))
     return 0
+
+
+def timed(function: Callable[..., Any], worker: int, pause_s: float, spans: str) -> Callable[..., Any]:
+    """function, which takes so much longer and says on the rank when it was at work."""
+
+    def run(rank: Any, *arguments: Any) -> Any:
+        began = time.time()
+        time.sleep(pause_s)
+        try:
+            return function(rank, *arguments)
+        finally:
+            with open(spans, "a") as file:
+                file.write(f"{began} {time.time()} {worker} {function.__name__}\n")
+
+    return run

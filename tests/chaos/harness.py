@@ -13,13 +13,12 @@ import json
 import os
 import random
 import signal
-import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,9 @@ from ray.cluster_utils import Cluster
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
+from infscan.results.read import read_summary
+from tests.chaos.costs import Event, Result, Span, gaps, in_flight_s, mean_unit_s
+from tests.chaos.disks import STAND_IN, FillableDisk, fillable_disk, may_mount
 from tests.chaos.proxy import Plan, fault_proxy
 from tests.chaos.warm import WORKER, Child
 from tests.runtime.builders import small_run, token_corpus
@@ -39,32 +41,13 @@ from tests.servers import moto
 RANK_KILLED, RANK_STOPPED = "a rank: SIGKILL", "a rank: SIGSTOP"
 NODE_KILLED, DRIVER_KILLED = "a raylet: SIGKILL", "the driver: SIGKILL, then the same command"
 STORAGE = "storage: 500, 503, 429, slow, cut, lost, reset"
-FAULTS = (RANK_KILLED, RANK_STOPPED, NODE_KILLED, DRIVER_KILLED, STORAGE)
+DISK_FULL = "a disk: ENOSPC, then room and the same command"
+FAULTS = (RANK_KILLED, RANK_STOPPED, NODE_KILLED, DRIVER_KILLED, STORAGE, DISK_FULL)
 SHARDS, PER_SHARD = 12, 6
 # Units of work that a run hands out: queries, check, the shards, refine; and 2 x 2 of the factors where it fits them.
 UNITS, FIT_UNITS = 1 + 1 + SHARDS + 1, 4
 TABLES = ("top", "layers", "tokens")
 WORKERS = 2
-
-
-@dataclass
-class Result:
-    """What became of one run.
-
-    lost_s: its seconds beyond those of an undisturbed run of its kind. meanwhile: units that the other worker was given
-    between the fault and the struck worker's return.
-    """
-
-    fault: str
-    seed: int
-    struck_at: int
-    seconds: float
-    lost_s: float
-    recovered: bool
-    torn: list[str]
-    redone: list[str]
-    said: str = ""
-    meanwhile: int = 0
 
 
 @dataclass
@@ -140,6 +123,8 @@ class Harness:
         for name, value in self.proxy.server.env.items():
             patch.setenv(name, value)
         patch.setenv("INFSCAN_STORAGE_RETRY_S", "20")
+        if not may_mount(self.root / "disk"):
+            patch.setenv(STAND_IN, "1")
         health = {"period_ms": 1000, "failure_threshold": 4, "timeout_ms": 1000, "initial_delay_ms": 0}
         self.cluster = Cluster(
             initialize_head=True,
@@ -153,18 +138,9 @@ class Harness:
         self._open.callback(self.cluster.shutdown)
         self.nodes = [self._add_node() for _ in range(WORKERS)]
         self.cluster.wait_for_nodes()
-        self._undisturbed("twin", "--corpus", "--factors")
-        self.scan_s = self._undisturbed("twin-scan")
+        self.undisturbed("twin", "--corpus", "--factors")
         self.expected = self._tables("twin")
-        assert self._tables("twin-scan") == self.expected
         return self
-
-    @cached_property
-    def fit_s(self) -> float:
-        """Seconds of an undisturbed run that fits factors of its own; measured when it is first asked for."""
-        seconds = self._undisturbed("twin-fit", "--factors")
-        assert self._tables("twin-fit") == self.expected
-        return seconds
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
@@ -175,10 +151,14 @@ class Harness:
     def add_node(self, num_cpus: int) -> Any:
         return self.cluster.add_node(num_cpus=num_cpus, setup_worker_path=WORKER)
 
-    def _output(self, name: str) -> str:
-        return f"s3://chaos/{name}" if name.startswith("storage") else str(self.root / name)
+    def _folder(self, name: str) -> Path:
+        """Of a run on a local disk: of its own, where it will be full."""
+        return self.root / name / "run" if name.startswith("a-disk") else self.root / name
 
-    def _overrides(self, name: str, *own: str) -> list[str]:
+    def _output(self, name: str) -> str:
+        return f"s3://chaos/{name}" if name.startswith("storage") else str(self._folder(name))
+
+    def overrides(self, name: str, *own: str) -> list[str]:
         """own: `--corpus`, `--factors`: made by this run, else taken from the twin."""
         root, twin = self.root, self.root / "twin"
         corpus = root / "corpus.jsonl" if "--corpus" in own else twin / "corpus"
@@ -195,14 +175,21 @@ class Harness:
         rows = rows_of(self._output(name))
         return {table: rows[table] for table in TABLES}
 
-    def drive(self, name: str, *own: str, kill_at: int = 0, overrides: Sequence[str] = ()) -> Child:
-        """A driver of the run `name`, started; it kills itself when it hands out its unit number `kill_at`."""
+    def drive(
+        self, name: str, *own: str, kill_at: int = 0, pause_s: float = 0.0, overrides: Sequence[str] = ()
+    ) -> Child:
+        """A driver of the run `name`, started; it kills itself when it hands out its unit number `kill_at`.
+
+        pause_s: so much longer takes every unit.
+        """
         order = {
             "address": self.cluster.address,
-            "overrides": [*self._overrides(name, *own), *overrides],
+            "overrides": [*self.overrides(name, *own), *overrides],
             "kill_at": kill_at,
+            "pause_s": pause_s,
             "report": str(self.root / f"{name}.report.json"),
             "progress": str(self.root / f"{name}.progress"),
+            "spans": str(self.root / f"{name}.spans"),
         }
         path = self.root / f"{name}.order.json"
         path.write_text(json.dumps(order))
@@ -213,78 +200,139 @@ class Harness:
         report = self.root / f"{name}.report.json"
         return json.loads(report.read_text()).get("error", "") if report.exists() else "the driver left no report"
 
-    def _undisturbed(self, name: str, *own: str) -> float:
+    def undisturbed(self, name: str, *own: str, pause_s: float = 0.0) -> float:
+        """Seconds of a run that nothing strikes."""
         began = time.monotonic()
-        assert self.drive(name, *own).wait() == 0, self.said(name)
+        assert self.drive(name, *own, pause_s=pause_s).wait() == 0, self.said(name)
         return time.monotonic() - began
 
-    def run(self, fault: str, seed: int) -> Result:
-        """One run, struck once (storage: all the while); where the driver was killed, the same command again."""
+    def run(self, fault: str, seed: int, *, pause_s: float = 0.0, twin: bool = False) -> Result:
+        """One run, struck once (storage: all the while); where the driver ended, the same command again.
+
+        pause_s: so much longer takes every unit. twin: whether an undisturbed one of its kind is timed right before it.
+        """
         draw = random.Random(f"{fault} {seed}")
         own = ["--factors"] if seed % 4 == 3 else []
-        at = draw.randint(1, UNITS + FIT_UNITS * len(own))
+        # A disk that fills behind the last unit's back may have room enough for what is left.
+        last = UNITS + FIT_UNITS * len(own) - (fault == DISK_FULL)
+        at = draw.randint(1, last)
         name = f"{fault.partition(':')[0].replace(' ', '-')}-{FAULTS.index(fault)}-{seed}"
-        folder = self.root / name
+        twin_s = None
+        if twin:
+            with self._disk(f"{name}-twin", fault):
+                twin_s = self.undisturbed(f"{name}-twin", *own, pause_s=pause_s)
+                assert self._tables(f"{name}-twin") == self.expected
+        with self._disk(name, fault) as disk:
+            drive = partial(self.drive, name, *own, pause_s=pause_s)
+            result = self._struck(fault, seed, at, name, drive, draw, disk)
+        result.twin_s = twin_s
+        return result
+
+    def _disk(self, name: str, fault: str) -> AbstractContextManager[FillableDisk | None]:
+        return fillable_disk(self.root / name) if fault == DISK_FULL else nullcontext()
+
+    def _struck(
+        self,
+        fault: str,
+        seed: int,
+        at: int,
+        name: str,
+        drive: Callable[..., Child],
+        draw: random.Random,
+        disk: FillableDisk | None,
+    ) -> Result:
+        """The run `name`, struck when it hands out its unit number `at`. disk: what it writes to, where that fills."""
+        folder = self._folder(name)
         reader = Reader(folder)
+        struck: tuple[float, int] | None = None
         before: dict[str, tuple[int, int, int]] = {}
-        meanwhile = 0
-        began = time.monotonic()
+        sentence = ""
+        times = [time.time()]
         with reader.reading():
-            if fault == DRIVER_KILLED:
-                self.drive(name, *own, kill_at=at).wait()
-                before = _shard_files(folder)
-                status = self.drive(name, *own).wait()
-            elif fault == STORAGE:
+            if fault == STORAGE:
                 self.proxy.plan = Plan(seed, rate=0.1)
-                status = self.drive(name, *own).wait()
-                self.proxy.plan = None
-            else:
-                driver = self.drive(name, *own)
-                before, struck = self._strike(name, fault, at, draw)
-                status = driver.wait()
-                meanwhile = self._meanwhile(name, struck)
-        seconds = time.monotonic() - began
+            driver = drive(kill_at=at if fault == DRIVER_KILLED else 0)
+            if fault not in (STORAGE, DRIVER_KILLED) and self._handed_out(name, at):
+                before = _shard_files(folder)
+                if disk is not None:
+                    disk.fill()
+                else:
+                    struck = self._strike(name, fault, draw)
+            status = driver.wait()
+            self.proxy.plan = None
+            if fault in (DRIVER_KILLED, DISK_FULL):
+                times.append(time.time())
+                before, sentence = _shard_files(folder), self.said(name)
+                if disk is not None:
+                    disk.free()
+                status = drive().wait()
+        times.append(time.time())
         after = _shard_files(folder)
-        redone = sorted(shard for shard, facts in before.items() if after.get(shard) != facts)
-        recovered = status == 0 and self._tables(name) == self.expected
-        lost = seconds - (self.fit_s if own else self.scan_s)
-        return Result(fault, seed, at, seconds, lost, recovered, reader.torn, redone, self.said(name), meanwhile)
+        result = Result(
+            fault=fault,
+            seed=seed,
+            struck_at=at,
+            seconds=times[-1] - times[0],
+            recovered=status == 0 and self._tables(name) == self.expected,
+            torn=reader.torn,
+            redone=sorted(shard for shard, facts in before.items() if after.get(shard) != facts),
+            said=self.said(name),
+            sentence=sentence,
+        )
+        if result.recovered:
+            self._measure(name, result, struck, times)
+        return result
 
-    def _handed_out(self, name: str) -> list[tuple[float, int, int]]:
-        """When, to which worker, and the process id of its rank, for every unit so far."""
-        progress = self.root / f"{name}.progress"
-        whole = progress.read_text().rpartition("\n")[0] if progress.exists() else ""
-        return [(float(when), int(worker), int(pid)) for when, worker, pid in map(str.split, whole.splitlines())]
+    def _measure(self, name: str, result: Result, struck: tuple[float, int] | None, times: list[float]) -> None:
+        """What the run cost. times: when its drivers were started, and when the last one ended."""
+        summary = read_summary(self._output(name))
+        result.losses, result.driver = summary["workers"]["losses"], summary["driver"]
+        events = self._events(name)
+        result.unit_s = mean_unit_s(events)
+        *starts, _ = times
+        if len(starts) == 1:
+            result.gaps, result.calm_gaps = gaps(self._spans(name), events, struck)
+        else:
+            result.thrown_s = in_flight_s([event for event in events if event.when < starts[1]], ended=starts[1])
+            result.start_s = _first_unit(events, starts[0])
+            result.restart_s = _first_unit(events, starts[1])
 
-    def _strike(
-        self, name: str, fault: str, at: int, draw: random.Random
-    ) -> tuple[dict[str, tuple[int, int, int]], tuple[float, int] | None]:
-        """Wait until the driver has handed out `at` units, then do it.
+    def _events(self, name: str) -> list[Event]:
+        lines = map(str.split, _whole_lines(self.root / f"{name}.progress"))
+        return [Event(float(when), what, int(worker), int(pid)) for when, what, worker, pid in lines]
 
-        The shard files that were there; and when which worker was struck, where one was.
-        """
-        while len(handed_out := self._handed_out(name)) < at:
+    def _spans(self, name: str) -> list[Span]:
+        lines = map(str.split, _whole_lines(self.root / f"{name}.spans"))
+        return [Span(float(began), float(ended), int(worker), function) for began, ended, worker, function in lines]
+
+    def _handed_out(self, name: str, count: int) -> bool:
+        """Wait until the driver has handed out so many units; False where it ended before."""
+        while sum(event.what == "handed" for event in self._events(name)) < count:
             if (self.root / f"{name}.report.json").exists():
-                return {}, None
+                return False
             time.sleep(0.01)
-        before = _shard_files(self.root / name)
+        return True
+
+    def _strike(self, name: str, fault: str, draw: random.Random) -> tuple[float, int] | None:
+        """When which worker was struck; None for a node's."""
         if fault == NODE_KILLED:
             index = draw.randrange(WORKERS)
             self.cluster.remove_node(self.nodes[index], allow_graceful=False)
             self.nodes[index] = self._add_node()
-            return before, None
-        _, worker, pid = draw.choice(handed_out)
+            return None
+        event = draw.choice([event for event in self._events(name) if event.what == "handed"])
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL if fault == RANK_KILLED else signal.SIGSTOP)
-        return before, (time.time(), worker)
+            os.kill(event.pid, signal.SIGKILL if fault == RANK_KILLED else signal.SIGSTOP)
+        return time.time(), event.worker
 
-    def _meanwhile(self, name: str, struck: tuple[float, int] | None) -> int:
-        if struck is None:
-            return 0
-        when, worker = struck
-        later = [entry for entry in self._handed_out(name) if entry[0] > when]
-        back = min((time for time, who, _ in later if who == worker), default=float("inf"))
-        return sum(time < back and who != worker for time, who, _ in later)
+
+def _first_unit(events: list[Event], start: float) -> float | None:
+    """Seconds from a driver's start until it handed out a unit."""
+    return next((event.when - start for event in events if event.what == "handed" and event.when > start), None)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def _shard_files(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -293,22 +341,3 @@ def _shard_files(folder: Path) -> dict[str, tuple[int, int, int]]:
         status = path.stat()
         found[path.name] = (status.st_ino, status.st_mtime_ns, status.st_size)
     return found
-
-
-def table(results: list[Result], scan_s: float, fit_s: float) -> str:
-    """fault, runs, recovered, median and worst time lost, as Markdown."""
-    lines = [
-        f"An undisturbed run took {scan_s:.1f} s, {fit_s:.1f} s with factors of its own.",
-        "",
-        "| fault | runs | recovered | shards redone | torn files seen | median time lost | most |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for fault in dict.fromkeys(result.fault for result in results):
-        mine = [result for result in results if result.fault == fault]
-        lost = [result.lost_s for result in mine]
-        lines.append(
-            f"| {fault} | {len(mine)} | {sum(result.recovered for result in mine)} | "
-            f"{sum(len(result.redone) for result in mine)} | {sum(len(result.torn) for result in mine)} | "
-            f"{statistics.median(lost):.1f} s | {max(lost):.1f} s |"
-        )
-    return "\n".join(lines)

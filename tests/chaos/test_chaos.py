@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import ray
 
+from infscan.model.architecture import describe
+from infscan.passes.rank import Rank, RankSettings
 from infscan.results.read import read_summary
+from infscan.runtime.group import State, WorkerGroup
+from infscan.runtime.losses import Losses
+from infscan.runtime.pool import Pool
+from tests.chaos.costs import Result, cost_table, recovered_table
 from tests.chaos.harness import (
+    DISK_FULL,
     DRIVER_KILLED,
     FAULTS,
     NODE_KILLED,
@@ -18,12 +29,15 @@ from tests.chaos.harness import (
     SHARDS,
     STORAGE,
     Harness,
-    Result,
-    table,
 )
 from tests.chaos.warm import template
+from tests.runtime.builders import compose
 
-LONG = {RANK_KILLED: 30, RANK_STOPPED: 20, NODE_KILLED: 15, DRIVER_KILLED: 25, STORAGE: 12}
+LONG = {RANK_KILLED: 30, RANK_STOPPED: 20, NODE_KILLED: 15, DRIVER_KILLED: 25, STORAGE: 12, DISK_FULL: 12}
+# So many of each have an undisturbed twin right before them.
+TWINS = 4
+# A worker that is lost early should be back before the others have done everything.
+PAUSE_S = 1.2
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +51,10 @@ def assert_recovered(result: Result) -> None:
     assert result.recovered, result.said
     assert not result.torn
     assert not result.redone
+    if result.fault == DRIVER_KILLED:
+        assert "process" in result.driver["followed"]
+    if result.fault == DISK_FULL:
+        assert "the disk is full; free some space" in result.sentence
 
 
 @pytest.mark.parametrize("fault", [RANK_STOPPED, DRIVER_KILLED])
@@ -64,14 +82,83 @@ def test_a_worker_waits_for_room_and_starts_when_a_node_joins(harness: Harness) 
     assert read_summary(str(harness.root / "room"))["counts"]["scanned"]["shards"] == SHARDS
 
 
+@pytest.fixture
+def pool(harness: Harness) -> Iterator[Pool]:
+    """Two workers of one rank each, of this process."""
+    ray.init(address=harness.cluster.address, log_to_driver=False, logging_level="ERROR")
+    config = compose("scan", *harness.overrides("pool"))
+    settings = RankSettings(config.model, describe(config.model.path, config.model.tracked).layers, sharded=False)
+    pool = Pool(config.cluster, settings, 0.0, Losses())
+    yield pool
+    pool.close()
+    ray.shutdown()
+
+
+def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Path) -> None:
+    """One dies at its unit 0 and may not start again before the other has done everything, unit 0 too."""
+    found, all_done = tmp_path / "found", tmp_path / "all-done"
+    settings, units = pool.groups[0].settings, 20
+
+    def wait_for(file: Path) -> None:
+        while not file.exists():
+            time.sleep(0.01)
+
+    def work(rank: Rank, unit: int) -> None:
+        if unit == 0 and not found.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        # No other unit is done before the death is found: they all wait then.
+        wait_for(found)
+
+    def when_all_is_done(settings: RankSettings) -> RankSettings:
+        wait_for(all_done)
+        return settings
+
+    class Held:
+        """Settings that nobody can read before all is done."""
+
+        sharded = False
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return when_all_is_done, (settings,)
+
+    def rebuilt(group: WorkerGroup, rebuild: Callable[[], None]) -> None:
+        group.settings = Held()  # type: ignore[assignment]
+        rebuild()
+        found.touch()
+
+    for group in pool.groups:
+        group.rebuild = partial(rebuilt, group, group.rebuild)  # type: ignore[method-assign]
+    assert not pool.run(range(units), work, int, lambda unit, result: None)
+    [loss] = pool.losses.all
+    [struck] = [group for group in pool.groups if group.index == loss.worker]
+    assert struck.state is State.starting
+    # All but the one that the other may have had in hand already.
+    assert loss.meanwhile in (units - 1, units)
+    assert loss.back_s is None
+
+    all_done.touch()
+
+    def meet(rank: Rank, unit: int) -> None:
+        (tmp_path / f"{unit}").touch()
+        wait_for(tmp_path / f"{1 - unit}")
+
+    # Both units are at work at once: the struck worker is back.
+    assert not pool.run(range(2), meet, int, lambda unit, result: None)
+    assert [loss] == pool.losses.all
+    assert loss.back_s is not None
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_no_fault_at_any_moment_changes_the_tables(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
-    """102 runs; their table is printed."""
-    results = [harness.run(fault, seed) for fault in FAULTS for seed in range(LONG[fault])]
+    """114 runs; their tables are printed."""
+    results = [
+        harness.run(fault, seed, pause_s=PAUSE_S, twin=seed < TWINS)
+        for seed in range(max(LONG.values()))
+        for fault in FAULTS
+        if seed < LONG[fault]
+    ]
     with capsys.disabled():
-        print("\n" + table(results, harness.scan_s, harness.fit_s))
+        print(f"\n{recovered_table(results)}\n\n{cost_table(results)}")
     for result in results:
         assert_recovered(result)
-    # The other worker went on while one was rebuilt.
-    assert any(result.meanwhile for result in results if result.fault == RANK_KILLED)

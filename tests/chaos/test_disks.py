@@ -16,7 +16,7 @@ from infscan.errors import StorageError, UnwritableError
 from infscan.storage import Store
 from infscan.storage import local as local_module
 from jobs.scan import answer
-from tests.chaos.disks import small_disk
+from tests.chaos.disks import STAND_IN, fillable_disk, heed_ballast, may_mount, small_disk
 from tests.chaos.every_call import Tripwire, watched
 from tests.chaos.one_process import without_ray
 from tests.chaos.test_every_call import Twin, content
@@ -134,6 +134,28 @@ def test_a_single_input_output_error_of_a_rank_costs_one_attempt(twin: Twin, tmp
         answer(config)
     assert not left
     twin.assert_equals(config, "one error")
+
+
+@pytest.mark.parametrize("stand_in", [False, True], ids=["mounted where it may be", "stand-in"])
+def test_a_disk_is_full_from_when_it_is_filled_until_it_is_freed(
+    stand_in: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the long set of faults fills: a real disk and what stands in for it say the same to the storage layer."""
+    monkeypatch.setattr(os, "fsync", os.fsync)
+    if stand_in or not may_mount(tmp_path / "trial"):
+        monkeypatch.setenv(STAND_IN, "1")
+        heed_ballast()
+    with fillable_disk(tmp_path / "disk") as disk:
+        store = Store(str(disk.path / "run"))
+        store.write("before", b"there")
+        disk.fill()
+        with pytest.raises(UnwritableError, match="free some space"):
+            store.write("meanwhile", bytes(1 << 20))
+        assert [entry.name for entry in store.list()] == ["before"]
+        disk.free()
+        store.write("after", bytes(1 << 20))
+        assert sorted(entry.name for entry in store.list()) == ["after", "before"]
+    Store(str(tmp_path / "elsewhere")).write("file", b"there")
 
 
 def test_a_folder_of_another_user_is_refused_with_its_path() -> None:

@@ -97,6 +97,7 @@ def template() -> Iterator[None]:
 def serve(listener: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
+    import tests.chaos.disks
     import tests.runtime.builders  # noqa: F401
 
     # Ray reads its settings, a worker's job among them, from the environment at its import: each child imports it.
@@ -125,6 +126,9 @@ def become(request: dict[str, Any], fds: list[int], connection: socket.socket) -
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    disks = sys.modules["tests.chaos.disks"]
+    if disks.STAND_IN in os.environ:
+        disks.heed_ballast()
     sys.argv = list(request["argv"])
     status = 1
     try:
