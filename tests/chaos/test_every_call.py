@@ -163,11 +163,11 @@ def test_the_tiny_run_does_everything_and_again(twin: Twin) -> None:
 
 
 def test_a_run_that_ends_at_some_storage_calls_resumes(twin: Twin, tmp_path: Path) -> None:
-    crash_and_resume(twin, some(twin.strikes(), 12), tmp_path)
+    crash_and_resume(twin, some(twin.strikes(), 6), tmp_path)
 
 
 def test_a_rank_that_ends_at_some_storage_calls_is_replaced(twin: Twin, tmp_path: Path) -> None:
-    kill_a_rank(twin, some(twin.strikes(ranks_only=True), 5), tmp_path)
+    kill_a_rank(twin, some(twin.strikes(ranks_only=True), 3), tmp_path)
 
 
 PIECES = 8

@@ -106,22 +106,16 @@ def assert_counts_add_up(config: Config, *, quarantined: int = 0) -> dict[str, A
 # --- ranks that die or hang ----------------------------------------------------------------------------------------
 
 
+# What this says of each shard, test_chaos.py says of the files, with ranks that start faster.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "overrides"),
     [
         pytest.param(signal.SIGKILL, (), id="a rank is killed"),
         pytest.param(
-            signal.SIGKILL,
-            ("cluster.num_workers=1", "cluster.ranks_per_worker=2"),
-            id="one of two ranks is killed",
-            marks=pytest.mark.slow,
+            signal.SIGKILL, ("cluster.num_workers=1", "cluster.ranks_per_worker=2"), id="one of two ranks is killed"
         ),
-        pytest.param(
-            signal.SIGSTOP,
-            ("cluster.heartbeat_s=0.5", "cluster.silence_s=5"),
-            id="a rank hangs",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(signal.SIGSTOP, ("cluster.heartbeat_s=0.5", "cluster.silence_s=5"), id="a rank hangs"),
     ],
 )
 def test_a_lost_rank_costs_one_more_attempt(
