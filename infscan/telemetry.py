@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from infscan.errors import InfscanError
-from infscan.storage import redact
+from infscan.errors import ConfigError, InfscanError
+from infscan.secrets import MEND, holds_secret, redact
 
 log = logging.getLogger("infscan")
 _INTERVAL_S = 10.0
@@ -25,10 +25,11 @@ _INTERVAL_S = 10.0
 def shown(text: str) -> str:
     """A message as a terminal or a log may show it: no secret, and nothing that controls a terminal.
 
-    Escapes, backspaces and bidirectional marks (from file names, ids or columns of a corpus) are spelt out.
+    Line breaks, escapes, backspaces and bidirectional marks (from file names, ids or columns of a corpus) are spelt
+    out: one message is one line.
     """
     return "".join(
-        character if character.isprintable() or character in "\n\t" else f"\\u{ord(character):04x}"
+        character if character.isprintable() or character == "\t" else f"\\u{ord(character):04x}"
         for character in redact(text)
     )
 
@@ -57,6 +58,21 @@ def sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         console().print("interrupted; the same command goes on from here")
         raise SystemExit(130) from None
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a job's main, which Hydra calls with what the command line says.
+
+    Arguments with credentials are refused before Hydra reads them: it repeats those that it does not understand, and
+    writes all of a sweep's to multirun.yaml.
+    """
+    with sentences():
+        for argument in sys.argv[1:]:
+            if holds_secret(argument):
+                raise ConfigError(f"{argument.partition('=')[0]}=*** carries credentials, {MEND}.")
+            if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+                raise ConfigError(f"{argument!a} is not UTF-8; rename what it names.")
+    main()
 
 
 def configure_logs(level: int = logging.INFO) -> None:
@@ -124,8 +140,10 @@ class Telemetry:
         return part
 
     def warn(self, message: str) -> None:
-        """Show a warning and keep it for summary.json."""
+        """Show a warning and keep it for summary.json; one that was given before is not repeated."""
         message = redact(message)
+        if message in self.warnings:
+            return
         self.warnings.append(message)
         log.warning("%s", message)
 

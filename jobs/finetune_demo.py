@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infscan.studies import demo
 from infscan.studies.answers import answers, questions
 from infscan.studies.facts import FACTS
+from infscan.telemetry import command
 from infscan.truth.train import TrainingSettings, train_language_model
 
 log = logging.getLogger("finetune_demo")
@@ -77,4 +78,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

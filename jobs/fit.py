@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from infscan.config import from_hydra
 from infscan.runtime.fit import fit
 from infscan.runtime.run import Run
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="fit")
@@ -22,4 +22,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

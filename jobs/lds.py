@@ -22,7 +22,7 @@ from infscan.model.architecture import model_folder
 from infscan.queries import read_queries
 from infscan.storage import Store
 from infscan.studies.retraining import MODEL, RetrainingStudy, Study, lines, read_proponents
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 from infscan.truth.train import Sizes, TrainingSettings
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
@@ -84,4 +84,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

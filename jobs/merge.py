@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from infscan.errors import ConfigError
 from infscan.model.adapter import merged_files, read_adapter_config
 from infscan.model.architecture import model_folder, weight_files
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 
 def merge(base: Path, adapter: Path, output: Path) -> None:
@@ -44,4 +44,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -14,7 +14,7 @@ from infscan.config import from_hydra
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus
 from infscan.runtime.fit import prepare_corpus
 from infscan.runtime.run import Run
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 
 def statistics(corpus: AddressableCorpus) -> dict[str, Any]:
@@ -36,4 +36,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

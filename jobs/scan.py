@@ -15,7 +15,7 @@ from infscan.runtime.run import Run
 from infscan.runtime.scan import make_plan, query_batch, refine, scan
 from infscan.runtime.solve import solve
 from infscan.runtime.stages import bring_back
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 
 def answer(config: Config) -> None:
@@ -52,4 +52,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

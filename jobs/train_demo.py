@@ -18,6 +18,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from infscan.studies import demo, facts
+from infscan.telemetry import command
 from infscan.truth.train import TrainingRecord, TrainingSettings, train_language_model
 
 log = logging.getLogger("train_demo")
@@ -93,4 +94,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,7 +17,7 @@ from infscan.config import from_hydra
 from infscan.report.validation import show, show_coverage
 from infscan.studies import against_cg, against_pbrf, coverage, regression
 from infscan.studies.validation import CoverageConfig, PbrfConfig, RegressionConfig, Truth, TruthConfig, ValidateJob
-from infscan.telemetry import configure_logs, sentences
+from infscan.telemetry import command, configure_logs, sentences
 
 ConfigStore.instance().store(name="validate_schema", node=ValidateJob)
 for schema in (TruthConfig, PbrfConfig, RegressionConfig, CoverageConfig):
@@ -45,4 +45,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,7 +17,7 @@ from infscan.report.word_order import show_question, show_table
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
 from infscan.studies.word_order import planted_partitions, run_scores, to_table, word_order
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="word_order")
@@ -51,4 +51,4 @@ def _texts(store: Store) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,7 +11,6 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from infscan import config as module
 from infscan.config import (
     Compression,
     Config,
@@ -25,6 +24,7 @@ from infscan.config import (
     plain,
     to_yaml,
 )
+from infscan.config import compose as module
 from infscan.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infscan.errors import StorageError
-from infscan.storage import Entry, MissingError, Store, expand, is_uri, localise, open_input, redact
+from infscan.storage import Entry, MissingError, Store, expand, is_uri, localise, open_input
 from infscan.storage import local as local_module
 from infscan.storage import patience as patience_module
 from infscan.storage import remote as remote_module
@@ -561,13 +561,19 @@ class TestFaultyStores:
 class TestAddresses:
     @pytest.mark.parametrize(
         "address",
-        ["s3://AKIAX:sec/ret@bucket/x", "https://u:p@host/x", "https://b.s3.amazonaws.com/k?X-Amz-Signature=secretive"],
+        [
+            "s3://AKIAX:sec/ret@bucket/x",
+            "https://u:p@host/x",
+            "https://sec@host/x",
+            "https://b.s3.amazonaws.com/k?X-Amz-Signature=secretive",
+            "https://host/x?token=secretive",
+        ],
     )
     def test_credentials_in_an_address_are_refused_and_not_repeated(self, address: str) -> None:
         for use in (Store, expand, open_input, lambda uri: localise(uri, (".json",))):
             with pytest.raises(StorageError, match="carries credentials") as caught:
                 use(address)
-            assert "sec" not in str(caught.value).replace("AWS_SECRET", "")
+            assert "sec" not in str(caught.value)
             assert ":p@" not in str(caught.value)
 
     @pytest.mark.parametrize("address", ["", "s3://", "s3:///", "s3://bucket/../x", "a\0b", "s3://buck*/x"])
@@ -584,12 +590,3 @@ class TestAddresses:
         assert is_uri("s3://b/x")
         assert is_uri("file:///x")
         assert not any(map(is_uri, ["/a/b", "a:b", "EleutherAI/pythia-70m", "./s3:/x", ""]))
-
-    def test_redaction_hides_secrets_and_nothing_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc/def+ghi")
-        monkeypatch.setenv("HF_TOKEN", "hf_something")
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "harmless")
-        text = "s3://u:p@b/x?X-Amz-Signature=ab12&y=1 abc/def+ghi abc%2Fdef%2Bghi hf_something"
-        assert redact(text) == "s3://***@b/x?X-Amz-Signature=***&y=1 *** *** ***"
-        plain = "http://127.0.0.1:9000/a@b harmless s3://bucket/a:b@c signature"
-        assert redact(plain) == plain

@@ -32,6 +32,7 @@ from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, DamagedError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
+from infscan.influence.eigenbasis import check_finite
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.storage import Store
 
@@ -318,9 +319,17 @@ def _damaged(store: Store, name: str, reason: str) -> DamagedError:
 
 
 def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
-    """One layer's finished factors, on the CPU."""
+    """One layer's finished factors, on the CPU.
+
+    Raises:
+        DamagedError: where a file does not hold what was written.
+        FactorsError: where an entry is NaN or infinite.
+    """
     A = read_tensors(store, f"A/{layer.input_of}.safetensors")
     S = read_tensors(store, f"S/{layer.name}.safetensors")
+    Lambda = read_tensors(store, f"Lambda/{layer.name}.safetensors")
+    for kind, tensors in (("A", A), ("S", S), ("Lambda", Lambda)):
+        check_finite(tensors.values(), f"{kind} of {layer.name}")
     return LayerFactors(
         A=_from_blocks(A, "A"),
         S=_from_blocks(S, "S"),
@@ -328,7 +337,7 @@ def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
         Q_S=_from_blocks(S, "Q_S"),
         A_eigenvalues=A["eigenvalues"],
         S_eigenvalues=S["eigenvalues"],
-        Lambda=read_tensors(store, f"Lambda/{layer.name}.safetensors")["Lambda"],
+        Lambda=Lambda["Lambda"],
     )
 
 

@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import ClassVar
 
-import psutil
-
 from infscan.errors import RunError, StorageError
 from infscan.storage import MissingError, Store
-from infscan.storage.host import Host, this_host
+from infscan.storage.host import Host, process_began, this_host
 
 log = logging.getLogger("infscan")
 
@@ -31,12 +29,12 @@ _RENEWALS = 4  # within a lease: one or two may be late
 
 @dataclass(frozen=True)
 class Holder:
-    """The driver that holds a lease. started: of its process, seconds; beat: counts its renewals."""
+    """The driver that holds a lease. began: its process, as `process_began` says; beat: counts its renewals."""
 
     token: str
     host: Host
     pid: int
-    started: float
+    began: int
     since: str
     lease_s: float
     beat: int = 0
@@ -68,7 +66,7 @@ class Lease:
             token=uuid.uuid4().hex,
             host=this_host(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            began=process_began(os.getpid()),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             lease_s=lease_s,
         )
@@ -120,7 +118,9 @@ class Lease:
 
     def _is_alive(self, first: Holder) -> bool:
         if first.host == self.mine.host:
-            return first.token in self._held if first.pid == self.mine.pid else _runs(first)
+            if first.pid == self.mine.pid:
+                return first.token in self._held
+            return process_began(first.pid) == first.began
         log.info("lease       held by %s; waiting %g s to see whether it lives", first, first.lease_s)
         waited_since = time.monotonic()
         while time.monotonic() - waited_since <= first.lease_s:
@@ -154,12 +154,3 @@ class Lease:
                 held = replace(held, beat=held.beat + 1)
                 if not self._ended.is_set():
                     self.store.write(LEASE, held.to_bytes())
-
-
-def _runs(holder: Holder) -> bool:
-    """Whether the process of this machine still runs; its number may belong to a younger one by now."""
-    try:
-        process = psutil.Process(holder.pid)
-        return abs(process.create_time() - holder.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -25,6 +25,7 @@ from infscan.results.shard_file import QUARANTINE, ShardCounts, finished_shards,
 from infscan.runtime import preflight
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
+from infscan.secrets import redact
 
 PLAN = "plan.json"
 _SEQUENCES_PER_UNIT = 256
@@ -212,7 +213,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
             hits, counts[name] = read_hits(run.store, name, run.query_ids)
             standings.add(hits)
             return
-        quarantined[name] = reason
+        quarantined[name] = reason = redact(reason)
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
         run.store.write_json(f"{QUARANTINE}/{name}.json", note)
         run.telemetry.warn(f"{name} is quarantined: {reason}")

@@ -1,27 +1,16 @@
-"""Paths, URIs and names: what they mean, which are refused, and how they are shown without their secrets."""
+"""Paths, URIs and names: what they mean, and which are refused."""
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
-from urllib.parse import quote
 
 from infscan.errors import StorageError
+from infscan.secrets import MEND, holds_secret, redact
 
 TEMPORARY = ".tmp-"  # a name that starts so is a file still being written; no listing shows it
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# user:secret@ after the scheme. A secret may hold slashes; host:9000/path@x is a port, not a secret.
-_USER_SECRET = re.compile(r"(?<=://)[^/\s:@]+:(?!\d+(?:/|$))[^\s@]+@")
-_SIGNED = re.compile(
-    r"(?i)\b(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig)=[^&\s\"'<>]+"
-)
-_SECRET_VARIABLE = re.compile(
-    r"(^|_)(SECRET|SECRET_KEY|TOKEN|PASSWORD|ACCESS_KEY|ACCESS_KEY_ID|ACCOUNT_KEY|API_KEY|CONNECTION_STRING)$"
-)
-_SHORTEST_SECRET = 6  # a shorter value would blot out ordinary words
-
-
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -63,11 +52,8 @@ def normalise(address: str) -> str:
     if scheme == "file":
         path = address[len("file://") :] if is_uri(address) else address
         return os.path.abspath(os.path.expanduser(path))
-    if _USER_SECRET.search(address) or _SIGNED.search(address):
-        raise StorageError(
-            f"{redact(address)} carries credentials, which would end up in logs and files; "
-            "leave them out and set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        )
+    if holds_secret(address):
+        raise StorageError(f"{redact(address)} carries credentials, {MEND}")
     rest = address[address.index("://") + 3 :].rstrip("/")
     if not rest.strip("/") and scheme != "memory":
         raise StorageError(f"{address} names no bucket or host; write {scheme}://bucket/prefix")
@@ -101,12 +87,3 @@ def is_temporary(name: str) -> bool:
 def tag(*facts: object) -> str:
     """A short digest of facts that change when a file's content does, for stores that have no ETag."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def redact(text: str) -> str:
-    """`text` without credentials: `user:secret@`, signatures in URLs, and values of secret environment variables."""
-    text = _SIGNED.sub(r"\1=***", _USER_SECRET.sub("***@", text))
-    secrets = {v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k) and len(v) >= _SHORTEST_SECRET}
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
-    return text

@@ -1,9 +1,11 @@
-"""What this machine says of itself, where no library does: who it is, and whom its kernel killed for their memory."""
+"""What this machine says of itself: who it is, which of its processes live, and whom its kernel killed for memory."""
 
 import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,29 @@ def this_host() -> Host:
     with suppress(OSError):
         processes = os.readlink("/proc/self/ns/pid")
     return Host(socket.gethostname(), _text("/proc/sys/kernel/random/boot_id").strip(), processes)
+
+
+def process_began(pid: int) -> int:
+    """When a process of this machine began, in clock ticks since the machine did; -1 where none runs, or a zombie.
+
+    With it a process is told from a younger one that was given its number. Elsewhere than on Linux: in seconds since
+    1970, which shift where the clock is set.
+    """
+    try:
+        # The command's name, in brackets, may hold spaces; 20 fields behind it is the start time (proc(5)). psutil's
+        # create_time() adds the time of boot, which two processes may read differently.
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            status = file.read().rpartition(b")")[2].split()
+        return -1 if status[0] in (b"Z", b"X") else int(status[19])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    if os.path.exists("/proc/self/stat"):
+        return -1
+    try:
+        process = psutil.Process(pid)
+        return -1 if process.status() == psutil.STATUS_ZOMBIE else int(process.create_time())
+    except psutil.Error:
+        return -1
 
 
 def oom_kills() -> int:

@@ -15,7 +15,8 @@ from typing import BinaryIO
 from fsspec.utils import glob_translate
 
 from infscan.errors import StorageError
-from infscan.storage.address import checked_name, join, normalise, redact, scheme_of, tag
+from infscan.secrets import redact
+from infscan.storage.address import checked_name, join, normalise, scheme_of, tag
 from infscan.storage.local import LocalDisk
 from infscan.storage.store import Entry, Store, backend_of
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar
 
 from infscan.errors import StorageError, UnwritableError
-from infscan.storage.address import Entry, MissingError, is_temporary, redact, tag
+from infscan.secrets import redact
+from infscan.storage.address import Entry, MissingError, is_temporary, tag
 from infscan.storage.patience import Patience
 from infscan.storage.writers import is_abandoned, temporary_name
 

@@ -16,8 +16,9 @@ import fsspec
 from fsspec.asyn import sync
 
 from infscan.errors import StorageError, UnwritableError
+from infscan.secrets import redact
 from infscan.storage import s3
-from infscan.storage.address import Entry, MissingError, is_temporary, join, redact, scheme_of, tag
+from infscan.storage.address import Entry, MissingError, is_temporary, join, scheme_of, tag
 from infscan.storage.patience import Patience
 from infscan.storage.trouble import (
     ChangedError,

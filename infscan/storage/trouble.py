@@ -22,7 +22,8 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
 from infscan.errors import StorageError, UnwritableError
-from infscan.storage.address import MissingError, redact
+from infscan.secrets import redact
+from infscan.storage.address import MissingError
 
 
 class CutOffError(Exception):

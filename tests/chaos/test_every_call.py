@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from infscan.config import Config
+from infscan.config import Config, check
 from infscan.results.read import read_summary
 from infscan.storage import Store
 from infscan.storage.writers import is_abandoned
@@ -92,7 +92,7 @@ class Twin:
         config = replace(
             self.config, output=str(output), factors=replace(self.config.factors, path=f"{output}/factors")
         )
-        config.check()
+        check(config)
         return config
 
     def assert_equals(self, config: Config, why: object) -> None:

@@ -299,6 +299,22 @@ def test_a_lambda_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: 
         finish_layer(at("a"), plan, layer)
 
 
+@pytest.mark.parametrize("kind", ["A", "S", "Lambda"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_stored_factors_that_are_none_are_never_multiplied_with(
+    rank: Rank, corpus: PreparedCorpus, at: Stores, kind: str, value: float
+) -> None:
+    """A file of whole bytes and right digests whose numbers are none, as another program might put there."""
+    layer = rank.layers[1]
+    inverse = replace(fit(rank, at("a"), corpus, fit_plan(rank, corpus)), damping=DampingConfig(absolute=1e-3))
+    name = f"{kind}/{layer.input_of if kind == 'A' else layer.name}.safetensors"
+    tensors = read_tensors(at("a"), name)
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[1, 2] = value
+    write_tensors(at("a"), name, tensors)
+    with pytest.raises(FactorsError, match=rf"{kind} of {layer.name} has 1 entries that are NaN or infinite"):
+        preconditioned(rank, [Query("a", (Part((5, 9, 33, 4), (2, 3)),))], rank.layers, inverse)
+
+
 def test_a_layer_without_gradients_is_named_with_two_ways_out(
     corpus: PreparedCorpus, at: Stores, tmp_path: Path
 ) -> None:

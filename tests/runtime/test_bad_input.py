@@ -286,20 +286,26 @@ def test_an_output_that_may_not_be_written_is_refused(folder: Path, no_ray: None
     assert_says(refusal(small_run(folder, f"output={folder / 'locked' / 'run'}"), StorageError), "locked")
 
 
-def test_credentials_in_a_uri_are_refused_and_not_repeated(folder: Path, no_ray: None) -> None:
-    config = small_run(folder, "output='s3://key:hidden-secret@bucket/run'")
-    with pytest.raises(StorageError) as caught, Run(config):
-        pass
-    assert_says(str(caught.value), "credentials", "AWS_ACCESS_KEY_ID")
+ADDRESSES = ("output", "model.path", "corpus.path", "queries.path", "factors.path", "factors.corpus.path")
+
+
+@pytest.mark.parametrize("key", ADDRESSES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://key:hidden-secret@bucket/run",
+        "https://hidden-secret@host/run",
+        "https://host/run?token=hidden-secret",
+        "https://host/run?X-Amz-Signature=hidden-secret",
+        "abfs://container@account/run?sv=2024&sig=hidden-secret",
+    ],
+)
+def test_credentials_in_an_address_are_refused_before_anything_is_written(folder: Path, key: str, address: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        small_run(folder, f"{key}='{address}'")
+    assert_says(str(caught.value), key, "carries credentials", "AWS_ACCESS_KEY_ID")
     assert "hidden-secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["corpus.path", "queries.path", "model.path"])
-def test_credentials_in_an_inputs_uri_are_refused(folder: Path, no_ray: None, key: str) -> None:
-    said = refusal(small_run(folder, f"{key}='s3://key:hidden-secret@bucket/data.jsonl'"), StorageError)
-    assert_says(said, "credentials")
-    assert "hidden-secret" not in said
-    assert "hidden-secret" not in "".join(path.read_text() for path in (folder / "run").glob("*.yaml"))
+    assert not (folder / "run").exists()
 
 
 def test_wrong_s3_credentials_end_before_the_model_is_looked_at(
@@ -324,7 +330,7 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "corpus.sequence_length=1": ("corpus.sequence_length=1", "at least 2"),
     "corpus.max_sequences=0": ("corpus.max_sequences=0", "greater than 0"),
     "factors.damping.absolute=0": ("factors.damping.absolute=0", "greater than 0"),
-    "factors.damping.relative=nan": ("factors.damping.relative=nan", "greater than 0"),
+    "factors.damping.relative=nan": ("factors.damping.relative=nan", "finite"),
     "cluster.num_workers=0": ("cluster.num_workers=0", "greater than 0"),
     "cluster.gpus_per_rank=-1": ("cluster.gpus_per_rank=-1", "0 or more"),
     "model.tracked='mlp('": ("model.tracked='mlp('", "regular expression"),

@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import psutil
 import pytest
 
 from infscan.errors import RunError
 from infscan.runtime.lease import LEASE, Holder, Lease
 from infscan.storage import Store
-from infscan.storage.host import Host
+from infscan.storage.host import Host, process_began
 from tests.conftest import Bucket
 
 LEASE_S = 1.0
@@ -73,9 +72,7 @@ def test_a_lease_that_is_given_back_is_gone(store: Store, lease: Lease) -> None:
 
 def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store, lease: Lease) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    first = replace(
-        lease.mine, pid=child.pid, started=psutil.Process(child.pid).create_time(), lease_s=1000.0, token="x"
-    )
+    first = replace(lease.mine, pid=child.pid, began=process_began(child.pid), lease_s=1000.0, token="x")
     put(store, first)
     with pytest.raises(RunError, match=f"driven by process {child.pid}"):
         lease.take()
@@ -86,8 +83,8 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store, lease:
 
 
 def test_a_process_number_that_was_given_anew_is_no_driver(store: Store, lease: Lease) -> None:
-    parent = psutil.Process(os.getppid())
-    put(store, replace(lease.mine, pid=parent.pid, started=parent.create_time() - 100.0, lease_s=1000.0, token="x"))
+    parent = os.getppid()
+    put(store, replace(lease.mine, pid=parent, began=process_began(parent) - 1, lease_s=1000.0, token="x"))
     lease.take()
 
 

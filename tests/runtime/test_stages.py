@@ -193,8 +193,8 @@ def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
         (["stages.0.alpha=1"], r"stages\.0\.alpha=1"),
         (["scan.stage=3"], r"scan\.stage=3: there are 2 stages"),
         (["scan.stage=0"], r"scan\.stage=0"),
-        (["stages.1.factors.blocks=0"], r"stages\.1: factors\.blocks=0"),
-        (["stages.1.factors.damping.absolute=-1"], r"stages\.1: factors\.damping\.absolute=-1"),
+        (["stages.1.factors.blocks=0"], r"stages\.1\.factors\.blocks=0"),
+        (["stages.1.factors.damping.absolute=-1"], r"stages\.1\.factors\.damping\.absolute=-1"),
         (["stages.1.corpus.mask_field=mask"], r"stages\.1\.corpus\.mask_field=mask"),
     ],
 )

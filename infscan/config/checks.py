@@ -1,0 +1,247 @@
+"""What the types of a configuration cannot say: impossible values are refused by key, with the mend."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from infscan.config.identity import at_top, leaves, plain
+from infscan.config.schema import Compression, Config, CorpusConfig, ScanConfig, Sharding, Solver
+from infscan.errors import ConfigError
+from infscan.secrets import MEND, holds_secret, redact
+
+_MOST_INTEGER = 2**63 - 1  # of Parquet, numpy and torch
+_MOST_SECONDS = 1e9  # thirty years; an operating system's timers end at about ten times that
+_MOST_NAME_BYTES, _MOST_BYTES = 255, 4096  # of a name in a path, and of a path; no other text needs more
+
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+# (least, most) of what a number may be, by key, where it is not any that Parquet holds; a stage's as at the top.
+_COUNT = (1, _MOST_INTEGER)
+_COUNT_OR_NONE = (0, _MOST_INTEGER)
+_SECONDS = (math.nextafter(0, 1), _MOST_SECONDS)
+_ABOVE_ZERO = (math.nextafter(0, 1), math.inf)
+_SHARE = (0.0, 1.0)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "model.zero.max_live_parameters": _COUNT_OR_NONE,
+    "model.zero.max_reuse_distance": _COUNT_OR_NONE,
+    "model.zero.prefetch_bucket_size": _COUNT_OR_NONE,
+    "model.zero.param_persistence_threshold": _COUNT_OR_NONE,
+    "factors.num_sequences": _COUNT,
+    "factors.slices": _COUNT,
+    "factors.blocks": _COUNT,
+    "factors.max_group_bytes": _COUNT,
+    "factors.damping.relative": _ABOVE_ZERO,
+    "factors.damping.absolute": _ABOVE_ZERO,
+    "factors.iteration.steps": _COUNT,
+    "factors.iteration.tolerance": _ABOVE_ZERO,
+    "factors.iteration.batch": _COUNT,
+    "factors.iteration.step_size": _ABOVE_ZERO,
+    "factors.iteration.tokens_per_batch": _COUNT,
+    "scan.rank": _COUNT,
+    "scan.top_k": _COUNT,
+    "scan.candidates": _COUNT,
+    "scan.tokens_per_batch": _COUNT,
+    "scan.shard_sequences": _COUNT,
+    "scan.allow_quarantined": _COUNT_OR_NONE,
+    "scan.max_nonfinite": _SHARE,
+    "scan.check_sequences": _COUNT_OR_NONE,
+    "scan.query_group_bytes": _COUNT,
+    # A worker and a rank each have a process, and a place in Ray's tables.
+    "cluster.num_workers": (1, 100_000),
+    "cluster.ranks_per_worker": (1, 10_000),
+    "cluster.gpus_per_rank": (0, 1_000),
+    "cluster.cpus_per_rank": (1, 10_000),
+    "cluster.max_attempts": _COUNT,
+    "cluster.deadline_s": _SECONDS,
+    "cluster.startup_s": _SECONDS,
+    "cluster.heartbeat_s": _SECONDS,
+    "cluster.silence_s": _SECONDS,
+    "cluster.capacity_s": _SECONDS,
+    "cluster.lease_s": _SECONDS,
+    "seed": _COUNT_OR_NONE,
+    **{
+        f"{corpus}.{key}": bounds
+        for corpus in ("corpus", "factors.corpus")
+        for key, bounds in (
+            ("max_sequences", _COUNT),
+            ("part_bytes", _COUNT),
+            ("eos_id", _COUNT_OR_NONE),
+            ("seed", _COUNT_OR_NONE),
+            ("allow_bad_documents", _COUNT_OR_NONE),
+            ("allow_bad_files", _COUNT_OR_NONE),
+        )
+    },
+}
+
+
+def check(config: Config, unused: tuple[str, ...] = ()) -> None:
+    """Refuse impossible values, naming the key, the value and the mend; keys that are `unused` are not looked at.
+
+    Raises:
+        ConfigError: at the first value that cannot work.
+    """
+    _check_groups(config)
+    # Several corpora by label stand in the place of a path.
+    unused = (*unused, *(f"{name}.path" for name, corpus in _corpora(config) if corpus.paths and not corpus.path))
+    for key, value in leaves(plain(config)):
+        if key not in unused:
+            _check_value(key, value)
+    _check_corpora(config)
+    if isinstance(config.scan.rank, str) and config.scan.rank != "auto":
+        raise ConfigError(f"scan.rank={_said(config.scan.rank)}: give a number, auto, or null for full rank.")
+    if not 0 < config.scan.energy <= 1:
+        raise ConfigError(f"scan.energy={config.scan.energy}: a share, above 0 and up to 1.")
+    if config.scan.candidates is not None and config.scan.candidates < config.scan.top_k:
+        raise ConfigError(
+            f"scan.candidates={config.scan.candidates} is less than scan.top_k={config.scan.top_k}: the published rows "
+            "are chosen among the candidates; give at least top_k, or null for 4 x top_k."
+        )
+    if config.model.sharding is Sharding.none and config.cluster.ranks_per_worker > 1:
+        raise ConfigError(
+            f"model.sharding=none with cluster.ranks_per_worker={config.cluster.ranks_per_worker}: a worker's ranks "
+            "hold one copy of the model between them; use model.sharding=zero3, or more cluster.num_workers."
+        )
+    if not 0 <= config.factors.iteration.momentum < 1:
+        raise ConfigError(f"factors.iteration.momentum={config.factors.iteration.momentum}: from 0 to below 1.")
+    if config.factors.solver.iterated and (config.sharded or config.model.gradient_checkpointing):
+        raise ConfigError(
+            f"factors.solver={config.factors.solver.value} multiplies with the Gauss-Newton matrix of a whole model "
+            "by forward-mode differentiation, which neither a sharded model nor gradient checkpointing has; use "
+            "cluster.ranks_per_worker=1 with model.sharding=auto and model.gradient_checkpointing=false, or "
+            "factors.solver=ekfac."
+        )
+    if config.model.tracked not in ("mlp", "attention", "linear"):
+        try:
+            re.compile(config.model.tracked)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"model.tracked={_said(config.model.tracked)} is not a regular expression ({error}); give mlp, "
+                "attention, linear, or a regex over module names."
+            ) from None
+    weighted = config.scan.compression is Compression.weighted and config.scan.rank
+    if config.factors.solver is Solver.identity and weighted:
+        raise ConfigError(
+            "factors.solver=identity has no factors to weigh a compression by; add scan.compression=plain, "
+            "or scan.rank=null for exact scores."
+        )
+    _check_stages(config)
+
+
+def _check_groups(config: Any, prefix: str = "") -> None:
+    """Refuse a value where a group of keys belongs: an interpolation (`stages=${output}`) may put one there."""
+    for one in fields(config):
+        key, value = f"{prefix}{one.name}", getattr(config, one.name)
+        group = one.default_factory
+        if group is list and not isinstance(value, list):
+            raise ConfigError(f"{key}={_said(value)}: a list is needed here.")
+        if is_dataclass(group):
+            if not isinstance(value, group):
+                raise ConfigError(f"{key}={_said(value)}: a group of keys is needed here, not a value.")
+            _check_groups(value, f"{key}.")
+
+
+def _check_value(key: str, value: object) -> None:
+    """Refuse a value that no key of its kind may have."""
+    if isinstance(value, str):
+        _check_string(key, value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number.")
+    if abs(value) > _MOST_INTEGER and isinstance(value, int):
+        raise ConfigError(f"{key}={_said(value)}: whole numbers have at most 63 bits.")
+    least, most = _BOUNDS.get(at_top(key), (-math.inf, math.inf))
+    if least <= value <= most:
+        return
+    if (least, most) == _SHARE:
+        raise ConfigError(f"{key}={value}: a share of sequences, between 0 and 1.")
+    if value > most:
+        raise ConfigError(f"{key}={value}: more than is possible; give at most {most:g}.")
+    raise ConfigError(f"{key}={value}: must be {'0 or more' if least == 0 else 'greater than 0'}.")
+
+
+def _check_string(key: str, value: str) -> None:
+    """Refuse text that no file's name, column or address can be."""
+    if not value:
+        raise ConfigError(f"{key} is empty; give a value, or leave it out for the default.")
+    if holds_secret(value):
+        raise ConfigError(f"{key}={_said(value)} carries credentials, {MEND}.")
+    if "\0" in value:
+        raise ConfigError(f"{key}={_said(value)} holds a NUL character, which no name has; remove it.")
+    try:
+        length = len(value.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}={_said(value)} holds half a character (a lone surrogate, or bytes that are not UTF-8), which "
+            "cannot be written; rename what it names."
+        ) from None
+    if length > _MOST_BYTES:
+        raise ConfigError(f"{key}={_said(value)} has {length:,} bytes; give at most {_MOST_BYTES:,}.")
+    is_path = key == "output" or at_top(key).endswith("path") or ".paths." in key
+    if is_path and "://" not in value and any(len(part.encode()) > _MOST_NAME_BYTES for part in value.split("/")):
+        raise ConfigError(
+            f"{key}={_said(value)}: the names in a path have at most {_MOST_NAME_BYTES} bytes each; shorten them."
+        )
+
+
+def _said(value: object) -> str:
+    """A value as an error shows it: on one line, its middle left out where it is long."""
+    text = redact(repr(value) if isinstance(value, str) else str(value))
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-20:]}"
+
+
+def _corpora(config: Config) -> Iterator[tuple[str, CorpusConfig]]:
+    yield from (("corpus", config.corpus), ("factors.corpus", config.factors.corpus))
+    for number, stage in enumerate(config.stages):
+        yield f"stages.{number}.corpus", stage.corpus
+        yield f"stages.{number}.factors.corpus", stage.factors.corpus
+
+
+def _check_corpora(config: Config) -> None:
+    for name, corpus in _corpora(config):
+        if corpus.sample is not None and not 0 < corpus.sample <= 1:
+            raise ConfigError(f"{name}.sample={corpus.sample}: a share of the sequences, above 0 and up to 1.")
+        for label in corpus.paths:
+            if not _LABEL.fullmatch(label):
+                raise ConfigError(f"{name}.paths: {_said(label)} is no label; give 1 to 64 of A-Z, a-z, 0-9, _ and -.")
+        if corpus.mask_field is not None and (corpus.prompt_field is not None or corpus.tokens_field is None):
+            raise ConfigError(
+                f"{name}.mask_field={corpus.mask_field}: a mask says 0 or 1 for every token id of a row; give "
+                f"{name}.tokens_field too, and no prompt_field."
+            )
+        if corpus.sequence_length is not None and corpus.sequence_length < 2:
+            raise ConfigError(
+                f"{name}.sequence_length={corpus.sequence_length}: a sequence needs two tokens to have a loss; "
+                "give at least 2, or null for the model's context (at most 512)."
+            )
+
+
+def _check_stages(config: Config) -> None:
+    if not 1 <= config.scan.stage <= max(1, len(config.stages)):
+        raise ConfigError(
+            f"scan.stage={config.scan.stage}: there are {len(config.stages)} stages; give one of them, 1 for the first."
+        )
+    if len(config.stages) == 1:
+        raise ConfigError("stages: there is one; give two or more, pretraining first, or none.")
+    for number, stage in enumerate(config.stages):
+        key = f"stages.{number}"
+        if (number > 0) != (stage.alpha is not None):
+            raise ConfigError(
+                f"{key}.alpha={stage.alpha}: every stage has one but the first, which nothing held: alpha of (mean "
+                "loss of a sequence) + alpha/2 |theta - theta_before|^2."
+            )
+        if stage.alpha is not None and not stage.alpha > 0:
+            raise ConfigError(
+                f"{key}.alpha={stage.alpha}: must be greater than 0; where fine-tuning had no proximal term, a small "
+                "one stands for its having stopped early."
+            )
+        if number + 1 != config.scan.stage:
+            # What a single-stage run at this stage would be refused for.
+            try:
+                check(replace(config.at_stage(number + 1), stages=[], scan=ScanConfig(rank=None)))
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
