@@ -12,7 +12,7 @@ from infscan.config import from_hydra
 from infscan.runtime.fit import prepare_corpus
 from infscan.runtime.run import Run
 from infscan.runtime.tfidf import CANDIDATES, TfidfJob, tfidf_filter
-from infscan.telemetry import sentences
+from infscan.telemetry import command, sentences
 
 ConfigStore.instance().store(name="tfidf_schema", node=TfidfJob)
 
@@ -29,4 +29,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

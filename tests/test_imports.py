@@ -143,6 +143,12 @@ def test_reading_a_run_brings_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_a_job_that_hydra_reads_is_started_where_secrets_are_refused() -> None:
+    for module in MODULES:
+        if module.startswith("jobs/") and "hydra" in set(imports(module)):
+            assert (ROOT / module).read_text().endswith('if __name__ == "__main__":\n    command(main)\n'), module
+
+
 def test_jobs_are_thin() -> None:
     for module in MODULES:
         if module.startswith("jobs/"):

@@ -63,6 +63,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "cluster.capacity_s": _SECONDS,
     "cluster.lease_s": _SECONDS,
     "seed": _COUNT_OR_NONE,
+    "tfidf.top_k": _COUNT,
+    "tfidf.idf_sequences": _COUNT,
+    "tfidf.slice_sequences": _COUNT,
     **{
         f"{corpus}.{key}": bounds
         for corpus in ("corpus", "factors.corpus")

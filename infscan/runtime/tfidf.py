@@ -17,7 +17,6 @@ from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import TokenBlock
 from infscan.corpus.tfidf import DocumentFrequencies, Matches, TopMatches, block_frequencies, block_of, merge
-from infscan.errors import ConfigError
 from infscan.results.schema import read_parquet, to_parquet
 from infscan.runtime.run import Run
 from infscan.storage import Store
@@ -46,12 +45,6 @@ class TfidfConfig:
 @dataclass
 class TfidfJob(Config):
     tfidf: TfidfConfig = field(default_factory=TfidfConfig)
-
-    def check(self) -> None:
-        super().check()
-        for key, value in vars(self.tfidf).items():
-            if value is not None and value < 1:
-                raise ConfigError(f"tfidf.{key}={value}: must be greater than 0.")
 
 
 @dataclass(frozen=True)
