@@ -200,6 +200,10 @@ BAD_QUERIES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "a single token": ([row(input_ids=[1], prompt_len=0)], ("line 1", "single token")),
     "an id twice": ([row(), row(id="q1"), row()], ("line 3", "'q0'", "line 1")),
     "an id with a bad character": ([row(id="q#0")], ("line 1", "'q#0'", "letters, digits")),
+    "an id that leaves its folder": ([row(id="../../etc/x")], ("line 1", "'../../etc/x'", "letters, digits")),
+    "an id that is a path": ([row(id="/etc/x")], ("line 1", "'/etc/x'", "letters, digits")),
+    "an id with an escape": ([row(id="\x1b[31m")], ("line 1", "letters, digits")),
+    "an id without end": ([row(id="a" * 65)], ("line 1", "letters, digits")),
     "no id": ([{"input_ids": [1, 2], "prompt_len": 1}], ("line 1", "id None")),
     "a token outside the vocabulary": (
         [row(), row(id="q1", input_ids=[1, 2, VOCAB])],

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from infscan.config import Config
 from infscan.errors import BadDocumentError
@@ -59,6 +60,7 @@ FILES["wrong.parquet"] = (parquet(pa.table({"text": pa.array([1.5, 2.5])})), 0, 
 FILES["bytes.parquet"] = (parquet(pa.table({"text": pa.array([b"ok", b"\xff"]).view(pa.string())})), 1, 1, 0)
 CUT = {
     "cut.jsonl.gz": gzip.compress(GOOD * 50)[:-12],
+    "cut.jsonl.zst": zstandard.ZstdCompressor().compress(GOOD * 50)[:-4],
     "cut.parquet": parquet(pa.table({"text": pa.array(["the river"] * 50)}))[:-20],
     "none.parquet": b"<html>404 not found</html>",
 }
