@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 import infscan.runtime.run
 import jobs.scan
 from infscan.config import Config, from_hydra, plain
+from infscan.config.checks import BOUNDS
 from infscan.config.identity import leaves
 from infscan.errors import ConfigError, InfscanError
+from infscan.results.read import read_summary
 from infscan.runtime.run import Run
 from infscan.telemetry import command, shown
+from jobs.scan import answer
+from tests.chaos.one_process import without_ray
 from tests.runtime.builders import CONF, small_run
 
 INTEGERS = [-(2**70), -(2**63) - 1, -(2**63), -1, 0, 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
@@ -139,6 +144,25 @@ def test_every_key_at_every_extreme(possible: DictConfig, key: str) -> None:
 def test_every_key_of_a_stage_at_every_extreme(key: str) -> None:
     for value in [*INTEGERS, *FLOATS, *STRINGS, *OTHERS]:
         settled(composed(True), key, value)
+
+
+LARGEST = [key for key in keys(False) if key in BOUNDS and not key.startswith(("cluster.", "model."))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", LARGEST)
+def test_the_whole_job_at_the_most_that_a_key_may_be(possible: DictConfig, tmp_path: Path, key: str) -> None:
+    """No number is so large that a phase hangs, fills the memory or overflows: the run ends, or says why it cannot."""
+    config = settled(possible, key, min(BOUNDS[key][1], sys.float_info.max))
+    assert config is not None
+    config = replace(config, output=str(tmp_path / "run"), factors=replace(config.factors, path=str(tmp_path / "f")))
+    with without_ray():
+        try:
+            answer(config)
+        except InfscanError as error:
+            is_a_sentence(error)
+        else:
+            assert read_summary(config.output)["counts"]["scanned"]["sequences"] > 0
 
 
 COMMANDS = {

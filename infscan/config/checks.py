@@ -25,7 +25,7 @@ _COUNT_OR_NONE = (0, _MOST_INTEGER)
 _SECONDS = (math.nextafter(0, 1), _MOST_SECONDS)
 _ABOVE_ZERO = (math.nextafter(0, 1), math.inf)
 _SHARE = (0.0, 1.0)
-_BOUNDS: dict[str, tuple[float, float]] = {
+BOUNDS: dict[str, tuple[float, float]] = {
     "model.zero.max_live_parameters": _COUNT_OR_NONE,
     "model.zero.max_reuse_distance": _COUNT_OR_NONE,
     "model.zero.prefetch_bucket_size": _COUNT_OR_NONE,
@@ -157,7 +157,7 @@ def _check_value(key: str, value: object) -> None:
         raise ConfigError(f"{key}={value}: must be a finite number.")
     if abs(value) > _MOST_INTEGER and isinstance(value, int):
         raise ConfigError(f"{key}={_said(value)}: whole numbers have at most 63 bits.")
-    least, most = _BOUNDS.get(at_top(key), (-math.inf, math.inf))
+    least, most = BOUNDS.get(at_top(key), (-math.inf, math.inf))
     if least <= value <= most:
         return
     if (least, most) == _SHARE:

@@ -69,7 +69,10 @@ def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
     try:
         filesystem = fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
-        raise StorageError(f"{scheme}:// cannot be opened ({error}); install its fsspec driver or use s3://") from error
+        reason = redact(str(error))
+        raise StorageError(
+            f"{scheme}:// cannot be opened ({reason}); install its fsspec driver or use s3://"
+        ) from error
     if scheme in _S3_SCHEMES:
         filesystem.retries = 1
     return ObjectStore(filesystem, scheme, endpoint, patience)
