@@ -30,11 +30,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = Store(str(folder)).read_json("adapter_config.json")
     except MissingError:
         raise ModelError(f"{folder} has no adapter_config.json: it is not an adapter; give peft's folder.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/adapter_config.json is not what peft writes; copy the adapter again.")
     odd = [key for key, plain in _PLAIN.items() if config.get(key) not in (None, *plain)]
     odd += [key for key in ("modules_to_save", "layer_replication", "target_parameters") if config.get(key)]
     if config.get("peft_type") != "LORA" or odd:
         what = f"{odd[0]}={json.dumps(config[odd[0]])}" if odd else f"peft_type={config.get('peft_type')}"
         raise ModelError(f"{folder}: {what} is more than W + s B A; merge it with peft's merge_and_unload instead.")
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
+        value = config.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ModelError(f"{folder}: {key}={json.dumps(value)} is not a number above 0; copy the adapter again.")
     return config
 
 
@@ -54,6 +60,11 @@ def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Ten
         tensors = _read(path)
         for name in sorted(tensors.keys() & pairs.keys()):
             A_ri, B_or = pairs.pop(name)
+            if B_or.ndim != 2 or A_ri.ndim != 2 or B_or.shape[1] != A_ri.shape[0]:
+                raise ModelError(
+                    f"{adapter}: {name} has B of {tuple(B_or.shape)} and A of {tuple(A_ri.shape)}, which have no "
+                    "product; copy the adapter again."
+                )
             change = scale * (B_or.float() @ A_ri.float())
             weight = tensors[name]
             change = change.T if config.get("fan_in_fan_out") else change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from infscan.errors import ConfigError, ModelError
+from infscan.errors import ConfigError, ModelError, StorageError
 from infscan.model.adapter import merged_files
 from infscan.model.architecture import describe
 from jobs.merge import merge
+from tests.model.test_hostile import Trap
 from tests.runtime.builders import tiny_model
 
 RANK, ALPHA = 4, 6.0
@@ -73,6 +75,42 @@ def test_what_is_more_than_a_product_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=f"{message}.*merge_and_unload"):
         list(merged_files(base, adapter(tmp_path / "adapter", base, **changes)))
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", [0, -1, "x", None, True, [], float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(base: Path, tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"{key}=.* is not a number above 0"):
+        list(merged_files(base, adapter(tmp_path / "adapter", base, **{key: value})))
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{", "null"])
+def test_a_configuration_that_is_none_is_refused(base: Path, tmp_path: Path, content: str) -> None:
+    folder = adapter(tmp_path / "adapter", base)
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises((ModelError, StorageError), match=r"adapter_config\.json"):
+        list(merged_files(base, folder))
+
+
+def test_parts_without_a_product_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", base)
+    parts = load_file(folder / "adapter_model.safetensors")
+    parts = {key: part[:3].clone() if "lora_A" in key else part for key, part in parts.items()}
+    save_file(parts, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="which have no product"):
+        list(merged_files(base, folder))
+
+
+def test_a_pickled_adapter_is_never_opened(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", base)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "owned")))
+    with pytest.raises(ModelError, match="pickles are never opened"):
+        list(merged_files(base, folder))
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+        list(merged_files(base, folder))
+    assert not (tmp_path / "owned").exists()
 
 
 def test_another_models_adapter_is_refused(base: Path, tmp_path: Path) -> None:
