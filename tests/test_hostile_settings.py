@@ -171,6 +171,8 @@ COMMANDS = {
     "an unknown group": "model=nosuch",
     "a path for a group": "model=../../etc/passwd",
     "an unknown key": "scan.nosuch=1",
+    "an impossible value": "scan.top_k=0",
+    "a value of another type": "scan.top_k=many",
     "a key that is added": "+nosuch=1",
     "a key that is taken away": "~scan.rank",
     "a group that is taken away": "~model",
