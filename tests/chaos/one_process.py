@@ -6,24 +6,21 @@ step when it is asked for the outcome, and loops over the tasks between passes. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 
-from infscan.config import ClusterConfig, Config, CorpusConfig
-from infscan.corpus.packing import PackSettings
-from infscan.corpus.prepared import prepare_part
-from infscan.corpus.tokenizer import load_tokenizer
+from infscan.config import ClusterConfig, Config
+from infscan.corpus.pieces import Piece
 from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.rank import Rank, RankSettings
 from infscan.runtime import fit, prepare, run, scan
 from infscan.runtime import pool as pool_module
 from infscan.runtime.group import Outcome, State
-from infscan.storage import InputFile, Store
 
 T = TypeVar("T")
 # Of a task between passes, as Ray has it.
@@ -121,13 +118,11 @@ def _layers_here(run: Any, name: str, function: Any, plan: Any) -> None:
         _as_task(lambda layer=layer: function(run.factors_store, plan, layer))  # type: ignore[misc]
 
 
-def _files_here(
-    config: CorpusConfig, pack: PackSettings, folder: str, store: Store, files: list[InputFile]
+def _pieces_here(
+    pieces: Sequence[Piece], rows: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    tokenizer = load_tokenizer(folder)
-    for index, file in enumerate(files):
-        part = _as_task(lambda i=index, f=file: prepare_part(f, i, config, pack, tokenizer, store))  # type: ignore[misc]
-        yield {"sequences": part.sequences, "tokens": part.tokens}
+    for index, (piece, row) in enumerate(zip(pieces, rows, strict=True)):
+        yield _as_task(lambda given=row | {"index": index, "piece": piece}: function(given))  # type: ignore[misc]
 
 
 def load_rank(config: Config) -> None:
@@ -145,7 +140,7 @@ def without_ray() -> Iterator[None]:
         patch.setattr(run.preflight, "check_capacity", lambda cluster, gpus: None)
         patch.setattr(scan, "ray", SimpleNamespace(put=lambda arrays: arrays))
         patch.setattr(fit, "_on_layers", _layers_here)
-        patch.setattr(prepare, "_on_ray", _files_here)
+        patch.setattr(prepare, "_on_ray", _pieces_here)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
         patch.setattr(pool_module.Pool, "_wait", lambda self: self.check())
         yield
