@@ -10,12 +10,14 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from infscan.config import CorpusConfig, Packing
-from infscan.corpus.addressable import AddressableCorpus, open_corpus
+from infscan.corpus.addressable import open_corpus
 from infscan.corpus.describe import describe, token_files
 from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.in_place import DESCRIPTION
@@ -41,7 +43,7 @@ def write_corpus(path: Path, sequences: int, length: int) -> None:
             file.write(ids.astype("<u2").tobytes())
 
 
-def corpus_of(folder: str, length: int, layout: str) -> AddressableCorpus:
+def lay_down(folder: str, length: int, layout: str) -> None:
     config = CorpusConfig(path=f"{folder}/a.npy", dtype="uint16", eos_id=EOS, in_place=layout == "npy")
     pack = PackSettings(Packing.concat, length, VOCAB, EOS)
     store = Store(f"{folder}/corpus")
@@ -52,7 +54,6 @@ def corpus_of(folder: str, length: int, layout: str) -> AddressableCorpus:
         pieces = document_pieces(document_files(config), config)
         parts = [prepare_part(piece, n, config, pack, None, store) for n, piece in enumerate(pieces)]
         write_manifest(store, config, pack, None, parts)
-    return open_corpus(store)
 
 
 def peak_mib() -> float:
@@ -65,7 +66,10 @@ def main() -> None:
     layout = given.get("layout", "npy")
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder) / "a.npy", sequences, length)
-        corpus = corpus_of(folder, length, layout)
+        # In a process of its own, whose memory is not this one's.
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:
+            other.submit(lay_down, folder, length, layout).result()
+        corpus = open_corpus(Store(f"{folder}/corpus"))
         print(f"{layout}: {corpus.sequences:,} sequences of {length} tokens; peak before: {peak_mib():.0f} MiB")
         started = time.process_time()
         found = DocumentFrequencies(0, np.zeros(VOCAB, np.int64))

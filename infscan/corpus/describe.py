@@ -36,11 +36,12 @@ def token_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
     return None if found is None or (found[0] == "mds" and config.tokens_field is None) else found
 
 
-def array_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
+def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> tuple[str, list[InputFile]] | None:
     """The format and the files, indices included, of a corpus of token arrays; None where the path holds something
     else.
 
     `corpus.format=auto` goes by names: .bin with .idx is Megatron, .npy an array, index.json with .mds shards MDS.
+    files: what lies at the path, where that was looked up before.
 
     Raises:
         StorageError: where nothing is there.
@@ -48,7 +49,7 @@ def array_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
     """
     if config.format not in ("auto", *FORMATS):
         return None
-    files = _expand(config)
+    files = list_files(config) if files is None else files
     kind = config.format if config.format != "auto" else _guess(files)
     if kind is None:
         return None
@@ -64,7 +65,12 @@ def array_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
     return kind, files
 
 
-def _expand(config: CorpusConfig) -> list[InputFile]:
+def list_files(config: CorpusConfig) -> list[InputFile]:
+    """What lies at corpus.path, in the order of the addresses.
+
+    Raises:
+        StorageError: where nothing is there.
+    """
     try:
         return expand(config.path)
     except StorageError:

@@ -9,7 +9,7 @@ from infscan.config import CorpusConfig
 from infscan.corpus.array_documents import INDICES, read_array_documents
 from infscan.corpus.decompress import COMPRESSIONS
 from infscan.corpus.describe import FORMATS as ARRAYS
-from infscan.corpus.describe import array_files
+from infscan.corpus.describe import array_files, list_files
 from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.lines import read_jsonl, read_text
 from infscan.corpus.pieces import WHOLE, Piece, Stretch, plan_pieces
@@ -17,7 +17,7 @@ from infscan.corpus.rows import MAX_LINE_BYTES, Document
 from infscan.corpus.tables import read_arrow, read_parquet
 from infscan.corpus.tally import Tally
 from infscan.errors import CorpusError, StorageError
-from infscan.storage import InputFile, expand, open_input
+from infscan.storage import InputFile, open_input
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -91,10 +91,10 @@ def document_files(config: CorpusConfig) -> list[InputFile]:
         StorageError: where nothing is there.
         CorpusError: where a file's format is unknown.
     """
-    arrays = array_files(config)
+    files = list_files(config)
+    arrays = array_files(config, files)
     if arrays is not None:
         return [file for file in arrays[1] if not file.uri.endswith(INDICES)]
-    files = expand(config.path)
     if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
         files = [file for file in files if not _is_beside_arrow(file_name(file.uri))]
     for file in files:

@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from infscan import errors
-from infscan.config import CorpusConfig
+from infscan.config import CorpusConfig, fingerprint
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import describe, difference, token_files
@@ -120,7 +120,10 @@ def prepare(
             _warn_of_left_out(corpus, telemetry)
             return corpus
     pieces = document_pieces(files, config)
-    dropped = _duplicates(config, store, pieces, telemetry) if config.deduplicate else [NOTHING] * len(pieces)
+    settings = fingerprint(prepare_settings(config, pack, digest))
+    dropped = [NOTHING] * len(pieces)
+    if config.deduplicate:
+        dropped = _duplicates(config, settings, store, pieces, telemetry)
     folder = architecture.folder
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
@@ -205,9 +208,12 @@ def _described(
     return open_corpus(store)
 
 
-def _duplicates(config: CorpusConfig, store: Store, pieces: Sequence[Piece], telemetry: Telemetry) -> list[np.ndarray]:
-    """Of every piece, which documents an earlier one equals; hashes that an earlier process left are kept."""
-    names = [f"{_HASHES}/{index:05d}-{piece.digest[:16]}.bin" for index, piece in enumerate(pieces)]
+def _duplicates(
+    config: CorpusConfig, settings: str, store: Store, pieces: Sequence[Piece], telemetry: Telemetry
+) -> list[np.ndarray]:
+    """Of every piece, which documents an earlier one equals; hashes that an earlier process left are kept, where they
+    are of the same settings."""
+    names = [f"{_HASHES}/{fingerprint([piece, settings])[:32]}.bin" for piece in pieces]
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         name = names[row["index"]]

@@ -284,7 +284,8 @@ def _walk(root: str, folder: str, above: frozenset[tuple[int, int]]) -> Iterator
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(root, entry.path, above)
         elif stat.S_ISREG(status.st_mode):
-            yield _found(os.path.relpath(entry.path, root), status)
+            # Not os.path.relpath, which would take half the time of listing a million files.
+            yield _found(entry.path[len(root.rstrip("/")) + 1 :], status)
 
 
 def _found(name: str, status: os.stat_result) -> Entry:
