@@ -1,7 +1,7 @@
 """The real job under random faults: every run's tables are held against an undisturbed twin's, row for row.
 
-A run is a driver process of its own (`tests.chaos.driver`) on a Ray of several raylets that outlives it; ranks and
-drivers are forked from a warm template (`tests.chaos.warm`). A fault strikes at a moment drawn from the run's seed:
+A run is a driver process of its own (`tests.chaos.driver`) on a Ray of several raylets that outlives it; drivers are
+forked from the warm template that ranks are (`tests.chaos.warm`). A fault strikes at a moment drawn from the seed:
 when the driver hands out its n-th unit of work. A reader looks at every file of the run all the while.
 
 Every fourth run fits factors of its own; the others take the twin's, as they all take its prepared corpus.
@@ -33,7 +33,7 @@ from infscan.results.read import read_summary
 from tests.chaos.costs import Event, Result, Span, gaps, in_flight_s, mean_unit_s
 from tests.chaos.disks import STAND_IN, FillableDisk, fillable_disk, may_mount
 from tests.chaos.proxy import Plan, fault_proxy
-from tests.chaos.warm import WORKER, Child
+from tests.chaos.warm import Child
 from tests.runtime.builders import small_run, token_corpus
 from tests.runtime.test_end_to_end import rows_of
 from tests.servers import moto
@@ -130,7 +130,6 @@ class Harness:
             initialize_head=True,
             head_node_args={
                 "num_cpus": 2,
-                "setup_worker_path": WORKER,
                 "include_dashboard": False,
                 "_system_config": {f"health_check_{name}": value for name, value in health.items()},
             },
@@ -149,7 +148,7 @@ class Harness:
         return self.add_node(num_cpus=1)
 
     def add_node(self, num_cpus: int) -> Any:
-        return self.cluster.add_node(num_cpus=num_cpus, setup_worker_path=WORKER)
+        return self.cluster.add_node(num_cpus=num_cpus)
 
     def _folder(self, name: str) -> Path:
         """Of a run on a local disk: of its own, where it will be full."""

@@ -30,7 +30,6 @@ from tests.chaos.harness import (
     STORAGE,
     Harness,
 )
-from tests.chaos.warm import template
 from tests.runtime.builders import compose
 
 LONG = {RANK_KILLED: 30, RANK_STOPPED: 20, NODE_KILLED: 15, DRIVER_KILLED: 25, STORAGE: 12, DISK_FULL: 12}
@@ -43,7 +42,7 @@ PAUSE_S = 1.2
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     ray.shutdown()
-    with template(), Harness(tmp_path_factory.mktemp("chaos")) as harness:
+    with Harness(tmp_path_factory.mktemp("chaos")) as harness:
         yield harness
 
 
