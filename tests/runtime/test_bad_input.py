@@ -290,20 +290,17 @@ def test_an_output_that_may_not_be_written_is_refused(folder: Path, no_ray: None
     assert_says(refusal(small_run(folder, f"output={folder / 'locked' / 'run'}"), StorageError), "locked")
 
 
-ADDRESSES = ("output", "model.path", "corpus.path", "queries.path", "factors.path", "factors.corpus.path")
+SECRET_ADDRESSES = [
+    *((key, "s3://key:hidden-secret@bucket/run") for key in ("output", "model.path", "corpus.path", "queries.path")),
+    *((key, "s3://key:hidden-secret@bucket/run") for key in ("factors.path", "factors.corpus.path")),
+    ("output", "https://hidden-secret@host/run"),
+    ("output", "https://host/run?token=hidden-secret"),
+    ("output", "https://host/run?X-Amz-Signature=hidden-secret"),
+    ("output", "abfs://container@account/run?sv=2024&sig=hidden-secret"),
+]
 
 
-@pytest.mark.parametrize("key", ADDRESSES)
-@pytest.mark.parametrize(
-    "address",
-    [
-        "s3://key:hidden-secret@bucket/run",
-        "https://hidden-secret@host/run",
-        "https://host/run?token=hidden-secret",
-        "https://host/run?X-Amz-Signature=hidden-secret",
-        "abfs://container@account/run?sv=2024&sig=hidden-secret",
-    ],
-)
+@pytest.mark.parametrize(("key", "address"), SECRET_ADDRESSES)
 def test_credentials_in_an_address_are_refused_before_anything_is_written(folder: Path, key: str, address: str) -> None:
     with pytest.raises(ConfigError) as caught:
         small_run(folder, f"{key}='{address}'")

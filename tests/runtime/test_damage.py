@@ -7,24 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
-from infscan.config import ClusterConfig, Config
+from infscan.config import Config
 from infscan.errors import CorpusError, DamagedError, FactorsError, InfscanError, RunError, StorageError
 from infscan.results.read import read_layers, read_sequences, read_summary, read_tokens, read_top
-from infscan.runtime.pool import connect
 from jobs.scan import answer
+from tests.chaos.one_process import without_ray
 from tests.runtime.builders import small_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    ray.shutdown()
-    connect(ClusterConfig())
     folder = tmp_path_factory.mktemp("whole")
-    answer(small_run(folder))
-    yield folder
-    ray.shutdown()
+    with without_ray():
+        answer(small_run(folder))
+        yield folder
 
 
 @pytest.fixture
@@ -91,7 +88,6 @@ def test_factors_that_are_cut_off_are_refused_before_a_worker_starts(
         answer(run)
 
 
-@pytest.mark.slow
 def test_a_flipped_bit_in_the_factors_or_the_corpus_is_never_computed_with(run: Config) -> None:
     output = Path(run.output)
     (batch,) = (output / "queries").glob("*.safetensors")
