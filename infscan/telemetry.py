@@ -15,8 +15,9 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from infscan.errors import ConfigError, InfscanError
-from infscan.secrets import MEND, holds_secret, redact
+from infscan.config import check_argument
+from infscan.errors import InfscanError
+from infscan.secrets import redact
 
 log = logging.getLogger("infscan")
 _INTERVAL_S = 10.0
@@ -61,17 +62,10 @@ def sentences() -> Iterator[None]:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a job's main, which Hydra calls with what the command line says.
-
-    Arguments with credentials are refused before Hydra reads them: it repeats those that it does not understand, and
-    writes all of a sweep's to multirun.yaml.
-    """
+    """Run a job's main, which Hydra calls with what the command line says; what Hydra must not see is refused first."""
     with sentences():
         for argument in sys.argv[1:]:
-            if holds_secret(argument):
-                raise ConfigError(f"{argument.partition('=')[0]}=*** carries credentials, {MEND}.")
-            if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
-                raise ConfigError(f"{argument!a} is not UTF-8; rename what it names.")
+            check_argument(argument)
     main()
 
 

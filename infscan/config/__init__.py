@@ -1,7 +1,7 @@
 """The typed configuration, its checks, and the fingerprints that tell runs apart. Only this room and jobs/ know
 Hydra."""
 
-from infscan.config.checks import check
+from infscan.config.checks import check, check_argument
 from infscan.config.compose import absolute, from_hydra, from_yaml, stage_output, to_yaml
 from infscan.config.identity import differences, fingerprint, is_intact, plain, sealed, unsealed
 from infscan.config.schema import (
@@ -60,6 +60,7 @@ __all__ = [
     "ZeroConfig",
     "absolute",
     "check",
+    "check_argument",
     "differences",
     "fingerprint",
     "from_hydra",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from omegaconf import MISSING
+
 from infscan.config.identity import at_top, leaves, plain
 from infscan.config.schema import Compression, Config, CorpusConfig, ScanConfig, Sharding, Solver
 from infscan.errors import ConfigError
@@ -17,6 +19,7 @@ _MOST_INTEGER = 2**63 - 1  # of Parquet, numpy and torch
 _MOST_SECONDS = 1e9  # thirty years; an operating system's timers end at about ten times that
 _MOST_NAME_BYTES, _MOST_BYTES = 255, 4096  # of a name in a path, and of a path; no other text needs more
 
+_DEEPEST = 20  # brackets in an argument; Hydra's parser takes many stack frames for each
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # (least, most) of what a number may be, by key, where it is not any that Parquet holds; a stage's as at the top.
@@ -134,8 +137,33 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
     _check_stages(config)
 
 
+def check_argument(argument: str) -> None:
+    """Refuse what Hydra would print, write down, or stumble over with a traceback, before it reads the command line.
+
+    It repeats arguments that it does not understand, and writes all of a sweep's to multirun.yaml.
+
+    Raises:
+        ConfigError: for credentials, control characters, bytes that are not UTF-8, and what is too long or too deep.
+    """
+    key = argument.partition("=")[0]
+    if holds_secret(argument):
+        raise ConfigError(f"{redact(key)}=*** carries credentials, {MEND}.")
+    if not all(character.isprintable() or character in "\n\t" for character in argument):
+        raise ConfigError(f"{_said(argument)} holds a control character, or bytes that are not UTF-8; remove it.")
+    if len(argument) > _MOST_BYTES:
+        raise ConfigError(f"{_said(argument)} has {len(argument):,} characters; give at most {_MOST_BYTES:,}.")
+    depth = deepest = 0
+    for character in argument:
+        depth += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST:
+        raise ConfigError(f"{_said(argument)} is nested {deepest} deep; give at most {_DEEPEST}.")
+
+
 def _check_groups(config: Any, prefix: str = "") -> None:
-    """Refuse a value where a group of keys belongs: an interpolation (`stages=${output}`) may put one there."""
+    """Refuse keys that there are not (`+key=` adds them), and a value in a group's place (`stages=${output}`)."""
+    for key in vars(config).keys() - {one.name for one in fields(config)}:
+        raise ConfigError(f"{prefix}{key}: there is no such key; --cfg job prints those that there are.")
     for one in fields(config):
         key, value = f"{prefix}{one.name}", getattr(config, one.name)
         group = one.default_factory
@@ -169,6 +197,8 @@ def _check_value(key: str, value: object) -> None:
 
 def _check_string(key: str, value: str) -> None:
     """Refuse text that no file's name, column or address can be."""
+    if value == MISSING:
+        raise ConfigError(f"{key}: no value given. Add {key}=...")
     if not value:
         raise ConfigError(f"{key} is empty; give a value, or leave it out for the default.")
     if holds_secret(value):

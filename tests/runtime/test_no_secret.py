@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +12,14 @@ from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
+import ray
+from hydra.core.global_hydra import GlobalHydra
 
+import jobs.scan
+from infscan.telemetry import command
 from tests.conftest import Bucket
-from tests.runtime.builders import tiny_model, token_corpus, token_queries
+from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANTED = {
     name: f"hush/{name.lower()}+of=ours"
     for name in (
@@ -57,10 +58,18 @@ def ray_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_search_of_every_artefact_and_log_finds_none(tmp_path: Path, moto_s3: Bucket, ray_folder: Path) -> None:
+def test_a_search_of_every_artefact_and_log_finds_none(
+    tmp_path: Path,
+    moto_s3: Bucket,
+    ray_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     inputs, here, output = tmp_path / "inputs", tmp_path / "here", moto_s3.uri()
     here.mkdir()
+    # A sweep of one cell: Hydra writes its arguments down, too.
     arguments = [
+        *("-m", f"--config-path={CONF}"),
         f"model.path={tiny_model(inputs / 'model')}",
         f"corpus.path={token_corpus(inputs / 'corpus.jsonl', 16)}",
         "corpus.tokens_field=tokens",
@@ -70,18 +79,25 @@ def test_a_search_of_every_artefact_and_log_finds_none(tmp_path: Path, moto_s3: 
         "scan.compression=plain",
         "scan.rank=4",
         "scan.top_k=5",
+        f"output={output}",
     ]
-    env = os.environ | moto_s3.env | PLANTED | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray_folder)}
-
-    # A sweep of one cell: Hydra writes its arguments down, too.
-    command = [sys.executable, str(ROOT / "jobs" / "scan.py"), "-m", *arguments, f"output={output}"]
-    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, check=False)
-    assert done.returncode == 0, done.stdout.decode()
+    for name, value in (PLANTED | {"RAY_TMPDIR": str(ray_folder)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", ["scan.py", *arguments])
+    GlobalHydra.instance().clear()
+    # Ray's processes have the environment of when it starts.
+    ray.shutdown()
+    capfd.readouterr()
+    command(jobs.scan.main)
+    ray.shutdown()
+    printed = "".join(capfd.readouterr()).encode()
+    assert b"error" not in printed
 
     client, prefix = moto_s3.server.client(), output.split("/", 3)[3]
     keys = [item["Key"] for item in client.list_objects_v2(Bucket=moto_s3.name, Prefix=prefix)["Contents"]]
     artefacts = {key: client.get_object(Bucket=moto_s3.name, Key=key)["Body"].read() for key in keys}
-    artefacts |= dict(files_below(here)) | dict(files_below(ray_folder)) | {"printed": done.stdout}
+    artefacts |= dict(files_below(here)) | dict(files_below(ray_folder)) | {"printed": printed}
     # It looks where it should: results, Hydra's record of the sweep, logs of Ray's daemons and of a rank's process.
     for part in (
         "summary.json",
