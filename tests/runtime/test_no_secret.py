@@ -51,9 +51,12 @@ def files_below(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield str(path), path.read_bytes()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ray_folder() -> Iterator[Path]:
-    """Short: Ray's sockets lie in it, and their names end at 107 bytes."""
+    """Short: Ray's sockets lie in it, and their names end at 107 bytes.
+
+    It stays until the last test: Ray Data opens its log there again in later sessions of this process.
+    """
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
