@@ -232,7 +232,7 @@ class TestAtAServer:
         self, faulty_s3: tuple[Bucket, Proxy], monkeypatch: pytest.MonkeyPatch, counted: Callable[[], dict[str, int]]
     ) -> None:
         bucket, proxy = faulty_s3
-        monkeypatch.setenv("INFSCAN_STORAGE_TIMEOUT_S", "0.5")
+        monkeypatch.setenv("INFSCAN_STORAGE_TIMEOUT_S", "2")
         store = Store(bucket.uri())
         proxy.plan, proxy.slow_s = first(2, "slow"), 0.1
         store.write("x", b"1")
@@ -241,6 +241,25 @@ class TestAtAServer:
         proxy.plan = first(2, "hang")
         assert store.read("x") == b"1"
         assert counted() == {"timeout": 2}
+
+    def test_a_create_whose_answer_was_lost_is_recognised_through_further_faults(
+        self, faulty_s3: tuple[Bucket, Proxy], counted: Callable[[], dict[str, int]]
+    ) -> None:
+        """The put took effect, the next loses against it, and the read that tells whose it is breaks off at first."""
+        bucket, proxy = faulty_s3
+        store = Store(bucket.uri())
+        faults = {"PUT": iter(["lost"]), "GET": iter(["reset", "reset"])}
+
+        def plan(method: str, path: str) -> str | None:
+            if method == "GET" and not path.partition("?")[0].endswith("/x"):
+                return None
+            return next(faults.get(method, iter(())), None)
+
+        proxy.plan = plan
+        assert store.create("x", b"1")
+        assert not list(faults["GET"])
+        # The HTTP client asks once more by itself.
+        assert counted()["connection"] >= 1
 
     def test_an_answer_that_drips_is_given_up_too(
         self, faulty_s3: tuple[Bucket, Proxy], monkeypatch: pytest.MonkeyPatch
