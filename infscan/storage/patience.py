@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -59,14 +60,16 @@ class Patience:
         """`request()`, again while what goes wrong passes.
 
         kind_of(error): what summary.json calls a passing fault, or None for one that another attempt does not mend.
-        Raises explain(error, attempts) from the last error.
+        Raises explain(error, attempts) from the last error. Both see what this request met alone, also where it is made
+        while another error is handled.
         """
-        began, attempts = time.monotonic(), 0
+        began, attempts, handled = time.monotonic(), 0, sys.exception()
         while True:
             attempts += 1
             try:
                 return request()
             except Exception as error:  # drivers raise what they like; the cause is kept
+                _forget(handled, error)
                 kind = kind_of(error)
                 if kind is None:
                     raise explain(error, attempts) from error
@@ -84,6 +87,15 @@ def storage_faults() -> dict[str, int]:
     """Passing faults that this process met so far, by kind, and the calls `given_up` in spite of all retries."""
     with _lock:
         return dict(sorted(_counts.items()))
+
+
+def _forget(handled: BaseException | None, error: BaseException | None) -> None:
+    """Take what was being handled when a request began out of what the request met: it is the context of that, and no
+    cause; a driver's own errors are told by both."""
+    while error is not None:
+        if error.__context__ is handled:
+            error.__context__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _count(kind: str) -> None:

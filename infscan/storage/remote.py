@@ -159,15 +159,12 @@ class ObjectStore:
 
         try:
             self._call(uri, request, writing=True)
-            return True
         except StorageError as error:
-            refusal = error.__cause__
-            if not is_lost_race(refusal) and not is_unsupported(refusal):
+            if is_lost_race(error.__cause__):
+                return self._holds(uri, data)
+            if not is_unsupported(error.__cause__):
                 raise
-        # Not in the handler: what the next requests meet would have this refusal as its context, and be taken for it.
-        if is_lost_race(refusal):
-            return self._holds(uri, data)
-        self.write(uri, data)
+            self.write(uri, data)
         return True
 
     def stat(self, uri: str) -> Entry | None:

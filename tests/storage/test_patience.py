@@ -261,6 +261,19 @@ class TestAtAServer:
         # The HTTP client asks once more by itself.
         assert counted()["connection"] >= 1
 
+    def test_a_request_is_judged_by_what_it_met_and_not_by_what_was_handled_before(
+        self, faulty_s3: tuple[Bucket, Proxy], counted: Callable[[], dict[str, int]]
+    ) -> None:
+        bucket, proxy = faulty_s3
+        store = Store(bucket.uri())
+        store.write("x", b"1")
+        try:
+            store.read("nothing")
+        except MissingError:
+            proxy.plan = first(2, "reset", "GET")
+            assert store.read("x") == b"1"
+        assert counted()["connection"] >= 1
+
     def test_an_answer_that_drips_is_given_up_too(
         self, faulty_s3: tuple[Bucket, Proxy], monkeypatch: pytest.MonkeyPatch
     ) -> None:
