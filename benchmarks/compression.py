@@ -43,6 +43,7 @@ from infscan.config import (
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
 from infscan.corpus.packing import pack_settings
+from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -144,7 +145,7 @@ class Bench:
             config = CorpusConfig(path=str(path))
             pack = pack_settings(config, self.options.length, self.vocab_size, tokenizer.eos_id, None)
             (file,) = expand(str(path))
-            part = prepare_part(file, 0, config, pack, tokenizer, store)
+            part = prepare_part(Piece((file,)), 0, config, pack, tokenizer, store)
             write_manifest(store, config, pack, tokenizer.digest, [part])
         return open_corpus(store)
 

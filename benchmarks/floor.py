@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import Compression, CorpusConfig, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
 from infscan.corpus.packing import pack_settings
+from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
@@ -103,7 +104,7 @@ def prepare_corpus(options: argparse.Namespace, folder: Path, store: Store) -> N
     config = CorpusConfig(path=str(path), tokens_field="tokens", packing=Packing.document)
     pack = pack_settings(config, options.length, options.vocab, 0, 0)
     (file,) = expand(str(path))
-    write_manifest(store, config, pack, None, [prepare_part(file, 0, config, pack, None, store)])
+    write_manifest(store, config, pack, None, [prepare_part(Piece((file,)), 0, config, pack, None, store)])
 
 
 def make_queries(options: argparse.Namespace) -> tuple[Query, ...]:

@@ -44,9 +44,11 @@ def read_array_documents(
             where = f"{file.uri}: the document at byte {offset}"
             tally.leave_out(BadDocumentError(f"{where} has more than {MAX_LINE_BYTES} tokens; split it.", "too long"))
             continue
-        if len(tokens) and tokens[-1] == config.eos_id:
-            tokens = tokens[:-1]
-        yield Document(f"{name}{label}", name, None, tokens, file.uri, offset)
+        yield Document(f"{name}{label}", name, None, _without_eos(tokens, config), file.uri, offset)
+
+
+def _without_eos(tokens: np.ndarray, config: CorpusConfig) -> np.ndarray:
+    return tokens[:-1] if len(tokens) and tokens[-1] == config.eos_id else tokens
 
 
 def _indexed(file: InputFile, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -154,8 +156,7 @@ def _samples(file: InputFile, config: CorpusConfig, tally: Tally) -> Iterator[Do
 
             tokens = text = None
             if config.tokens_field:
-                tokens = mds.token_ids(where, encoding, columns[column], config.dtype)
-                tokens = tokens[:-1] if len(tokens) and tokens[-1] == config.eos_id else tokens
+                tokens = _without_eos(mds.token_ids(where, encoding, columns[column], config.dtype), config)
             else:
                 text = mds.text_of(where, encoding, columns[column])
             tally.records += 1

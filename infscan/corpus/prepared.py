@@ -64,7 +64,7 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
 
 
 def prepare_part(
-    piece: Piece | InputFile,
+    piece: Piece,
     index: int,
     config: CorpusConfig,
     pack: PackSettings,
@@ -83,8 +83,6 @@ def prepare_part(
     Raises:
         CorpusError: naming file and line, for anything that cannot be read; nothing is written then.
     """
-    if isinstance(piece, InputFile):
-        piece = Piece((piece,))
     settings = fingerprint(prepare_settings(config, pack, tokenizer.digest if tokenizer else None))
     drops = sha256(dropped.astype("<i8").tobytes()).hexdigest() if len(dropped) else ""
     done = finished_part(store, index)

@@ -120,9 +120,9 @@ def prepare(
             _warn_of_left_out(corpus, telemetry)
             return corpus
     pieces = document_pieces(files, config)
-    settings = fingerprint(prepare_settings(config, pack, digest))
     dropped = [NOTHING] * len(pieces)
     if config.deduplicate:
+        settings = fingerprint(prepare_settings(config, pack, digest))
         dropped = _duplicates(config, settings, store, pieces, telemetry)
     folder = architecture.folder
 

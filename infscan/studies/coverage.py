@@ -15,11 +15,11 @@ import pyarrow as pa
 from infscan.errors import RunError
 from infscan.results.read import read_summary, read_top
 from infscan.results.schema import footer_of, read_parquet, to_parquet
+from infscan.runtime.tfidf import CANDIDATES
 from infscan.storage import Store
 from infscan.studies.comparison import AVERAGE
 from infscan.studies.validation import CoverageConfig, ValidateJob
 
-CANDIDATES = "candidates.parquet"
 NAME = "coverage"
 
 
@@ -45,9 +45,9 @@ def coverage(top: pa.Table, candidates: pa.Table, tops: Sequence[int], ks: Seque
     for side in sorted({row["side"] for row in rows}):
         for n in tops:
             for k in ks:
-                of_queries = [row for row in rows if (row["side"], row["top"], row["k"]) == (side, n, k)]
-                shares = [row["share"] for row in of_queries if row["query"] != AVERAGE]
-                rows.append(_row(AVERAGE, side, n, k, sum(row["rows"] for row in of_queries), float(np.mean(shares))))
+                alike = [row for row in rows if (row["side"], row["top"], row["k"]) == (side, n, k)]
+                share = float(np.mean([row["share"] for row in alike]))
+                rows.append(_row(AVERAGE, side, n, k, sum(row["rows"] for row in alike), share))
     return pa.Table.from_pylist(rows)
 
 
@@ -68,7 +68,6 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.
     """
     truth = config.truth
     assert isinstance(truth, CoverageConfig)
-    truth.check()
     assert truth.run is not None
     assert truth.filter is not None
     candidates = read_parquet(Store(truth.filter), CANDIDATES)

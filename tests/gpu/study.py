@@ -19,6 +19,7 @@ from infscan.config import (
     Solver,
 )
 from infscan.corpus.packing import pack_settings
+from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.model.architecture import Architecture, describe
@@ -56,7 +57,7 @@ class Study:
         pack = pack_settings(config, CONTEXT, VOCAB, EOS, EOS)
         store = Store(str(folder / "corpus"))
         (file,) = expand(str(path))
-        write_manifest(store, config, pack, None, [prepare_part(file, 0, config, pack, None, store)])
+        write_manifest(store, config, pack, None, [prepare_part(Piece((file,)), 0, config, pack, None, store)])
         asked = QueriesConfig(str(token_queries(folder / "queries.jsonl", QUERIES)))
         queries = read_queries(asked, None, vocab_size=VOCAB, context=CONTEXT, bos_id=None)
         return Study(folder, describe(str(model), "mlp"), tuple(queries))
