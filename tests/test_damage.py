@@ -13,6 +13,7 @@ import torch
 
 from infscan.config import Packing, from_yaml
 from infscan.corpus.addressable import open_corpus
+from infscan.corpus.filtered import describe_filtered
 from infscan.errors import ConfigError, CorpusError, DamagedError, RunError, StorageError
 from infscan.passes.factor_store import (
     check_files,
@@ -85,6 +86,30 @@ def test_a_manifest(tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match="changed or damaged"):
             open_corpus(Store(str(tmp_path / "out")))
         path.write_text(whole)
+
+
+def test_what_a_filter_chose(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", token_rows(60))
+    _, corpus = prepare(source, tmp_path / "out", settings(Packing.concat, 8))
+    store = Store(str(tmp_path / "few"))
+    describe_filtered(store, corpus, np.arange(1, corpus.sequences, 3))
+    path = tmp_path / "few" / "chosen.parquet"
+
+    def read() -> Any:
+        return open_corpus(store).counts
+
+    def numbers() -> Any:
+        chosen = open_corpus(store).chosen
+        return None if chosen is None else chosen.tolist()
+
+    damage(path, numbers, step=7)
+    for content in (b"", b"PAR1", write_rows(tmp_path / "x.parquet", [{"other": 1}]).read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(CorpusError, match=r"chosen\.parquet was changed or damaged; filter the corpus again"):
+            read()
+    path.unlink()
+    with pytest.raises(CorpusError, match=r"chosen\.parquet is missing; filter the corpus again"):
+        read()
 
 
 def test_a_shards_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from infscan.config.compose import absolute, from_hydra, from_yaml, stage_output
 from infscan.config.identity import differences, fingerprint, is_intact, plain, sealed, unsealed
 from infscan.config.schema import (
     MOST_RANK,
+    Attention,
     ClusterConfig,
     Compression,
     Config,
@@ -34,6 +35,7 @@ from infscan.config.schema import (
 
 __all__ = [
     "MOST_RANK",
+    "Attention",
     "ClusterConfig",
     "Compression",
     "Config",

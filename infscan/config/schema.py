@@ -31,6 +31,13 @@ class Packing(StrEnum):
     document = "document"
 
 
+class Attention(StrEnum):
+    """Whether a packed sequence's tokens see the documents before their own (across), as the model was trained."""
+
+    across = "across"
+    within = "within"
+
+
 class TextRecords(StrEnum):
     """What a document is in a plain text file."""
 
@@ -111,6 +118,7 @@ class CorpusConfig:
 
     dtype: of raw token arrays (null: uint16 where that holds the vocabulary, else uint32). eos_id: what documents end
     with (null: the tokenizer's, else the model's). in_place: scan token arrays where they lie; false prepares them.
+    attention: across the documents of a sequence, or within each, its positions beginning anew: as training had it.
     part_bytes: a larger file of documents is cut into several parts. deduplicate: drop documents whose content an
     earlier one has too. paths: several corpora in place of `path`, by label. sample: a share of the sequences, drawn
     uniformly with `seed`, as max_sequences is a number of them.
@@ -134,6 +142,7 @@ class CorpusConfig:
     mask_field: str | None = None
     sequence_length: int | None = None
     packing: Packing = Packing.concat
+    attention: Attention = Attention.across
     bos: bool = False
     max_sequences: int | None = None
     sample: float | None = None
@@ -175,6 +184,7 @@ class FactorsCorpusConfig(CorpusConfig):
     deduplicate: bool = II("...corpus.deduplicate")
     sequence_length: int | None = II("...corpus.sequence_length")
     packing: Packing = II("...corpus.packing")
+    attention: Attention = II("...corpus.attention")
     bos: bool = II("...corpus.bos")
     max_sequences: int | None = II("...corpus.max_sequences")
     sample: float | None = II("...corpus.sample")
@@ -252,6 +262,7 @@ class StageCorpusConfig(CorpusConfig):
     allow_bad_files: int = II("corpus.allow_bad_files")
     sequence_length: int | None = II("corpus.sequence_length")
     packing: Packing = II("corpus.packing")
+    attention: Attention = II("corpus.attention")
     bos: bool = II("corpus.bos")
 
 

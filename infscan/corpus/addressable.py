@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from infscan.config import is_intact
+import numpy as np
+
+from infscan.config import Packing, is_intact
 from infscan.corpus.arrays import TokenArrays
 from infscan.corpus.filtered import FORMAT as FILTERED
 from infscan.corpus.filtered import FilteredCorpus
@@ -16,7 +18,10 @@ from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import CorpusError
 from infscan.storage import MissingError, Store
 
-__all__ = ["AddressableCorpus", "PreparedCorpus", "is_prepared", "label_of", "open_corpus"]
+__all__ = ["AddressableCorpus", "PreparedCorpus", "check_told_apart", "is_prepared", "label_of", "open_corpus"]
+
+# Token ids among which an EOS is looked for, in so many runs spread over the corpus.
+_LOOKED_AT, _RUNS = 1 << 22, 64
 
 _IN_PLACE: dict[str, type[InPlace]] = {"megatron": TokenArrays, "npy": TokenArrays, "mds": MdsSamples}
 
@@ -62,3 +67,48 @@ def label_of(corpus: AddressableCorpus, number: int) -> str | None:
     if isinstance(corpus, FilteredCorpus):
         return label_of(corpus.base, number)
     return corpus.label(number) if isinstance(corpus, JoinedCorpus) else None
+
+
+def check_told_apart(corpus: AddressableCorpus) -> None:
+    """Refuse token arrays in which nothing says where documents begin: corpus.attention=within would keep none apart.
+
+    Megatron has an index, and what was prepared of documents their spans; npy and MDS are told apart by EOS.
+
+    Raises:
+        CorpusError: where there is no EOS among the token ids looked at, by the corpus's name.
+    """
+    if isinstance(corpus, FilteredCorpus):
+        check_told_apart(corpus.base)
+    elif isinstance(corpus, JoinedCorpus):
+        for part in corpus.parts:
+            check_told_apart(part)
+    elif isinstance(corpus, InPlace):
+        description = corpus.description
+        if description.format != "megatron" and description.packing is Packing.concat:
+            _check_eos(corpus, description.eos_id, description.files[0].data.uri)
+    elif isinstance(corpus, PreparedCorpus):
+        settings, counts = corpus.manifest.settings, corpus.manifest.counts
+        # Only token arrays have a dtype: one without an EOS was read as one document, and has the packing's own now.
+        packed = settings["packing"] == Packing.concat.value
+        pieces = max(counts.files_read, len(corpus.manifest.parts))
+        if packed and "dtype" in settings and counts.documents_read <= pieces:
+            raise _no_boundaries(corpus.store.uri, counts.tokens_read, settings["eos_id"])
+
+
+def _check_eos(corpus: AddressableCorpus, eos_id: int | None, where: str) -> None:
+    step = max(1, _LOOKED_AT // _RUNS // corpus.sequence_length)
+    looked_at = 0
+    for start in np.unique(np.linspace(0, max(0, corpus.sequences - step), _RUNS).astype(np.int64)).tolist():
+        for block in corpus.token_blocks(start, min(start + step, corpus.sequences)):
+            if (block.tokens == eos_id).any():
+                return
+            looked_at += len(block.tokens)
+    raise _no_boundaries(where, looked_at, eos_id)
+
+
+def _no_boundaries(where: str, looked_at: int, eos_id: int | None) -> CorpusError:
+    return CorpusError(
+        f"{where}: corpus.attention=within keeps documents apart, and nothing says where they begin: none of "
+        f"{looked_at:,} token ids is EOS ({eos_id}). Give corpus.eos_id=<what documents end with>, or "
+        "corpus.attention=across."
+    )

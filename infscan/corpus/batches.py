@@ -46,6 +46,22 @@ def pad(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
+def pad_positions(starts: Sequence[np.ndarray | None], T: int) -> np.ndarray | None:
+    """Positions that begin anew where documents do, int64 [B, T]; None where every sequence is one document.
+
+    starts: of each sequence, int64 ascending from 0. Padding goes on from the last document, which does not see it.
+    """
+    if all(one is None or len(one) == 1 for one in starts):
+        return None
+    positions = np.tile(np.arange(T, dtype=np.int64), (len(starts), 1))
+    for row, one in enumerate(starts):
+        if one is not None:
+            begins = np.zeros(T, np.int64)
+            begins[one] = one
+            positions[row] -= np.maximum.accumulate(begins)
+    return positions
+
+
 def pad_losses(losses: Sequence[np.ndarray | None], mask: np.ndarray) -> np.ndarray:
     """Which tokens of padded sequences have a loss: bool [B, T], within `mask`; None is a sequence that has it all."""
     padded = mask.copy()

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import fingerprint, sealed
+from infscan.config import Attention, fingerprint, sealed
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
 from infscan.corpus.joined import address
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock
-from infscan.storage import Store
+from infscan.errors import CorpusError
+from infscan.storage import MissingError, Store
 
 FORMAT = "filtered"
 CHOSEN = "chosen.parquet"
@@ -26,7 +27,6 @@ def describe_filtered(store: Store, base: AddressableCorpus, chosen: np.ndarray)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"sequence_id": chosen}), sink, compression="zstd")
     store.write(CHOSEN, sink.getvalue().to_pybytes())
-    digest = sha256(chosen.astype("<i8").tobytes()).hexdigest()
     store.write_json(
         DESCRIPTION,
         sealed(
@@ -36,10 +36,15 @@ def describe_filtered(store: Store, base: AddressableCorpus, chosen: np.ndarray)
                 "base": address(store, base.store),
                 "base_fingerprint": base.fingerprint,
                 "chosen": len(chosen),
-                "fingerprint": fingerprint({"base": base.fingerprint, "chosen": digest}),
+                "fingerprint": _fingerprint(base, chosen),
             }
         ),
     )
+
+
+def _fingerprint(base: AddressableCorpus, chosen: np.ndarray) -> str:
+    digest = sha256(chosen.astype("<i8").tobytes()).hexdigest()
+    return fingerprint({"base": base.fingerprint, "chosen": digest})
 
 
 class FilteredCorpus:
@@ -52,8 +57,22 @@ class FilteredCorpus:
 
     @cached_property
     def chosen(self) -> np.ndarray:
-        table = pq.read_table(pa.BufferReader(self.store.read(CHOSEN)))
-        return table["sequence_id"].to_numpy()
+        """int64, ascending, as the filter left them.
+
+        Raises:
+            CorpusError: where the file is missing, or does not hold what was written.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(self.store.read(CHOSEN)))
+            chosen: np.ndarray = table["sequence_id"].to_numpy()
+            intact = _fingerprint(self.base, chosen) == self.fingerprint
+        except MissingError:
+            raise CorpusError(f"{self.store}/{CHOSEN} is missing; filter the corpus again (jobs/tfidf.py).") from None
+        except (pa.ArrowException, OSError, MemoryError, ValueError, KeyError):
+            intact = False
+        if not intact:
+            raise CorpusError(f"{self.store}/{CHOSEN} was changed or damaged; filter the corpus again (jobs/tfidf.py).")
+        return chosen
 
     @property
     def sequences(self) -> int:
@@ -79,8 +98,8 @@ class FilteredCorpus:
     def counts(self) -> dict[str, Any]:
         return self.base.counts | {"chosen": len(self.chosen)}
 
-    def read(self, ids: np.ndarray) -> list[Sequence]:
-        return self.base.read(ids)
+    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
+        return self.base.read(ids, attention)
 
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         return self.base.token_blocks(start, stop)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import Packing
+from infscan.config import Attention, Packing
 from infscan.corpus.files import check_same_file, file_name
-from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers
+from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, Store, read_range
 
@@ -119,6 +119,10 @@ class InPlace(ABC):
         """Their documents, and the byte of the file at which the first document begins."""
 
     @property
+    def _separators(self) -> tuple[int | None, int | None]:
+        return self.description.bos_id, self.description.eos_id
+
+    @property
     def sequences(self) -> int:
         return int(self._first[-1])
 
@@ -164,9 +168,10 @@ class InPlace(ABC):
             "tokens": self.tokens,
         }
 
-    def read(self, ids: np.ndarray) -> list[Sequence]:
+    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
+        within = attention is Attention.within
         found: dict[int, Sequence] = {}
         for index, wanted in self._runs(np.unique(ids)):
             start, stop = int(wanted[0]), int(wanted[-1]) + 1
@@ -178,7 +183,8 @@ class InPlace(ABC):
                 if start + row in keep:
                     tokens = block.tokens[block.offsets[row] : block.offsets[row + 1]].astype(np.int64)
                     number = first + start + row
-                    found[number] = Sequence(number, tokens, spans, offset, path)
+                    starts = document_starts(tokens, spans, self._separators) if within else None
+                    found[number] = Sequence(number, tokens, spans, offset, path, starts=starts)
         return [found[int(number)] for number in ids]
 
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:

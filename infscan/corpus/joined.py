@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import fingerprint, sealed
+from infscan.config import Attention, fingerprint, sealed
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock, check_numbers
 from infscan.errors import CorpusError
@@ -107,13 +107,15 @@ class JoinedCorpus:
         """Of which part a sequence is."""
         return self.names[int(np.searchsorted(self._first, number, side="right")) - 1]
 
-    def read(self, ids: np.ndarray) -> list[Sequence]:
+    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
         found: dict[int, Sequence] = {}
         for part, first, after in zip(self.parts, self._first, self._first[1:], strict=False):
             own = np.unique(ids[(ids >= first) & (ids < after)])
-            for number, sequence in zip(own.tolist(), part.read(own - first) if len(own) else [], strict=True):
+            for number, sequence in zip(
+                own.tolist(), part.read(own - first, attention) if len(own) else [], strict=True
+            ):
                 found[number] = replace(sequence, sequence_id=number)
         return [found[number] for number in ids.tolist()]
 

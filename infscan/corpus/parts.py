@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infscan.config import Attention, Packing
 from infscan.corpus.manifest import MANIFEST, Manifest, PartSummary, footer_digest
-from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers
+from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
 from infscan.errors import CorpusError
 from infscan.storage import MissingError, Store
 
@@ -96,7 +97,7 @@ class PreparedCorpus:
         """Every number has a sequence."""
         return None
 
-    def read(self, ids: np.ndarray) -> list[Sequence]:
+    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
         found: list[Sequence | None] = [None] * len(ids)
@@ -105,7 +106,15 @@ class PreparedCorpus:
             number = int(ids[at])
             part = int(np.searchsorted(self._first, number, side="right")) - 1
             found[at] = self._row(part, number)
+        if attention is Attention.within:
+            found = [replace(one, starts=self._starts(one)) for one in found if one is not None]
         return [sequence for sequence in found if sequence is not None]
+
+    def _starts(self, sequence: Sequence) -> np.ndarray:
+        packed = self.manifest.settings
+        concat = packed.get("packing") == Packing.concat.value
+        separators = (packed.get("bos_id"), packed.get("eos_id") if concat else None)
+        return document_starts(sequence.token_ids, sequence.documents, separators)
 
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         check_numbers(self.store.uri, np.array([start, stop - 1] if stop > start else [], np.int64), self.sequences)

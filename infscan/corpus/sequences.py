@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infscan.config import Attention
 from infscan.errors import CorpusError
 from infscan.storage import Store
 
@@ -37,6 +38,7 @@ class Sequence:
             decompressed stream at which the line starts, the row of a table, the byte of an array's first token.
         path: the file the first document was read from.
         loss: bool [length], the tokens whose prediction training's loss counted; None where it counted them all.
+        starts: int64, ascending from 0: where attention and positions begin anew; None where they run through.
     """
 
     sequence_id: int
@@ -45,6 +47,7 @@ class Sequence:
     byte_offset: int
     path: str
     loss: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     @property
     def document_id(self) -> str:
@@ -119,8 +122,9 @@ class AddressableCorpus(Protocol):
         """int64, ascending: the only numbers that are to be scanned; None for all of them."""
         ...
 
-    def read(self, ids: np.ndarray) -> list[Sequence]:
-        """The sequences with these numbers (int64 [n]), in the order asked for.
+    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
+        """The sequences with these numbers (int64 [n]), in the order asked for; with `starts` where attention stays
+        within documents.
 
         Raises:
             CorpusError: for a file that is missing, changed or damaged, by name.
@@ -143,3 +147,28 @@ def check_numbers(where: str, ids: np.ndarray, sequences: int) -> None:
             f"{where} has the sequences 0 to {sequences - 1}, and {int(ids.min())} to {int(ids.max())} "
             "were asked for; is this plan of another corpus?"
         )
+
+
+def document_starts(
+    token_ids: np.ndarray, documents: tuple[Span, ...], separators: tuple[int | None, int | None]
+) -> np.ndarray:
+    """Where the documents of a sequence begin, int64, ascending from 0: what corpus.attention=within restarts at.
+
+    A document has the BOS before it and the EOS after it. An EOS that ends no document of the sequence (an empty one,
+    or one that the sequence before had the rest of) is apart from what follows it. An EOS inside of a document is a
+    token like any other.
+
+    separators: (BOS, EOS) token ids, None where there is none.
+    """
+    bos_id, eos_id = separators
+    spans = [(span.start, span.end) for span in documents if span.end > span.start]
+    found, before = [0], 0
+    for start, end in (*spans, (len(token_ids), len(token_ids))):
+        gap = token_ids[before:start]
+        # Where BOS and EOS are one token, a single one after a document is its EOS.
+        told = bos_id != eos_id or len(gap) > 1 or not before
+        first = start - int(len(gap) > 0 and gap[-1] == bos_id and told)
+        found += (np.flatnonzero(token_ids[before:first] == eos_id) + before + 1).tolist()
+        found.append(first)
+        before = end
+    return np.unique(np.array([at for at in found if at < len(token_ids)], np.int64))

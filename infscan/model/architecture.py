@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Architecture:
 
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
+    takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
     """
 
     folder: str
@@ -70,6 +72,7 @@ class Architecture:
     parameters: int
     family: str = ""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    takes_positions: bool = True
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -137,6 +140,7 @@ def describe(path: str, tracked: str) -> Architecture:
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
+        takes_positions="position_ids" in signature(module.forward).parameters,
     )
 
 

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from infscan.config import Dtype, ModelConfig
 from infscan.errors import ModelError
 from infscan.model.architecture import first_line, load_config, model_folder, weight_files
+from infscan.model.attention import document_logits
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class LoadedModel:
     parameters: int
     shard_parameters: int
 
-    def logits(self, ids_bt: Tensor) -> Tensor:
-        """[B, T, V]. Padding is on the right: under causal attention it changes no token before it."""
-        return self.module(input_ids=ids_bt, use_cache=False).logits
+    def logits(self, ids_bt: Tensor, position_ids_bt: Tensor | None = None) -> Tensor:
+        """[B, T, V]. Padding is on the right: under causal attention it changes no token before it.
+
+        position_ids_bt: as `infscan.model.attention.document_logits` takes them.
+        """
+        return document_logits(self.module, ids_bt, position_ids_bt)
 
 
 def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.dtype:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infscan.config import Attention
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.passes.queries import Inverse, on_device, preconditioned
@@ -29,6 +30,7 @@ class CheckTask:
     inverse: Inverse
     query_batch: str
     tokens_per_batch: int
+    attention: Attention = Attention.across
 
 
 def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -36,7 +38,7 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
     batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
     full = {layer.name: LayerQueries.full(P.pop(layer.name)) for layer in task.layers}
-    sequences = rank.corpus(task.corpus).read(task.sequence_ids)
+    sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     columns = rank.to_device(np.asarray(task.columns, np.int64))
     shape = (len(sequences), len(task.queries))
     approximate_nq = torch.zeros(shape, dtype=torch.float64, device=rank.device)

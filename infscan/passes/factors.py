@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Labels
+from infscan.config import Attention, Labels
 from infscan.corpus.sequences import Sequence
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
@@ -53,10 +53,11 @@ class FitTask:
     labels: Labels
     seed: int
     draw_labels: bool = False
+    attention: Attention = Attention.across
 
     def sequences(self, rank: Rank) -> list[Sequence]:
         start, stop = self.plan.slices[self.slice]
-        return rank.corpus(self.corpus).read(self.plan.selection.ids(start, stop))
+        return rank.read(self.corpus, self.plan.selection.ids(start, stop), self.attention)
 
 
 class _Targets:

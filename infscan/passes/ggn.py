@@ -114,7 +114,7 @@ class GaussNewton:
                 return y + (linear(value, D_oi[:, :-1], D_oi[:, -1]) if layer.bias else linear(value, D_oi))
 
             with _hooked(self.rank.model.module, self.layers, add):
-                return self.rank.model.logits(batch.ids_bt)
+                return self.rank.model.logits(batch.ids_bt, batch.position_ids_bt)
 
         return vmap(lambda direction: jvp(logits, (at_zero,), (direction,))[1])(narrow).to(self.rank.wide)
 
@@ -134,7 +134,7 @@ class GaussNewton:
         handle = module.get_input_embeddings().register_forward_hook(on_embedding)
         try:
             with _hooked(module, self.layers, keep):
-                return self.rank.model.logits(batch.ids_bt), inputs, outputs
+                return self.rank.model.logits(batch.ids_bt, batch.position_ids_bt), inputs, outputs
         finally:
             handle.remove()
 

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infscan.config import ModelConfig
+from infscan.config import Attention, ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
-from infscan.corpus.batches import micro_batches, pad, pad_losses
+from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
+from infscan.model.attention import check_keeps_apart
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
 from infscan.model.measure import next_tokens, predicting, summed_losses
@@ -43,6 +44,7 @@ class Batch:
     """A padded micro-batch on the device. rows: its positions among the task's sequences.
 
     mask_bt: true on tokens. loss_bt: true on tokens whose prediction has a loss, where that is not all of them (None).
+    position_ids_bt: where documents do not see each other, int64, from 0 in each document; None where they do.
     Not `scored`: a dummy that keeps the ranks of a sharded group in step; nothing of it counts.
     """
 
@@ -51,6 +53,7 @@ class Batch:
     mask_bt: Tensor
     scored: bool = True
     loss_bt: Tensor | None = None
+    position_ids_bt: Tensor | None = None
 
     def next_tokens(self) -> tuple[Tensor, Tensor]:
         """Targets and weights of the training loss: `infscan.model.measure.next_tokens` of the tokens that have one."""
@@ -70,6 +73,7 @@ class Rank:
         self.place = place
         self.model: LoadedModel = load(settings.model, place, sharded=settings.sharded)
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self._keeps_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
         self.halvings = 0
         # The micro-batch at work: sequences and padded tokens; None outside of one.
@@ -105,7 +109,15 @@ class Rank:
                 # Without a mask nothing is added to what is computed.
                 masked = any(loss is not None for loss in losses)
                 loss_bt = self.to_device(pad_losses(losses, mask)) if masked else None
-                yield Batch(cut[mine], self.to_device(ids), self.to_device(mask), loss_bt=loss_bt)
+                positions = pad_positions([sequence.starts for sequence in chosen], ids.shape[1])
+                positions_bt = None if positions is None else self.to_device(positions)
+                yield Batch(
+                    cut[mine],
+                    self.to_device(ids),
+                    self.to_device(mask),
+                    loss_bt=loss_bt,
+                    position_ids_bt=positions_bt,
+                )
             else:
                 ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
                 self._at = ids.shape
@@ -159,7 +171,7 @@ class Rank:
                 consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias))
 
         with capturing(self.model.module, layers, consume_masked):
-            backward(loss(self.model.logits(batch.ids_bt)).sum())
+            backward(loss(self.model.logits(batch.ids_bt, batch.position_ids_bt)).sum())
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the group's ranks, on rank 0 (other ranks get something unspecified)."""
@@ -167,6 +179,19 @@ class Rank:
             tensor = tensor.contiguous()
             dist.reduce(tensor, dst=0)
         return tensor
+
+    def read(self, store: Store, ids: np.ndarray, attention: Attention) -> list[corpus.Sequence]:
+        """Sequences of an addressable corpus by number, as training's attention saw them.
+
+        All ranks of a group read the same, so that they try the model together where documents are to be kept apart.
+
+        Raises:
+            ModelError: where they are, and the model lets them see each other all the same.
+        """
+        if attention is Attention.within and not self._keeps_apart:
+            check_keeps_apart(self.model)
+            self._keeps_apart = True
+        return self.corpus(store).read(ids, attention)
 
     def corpus(self, store: Store) -> AddressableCorpus:
         """An addressable corpus, opened once."""

@@ -82,10 +82,19 @@ def _candidates(task: RefineTask) -> list[Sequence]:
     """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
     found: list[Sequence] = []
     for name, sequence_ids in task.shards:
-        rows = read_candidates(task.run, name, sequence_ids, tokens_only=True).to_pydict()
-        for sequence_id, token_ids, mask in zip(rows["sequence_id"], rows["token_ids"], rows["loss_mask"], strict=True):
-            loss = None if mask is None else np.asarray(mask, np.bool_)
-            found.append(Sequence(sequence_id, np.asarray(token_ids, np.int64), (), 0, "", loss))
+        for row in read_candidates(task.run, name, sequence_ids, tokens_only=True).to_pylist():
+            mask, starts = row["loss_mask"], row["document_starts"]
+            found.append(
+                Sequence(
+                    sequence_id=row["sequence_id"],
+                    token_ids=np.asarray(row["token_ids"], np.int64),
+                    documents=(),
+                    byte_offset=0,
+                    path="",
+                    loss=None if mask is None else np.asarray(mask, np.bool_),
+                    starts=None if starts is None else np.asarray(starts, np.int64),
+                )
+            )
     assert len(found) == len(task.wanted), "a candidate is missing from its shard's file"
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infscan.config import Attention
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
@@ -39,6 +40,7 @@ class ScanTask:
     tokens_per_batch: int
     dense: bool
     fingerprint: str
+    attention: Attention = Attention.across
 
 
 def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> tuple[Hits, ShardCounts] | None:
@@ -47,7 +49,7 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
     """
     queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
-    sequences = rank.corpus(task.corpus).read(task.sequence_ids)
+    sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=rank.wide, device=rank.device)
     losses_n = torch.zeros(len(sequences), dtype=rank.wide, device=rank.device)
     for batch in rank.batches(sequences, task.tokens_per_batch):

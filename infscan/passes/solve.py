@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import IterationConfig, Solver
+from infscan.config import Attention, IterationConfig, Solver
 from infscan.influence.astra import astra, largest_eigenvalue
 from infscan.influence.cg import Operator, conjugate_gradients, damped
 from infscan.influence.inverse import from_core, inverse_core
@@ -47,6 +47,7 @@ class SolveTask:
     curvature: str
     fingerprint: str
     seed: int
+    attention: Attention = Attention.across
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def solved_before(facts: Mapping[str, str]) -> Solved:
 
 
 def _system(rank: Rank, task: SolveTask) -> _System:
-    sequences = rank.corpus(task.corpus).read(task.curvature_ids)
+    sequences = rank.read(task.corpus, task.curvature_ids, task.attention)
     factors = ekfac_factors(rank, task.ekfac)
     like = torch.zeros(0, dtype=rank.wide, device=rank.device)
     lambda_p = damping_vector(rank.layers, {name: lam for name, (_, lam) in factors.items()}, like)

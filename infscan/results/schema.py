@@ -38,6 +38,8 @@ CANDIDATES = pa.schema(
         ("loss", pa.float32()),
         # On which tokens training had its loss; null where on all of them.
         ("loss_mask", pa.list_(pa.bool_())),
+        # Where attention began anew (corpus.attention=within); null where it ran through.
+        ("document_starts", pa.list_(pa.int32())),
         (
             "hits",
             pa.list_(pa.struct([("query_id", pa.string()), ("side", pa.string()), ("scan_score", pa.float32())])),

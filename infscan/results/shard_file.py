@@ -70,6 +70,7 @@ def write_shard(
             "byte_offset": sequence.byte_offset,
             "loss": float(loss),
             "loss_mask": None if sequence.loss is None else sequence.loss.tolist(),
+            "document_starts": None if sequence.starts is None else sequence.starts.tolist(),
             "hits": by_sequence[sequence.sequence_id],
         }
         for sequence, loss in zip(sequences, losses, strict=True)
@@ -124,8 +125,9 @@ def _field(hits: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def read_candidates(store: Store, name: str, sequence_ids: NDArray[np.int64], *, tokens_only: bool = False) -> pa.Table:
-    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, the tokens and the mask)."""
+    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, what the model is given alone)."""
     everything = [column for column in CANDIDATES.names if column != "hits"]
-    columns = ["sequence_id", "token_ids", "loss_mask"] if tokens_only else everything
+    given = ["sequence_id", "token_ids", "loss_mask", "document_starts"]
+    columns = given if tokens_only else everything
     table = read_parquet(store, shard_path(name), columns)
     return table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids))).replace_schema_metadata(None)

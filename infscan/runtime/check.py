@@ -55,6 +55,7 @@ def check(
             inverse=factors.inverse,
             query_batch=batch.fingerprint,
             tokens_per_batch=config.scan.tokens_per_batch,
+            attention=config.corpus.attention,
         )
 
     with run.telemetry.phase("check", len(cells), "groups") as phase:

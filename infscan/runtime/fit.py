@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from infscan.config import Labels, Solver, plain
+from infscan.config import Attention, Labels, Solver, plain
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Selection
@@ -136,6 +136,7 @@ def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:
         "tracked": [layer.name for layer in run.architecture.layers],
         "tokenizer": corpus.tokenizer,
         "corpus": corpus.fingerprint,
+        "attention": config.corpus.attention.value,
         "labels": config.labels.value,
         "blocks": config.blocks,
         "num_sequences": selection.size,
@@ -152,7 +153,8 @@ def _plan(run: Run, corpus: AddressableCorpus) -> FactorsPlan:
     )
     store.create(PLAN, _json_bytes(made.to_json()))
     plan = read_plan(store)
-    stored = plan.fields | {"blocks": plan.blocks}
+    # Factors that were fitted before there was a choice.
+    stored = {"attention": Attention.across.value} | plan.fields | {"blocks": plan.blocks}
     differing = [
         f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in fields.items() if stored.get(key) != value
     ]
@@ -203,8 +205,10 @@ def _lambda(run: Run, plan: FactorsPlan, corpus: AddressableCorpus) -> None:
 def _task(
     run: Run, plan: FactorsPlan, corpus: AddressableCorpus, group: int, index: int, *, draw_labels: bool = False
 ) -> FitTask:
-    labels, seed = run.config.factors.labels, run.config.seed
-    return FitTask(run.factors_store, corpus.store, plan, group, index, labels, seed, draw_labels)
+    config, seed = run.config.factors, run.config.seed
+    return FitTask(
+        run.factors_store, corpus.store, plan, group, index, config.labels, seed, draw_labels, config.corpus.attention
+    )
 
 
 def _run_tasks(run: Run, name: str, plan: FactorsPlan, left: list[tuple[int, int]], function: Any, task: Any) -> None:

@@ -12,8 +12,8 @@ import ray
 import ray.data
 
 from infscan import errors
-from infscan.config import CorpusConfig, fingerprint
-from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, is_prepared, open_corpus
+from infscan.config import Attention, CorpusConfig, fingerprint
+from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus, check_told_apart, is_prepared, open_corpus
 from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import describe, difference, token_files
 from infscan.corpus.documents import document_files, document_pieces, file_format
@@ -36,6 +36,7 @@ from infscan.corpus.prepared import (
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import CorpusError, InfscanError, RunError
 from infscan.model.architecture import Architecture
+from infscan.model.attention import refusal
 from infscan.storage import InputFile, Store
 from infscan.telemetry import Telemetry
 
@@ -44,7 +45,14 @@ _MOST_BLOCKS = 4096
 
 
 def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> PackSettings:
-    """How this corpus is packed for this model: T, vocabulary, and the EOS and BOS that join documents."""
+    """How this corpus is packed for this model: T, vocabulary, and the EOS and BOS that join documents.
+
+    Raises:
+        ModelError: where documents are to be kept apart, and the model cannot.
+        CorpusError: where a separator is needed that the model does not have.
+    """
+    if config.attention is Attention.within and not architecture.takes_positions:
+        raise refusal(architecture.family)
     eos_id = _eos_id(config, architecture, tokenizer)
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)
@@ -87,9 +95,23 @@ def prepare(
     kept, so preparing again finishes what is missing.
 
     Raises:
-        CorpusError: naming file and line, for input that cannot be read.
+        CorpusError: naming file and line, for input that cannot be read; where documents are to be kept apart, and
+            nothing says where they begin.
         RunError: where `store` holds a corpus of other files or settings.
     """
+    corpus = _addressable(config, architecture, tokenizer, store, telemetry)
+    if config.attention is Attention.within:
+        check_told_apart(corpus)
+    return corpus
+
+
+def _addressable(
+    config: CorpusConfig,
+    architecture: Architecture,
+    tokenizer: Tokenizer | None,
+    store: Store,
+    telemetry: Telemetry,
+) -> AddressableCorpus:
     if config.paths:
         return _joined(config, architecture, tokenizer, store, telemetry)
     if is_prepared(config.path):

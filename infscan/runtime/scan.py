@@ -68,13 +68,14 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
-    value = sealed(made.to_json() | {"inputs": run.inputs()})
+    attention = settings.attention.value
+    value = sealed(made.to_json() | {"inputs": run.inputs(), "attention": attention})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
     if not is_intact(found):
         raise RunError(f"{run.store.uri}/{PLAN} is not what was written; restore it, or give another output=...")
-    wanted = {"corpus": corpus.fingerprint, **run.inputs()}
-    planned = {"corpus": found["corpus_fingerprint"], **found["inputs"]}
+    wanted = {"corpus": corpus.fingerprint, "attention": attention, **run.inputs()}
+    planned = {"corpus": found["corpus_fingerprint"], "attention": found["attention"], **found["inputs"]}
     changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
     if changed:
         raise RunError(
@@ -188,7 +189,8 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
             standings.add(hits)
     left = [int(number) for number in plan.order() if names[int(number)] not in done]
     quarantined: dict[str, str] = {}
-    run_fingerprint = fingerprint({"plan": plan.to_json(), "queries": batch.fingerprint})
+    attention = run.config.corpus.attention
+    run_fingerprint = fingerprint({"plan": plan.to_json(), "queries": batch.fingerprint, "attention": attention})
 
     def task(number: int) -> ScanTask:
         return ScanTask(
@@ -204,6 +206,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
             tokens_per_batch=run.config.scan.tokens_per_batch,
             dense=run.config.scan.scores.value == "all",
             fingerprint=run_fingerprint,
+            attention=attention,
         )
 
     def on_given_up(number: int, reason: str) -> None:

@@ -80,6 +80,7 @@ def solve(run: Run, factors: Factors) -> Factors:
             curvature=factors.fingerprint or "",
             fingerprint=keys[query.id],
             seed=run.config.seed,
+            attention=config.corpus.attention,
         )
 
     if left:

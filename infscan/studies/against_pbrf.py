@@ -203,6 +203,10 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
         raise ConfigError(
             "truth=pbrf: its objective is of every token; use a corpus without prompt_field or mask_field."
         )
+    if any(one.starts is not None and len(one.starts) > 1 for one in study.curvature):
+        raise ConfigError(
+            "truth=pbrf: its objective is of whole sequences; use corpus.attention=across, or corpus.packing=document."
+        )
     rank, N = study.rank, len(study.curvature)
     points = sampled_points(truth, N, config.seed)
     if truth.coordinates is CoordinateSystem.fisher:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from infscan.config import Labels, Solver
-from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
+from infscan.config import Attention, Labels, Solver
+from infscan.corpus.addressable import AddressableCorpus, check_told_apart, is_prepared, open_corpus
 from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
@@ -85,8 +85,8 @@ def open_study(config: ValidateJob) -> Study:
     return Study(
         rank,
         chosen,
-        corpus.read(plan.selection.ids()),
-        corpus.read(candidates.ids()),
+        rank.read(corpus.store, plan.selection.ids(), config.corpus.attention),
+        rank.read(corpus.store, candidates.ids(), config.corpus.attention),
         Inverse(factors, Solver.ekfac, config.factors.damping),
         fit_seconds,
         {
@@ -126,7 +126,10 @@ def prepare_here(
             "may be the <output>/corpus of a run that joined them."
         )
     if is_prepared(config.corpus.path):
-        return open_corpus(Store(config.corpus.path))
+        corpus = open_corpus(Store(config.corpus.path))
+        if config.corpus.attention is Attention.within:
+            check_told_apart(corpus)
+        return corpus
     pack = settings_for(config.corpus, architecture, tokenizer)
     pieces = document_pieces(document_files(config.corpus), config.corpus)
     parts = [prepare_part(piece, index, config.corpus, pack, tokenizer, store) for index, piece in enumerate(pieces)]
@@ -142,6 +145,7 @@ def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCo
             "dtype": str(rank.model.dtype).removeprefix("torch."),
             "tracked": [layer.name for layer in architecture.layers],
             "corpus": corpus.fingerprint,
+            "attention": config.corpus.attention.value,
             "labels": config.factors.labels.value,
             "blocks": config.factors.blocks,
             "sample": [selection.size, selection.digest()],
@@ -162,7 +166,8 @@ def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsP
     started = time.perf_counter()
 
     def task(group: int, *, draw_labels: bool) -> FitTask:
-        return FitTask(store, corpus.store, plan, group, 0, config.factors.labels, config.seed, draw_labels)
+        labels, attention = config.factors.labels, config.corpus.attention
+        return FitTask(store, corpus.store, plan, group, 0, labels, config.seed, draw_labels, attention)
 
     for group in range(len(plan.groups)):
         covariance_task(rank, task(group, draw_labels=group == 0 and config.factors.labels is Labels.sampled))

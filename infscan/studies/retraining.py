@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import GPTNeoXForCausalLM
 
-from infscan.config import fingerprint
+from infscan.config import Attention, fingerprint
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.errors import ConfigError, RunError
 from infscan.model.architecture import describe
@@ -163,6 +163,11 @@ class RetrainingStudy:
                     f"{uri} scanned another {what} than this study trains on; scan model.path={self.store}/{MODEL} "
                     "with corpus.path=<this study's corpus>."
                 )
+        if plan["attention"] != Attention.across.value:
+            raise RunError(
+                f"{uri} was scanned with corpus.attention={plan['attention']}, and this study trains across documents; "
+                "scan it with corpus.attention=across, or prepare the corpus with corpus.packing=document."
+            )
 
     def run(
         self, methods: Mapping[str, NDArray[np.float64]], proponents: Mapping[str, Sequence[int]] | None = None

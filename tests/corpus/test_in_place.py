@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from infscan.config import Packing
+from infscan.config import Attention, Packing
 from infscan.corpus import arrays, describe, in_place, megatron
-from infscan.corpus.addressable import AddressableCorpus
+from infscan.corpus.addressable import AddressableCorpus, check_told_apart
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError
@@ -26,6 +27,7 @@ from tests.corpus import layouts
 from tests.corpus.builders import EOS, VOCAB, corpus_config, documents, settings
 
 T = 8
+with_empty = st.lists(st.lists(st.integers(2, VOCAB - 1), max_size=6), min_size=1, max_size=12)
 rows = st.lists(st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
@@ -92,6 +94,51 @@ def content(sequence: Sequence) -> tuple[Any, ...]:
 
 def packed(docs: list[list[int]], pack: PackSettings) -> list[tuple[Any, ...]]:
     return [content(sequence) for sequence in Packer(pack).pack(documents(docs))]
+
+
+def after_eos(sequence: Sequence) -> list[int]:
+    """Where documents begin, said without their spans: at 0 and after every EOS."""
+    tokens = sequence.token_ids.tolist()
+    return [at for at in range(len(tokens)) if at == 0 or tokens[at - 1] == EOS]
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+@examples(max_examples=10)
+@given(docs=with_empty, length=st.integers(2, 12))
+def test_every_layout_tells_where_attention_begins_anew(kind: str, docs: list[list[int]], length: int) -> None:
+    corpus = FORMATS[kind](docs, settings(Packing.concat, length))
+    for sequence in corpus.read(np.arange(corpus.sequences), Attention.within):
+        assert sequence.starts is not None
+        assert sequence.starts.tolist() == after_eos(sequence)
+    assert all(sequence.starts is None for sequence in everything(corpus))
+
+
+def test_megatron_documents_without_eos_are_told_apart_by_the_index() -> None:
+    store = memory()
+    layouts.megatron(store, "a", [[5, 6, 7], [8, 9], [4] * 6])
+    pack = settings(Packing.concat, T)
+    corpus = layouts.described(store, corpus_config(store.uri), pack)
+    found = corpus.read(np.arange(2), Attention.within)
+    assert [sequence.starts.tolist() for sequence in found if sequence.starts is not None] == [[0, 3, 5], [0]]
+    check_told_apart(corpus)
+
+
+@pytest.mark.parametrize("kind", ["npy", "mds"])
+def test_arrays_without_an_eos_are_refused_where_documents_are_kept_apart(kind: str) -> None:
+    store = memory()
+    flat = [token for tokens in big_corpus(50) for token in tokens]
+    if kind == "npy":
+        layouts.npy(store, "a.npy", flat)
+    else:
+        layouts.mds(store, [{"tokens": np.array(flat[at : at + T])} for at in range(0, 400, T)], {"tokens": "ndarray"})
+    pack = settings(Packing.concat, T)
+    with pytest.raises(CorpusError, match=r"nothing says where they begin: none of [\d,]+ token ids is EOS \(0\)"):
+        check_told_apart(layouts.described(store, corpus_config(store.uri), pack))
+    # Told what documents end with, it is read; and so are samples that are documents.
+    check_told_apart(layouts.described(store, corpus_config(store.uri), replace(pack, eos_id=flat[0])))
+    if kind == "mds":
+        alone = settings(Packing.document, T)
+        check_told_apart(layouts.described(store, corpus_config(store.uri, packing=Packing.document), alone))
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))

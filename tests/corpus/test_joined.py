@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infscan.config import Packing
+from infscan.config import Attention, Packing
 from infscan.corpus.addressable import AddressableCorpus, label_of, open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.in_place import DESCRIPTION
@@ -52,6 +52,15 @@ def test_numbers_run_through_and_any_of_them_come_back(tmp_path: Path, parts: di
     ids = np.random.default_rng(0).integers(0, corpus.sequences, 50)
     for each in (corpus, pickle.loads(pickle.dumps(corpus))):
         assert [plain(sequence) for sequence in each.read(ids)] == [expected[number] for number in ids]
+    apart = [
+        one.starts.tolist()
+        for part in parts.values()
+        for one in part.read(np.arange(part.sequences), Attention.within)
+        if one.starts is not None
+    ]
+    within = corpus.read(np.arange(corpus.sequences), Attention.within)
+    assert [one.starts.tolist() for one in within if one.starts is not None] == apart
+    assert len(apart) == corpus.sequences
     blocks = [block.tokens[block.offsets[row] : block.offsets[row + 1]].tolist()
               for block in corpus.token_blocks(n - 2, n + 3) for row in range(len(block))]  # fmt: skip
     assert blocks == [one["token_ids"] for one in expected[n - 2 : n + 3]]

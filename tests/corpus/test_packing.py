@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infscan.config import Packing
 from infscan.corpus.packing import Counts, Packer, PackSettings, pack_settings
-from infscan.corpus.sequences import Sequence
+from infscan.corpus.sequences import Sequence, document_starts
 from infscan.errors import CorpusError
 from tests.corpus.builders import BOS, EOS, VOCAB, corpus_config, documents, settings
 
@@ -45,6 +45,25 @@ def test_spans_lead_back_to_the_very_tokens(rows: list[list[int]], length: int, 
     room = length - bos
     expected = {f"d{n}": row if packing is Packing.concat else row[:room] for n, row in enumerate(rows) if row}
     assert found == expected
+
+
+@given(corpora, lengths, st.sampled_from([None, BOS, EOS]), st.sampled_from(Packing))
+def test_attention_begins_anew_where_another_document_and_its_separators_begin(
+    rows: list[list[int]], length: int, bos: int | None, packing: Packing
+) -> None:
+    """Documents may hold the separators' ids too; BOS and EOS may be one token."""
+    concat = packing is Packing.concat
+    eos = EOS if concat else None
+    sequences, _ = packed(rows, PackSettings(packing, length, VOCAB, eos, bos))
+    sizes = [(bos is not None) + len(row) + concat for row in rows if row]
+    if concat:
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        owned = np.split(owners, np.arange(length, len(owners), length)) if len(owners) else []
+    else:
+        owned = [np.zeros(min(size, length)) for size in sizes]
+    for sequence, owner in zip(sequences, owned, strict=True):
+        starts = document_starts(sequence.token_ids, sequence.documents, (bos, eos))
+        assert starts.tolist() == [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist()]
 
 
 @given(corpora, lengths, st.booleans(), st.sampled_from(Packing))

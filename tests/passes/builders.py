@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from infscan.config import DampingConfig, Labels, ModelConfig, Packing, Solver
+from infscan.config import Attention, DampingConfig, Labels, ModelConfig, Packing, Solver
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.model.architecture import describe
@@ -71,11 +71,17 @@ def fit_plan(
 
 
 def fit_tasks(
-    store: Store, corpus: PreparedCorpus, plan: FactorsPlan, labels: Labels, *, draw: bool = False
+    store: Store,
+    corpus: PreparedCorpus,
+    plan: FactorsPlan,
+    labels: Labels,
+    *,
+    draw: bool = False,
+    attention: Attention = Attention.across,
 ) -> list[FitTask]:
     """Every (layer group, slice), the first group first; with `draw` that one draws the labels."""
     return [
-        FitTask(store, corpus.store, plan, group, index, labels, SEED, draw and group == 0)
+        FitTask(store, corpus.store, plan, group, index, labels, SEED, draw and group == 0, attention)
         for group in range(len(plan.groups))
         for index in range(len(plan.slices))
     ]

@@ -51,12 +51,14 @@ def test_only_hit_sequences_are_kept_once_with_their_tokens_and_provenance(tmp_p
         "byte_offset": 3000,
         "loss": 0.375,
         "loss_mask": None,
+        "document_starts": None,
     }
     tokens = read_candidates(store, "s", np.asarray([2, 3]), tokens_only=True)
     assert tokens.to_pydict() == {
         "sequence_id": [2, 3],
         "token_ids": [[2, 3, 4, 5, 6], [3, 4, 5, 6, 7]],
         "loss_mask": [None, None],
+        "document_starts": [None, None],
     }
     assert pq.read_metadata(tmp_path / shard_path("s")).num_rows == 3
 

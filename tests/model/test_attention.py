@@ -1,0 +1,147 @@
+"""Documents that share a sequence and do not see each other come out as they do alone, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import BloomConfig, MambaConfig, PretrainedConfig
+
+from infscan.config import Attention, CorpusConfig, Dtype, ModelConfig
+from infscan.corpus.batches import pad, pad_positions
+from infscan.errors import ModelError
+from infscan.influence.layers import Layer
+from infscan.model.architecture import describe
+from infscan.model.attention import check_keeps_apart, document_mask
+from infscan.model.capture import backward, capturing
+from infscan.model.load import LoadedModel, Place, load
+from infscan.model.measure import next_tokens, summed_losses
+from infscan.runtime.prepare import settings_for
+from tests.model import families
+from tests.model.families import CONFIGS, VOCAB, save
+
+# Of each row, how long its documents are: one token, one document, padding after the last.
+ROWS = ((5, 1, 9), (7,), (2, 3, 1, 1, 4))
+# RMSNorm and rotary tables round in float32 whatever the model's dtype.
+CLOSE = 1e-6
+WINDOWED = {
+    "phi3 with a window": type(CONFIGS["phi3"])(**CONFIGS["phi3"].to_dict() | {"sliding_window": 3}),
+    "qwen2 with a window": type(CONFIGS["qwen2"])(
+        **CONFIGS["qwen2"].to_dict()
+        | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "layer_types": None}
+    ),
+}
+
+
+def tokens(rows: tuple[tuple[int, ...], ...]) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [[rng.integers(1, VOCAB, length) for length in lengths] for lengths in rows]
+
+
+def starts_of(lengths: tuple[int, ...]) -> np.ndarray:
+    return np.cumsum([0, *lengths[:-1]])
+
+
+def captured(
+    model: LoadedModel, layers: tuple[Layer, ...], sequences: list[np.ndarray], positions: np.ndarray | None = None
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Losses [B], and (a, s) by layer."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+        found[layer.name] = (a_bti, s_bto)
+
+    ids, mask = (torch.from_numpy(array) for array in pad(sequences))
+    with capturing(model.module, layers, consume):
+        logits_btv = model.logits(ids, None if positions is None else torch.from_numpy(positions))
+        losses_b = summed_losses(logits_btv, *next_tokens(ids, mask))
+        backward(losses_b.sum())
+    return losses_b.detach(), found
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [*((family, False) for family in (*CONFIGS, *WINDOWED)), ("llama", True), ("opt", True)],
+)
+def test_documents_of_a_sequence_are_as_if_alone(
+    family: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is run alone with the token after it to predict; their losses add up to the sequence's, and a_t and s_t are
+    the sequence's own."""
+    monkeypatch.setattr(families, "CONFIGS", CONFIGS | WINDOWED)
+    path = str(save(family, tmp_path))
+    settings = ModelConfig(path, Dtype.float64, gradient_checkpointing=checkpointing)
+    model = load(settings, Place(), sharded=False)
+    check_keeps_apart(model)
+    layers = describe(path, "linear").layers
+    rows = tokens(ROWS)
+    sequences = [np.concatenate(row) for row in rows]
+    longest = max(map(len, sequences))
+    positions = pad_positions([starts_of(lengths) for lengths in ROWS], longest)
+    assert positions is not None
+    losses_b, found = captured(model, layers, sequences, positions)
+    across_b, _ = captured(model, layers, sequences)
+    for row, lengths in enumerate(ROWS):
+        ends = np.cumsum(lengths)
+        total = 0.0
+        for start, end in zip(starts_of(lengths), ends, strict=True):
+            alone, own = captured(model, layers, [sequences[row][start : end + 1]])
+            total += float(alone)
+            for layer in layers:
+                for together, apart in zip(found[layer.name], own[layer.name], strict=True):
+                    torch.testing.assert_close(
+                        together[row, start:end], apart[0, : end - start], rtol=CLOSE, atol=CLOSE
+                    )
+        assert float(losses_b[row]) == pytest.approx(total, rel=CLOSE)
+        assert (float(across_b[row]) == pytest.approx(total, rel=10 * CLOSE)) == (len(lengths) == 1)
+
+
+def test_positions_begin_anew_with_documents_and_go_on_in_padding() -> None:
+    positions = pad_positions([np.array([0, 2, 3]), None, np.array([0])], 5)
+    assert positions is not None
+    assert positions.tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert pad_positions([np.array([0]), None], 5) is None
+
+
+def test_a_mask_shows_a_token_its_own_document_up_to_itself() -> None:
+    mask_b1tt = document_mask(torch.tensor([[0, 1, 0, 0, 1]]))
+    assert mask_b1tt[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2),
+        MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4),
+    ],
+    ids=["bloom", "mamba"],
+)
+def test_a_family_that_is_told_no_positions_is_refused_before_it_is_loaded(
+    config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "CONFIGS", {"other": config})
+    architecture = describe(str(save("other", tmp_path)), r"\.\d+\..*proj|dense")
+    corpus = CorpusConfig(path="corpus", eos_id=1, sequence_length=8)
+    settings_for(corpus, architecture, None)
+    corpus.attention = Attention.within
+    with pytest.raises(ModelError, match=rf"within: {config.model_type} does not keep.*packing=document"):
+        settings_for(corpus, architecture, None)
+
+
+def test_a_model_that_sees_through_the_boundary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(ModelConfig(str(save("gpt_neox", tmp_path)), Dtype.float64), Place(), sharded=False)
+    forward = model.module.forward
+    monkeypatch.setattr(
+        model.module, "forward", lambda input_ids, use_cache, **_: forward(input_ids=input_ids, use_cache=use_cache)
+    )
+    with pytest.raises(ModelError, match=r"within: gpt_neox does not keep the documents of a sequence apart"):
+        check_keeps_apart(model)
