@@ -92,16 +92,16 @@ def planning(folder: Path, files: int) -> None:
             if at % PER_FOLDER == 0:
                 below.mkdir()
             os.link(seed, below / f"{at:07d}.jsonl")
-    report("before", time.perf_counter())
+    report("before", now())
     config = CorpusConfig(path=str(folder))
-    started = time.perf_counter()
+    started = now()
     found = document_files(config)
     report(f"listing {len(found):,} files", started)
-    started = time.perf_counter()
+    started = now()
     pieces = document_pieces(found, config)
     lines = [piece.to_json() for piece in pieces]
     report(f"{len(pieces):,} parts of them, {sum(map(len, lines)) / 2**20:.0f} MiB as JSON", started)
-    started = time.perf_counter()
+    started = now()
     pieces = document_pieces([InputFile("s3://bucket/one.jsonl", 1 << 40, "tag")], config)
     # Four bytes of text a token, about.
     sequences = (1 << 40) // 4 // T
@@ -110,9 +110,15 @@ def planning(folder: Path, files: int) -> None:
     report(f"a file of 1 TiB: {len(pieces):,} parts; {plan.num_shards:,} shards of {sequences:,} sequences", started)
 
 
-def report(name: str, started: float) -> None:
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and of this process's CPU."""
+    return time.perf_counter(), time.process_time()
+
+
+def report(name: str, started: tuple[float, float]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{name}: {time.perf_counter() - started:.1f} s; peak {peak:,.0f} MiB")
+    passed, cpu = (end - start for end, start in zip(now(), started, strict=True))
+    print(f"{name}: {passed:.1f} s, {cpu:.1f} of CPU; peak {peak:,.0f} MiB")
 
 
 if __name__ == "__main__":
