@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from infscan.config import Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.errors import ConfigError, RunError
+from infscan.model.architecture import describe
 from infscan.queries import Part, Query
 from infscan.results.dense import score_column
 from infscan.storage import Store
@@ -188,6 +189,11 @@ def test_a_scan_of_another_model_or_corpus_is_refused(tmp_path: Path, corpus: Pr
         run.write_json("plan.json", {"corpus_fingerprint": fingerprint, "inputs": {"model": "another"}})
         with pytest.raises(RunError, match=f"scanned another {what}"):
             study.scores(run.uri)
+    inputs = {"model": describe(str(tmp_path / "model"), "mlp").fingerprint}
+    plan = {"corpus_fingerprint": corpus.fingerprint, "inputs": inputs, "attention": "within"}
+    run.write_json("plan.json", plan)
+    with pytest.raises(RunError, match=r"corpus\.attention=within, and this study trains across documents"):
+        study.scores(run.uri)
 
 
 def test_proponents_are_read_by_query(tmp_path: Path) -> None:
