@@ -1,10 +1,11 @@
 """Multi-stage influence judged: against conjugate gradients, on facts, and by retraining (docs/stages.md).
 
-python benchmarks/stages.py cg facts lds [--folder runs/stages]
+python benchmarks/stages.py cg facts lds cost [--folder runs/stages]
 
 cg: B25's first experiment rebuilt (2-layer GPT-NeoX of width 256). facts: its second in small. lds: a linear
-datamodeling score by retraining through both stages. Trained models, factors, solutions and retrainings stay in the
-folder and are found again; each part ends with <folder>/<part>.json.
+datamodeling score by retraining through both stages. cost: a scan with one stage's queries and with two stages', turn
+by turn, and what making the queries costs. Trained models, factors, solutions and retrainings stay in the folder and
+are found again; each part ends with <folder>/<part>.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infscan.config import CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
+from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
 from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
+from infscan.influence.topk import SIDES
 from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import query_gradients
+from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task, read_query_batch
+from infscan.passes.scan import ScanTask, scan_task
 from infscan.passes.solve import ekfac_factors
+from infscan.passes.stages import StageTask, stage_task
 from infscan.storage import Store
 from infscan.studies.against_cg import by_lissa, score_solutions
 from infscan.studies.answers import answers, questions
@@ -327,13 +332,67 @@ def retraining(folder: Path, subsets: int) -> Row:
     return found
 
 
+def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
+    """The embedded models: one shard scanned with the queries of one stage and of two, in turns; seconds of CPU."""
+    untrained = TrainingSettings()
+    recipe = Recipe(Sizes(), 128, untrained, untrained, 0.01)
+    bench = Bench(folder / "cost", demo_rows(None), [asdict(row) for row in answers()], questions(), recipe)
+    pretrained = bench.study(str(DEMO / "model"), "corpus", curvature=400, candidates=3)
+    finetuned = bench.study(str(DEMO / "model-answers"), "tuning", candidates=3)
+    rank, store = pretrained.rank, Store(str(bench.folder / "measured"))
+    queries, layers = tuple(pretrained.queries), rank.layers
+    corpus = Store(str(bench.folder / "model-corpus-mlp" / "corpus"))
+    vectors = Vectors(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
+    inverses = {"one": pretrained.inverse, "two": replace(pretrained.inverse, vectors=vectors)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("scan one", "scan two", "queries one", "queries two")}
+
+    def make(stages: str) -> None:
+        if stages == "two":
+            back = replace(finetuned.inverse, alpha=recipe.alpha)
+            names = tuple(vectors.names[query.id] for query in queries)
+            stage_task(finetuned.rank, StageTask(store, names, queries, layers, back))
+        how = Compression.weighted
+        query_task(rank, QueryTask(store, f"batch-{stages}", queries, layers, inverses[stages], 32, how, stages))
+
+    def scan(stages: str, number: int) -> None:
+        task = ScanTask(
+            run=store / f"runs/{time.time_ns()}-{number}",
+            corpus=corpus,
+            shard="shard-000000",
+            sequence_ids=np.arange(sequences),
+            query_ids=tuple(query.id for query in queries),
+            query_batch=stages,
+            sides=SIDES,
+            candidates=40,
+            thresholds=[dict.fromkeys(SIDES) for _ in queries],
+            tokens_per_batch=4096,
+            dense=False,
+            fingerprint="cost",
+        )
+        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]))
+
+    for number in range(repeats + 1):
+        for stages in ("one", "two") if number % 2 else ("two", "one"):
+            for what, work in (("queries", partial(make, stages)), ("scan", partial(scan, stages, number))):
+                started = time.process_time()
+                work()
+                if number:  # the first turn warms up
+                    seconds[f"{what} {stages}"].append(time.process_time() - started)
+    found: Row = {name: [*interval(np.array(values))] for name, values in seconds.items()}
+    for what in ("scan", "queries"):
+        ratios = np.array(seconds[f"{what} two"]) / np.array(seconds[f"{what} one"])
+        found[f"{what} two / one"] = [*interval(ratios)]
+        found[f"{what} two / one, by turn"] = [round(float(ratio), 3) for ratio in ratios]
+    return found | {"queries": len(queries), "sequences": sequences, "repeats": repeats}
+
+
 def _estimate(found: lds.Estimate) -> list[float]:
     return [found.mean, found.low, found.high]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["cg", "facts", "lds"])
+    parser.add_argument("parts", nargs="+", choices=["cg", "facts", "lds", "cost"])
     parser.add_argument("--folder", type=Path, default=Path("runs/stages"))
     parser.add_argument("--subsets", type=int, default=32)
     options = parser.parse_args()
@@ -341,7 +400,7 @@ def main() -> None:
     folder: Path = options.folder.absolute()
     for part in options.parts:
         started = time.perf_counter()
-        parts = {"cg": against_cg, "facts": facts, "lds": lambda at: retraining(at, options.subsets)}
+        parts = {"cg": against_cg, "facts": facts, "lds": lambda at: retraining(at, options.subsets), "cost": cost}
         found = parts[part](folder)
         found["seconds"] = round(time.perf_counter() - started, 1)
         (folder / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
