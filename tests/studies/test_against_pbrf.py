@@ -215,6 +215,13 @@ def test_days_of_responses_of_a_language_model_are_refused_before_any_is_compute
     assert not list(tmp_path.glob("lm/validate/responses/*/point-*.json"))
 
 
+def test_documents_that_do_not_see_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"whole sequences; use corpus\.attention=across, or corpus\.packing=document"
+    ):
+        against_pbrf.validate(language_model(tmp_path, "corpus.packing=concat", "corpus.attention=within"), quiet)
+
+
 def test_a_language_model_is_judged_by_its_responses(folder: Path) -> None:
     config = language_model(folder)
     found, table, facts = against_pbrf.validate(config, quiet)
