@@ -15,6 +15,7 @@ from infscan.errors import ConfigError, StorageError
 from infscan.passes.factor_store import COMPLETE, FactorsPlan
 from infscan.results.shard_file import finished_shards
 from infscan.runtime.pool import missing_room
+from infscan.storage import Store
 
 if TYPE_CHECKING:
     from infscan.corpus.addressable import AddressableCorpus
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from infscan.runtime.run import Run
 
 log = logging.getLogger("infscan")
+
+# Where Ray unpacks what `ray job submit --working-dir` uploads, below its session's folder.
+_SUBMITTED = "runtime_resources/working_dir_files"
 
 # Bytes of a float32, of a token id, and of a row's other columns, before compression.
 _FLOAT, _TOKEN, _ROW = 4, 4, 100
@@ -31,11 +35,23 @@ def check_writable(run: Run) -> None:
     """The output, and factors.path where factors are to be put there.
 
     Raises:
+        ConfigError: where one is a folder that Ray will remove.
         StorageError: where one cannot be written: permissions, credentials, a full disk, a server that does not answer.
     """
+    _refuse_submitted("output", run.store)
     run.store.check_writable()
     if run.factors_apart and not run.factors_store.exists(COMPLETE):
+        _refuse_submitted("factors.path", run.factors_store)
         run.factors_store.check_writable()
+
+
+def _refuse_submitted(key: str, store: Store) -> None:
+    folder = store.local_path()
+    if folder is not None and _SUBMITTED in folder.as_posix():
+        raise ConfigError(
+            f"{key}={store.uri} lies in the submitted job's copy of the working folder, which Ray removes; give an "
+            "address on object storage (s3://...), or the whole path of a folder that every node has."
+        )
 
 
 def check_capacity(cluster: ClusterConfig, gpus: float) -> None:

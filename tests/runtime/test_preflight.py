@@ -14,6 +14,7 @@ from infscan.errors import ConfigError, StorageError
 from infscan.influence.layers import Layer
 from infscan.passes.factor_store import FactorsPlan
 from infscan.runtime import pool, preflight
+from infscan.runtime.run import Run
 from infscan.storage import Store
 from tests.runtime.builders import small_run
 
@@ -53,6 +54,17 @@ def test_a_machine_without_room_for_one_worker_is_refused_at_once(
 def test_room_for_one_worker_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, {"CPU": 2.0})
     preflight.check_capacity(ClusterConfig(num_workers=50, ranks_per_worker=2), 0.0)
+
+
+@pytest.mark.parametrize("key", ["output", "factors.path"])
+def test_the_copy_that_ray_makes_of_a_submitted_folder_takes_no_results(key: str, tmp_path: Path) -> None:
+    """`ray job submit --working-dir . -- ... output=runs/mine`: Ray would remove the answer with the copy."""
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    config = small_run(tmp_path, f"{key}={copy / 'runs' / 'mine'}")
+    run = Run(config)
+    with pytest.raises(ConfigError, match=f"{key}=.*which Ray removes; give an address on object storage"):
+        preflight.check_writable(run)
+    assert not copy.exists()
 
 
 def scan_of(tmp_path: Path, *overrides: str) -> Any:
