@@ -45,6 +45,11 @@ def holds_secret(text: str) -> bool:
     return any(pattern.search(text) for pattern in (_USER_SECRET, _TOKEN_USER, _SIGNED, _QUERY_SECRET))
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable of this name is taken for a secret."""
+    return bool(_SECRET_VARIABLE.search(variable)) and not _NO_SECRET_VARIABLE.search(variable)
+
+
 def redact(text: str) -> str:
     """`text` without credentials: of URLs, of HTTP headers, and values of environment variables that name a secret."""
     text = _TOKEN_USER.sub(r"\1***@", _USER_SECRET.sub("***@", text))
@@ -65,7 +70,7 @@ def _secrets() -> list[str]:
             # FSSPEC_S3='{"key": ..., "secret": ...}' is how fsspec is told several things at once.
             with suppress(ValueError):
                 found.update(_secrets_of(json.loads(value)))
-        if _SECRET_VARIABLE.search(name) and not _NO_SECRET_VARIABLE.search(name):
+        if names_secret(name):
             found.add(value)
     return sorted((value for value in found if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
 

@@ -11,15 +11,25 @@ from typing import Any
 from omegaconf import MISSING
 
 from infscan.config.identity import at_top, leaves, plain
-from infscan.config.schema import Compression, Config, CorpusConfig, ScanConfig, Sharding, Solver
+from infscan.config.schema import (
+    ClusterConfig,
+    Compression,
+    Config,
+    CorpusConfig,
+    Offload,
+    ScanConfig,
+    Sharding,
+    Solver,
+)
 from infscan.errors import ConfigError
-from infscan.secrets import MEND, holds_secret, redact
+from infscan.secrets import MEND, holds_secret, names_secret, redact
 
 _MOST_INTEGER = 2**63 - 1  # of Parquet, numpy and torch
 _MOST_SECONDS = 1e9  # thirty years; an operating system's timers end at about ten times that
 _MOST_NAME_BYTES, _MOST_BYTES = 255, 4096  # of a name in a path, and of a path; no other text needs more
 
 _DEEPEST = 20  # brackets in an argument; Hydra's parser takes many stack frames for each
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # (least, most) of what a number may be, by key, where it is not any that Parquet holds; a stage's as at the top.
@@ -111,6 +121,12 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
             f"model.sharding=none with cluster.ranks_per_worker={config.cluster.ranks_per_worker}: a worker's ranks "
             "hold one copy of the model between them; use model.sharding=zero3, or more cluster.num_workers."
         )
+    if config.model.zero.offload is not Offload.none and not config.sharded:
+        raise ConfigError(
+            f"model.zero.offload={config.model.zero.offload.value}: only a sharded model's parameters are kept apart "
+            "from where they are used; add model.sharding=zero3 (one rank is enough)."
+        )
+    _check_ranks(config.cluster)
     if not 0 <= config.factors.iteration.momentum < 1:
         raise ConfigError(f"factors.iteration.momentum={config.factors.iteration.momentum}: from 0 to below 1.")
     if config.factors.solver.iterated and (config.sharded or config.model.gradient_checkpointing):
@@ -135,6 +151,28 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
             "or scan.rank=null for exact scores."
         )
     _check_stages(config)
+
+
+def _check_ranks(cluster: ClusterConfig) -> None:
+    gpus, ranks = cluster.gpus_per_rank or 0.0, cluster.ranks_per_worker
+    if gpus > 1:
+        raise ConfigError(
+            f"cluster.gpus_per_rank={gpus:g}: a rank computes on one GPU; cut the model over several ranks with "
+            f"cluster.ranks_per_worker={math.ceil(gpus)} cluster.gpus_per_rank=1."
+        )
+    if 0 < gpus < 1 and ranks > 1:
+        raise ConfigError(
+            f"cluster.gpus_per_rank={gpus:g} with cluster.ranks_per_worker={ranks}: the ranks of a worker exchange "
+            "parameters by NCCL, which wants a GPU for each; use cluster.gpus_per_rank=1, or one rank per worker."
+        )
+    for name in cluster.rank_env:
+        if not _VARIABLE.fullmatch(name):
+            raise ConfigError(f"cluster.rank_env: {_said(name)} is no name of an environment variable.")
+        if names_secret(name):
+            raise ConfigError(
+                f"cluster.rank_env.{name}: by its name a secret, which would be written to config.yaml; set it in the "
+                "environment of the nodes instead."
+            )
 
 
 def check_argument(argument: str) -> None:

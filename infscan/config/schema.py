@@ -26,6 +26,14 @@ class Sharding(StrEnum):
     zero3 = "zero3"
 
 
+class Offload(StrEnum):
+    """Where a sharded model's parameters lie while they are not used."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class Packing(StrEnum):
     concat = "concat"
     document = "document"
@@ -94,12 +102,18 @@ class Placement(StrEnum):
 
 @dataclass
 class ZeroConfig:
-    """ZeRO-3's limits, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole."""
+    """ZeRO-3's limits, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole.
+
+    offload: a rank's shard lies on its device (none), in its host's memory (cpu), or in a file on a disk of its host
+    that memory maps (nvme), in the folder offload_path (null: where temporary files go).
+    """
 
     max_live_parameters: int = 30_000_000
     max_reuse_distance: int = 0
     prefetch_bucket_size: int = 10_000_000
     param_persistence_threshold: int = 10_000
+    offload: Offload = Offload.none
+    offload_path: str | None = None
 
 
 @dataclass
@@ -335,6 +349,8 @@ class ScanConfig:
 class ClusterConfig:
     """Where ranks run, and how long is waited for what does not answer.
 
+    num_workers: at most; those that have no room wait for it, and join when a node does. placement: of a worker's ranks
+    on nodes. rank_env: environment variables that ranks set before they meet (NCCL_*, GLOO_*, TORCH_NCCL_*).
     max_attempts: errors of a unit of work after which it is given up. deadline_s: for one unit. startup_s: for loading
     the model, once there is room. heartbeat_s: between two questions to a rank whether it lives. silence_s: without an
     answer after which it is taken for lost. capacity_s: without room for a single worker after which the job ends.
@@ -347,6 +363,7 @@ class ClusterConfig:
     gpus_per_rank: float | None = None
     cpus_per_rank: int = 1
     placement: Placement = Placement.STRICT_PACK
+    rank_env: dict[str, str] = field(default_factory=dict)
     max_attempts: int = 3
     deadline_s: float = 3600.0
     startup_s: float = 600.0

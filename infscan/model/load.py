@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from infscan.config import Dtype, ModelConfig
+from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError
 from infscan.model.architecture import first_line, load_config, model_folder, weight_files
 from infscan.model.attention import document_logits
+
+# Where a shard begins in its file, in bytes.
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,21 @@ def _refuse_incomplete(folder: Path, missing: set[str], unexpected: set[str]) ->
         )
 
 
-def _zero_config(settings: ModelConfig) -> dict[str, Any]:
+def zero_config(settings: ModelConfig, device: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. Its own offload to NVMe compiles code for asynchronous reads: here it is the offload
+    to the host's memory, whose place a mapped file takes (`_onto_disk`)."""
     zero = settings.zero
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_max_live_parameters": zero.max_live_parameters,
-            "stage3_max_reuse_distance": zero.max_reuse_distance,
-            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
-        },
+    limits: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": zero.max_live_parameters,
+        "stage3_max_reuse_distance": zero.max_reuse_distance,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.param_persistence_threshold,
     }
+    if zero.offload is not Offload.none:
+        pinned = zero.offload is Offload.cpu and device.startswith("cuda")
+        limits["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": limits}
 
 
 def _start_group(place: Place) -> Any:
@@ -152,8 +159,10 @@ def _start_group(place: Place) -> Any:
     assert place.address is not None, "a sharded model needs its group's address"
     host, _, port = place.address.rpartition(":")
     on_gpu = place.device.startswith("cuda")
+    # DeepSpeed takes the local rank for the number of the device.
+    local = place.device.partition(":")[2] or "0"
     os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK="0", WORLD_SIZE=str(place.world), MASTER_ADDR=host, MASTER_PORT=port
+        RANK=str(place.rank), LOCAL_RANK=local, WORLD_SIZE=str(place.world), MASTER_ADDR=host, MASTER_PORT=port
     )
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
     import deepspeed
@@ -176,13 +185,15 @@ def _load_zero3(
 ) -> LoadedModel:
     """Each rank reads its own slice of every parameter from the memory-mapped checkpoint, so none holds it whole."""
     deepspeed = _start_group(place)
-    zero = _zero_config(settings)
+    zero = zero_config(settings, place.device)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}
     # By the settings, never by Init's own `dtype`: DeepSpeed 0.19 overrules that on hardware without float16.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     module.tie_weights()
+    if settings.zero.offload is Offload.nvme:
+        _onto_disk(list(module.parameters()), settings.zero.offload_path)
     _fill_shards(module, folder, place.rank)
     module.requires_grad_(False)
     module.eval()
@@ -197,6 +208,35 @@ def _load_zero3(
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     # The module, never the engine: both of the engine's backward paths want an optimizer.
     return LoadedModel(engine.module, place, dtype, size, held)
+
+
+def _onto_disk(parameters: Sequence[Any], folder: str | None) -> None:
+    """Move a rank's shards into one file that is mapped into memory.
+
+    They are written once and then only read: under pressure the kernel drops their pages and reads them back. The file
+    has no name any more when this returns, so it goes with the process, however that ends.
+
+    Raises:
+        ModelError: where the folder is missing or takes no file of that size.
+    """
+    aligned = [-(-p.ds_tensor.numel() * p.ds_tensor.element_size() // _ALIGNED) * _ALIGNED for p in parameters]
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="infscan-shard-") as file:
+            # Room is taken now: a disk that fills behind a mapping ends the process without a word.
+            os.posix_fallocate(file.fileno(), 0, sum(aligned))
+            mapped = torch.from_file(file.name, shared=True, size=sum(aligned), dtype=torch.uint8)
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise ModelError(
+            f"model.zero.offload_path={where}: a rank's shard of {sum(aligned) / 2**30:.3g} GiB cannot be put there "
+            f"({error.strerror}); name a folder on a disk that every node has, with room for it."
+        ) from None
+    start = 0
+    for parameter, size in zip(parameters, aligned, strict=True):
+        shard = parameter.ds_tensor
+        used = shard.numel() * shard.element_size()
+        shard.data = mapped[start : start + used].view(shard.dtype)
+        start += size
 
 
 def _fill_shards(module: PreTrainedModel, folder: Path, rank: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,11 +32,12 @@ LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank is told when it starts; it travels to the actor."""
+    """What a rank is told when it starts; it travels to the actor. output: the run's folder, which it must see."""
 
     model: ModelConfig
     layers: tuple[Layer, ...]
     sharded: bool
+    output: Store | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -224,15 +224,23 @@ def _run_tasks(run: Run, name: str, plan: FactorsPlan, left: list[tuple[int, int
 
 
 def _on_layers(run: Run, name: str, function: Any, plan: FactorsPlan) -> None:
-    """One Ray task per layer: no model, one core each."""
+    """One Ray task per layer: no model, one core each.
+
+    The cores are those of the ranks, which wait meanwhile: a task that asked for one of its own would never run where
+    ranks, or workers that wait for room, take them all. So they ask for none, and as many run at once as there are.
+    """
 
     def one(store: Store, plan: FactorsPlan, layer: Layer) -> None:
         function(store, plan, layer)
 
-    remote = ray.remote(num_cpus=1, max_retries=3)(one)
+    remote = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(one)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = list(reversed(plan.layers))
+    pending: list[ray.ObjectRef] = []
     with run.telemetry.phase(name, len(plan.layers), "layers") as phase:
-        pending = [remote.remote(run.factors_store, plan, layer) for layer in plan.layers]
-        while pending:
+        while waiting or pending:
+            while waiting and len(pending) < at_once:
+                pending.append(remote.remote(run.factors_store, plan, waiting.pop()))
             ready, pending = ray.wait(pending)
             for ref in ready:
                 try:

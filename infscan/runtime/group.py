@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -27,11 +28,13 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infscan.config import ClusterConfig
+from infscan.errors import ConfigError
 from infscan.model.load import Place
 from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import Rank, RankSettings
+from infscan.runtime.lease import LEASE
 from infscan.runtime.pulse import Pulse
-from infscan.storage import storage_faults
+from infscan.storage import Store, storage_faults
 from infscan.storage.host import oom_kills
 
 _LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError)
@@ -45,13 +48,15 @@ _PLACE_S = 1.0
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank reports of itself. host: its node's address. peak_bytes: its largest resident memory so far.
+    """What a rank reports of itself. host: its node's address; node: the node's id. peak_bytes: its largest resident
+    memory so far.
 
     oom_kills: processes that the host's kernel had killed for their memory by then. storage_faults: passing faults of
     storage that the rank met, by kind.
     """
 
     host: str
+    node: str
     parameters: int
     shard_parameters: int
     peak_bytes: int
@@ -72,7 +77,12 @@ class RankActor:
             probe.bind(("", 0))
             return f"{host}:{probe.getsockname()[1]}"
 
-    def start(self, settings: RankSettings, place: Place) -> RankFacts:
+    def start(self, settings: RankSettings, place: Place, env: Mapping[str, str]) -> RankFacts:
+        os.environ.update(env)
+        _check_shared(settings.output)
+        if place.device == "cuda":
+            index = gpu_index(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+            place = replace(place, device=f"cuda:{index}")
         self._rank = Rank(settings, place)
         return self.facts()
 
@@ -83,7 +93,8 @@ class RankActor:
         model = self._rank.model
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         host = ray.util.get_node_ip_address()
-        return RankFacts(host, model.parameters, model.shard_parameters, peak, oom_kills(), storage_faults())
+        node = ray.get_runtime_context().get_node_id()
+        return RankFacts(host, node, model.parameters, model.shard_parameters, peak, oom_kills(), storage_faults())
 
     def run(self, function: Callable[..., Any], halvings: int, *arguments: Any) -> Any:
         """function(rank, *arguments): one of infscan.passes' tasks, with micro-batches halved so many times."""
@@ -99,6 +110,33 @@ class RankActor:
             self._rank.forget()
 
 
+def _check_shared(output: Store | None) -> None:
+    """Refuse a local folder that is another one on this node than where the driver runs.
+
+    Raises:
+        ConfigError: where the driver's lease is not there.
+    """
+    if output is not None and output.local_path() is not None and not output.exists(LEASE):
+        raise ConfigError(
+            f"output={output.uri} is not the same folder on the node {ray.util.get_node_ip_address()}, where a rank "
+            "runs; give an address on object storage (s3://...), or a folder on a disk that all nodes share."
+        )
+
+
+def gpu_index(mine: Sequence[int | str], visible: str | None) -> int:
+    """CUDA's number of the GPU that Ray gave this process.
+
+    Ray shows a process its own GPUs only, and the first is the rank's; told not to (RAY_EXPERIMENTAL_NOSET_
+    CUDA_VISIBLE_DEVICES), it leaves all of them visible, and the rank's is found among them. mine: `ray.get_gpu_ids()`;
+    visible: CUDA_VISIBLE_DEVICES, None where it is not set.
+    """
+    ids = [str(gpu) for gpu in mine]
+    shown = [gpu.strip() for gpu in visible.split(",")] if visible else None
+    if shown is None:
+        return int(ids[0]) if ids and ids[0].isdecimal() else 0
+    return shown.index(ids[0]) if ids and ids[0] in shown else 0
+
+
 # Never restarted by Ray itself: the driver counts attempts and rebuilds the whole group.
 _ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"pulse": 1})(RankActor)
 
@@ -106,7 +144,7 @@ _ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=
 @ray.remote(num_cpus=0)
 def _placed(place: Place, address: str) -> Place:
     """A rank's place, once rank 0 has said where the group meets."""
-    return Place(**(vars(place) | {"address": address}))
+    return replace(place, address=address)
 
 
 class State(Enum):
@@ -155,8 +193,7 @@ class WorkerGroup:
             Place(
                 rank=rank,
                 world=world,
-                # Ray shows a rank its own GPUs only, so the first one is the rank's.
-                device="cuda:0" if self.gpus else "cpu",
+                device="cuda" if self.gpus else "cpu",
                 threads=self.cluster.cpus_per_rank,
                 # Ranks meet while they load. A hang is ended by this process's deadlines, not by the collective's.
                 timeout_s=max(self.cluster.deadline_s, self.cluster.startup_s),
@@ -166,7 +203,10 @@ class WorkerGroup:
         if self.settings.sharded:
             address = self.actors[0].address.remote()
             places = [_placed.remote(place, address) for place in places]
-        self.refs = [actor.start.remote(self.settings, place) for actor, place in zip(self.actors, places, strict=True)]
+        env = self.cluster.rank_env
+        self.refs = [
+            actor.start.remote(self.settings, place, env) for actor, place in zip(self.actors, places, strict=True)
+        ]
         self.pulse = Pulse(self.actors, self.cluster.heartbeat_s, self.cluster.silence_s)
         self._placed, self._ask_place_at = False, 0.0
         self._began(State.starting, None, self.cluster.startup_s)

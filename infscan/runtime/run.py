@@ -160,7 +160,7 @@ class Run:
     @cached_property
     def pool(self) -> Pool:
         """The worker groups; started when the first pass asks for them."""
-        settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded)
+        settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded, self.lease.store)
         with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
             pool = Pool(self.config.cluster, settings, self.gpus, self.losses, self.lease.check)
             phase.advance(units=pool.wait_for_one())

@@ -18,8 +18,9 @@ from tests.model.zero3_rank import captured, settings
 
 pytestmark = pytest.mark.slow
 
-# Renamed keys in the checkpoint; a tied unembedding and checkpointing; Conv1D, and small parameters kept gathered.
-NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept"]
+# Renamed keys in the checkpoint; a tied unembedding and checkpointing; Conv1D, and small parameters kept gathered;
+# shards in the host's memory, and in a mapped file.
+NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept", "llama+cpu", "gpt_neox+nvme"]
 WORLD = 2
 
 
@@ -27,8 +28,8 @@ WORLD = 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, and what each rank captured of them."""
     folder = tmp_path_factory.mktemp("zero3")
-    for name in NAMES:
-        save(name.partition("+")[0], folder)
+    for family in {name.partition("+")[0] for name in NAMES}:
+        save(family, folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,18 +1,19 @@
 """One rank of a sharded worker group, for test_zero3: capture each model's layers and save them.
 
-python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept] ...
+python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+cpu|+nvme] ...
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infscan.config import Dtype, ModelConfig, ZeroConfig
+from infscan.config import Dtype, ModelConfig, Offload, ZeroConfig
 from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
@@ -25,7 +26,8 @@ TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_
 
 def settings(folder: Path, name: str) -> ModelConfig:
     family, _, option = name.partition("+")
-    zero = ZeroConfig() if option == "kept" else TIGHT
+    offload = Offload(option) if option in ("cpu", "nvme") else Offload.none
+    zero = ZeroConfig() if option == "kept" else replace(TIGHT, offload=offload)
     return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=option == "checkpointing")
 
 

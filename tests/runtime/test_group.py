@@ -13,7 +13,7 @@ from infscan.errors import CorpusError
 from infscan.passes.memory import RankMemoryError
 from infscan.runtime import group as module
 from infscan.runtime import pulse
-from infscan.runtime.group import Outcome, State, WorkerGroup
+from infscan.runtime.group import Outcome, State, WorkerGroup, gpu_index
 from infscan.runtime.pulse import Pulse
 
 
@@ -193,3 +193,20 @@ def test_memory_that_ran_out_explains_why_the_others_wait(monkeypatch: pytest.Mo
     full = RankMemoryError("CUDA out of memory", 4, 256)
     group = busy(Answers(None, failed(RuntimeError("connection closed by peer")), failed(full)), monkeypatch)
     assert group.poll() == (Outcome.failed, full)
+
+
+@pytest.mark.parametrize(
+    ("mine", "visible", "index"),
+    [
+        ([3], "3", 0),
+        (["3"], "1, 3", 1),
+        # Ray was told to leave all GPUs visible, with the variable set by somebody else, or not at all.
+        ([2], "0,1,2,3", 2),
+        ([2], None, 2),
+        ([2], "", 2),
+        (["MIG-7a"], "MIG-11,MIG-7a", 1),
+        ([], None, 0),
+    ],
+)
+def test_a_rank_computes_on_the_gpu_that_ray_gave_it(mine: list[Any], visible: str | None, index: int) -> None:
+    assert gpu_index(mine, visible) == index
