@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from infscan.config import check_argument
+from infscan.config import check_argument, in_sweep, sweep_cells
 from infscan.errors import InfscanError
 from infscan.secrets import redact
 
@@ -48,13 +48,30 @@ def console() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
+@dataclass
+class _Sweep:
+    """The cells of this process's command line, and how many of them failed."""
+
+    cells: int = 0
+    failed: int = 0
+
+
+_sweep = _Sweep()
+
+
 @contextmanager
 def sentences() -> Iterator[None]:
-    """For jobs: an error that a user can mend ends the process with its sentence and status 2, without a traceback."""
+    """For jobs: an error that a user can mend ends the process with its sentence and status 2, without a traceback.
+
+    In a sweep it ends its cell: the others go on, and `command` ends the process.
+    """
     try:
         yield
     except InfscanError as error:
         console().print(Text(f"error: {shown(str(error))}", style="bold red"))
+        if _sweep.cells and in_sweep():
+            _sweep.failed += 1
+            return
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         console().print("interrupted; the same command goes on from here")
@@ -66,7 +83,12 @@ def command(main: Callable[[], None]) -> None:
     with sentences():
         for argument in sys.argv[1:]:
             check_argument(argument)
+        _sweep.cells = len(sweep_cells(sys.argv[1:]))
     main()
+    if _sweep.failed:
+        said = f"error: {_sweep.failed} of {_sweep.cells} cells failed; the same command runs them again, and no other."
+        console().print(Text(said, style="bold red"))
+        raise SystemExit(2)
 
 
 def configure_logs(level: int = logging.INFO) -> None:

@@ -3,7 +3,7 @@ Hydra."""
 
 from infscan.config.checks import check, check_argument
 from infscan.config.compose import absolute, from_hydra, from_yaml, stage_output, to_yaml
-from infscan.config.identity import differences, fingerprint, is_intact, plain, sealed, unsealed
+from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, sealed, unsealed
 from infscan.config.schema import (
     MOST_RANK,
     Attention,
@@ -19,6 +19,7 @@ from infscan.config.schema import (
     Labels,
     Measure,
     ModelConfig,
+    Offload,
     Packing,
     Placement,
     QueriesConfig,
@@ -32,6 +33,7 @@ from infscan.config.schema import (
     TextRecords,
     ZeroConfig,
 )
+from infscan.config.sweep import in_sweep, sweep_cells
 
 __all__ = [
     "MOST_RANK",
@@ -48,6 +50,7 @@ __all__ = [
     "Labels",
     "Measure",
     "ModelConfig",
+    "Offload",
     "Packing",
     "Placement",
     "QueriesConfig",
@@ -67,10 +70,13 @@ __all__ = [
     "fingerprint",
     "from_hydra",
     "from_yaml",
+    "in_sweep",
     "is_intact",
+    "lasting",
     "plain",
     "sealed",
     "stage_output",
+    "sweep_cells",
     "to_yaml",
     "unsealed",
 ]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from infscan.config.checks import check
-from infscan.config.identity import fingerprint, leaves, plain
+from infscan.config.identity import leaves, plain
 from infscan.config.schema import Config, CorpusConfig
+from infscan.config.sweep import in_sweep, this_cell
 from infscan.errors import ConfigError
 
 
@@ -44,10 +42,12 @@ def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
         raise ConfigError(str(error).splitlines()[0]) from None
     check(config, unused)
     config = config.at_stage(config.scan.stage)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        config.output = f"{config.output.rstrip('/')}/{_cell_name(list(HydraConfig.get().overrides.task))}"
+    if in_sweep():
+        config.output = f"{config.output.rstrip('/')}/{this_cell()}"
     config.output = absolute(config.output)
     config.model.path = absolute(config.model.path, only_existing=True)
+    if config.model.zero.offload_path:
+        config.model.zero.offload_path = absolute(config.model.zero.offload_path)
     config.queries.path = absolute(config.queries.path) if config.queries.path else ""
     for corpus in (config.corpus, config.factors.corpus):
         _settle_paths(corpus)
@@ -72,13 +72,6 @@ def _settle_paths(corpus: CorpusConfig) -> None:
 def stage_output(output: str, number: int) -> str:
     """Where a run keeps what it makes of a stage that it does not scan."""
     return f"{output}/stages/{number}"
-
-
-def _cell_name(overrides: list[str]) -> str:
-    """A folder name for one cell of a sweep: its overrides, harmless in a path, distinct by a digest."""
-    cell = [override for override in sorted(overrides) if not override.startswith(("output=", "cluster."))]
-    readable = re.sub(r"[^A-Za-z0-9_=.,-]+", "-", ",".join(cell))[:80].strip("-.")
-    return f"{readable or 'cell'}-{fingerprint(cell)[:8]}"
 
 
 def absolute(path: str, *, only_existing: bool = False) -> str:

@@ -73,9 +73,14 @@ def unsealed(value: dict[str, Any]) -> dict[str, Any]:
 
 def differences(before: Any, after: Any) -> list[str]:
     """`key: before -> after` for every leaf that differs between two plain settings, run-time fields left out."""
-    old, new = dict(leaves(plain(before))), dict(leaves(plain(after)))
-    keys = sorted(key for key in old.keys() | new.keys() if not at_top(key).startswith(RUN_TIME_FIELDS))
+    old, new = dict(lasting(before)), dict(lasting(after))
+    keys = sorted(old.keys() | new.keys())
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def lasting(settings: Any) -> list[tuple[str, Any]]:
+    """(key, value) of every leaf of plain settings that a resume may not change, by key."""
+    return sorted((key, value) for key, value in leaves(plain(settings)) if not at_top(key).startswith(RUN_TIME_FIELDS))
 
 
 def at_top(key: str) -> str:

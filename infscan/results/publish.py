@@ -18,6 +18,7 @@ from infscan.results.shard_file import read_candidates
 from infscan.storage import Store
 
 SUCCESS = "_SUCCESS"
+INDEX = "run.parquet"
 _QUERIES_PER_PART = 64
 _SHARDS_PER_PART = 256
 

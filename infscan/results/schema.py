@@ -95,6 +95,26 @@ LAYERS = pa.schema(
     [("query_id", pa.string()), ("sequence_id", pa.int64()), ("layer", pa.string()), ("score", pa.float32())]
 )
 
+# run.parquet: one row, what was asked of which inputs. Nothing in it says where or how fast: runs that ask the same
+# have the same row.
+RUN = pa.schema(
+    [
+        ("model", pa.string()),
+        ("corpus", pa.string()),
+        ("queries", pa.string()),
+        ("model_fingerprint", pa.string()),
+        ("corpus_fingerprint", pa.string()),
+        ("queries_fingerprint", pa.string()),
+        ("parameters", pa.int64()),
+        ("sequences", pa.int64()),
+        ("tokens", pa.int64()),
+        ("num_queries", pa.int32()),
+        ("quarantined_shards", pa.int32()),
+        # Every key of config.yaml that a resume may not change.
+        ("settings", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
+    ]
+)
+
 TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("scores", pa.list_(pa.float32()))])
 
 

@@ -7,15 +7,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from infscan.config import fingerprint
+from infscan.config import fingerprint, lasting
 from infscan.corpus.addressable import AddressableCorpus, label_of
 from infscan.corpus.plan import Plan
 from infscan.errors import RunError
 from infscan.influence.topk import SIDES
-from infscan.results.publish import SUCCESS, Publisher, Ranked, rank_rows
+from infscan.queries import queries_fingerprint
+from infscan.results.publish import INDEX, SUCCESS, Publisher, Ranked, rank_rows
 from infscan.results.refined import Margins, join_layer_groups, read_unit
-from infscan.results.schema import SCHEMA_VERSION
+from infscan.results.schema import RUN, SCHEMA_VERSION, to_parquet
 from infscan.runtime.run import Run
 from infscan.runtime.scan import Refined, Scanned, by_shard
 
@@ -68,7 +70,29 @@ def publish(
             f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
             "raise the limit."
         )
+    run.store.write(INDEX, to_parquet(_index(run, corpus, summary), {"fingerprint": publisher.footer["fingerprint"]}))
     run.store.write(SUCCESS, b"")
+
+
+def _index(run: Run, corpus: AddressableCorpus, summary: dict[str, Any]) -> pa.Table:
+    """The row by which a sweep's runs are told apart (`infscan.results.schema.RUN`)."""
+    config, counts = run.config, summary["counts"]
+    several = ", ".join(f"{label}={path}" for label, path in config.corpus.paths.items())
+    row = {
+        "model": config.model.path,
+        "corpus": config.corpus.path or several,
+        "queries": config.queries.path,
+        "model_fingerprint": run.architecture.fingerprint,
+        "corpus_fingerprint": corpus.fingerprint,
+        "queries_fingerprint": queries_fingerprint(run.queries),
+        "parameters": run.architecture.parameters,
+        "sequences": counts["scanned"]["sequences"],
+        "tokens": counts["scanned"]["tokens"],
+        "num_queries": len(run.queries),
+        "quarantined_shards": counts["quarantined"]["shards"],
+        "settings": [{"key": key, "value": str(value)} for key, value in lasting(config)],
+    }
+    return pa.Table.from_pylist([row], schema=RUN)
 
 
 def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> Iterator[tuple[list[Ranked], int]]:

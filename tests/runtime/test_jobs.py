@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,10 +47,22 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=500)
+    return process.returncode, output
+
+
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    status, output = end(process)
+    assert status == 0, output
     return output
+
+
+def doc_block(name: str) -> str:
+    """The code block of docs/reading.md that begins with `# reading: <name>`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if block.startswith(f"# reading: {name}\n")]
+    return found
 
 
 @pytest.mark.slow
@@ -73,14 +87,58 @@ def test_kill_the_driver_and_run_it_again(inputs: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_every_cell_a_folder(inputs: list[str], tmp_path: Path) -> None:
+def test_a_sweep_of_models_and_queries_is_resumed_and_compared_with_one_query(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    """A folder per cell; a cell that fails keeps no other from its work; run again, only that one is done."""
+    root = Path(inputs[0].removeprefix("model.path=")).parent
+    tiny_model(root / "second", seed=1)
+    kept = [value for value in inputs if not value.startswith(("queries.path=", "model.path="))]
+    command = [
+        "-m", *kept, f"output={tmp_path}", f"model.path={root / 'model'},{root / 'second'},{root / 'third'}",
+        f"queries.path={root / 'queries.jsonl'},{root / 'others.jsonl'}",
+        f"factors.path={tmp_path}/factors/${{model.path}}",
+    ]  # fmt: skip
+    status, said = end(start(*command))
+    assert status == 2
+    assert "2 of 6 cells failed; the same command runs them again" in said
+    assert said.count("third") >= 2
+    cells = sorted(path.parent for path in tmp_path.glob("*/_SUCCESS"))
+    assert len(cells) == 4
+    assert said.count("covariance") == 2, "queries of one model share its factors"
+    done = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob("*/shards/*.parquet")}
+
+    tiny_model(root / "third", seed=2)
+    status, said = end(start(*command))
+    assert status == 0, said
+    assert len(list(tmp_path.glob("*/_SUCCESS"))) == 6
+    assert {path: os.stat(path).st_mtime_ns for path in done} == done
+
+    answer = doc_block("duckdb sweep").replace("runs/sweep", str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(compile(answer, "<docs/reading.md>", "exec"), names)
+    rows = names["answer"].fetchall()
+    compared = {(query, Path(model).name) for query, model, _ in rows}
+    assert {model for _, model in compared} == {"model", "second", "third"}
+    assert len(rows) == 3 * 3, "q0, q1, q2 of others.jsonl and q0, q1 of queries.jsonl have the same ids"
+
+
+@pytest.mark.slow
+def test_hydras_ray_launcher_runs_cells_at_once_on_one_ray(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extra (`pip install hydra-ray-launcher`), as docs/cluster.md has it; installed here for this test alone."""
+    packages = tmp_path / "packages"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={packages}"]
+    subprocess.run([*install, "hydra-ray-launcher==1.2.2", "cloudpickle<3"], check=True)
+    monkeypatch.setenv("PYTHONPATH", f"{packages}:{ROOT}")
     others = inputs[4].replace("queries.jsonl", "others.jsonl").removeprefix("queries.path=")
     swept = [value for value in inputs if not value.startswith("queries.path=")]
-    finish(start("-m", *swept, f"{inputs[4]},{others}", f"output={tmp_path}", f"factors.path={tmp_path / 'shared'}"))
-    cells = sorted(path.parent for path in tmp_path.glob("*/_SUCCESS"))
-    assert len(cells) == 2
-    published = sorted(len({row["query_id"] for row in rows_of(str(cell))["top"]}) for cell in cells)
-    assert published == [2, 3]
+    finish(start(
+        "-m", *swept, f"{inputs[4]},{others}", f"output={tmp_path / 'sweep'}", "hydra/launcher=ray",
+        "hydra.launcher.ray.remote.num_cpus=0", "hydra.launcher.ray.init.num_cpus=4",
+    ))  # fmt: skip
+    assert len(list(tmp_path.glob("sweep/*/_SUCCESS"))) == 2
 
 
 def test_the_configuration_of_a_job_can_be_printed(inputs: list[str]) -> None:
