@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +16,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from infscan.config import Dtype, ModelConfig, Offload
-from infscan.errors import ModelError
+from infscan.errors import ModelError, UnwritableError
 from infscan.model.architecture import first_line, load_config, model_folder, weight_files
 from infscan.model.attention import document_logits
+from infscan.storage import scratch_file
 
 # Where a shard begins in its file, in bytes.
 _ALIGNED = 64
@@ -221,16 +221,10 @@ def _onto_disk(parameters: Sequence[Any], folder: str | None) -> None:
     """
     aligned = [-(-p.ds_tensor.numel() * p.ds_tensor.element_size() // _ALIGNED) * _ALIGNED for p in parameters]
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="infscan-shard-") as file:
-            # Room is taken now: a disk that fills behind a mapping ends the process without a word.
-            os.posix_fallocate(file.fileno(), 0, sum(aligned))
-            mapped = torch.from_file(file.name, shared=True, size=sum(aligned), dtype=torch.uint8)
-    except OSError as error:
-        where = folder or tempfile.gettempdir()
-        raise ModelError(
-            f"model.zero.offload_path={where}: a rank's shard of {sum(aligned) / 2**30:.3g} GiB cannot be put there "
-            f"({error.strerror}); name a folder on a disk that every node has, with room for it."
-        ) from None
+        with scratch_file(folder, sum(aligned)) as path:
+            mapped = torch.from_file(path, shared=True, size=sum(aligned), dtype=torch.uint8)
+    except UnwritableError as error:
+        raise ModelError(f"model.zero.offload_path: a rank's shard cannot be put there: {error}") from None
     start = 0
     for parameter, size in zip(parameters, aligned, strict=True):
         shard = parameter.ds_tensor

@@ -8,6 +8,7 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 from infscan.storage.address import MissingError, is_uri
 from infscan.storage.inputs import InputFile, changed, expand, localise, look_up, open_input, read_range
 from infscan.storage.patience import storage_faults
+from infscan.storage.scratch import scratch_file
 from infscan.storage.store import Entry, Store
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "look_up",
     "open_input",
     "read_range",
+    "scratch_file",
     "storage_faults",
 ]
