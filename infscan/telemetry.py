@@ -69,10 +69,12 @@ def sentences() -> Iterator[None]:
         yield
     except InfscanError as error:
         console().print(Text(f"error: {shown(str(error))}", style="bold red"))
-        if _sweep.cells and in_sweep():
-            _sweep.failed += 1
-            return
-        raise SystemExit(2) from None
+        if not in_sweep():
+            raise SystemExit(2) from None
+        if not _sweep.cells:
+            # A cell that a launcher runs in a process of its own: its end is told to the launcher's.
+            raise
+        _sweep.failed += 1
     except KeyboardInterrupt:
         console().print("interrupted; the same command goes on from here")
         raise SystemExit(130) from None

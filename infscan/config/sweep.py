@@ -45,7 +45,7 @@ def sweep_cells(arguments: list[str]) -> list[list[str]]:
     """
     if not any(argument in _FLAGS or argument == "hydra.mode=MULTIRUN" for argument in arguments):
         return []
-    words = [word for word in arguments if "=" in word and not word.startswith(("-", "hydra.", "hydra/"))]
+    words = [word for word in arguments if "=" in word and not word.lstrip("+~").startswith(("-", "hydra.", "hydra/"))]
     try:
         (cells,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
     except (HydraException, AssertionError, NotImplementedError):

@@ -19,7 +19,7 @@ from pathlib import Path
 _PYTHON = str(Path(sys.base_prefix) / "bin")
 _PATH = f"{_PYTHON}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Tools that a slim image has not; a stage's root has them hidden.
-COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ninja", "make")
+COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "make")
 
 # What a base image has not: our folders, compilers, a user 1000; and all may read the interpreter there.
 _SLIM = (

@@ -136,7 +136,7 @@ def test_hydras_ray_launcher_runs_cells_at_once_on_one_ray(
     swept = [value for value in inputs if not value.startswith("queries.path=")]
     finish(start(
         "-m", *swept, f"{inputs[4]},{others}", f"output={tmp_path / 'sweep'}", "hydra/launcher=ray",
-        "hydra.launcher.ray.remote.num_cpus=0", "hydra.launcher.ray.init.num_cpus=4",
+        "+hydra.launcher.ray.remote.num_cpus=0", "+hydra.launcher.ray.init.num_cpus=4",
     ))  # fmt: skip
     assert len(list(tmp_path.glob("sweep/*/_SUCCESS"))) == 2
 
