@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
 
-.PHONY: demo demo-stages test test-slow bench bench-truth check format clean
+.PHONY: demo demo-stages test test-slow bench bench-rivals bench-truth check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,18 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
 	$(BIN)/python benchmarks/corpus_prepare.py
+
+# The whole job beside its rivals, each in an environment of its own: about an hour on two cores.
+RIVALS := .venv-rivals
+$(RIVALS)/%/.ready:
+	$(PYTHON) -m venv $(RIVALS)/$*
+	$(RIVALS)/$*/bin/pip install -q $(shell grep ^torch== constraints.txt) $*
+	# They come with builds for another torch, and nothing here needs them.
+	$(RIVALS)/$*/bin/pip uninstall -q -y torchvision torchaudio
+	touch $@
+
+bench-rivals: $(READY) $(RIVALS)/kronfluence/.ready $(RIVALS)/bergson/.ready
+	$(BIN)/python benchmarks/whole_job.py --kronfluence $(RIVALS)/kronfluence/bin/python --bergson $(RIVALS)/bergson/bin/python
 
 # What docs/truth.md reports, hours on two cores; each keeps what is finished below runs/ and goes on from there.
 bench-truth: $(READY)

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import (
+    MOST_RANK,
     Compression,
     CorpusConfig,
     DampingConfig,
@@ -48,13 +49,24 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
+from infscan.influence.joint import joint
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, on_device, query_task, read_query_batch
+from infscan.passes.queries import (
+    Inverse,
+    QueryTask,
+    allotted,
+    layer_factors,
+    on_device,
+    query_task,
+    query_weights,
+    ranks_of,
+    read_query_batch,
+)
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Query, read_queries
 from infscan.storage import Store, expand
@@ -87,8 +99,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--factor-sequences", type=int, default=2000)
     parser.add_argument("--damping", type=float, default=0.1, help="relative, as factors.damping.relative")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--energies", type=float, nargs="*", default=[0.8, 0.9, 0.95, 0.99], help="of scan.rank=auto")
     parser.add_argument("--bfloat16-rank", type=int, default=32, help="one of --ranks, weighted")
-    parser.add_argument("--bfloat16-sequences", type=int, default=2000)
+    parser.add_argument("--bfloat16-sequences", type=int, default=2000, help="0: leave bfloat16 out")
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap")
     parser.add_argument("--device", default="cpu")
@@ -245,6 +258,39 @@ class Fitted:
         query_task(self.rank, QueryTask(self.run, name, queries, layers, inverse or self.inverse, rank, how, name))
         return read_query_batch(self.run, [[name]])
 
+    def auto(self, energy: float) -> Arrays:
+        """scan.rank=auto: ranks allotted to every query and layer."""
+        return allotted(self.query_batch(MOST_RANK), self.plan.layers, energy)
+
+    def joint(self, energy: float) -> Arrays:
+        """scan.rank=auto with one basis pair for all queries in every layer, cheaper or not."""
+        weights = torch.from_numpy(query_weights(self.query_batch(MOST_RANK), self.plan.layers))
+        arrays, bases = self.auto(energy), {}
+        for layer in self.plan.layers:
+            U_xo, V_xi = (torch.from_numpy(arrays[f"{layer.name}|{side}"]) for side in "UV")
+            known = layer_factors(self.inverse, layer, "cpu", torch.float32)
+            assert known is not None
+            found = joint(U_xo, V_xi, ranks_of(arrays, layer), known[0], weights, energy)
+            for kind, tensor in (("B_O", found.B_mo), ("B_I", found.B_ni), ("K", found.K_qmn)):
+                bases[f"{layer.name}|{kind}"] = tensor.numpy()
+        return bases
+
+    def products(self, arrays: Arrays) -> float:
+        """Multiply-adds per token of scoring all queries, as a share of the model's own in tracked layers: 2 O I each.
+
+        As `infscan.influence.score.cheapest` counts them, without its weight for matrices formed by sequence.
+        """
+        T, done = self.options.length, 0.0
+        for layer in self.plan.layers:
+            if f"{layer.name}|K" in arrays:
+                Q, m, n = arrays[f"{layer.name}|K"].shape
+                done += m * layer.outputs + n * layer.inputs + m * n * (1 + Q / T)
+            elif f"{layer.name}|P" in arrays:
+                done += layer.size * (1 + len(arrays[f"{layer.name}|P"]) / T)
+            else:
+                done += sum(ranks_of(arrays, layer)) * (layer.outputs + layer.inputs)
+        return done / (2 * sum(layer.size for layer in self.plan.layers))
+
     def score(
         self, sequences: Sequence[corpus.Sequence], batches: Mapping[str, Mapping[str, LayerQueries]]
     ) -> dict[str, Scores]:
@@ -274,18 +320,29 @@ def stacked(layers: Sequence[Layer], batches: Sequence[Arrays], device: str) -> 
     sequence and layer however many ranks there are.
     """
 
-    def matrices(arrays: Arrays, name: str) -> Tensor:
-        found = {kind: torch.from_numpy(arrays[f"{name}|{kind}"]) for kind in "PUV" if f"{name}|{kind}" in arrays}
-        return found["P"] if "P" in found else found["U"] @ found["V"].transpose(1, 2)
+    def matrices(arrays: Arrays, layer: Layer) -> Tensor:
+        kinds = ("P", "U", "V", "B_O", "B_I", "K")
+        keys = {kind: f"{layer.name}|{kind}" for kind in kinds}
+        found = {kind: torch.from_numpy(arrays[key]) for kind, key in keys.items() if key in arrays}
+        if "P" in found:
+            return found["P"]
+        if "K" in found:
+            return found["B_O"].T @ found["K"] @ found["B_I"]
+        if found["U"].ndim == 3:
+            return found["U"] @ found["V"].transpose(1, 2)
+        ranks = ranks_of(arrays, layer)
+        pairs = zip(found["U"].split(ranks), found["V"].split(ranks), strict=True)
+        return torch.stack([U_ro.T @ V_ri for U_ro, V_ri in pairs])
 
     return {
-        layer.name: LayerQueries.full(torch.cat([matrices(one, layer.name) for one in batches]).to(device))
+        layer.name: LayerQueries.full(torch.cat([matrices(one, layer) for one in batches]).to(device))
         for layer in layers
     }
 
 
 def numbers(arrays: Arrays) -> int:
-    return sum(array.size for key, array in arrays.items() if key.rpartition("|")[2] in "PUV")
+    kinds = ("P", "U", "V", "B_O", "B_I", "K")
+    return sum(array.size for key, array in arrays.items() if key.rpartition("|")[2] in kinds)
 
 
 def judged(reference: Scores, scores: Scores, options: argparse.Namespace, kind: Kind = "pearson") -> dict[str, Any]:
@@ -368,17 +425,20 @@ def show(bench: Bench, rows: list[dict[str, Any]], bfloat16: list[dict[str, Any]
     )
     table = Table(title=f"{len(bench.queries)} queries, {bench.corpus.sequences} sequences, {model}: against full rank")
     found = [f"top {top} in {among}" for top, among in RECALLS]
-    for column in ("", "numbers", "Pearson", "95 % interval", "worst query", *found):
+    for column in ("", "numbers", "products", "Pearson", "95 % interval", "worst query", *found):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         shares = [row[f"recall_{top}_of_{among}"] for top, among in RECALLS]
         table.add_row(
             row["variant"],
             f"{row['share_of_numbers']:.1%}",
+            f"{row['products']:.2f}",
             *interval(row["pearson"]),
             *("-" if share is None else f"{share:.3f}" for share in shares),
         )
     console.print(table)
+    if not bfloat16:
+        return
     table = Table(title=f"bfloat16 on {min(options.bfloat16_sequences, bench.corpus.sequences)} of these sequences")
     for column in ("in bfloat16", "against float32's", "", "mean", "95 % interval", "worst query"):
         table.add_column(column, justify="right" if column in ("mean", "95 % interval", "worst query") else "left")
@@ -398,11 +458,15 @@ def main() -> None:
     for rank in options.ranks:
         for how in (Compression.plain, Compression.weighted):
             batches[f"rank {rank} {how.value}"] = fitted.query_batch(rank, how)
+    for energy in options.energies:
+        batches[f"auto, {energy} kept"] = fitted.auto(energy)
+        batches[f"joint, {energy} kept"] = fitted.joint(energy)
     scores = all_scores(fitted, batches)
     rows = [
         {
             "variant": name,
             "share_of_numbers": numbers(arrays) / numbers(batches[FULL]),
+            "products": fitted.products(arrays),
             "pearson": judged(scores[FULL], scores[name], options),
             **recalls(scores[FULL], scores[name]),
         }
@@ -412,7 +476,7 @@ def main() -> None:
     low = f"rank {options.bfloat16_rank} {Compression.weighted.value}"
     few = Selection.of(bench.corpus.sequences, 128, options.seed).ids()
     difference = low_rank_difference(fitted, batches[low], scores[low], few)
-    bfloat16 = bfloat16_rows(fitted, batches, scores, low)
+    bfloat16 = bfloat16_rows(fitted, batches, scores, low) if options.bfloat16_sequences else []
     show(bench, rows, bfloat16)
     gpu = options.device.startswith("cuda")
     settings = {name: value for name, value in vars(options).items() if name != "folder"}

@@ -189,6 +189,27 @@ class Bench:
             ready,
         )
 
+    def decompose(self) -> Case:
+        """The eigenbases of every layer, from the covariance sums in storage."""
+
+        def ready() -> None:
+            for layer in self.plan.layers:
+                for kind in ("A", "S"):
+                    self.factors.remove(f"{kind}/{layer.name}.safetensors")
+
+        def run() -> None:
+            for layer in self.plan.layers:
+                decompose_layer(self.factors, self.plan, layer)
+
+        return Case("eigendecompositions of all layers, once", run, ready)
+
+    def prepare(self, count: int) -> Case:
+        """Gradient, inverse and compression of `count` queries, their file included."""
+        queries = self.queries[:count]
+        how = (self.inverse, self.options.rank, Compression.weighted, "prepared")
+        task = QueryTask(self.run, "queries/prepared.safetensors", queries, self.plan.layers, *how)
+        return Case(f"preparing {count} quer{'y' if count == 1 else 'ies'}", lambda: query_task(self.rank, task))
+
     def refine(self, count: int, per_row: int) -> Case:
         """Every sequence again, at full rank and by token, for `per_row` of `count` queries each."""
         wanted = {n: tuple(sorted((n + q) % count for q in range(per_row))) for n in self.ids.tolist()}
@@ -244,7 +265,10 @@ class Bench:
             Case(FLOOR, self.floor),
             Case("training step (with weight gradients)", self.training()),
             Case("covariance pass (labels drawn)", self.covariance),
+            self.decompose(),
             Case("Lambda pass", lambda: lambda_task(self.rank, self.fit)),
+            self.prepare(1),
+            *([self.prepare(middle)] if middle > 1 else []),
             *(self.scan(count, low, self.options.rank) for count in counts),
             self.scan(middle, full, None),
             self.refine(middle, 1),

@@ -78,6 +78,7 @@ def check(
         "query_batch": batch.fingerprint,
         "rank": config.scan.rank,
         "compression": config.scan.compression.value,
+        "layouts": batch.layouts,
         **judged([query.id for query in run.queries], exact[finite].T, approximate[finite].T, config.seed),
     }
     run.store.write_json(REPORT, report)

@@ -15,7 +15,17 @@ from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts, read_tensors
-from infscan.passes.queries import QueryTask, allotted, query_groups, query_task, read_query_batch
+from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
+from infscan.passes.queries import (
+    QueryTask,
+    allotted,
+    layouts,
+    multiplied_out,
+    query_groups,
+    query_task,
+    query_weights,
+    read_query_batch,
+)
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.results.publish import SUCCESS
@@ -33,10 +43,14 @@ _SEQUENCES_PER_UNIT = 256
 
 @dataclass(frozen=True)
 class QueryBatch:
-    """All queries' compressed gradients: their files, and the broadcast copy that every rank reads."""
+    """All queries' compressed gradients: their files, and the broadcast copy that every rank reads.
+
+    layouts: how many layers are scored in which way (`infscan.influence.score`): low, full, joint.
+    """
 
     fingerprint: str
     arrays: ray.ObjectRef
+    layouts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -128,11 +142,47 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
                 phase.advance(sequences=len(groups[left[unit][0]]), tokens=tokens)
 
             run.pool.run(range(len(left)), query_task, task, on_done)
-    arrays = read_query_batch(run.store, names)
+    arrays, layers = read_query_batch(run.store, names), run.architecture.layers
+    tokens = run.architecture.sequence_length(config.corpus.sequence_length)
     if config.scan.rank == "auto":
-        arrays = allotted(arrays, run.architecture.layers, config.scan.energy)
+        weights = query_weights(arrays, layers)
+        arrays = _with_joint_bases(run, factors, allotted(arrays, layers, config.scan.energy), weights, tokens, key)
+    arrays = multiplied_out(arrays, layers, tokens, config.scan.query_group_bytes)
     # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
-    return QueryBatch(key, ray.put(arrays))
+    return QueryBatch(key, ray.put(arrays), layouts(arrays, layers))
+
+
+def _with_joint_bases(
+    run: Run, factors: Factors, arrays: dict[str, np.ndarray], weights: np.ndarray, tokens: int, key: str
+) -> dict[str, np.ndarray]:
+    """The query batch with a joint basis pair in every layer where that is cheaper; found once, then read back."""
+    numbered = enumerate(run.architecture.layers)
+    names = [
+        (layer, f"queries/joint-{number:04d}.safetensors")
+        for number, layer in numbered
+        if worthwhile(arrays, layer, tokens)
+    ]
+    left = [(layer, name) for layer, name in names if not _made(run, name, key)]
+    if left:
+        with run.telemetry.phase("joint", len(left), "layers") as phase:
+
+            def task(unit: int) -> JointTask:
+                layer, name = left[unit]
+                return JointTask(
+                    store=run.store,
+                    name=name,
+                    layer=layer,
+                    inverse=factors.inverse,
+                    compression=run.config.scan.compression,
+                    weights=weights,
+                    kept=run.config.scan.energy,
+                    tokens=tokens,
+                    fingerprint=key,
+                )
+
+            shared = ray.put(arrays)
+            run.pool.run(range(len(left)), joint_task, task, lambda unit, shape: phase.advance(), shared)
+    return with_joint(arrays, run.store, names)
 
 
 def _made(run: Run, name: str, key: str) -> bool:

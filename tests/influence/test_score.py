@@ -69,6 +69,8 @@ def test_the_cheapest_way_is_low_rank_for_few_queries_and_joint_for_many() -> No
     ways = [cheapest(O, I, T, Q, Q * rank, (128, 128)) for Q in (1, 10, 100, 1000)]
     assert ways == ["low", "joint", "joint", "joint"]
     assert [cheapest(O, I, T, Q, Q * rank) for Q in (1, 10, 100, 1000)] == ["low", "low", "full", "full"]
+    # Where all bases are whole, they only cost more than forming g.
+    assert cheapest(O, I, T, 1000, 1000 * rank, (O, I)) == "full"
 
 
 def test_token_scores_add_up_to_the_sequences_score() -> None:

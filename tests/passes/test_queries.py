@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ from infscan.config import Compression, DampingConfig, Measure, QueriesConfig, S
 from infscan.errors import QueryError
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer
+from infscan.influence.score import score_layer
 from infscan.passes.factor_store import read_tensors
+from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
 from infscan.passes.queries import (
     Inverse,
     QueryTask,
     allotted,
     layer_factors,
+    multiplied_out,
+    on_device,
     preconditioned,
     query_gradients,
     query_groups,
     query_task,
+    query_weights,
     read_query_batch,
 )
 from infscan.passes.rank import Rank
@@ -267,6 +273,62 @@ def test_allotted_ranks_keep_the_energy_asked_for_and_the_leading_columns(
     everything = products(rank, allotted(arrays, rank.layers, 1.0), len(queries))
     for name, whole in products(rank, arrays, len(queries)).items():
         torch.testing.assert_close(everything[name], whole)
+
+
+def scores(rank: Rank, arrays: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Tensor]:
+    """Every layer's scores of a few made-up tokens, [B, Q]."""
+    queries = on_device(rank, arrays)
+    made = torch.Generator().manual_seed(seed)
+    return {
+        layer.name: score_layer(
+            torch.randn(3, 5, layer.outputs, generator=made), torch.randn(3, 5, layer.inputs, generator=made), one
+        )
+        for layer, one in ((layer, queries[layer.name]) for layer in rank.layers)
+    }
+
+
+def many(rank: Rank, inverse: Inverse, tmp_path: Path) -> dict[str, np.ndarray]:
+    """A query batch of the same four queries 30 times over, which is more than its columns are good for."""
+    found = stored(rank, inverse, Store(str(tmp_path / "batch")), read(tmp_path, ROWS))
+    return {key: np.concatenate([array] * 30) for key, array in found.items()}
+
+
+def test_multiplied_out_queries_score_the_same_and_fit_the_bytes_given(
+    rank: Rank, inverse: Inverse, tmp_path: Path
+) -> None:
+    arrays = many(rank, inverse, tmp_path)
+    expected = scores(rank, arrays)
+    sizes = [4 * 120 * layer.size for layer in rank.layers]
+    for max_bytes, layers in ((0, 0), (sizes[0], 1), (sum(sizes), len(sizes))):
+        chosen = multiplied_out(arrays, rank.layers, 512, max_bytes)
+        assert sum(key.endswith("|full") for key in chosen) == layers
+        for name, found in scores(rank, chosen).items():
+            assert relative(found, expected[name]) < 1e-5
+    # Few queries are cheaper by their columns, whatever fits.
+    few = {key: array[:1] for key, array in arrays.items()}
+    assert multiplied_out(few, rank.layers, 512, sum(sizes)) == few
+
+
+@pytest.mark.parametrize("how", list(Compression))
+def test_joint_bases_are_written_where_they_are_cheaper_and_score_as_the_columns(
+    rank: Rank, inverse: Inverse, tmp_path: Path, how: Compression
+) -> None:
+    arrays = many(rank, inverse, tmp_path)
+    weights, chosen = query_weights(arrays, rank.layers), allotted(arrays, rank.layers, 1.0)
+    # The first layer's queries have nothing in common: no basis pair that serves them all is cheap.
+    first, made = rank.layers[0].name, np.random.default_rng(0)
+    for key in (f"{first}|U", f"{first}|V"):
+        chosen[key] = made.normal(size=chosen[key].shape).astype(np.float32)
+    expected, store = scores(rank, chosen), Store(str(tmp_path / "joint"))
+    names = [(layer, f"joint-{number}.safetensors") for number, layer in enumerate(rank.layers)]
+    for layer, name in names:
+        assert worthwhile(chosen, layer, 512)
+        shape = joint_task(rank, JointTask(store, name, layer, inverse, how, weights, 1 - 1e-6, 512, "print"), chosen)
+        assert (shape == (0, 0)) is (layer.name == first)
+    replaced = with_joint(chosen, store, names)
+    for name, found in scores(rank, replaced).items():
+        assert (f"{name}|U" in replaced, f"{name}|K" in replaced) == (name == first, name != first)
+        assert relative(found, expected[name]) < 5e-3
 
 
 def test_a_querys_ranks_do_not_depend_on_the_others(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from infscan.runtime.pool import connect
 from jobs.scan import answer
 from tests.conftest import Bucket
 from tests.golden import golden
-from tests.runtime.builders import compose, small_run, tiny_model, write_jsonl
+from tests.runtime.builders import compose, small_run, tiny_model, token_queries, write_jsonl
 
 Name = Literal["small", "medium"]
 
@@ -301,6 +301,23 @@ def test_the_summary_says_what_the_compression_cost(base: Config, tmp_path: Path
         found = report["queries"][f"q{query}"]
         assert found["pearson"] == pytest.approx(np.corrcoef(scores, dense(full)[query])[0, 1], abs=1e-5)
         assert found["low"] < found["pearson"] < found["high"] < 1
+
+
+def test_many_queries_share_bases_that_are_found_once(base: Config, tmp_path: Path) -> None:
+    """Of a hundred queries that keep half of the squares, bases are joint; what a rerun finds is not made again."""
+    path = token_queries(tmp_path / "queries.jsonl", 100)
+    config = variant(base, tmp_path, f"queries.path={path}", "scan.rank=auto", "scan.energy=0.5")
+    answer(config)
+    files = sorted((Path(config.output) / "queries").glob("joint-*.safetensors"))
+    assert files
+    report = read_summary(config.output)["approximation"]
+    assert report["layouts"]["joint"] > 0
+    assert report["pearson"]["mean"] > 0.5
+    written = {file.name: file.read_bytes() for file in files}
+    files[0].unlink()
+    (Path(config.output) / "approximation.json").unlink()
+    answer(config)
+    assert {file.name: file.read_bytes() for file in files} == written
 
 
 def test_token_queries_add_up_to_the_completion(base: Config, tmp_path: Path) -> None:
