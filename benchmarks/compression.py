@@ -51,18 +51,16 @@ from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
 from infscan.influence.joint import joint
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.score import LayerQueries, products, score_layer
 from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
-from infscan.passes.queries import (
-    Inverse,
-    QueryTask,
+from infscan.passes.queries import Inverse, QueryTask, layer_factors, query_task
+from infscan.passes.query_batch import (
     allotted,
-    layer_factors,
+    layout,
     on_device,
-    query_task,
     query_weights,
     ranks_of,
     read_query_batch,
@@ -276,19 +274,13 @@ class Fitted:
         return bases
 
     def products(self, arrays: Arrays) -> float:
-        """Multiply-adds per token of scoring all queries, as a share of the model's own in tracked layers: 2 O I each.
-
-        As `infscan.influence.score.cheapest` counts them, without its weight for matrices formed by sequence.
-        """
-        T, done = self.options.length, 0.0
+        """Multiply-adds per token of scoring all queries, as a share of the tracked layers' own, 2 O I each."""
+        Q, done = len(self.bench.queries), 0.0
         for layer in self.plan.layers:
-            if f"{layer.name}|K" in arrays:
-                Q, m, n = arrays[f"{layer.name}|K"].shape
-                done += m * layer.outputs + n * layer.inputs + m * n * (1 + Q / T)
-            elif f"{layer.name}|P" in arrays:
-                done += layer.size * (1 + len(arrays[f"{layer.name}|P"]) / T)
-            else:
-                done += sum(ranks_of(arrays, layer)) * (layer.outputs + layer.inputs)
+            way = layout(arrays, layer)
+            columns = sum(ranks_of(arrays, layer)) if way == "low" else 0
+            bases = arrays[f"{layer.name}|K"].shape[1:] if way == "joint" else None
+            done += products(layer.outputs, layer.inputs, self.options.length, Q, columns, bases)[way]
         return done / (2 * sum(layer.size for layer in self.plan.layers))
 
     def score(
@@ -313,30 +305,16 @@ class Fitted:
         return {name: scores_nq.T.cpu().numpy() for name, scores_nq in scores.items()}
 
 
-def stacked(layers: Sequence[Layer], batches: Sequence[Arrays], device: str) -> dict[str, LayerQueries]:
+def stacked(rank: Rank, batches: Sequence[Arrays]) -> dict[str, LayerQueries]:
     """All batches as one of full-rank matrices, U V^T multiplied out.
 
     The scores are those of U and V but for rounding (which `low_rank_difference` measures), and cost one gradient per
     sequence and layer however many ranks there are.
     """
-
-    def matrices(arrays: Arrays, layer: Layer) -> Tensor:
-        kinds = ("P", "U", "V", "B_O", "B_I", "K")
-        keys = {kind: f"{layer.name}|{kind}" for kind in kinds}
-        found = {kind: torch.from_numpy(arrays[key]) for kind, key in keys.items() if key in arrays}
-        if "P" in found:
-            return found["P"]
-        if "K" in found:
-            return found["B_O"].T @ found["K"] @ found["B_I"]
-        if found["U"].ndim == 3:
-            return found["U"] @ found["V"].transpose(1, 2)
-        ranks = ranks_of(arrays, layer)
-        pairs = zip(found["U"].split(ranks), found["V"].split(ranks), strict=True)
-        return torch.stack([U_ro.T @ V_ri for U_ro, V_ri in pairs])
-
+    laid_out = [on_device(rank, arrays) for arrays in batches]
     return {
-        layer.name: LayerQueries.full(torch.cat([matrices(one, layer) for one in batches]).to(device))
-        for layer in layers
+        layer.name: LayerQueries.full(torch.cat([one[layer.name].multiplied_out() for one in laid_out]))
+        for layer in rank.layers
     }
 
 
@@ -371,7 +349,7 @@ def all_scores(fitted: Fitted, batches: dict[str, Arrays]) -> dict[str, Scores]:
             content.update(array.tobytes())
     path = fitted.bench.folder / f"scores-{content.hexdigest()[:12]}.npy"
     if not path.exists():
-        queries = stacked(fitted.plan.layers, list(batches.values()), fitted.rank.device)
+        queries = stacked(fitted.rank, list(batches.values()))
         np.save(path, fitted.score(fitted.bench.corpus.read(np.arange(N)), {"": queries})[""])
     return dict(zip(batches, np.load(path).reshape(len(batches), Q, N), strict=True))
 

@@ -28,7 +28,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from infscan.config import Compression, CorpusConfig, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
+from infscan.config import (
+    Compression,
+    CorpusConfig,
+    DampingConfig,
+    Dtype,
+    Labels,
+    ModelConfig,
+    Packing,
+    ScanConfig,
+    Solver,
+)
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
@@ -39,7 +49,8 @@ from infscan.model.load import Place, load
 from infscan.model.measure import summed_losses
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, on_device, query_task, read_query_batch
+from infscan.passes.queries import Inverse, QueryTask, query_task
+from infscan.passes.query_batch import multiplied_out, on_device, read_query_batch
 from infscan.passes.rank import Batch, Rank, RankSettings
 from infscan.passes.refine import RefineTask, refine_task
 from infscan.passes.scan import ScanTask, scan_task
@@ -162,6 +173,8 @@ class Bench:
     def scan(self, count: int, arrays: dict[str, np.ndarray], rank: int | None) -> Case:
         """A whole shard against the first `count` queries, its file included."""
         mine = {key: array[:count] for key, array in arrays.items()}
+        # As the job lays them out.
+        mine = multiplied_out(mine, self.plan.layers, self.options.length, ScanConfig().query_group_bytes)
         key = f"{rank}/{count}"
         task = ScanTask(
             run=self.run / key,

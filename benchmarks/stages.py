@@ -33,7 +33,8 @@ from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.topk import SIDES
 from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task, read_query_batch
+from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.passes.solve import ekfac_factors
 from infscan.passes.stages import StageTask, stage_task

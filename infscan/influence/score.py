@@ -47,6 +47,18 @@ class LayerQueries:
         )
         return LayerQueries(tuple(ranks), U_parts=tuple(cut[0]), V_parts=tuple(cut[1]))
 
+    def multiplied_out(self) -> Tensor:
+        """P of every query, whatever the way they are laid out: [Q, O, I]."""
+        if self.P_qoi is not None:
+            return self.P_qoi
+        if self.K_qmn is not None:
+            assert self.B_om is not None
+            assert self.B_in is not None
+            return self.B_om @ self.K_qmn @ self.B_in.T
+        U_ox, V_ix = torch.cat(self.U_parts, dim=1), torch.cat(self.V_parts, dim=1)
+        pairs = zip(U_ox.split(self.ranks, dim=1), V_ix.split(self.ranks, dim=1), strict=True)
+        return torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])
+
     @staticmethod
     def full(P_qoi: Tensor) -> LayerQueries:
         return LayerQueries((0,) * len(P_qoi), P_qoi=P_qoi.contiguous())
@@ -90,17 +102,26 @@ def _by_query(shares_bx: Tensor, ranks: tuple[int, ...]) -> Tensor:
     return torch.stack([part.sum(dim=1) for part in shares_bx.split(list(ranks), dim=1)], dim=1)
 
 
-def cheapest(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> str:
-    """`low`, `full` or `joint`: the fewest multiply-adds per token (see `score_layer`), ties in this order.
+def products(
+    O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None, formed: float = 1.0
+) -> dict[str, float]:
+    """Multiply-adds per token by the way of scoring: `low`, `full`, `joint` (see `score_layer`).
 
     columns: of all queries together. joint: (m, n), where there is a basis pair. T: tokens of a sequence. Those of a
-    matrix formed for every sequence count `_FORMED` times.
+    matrix formed for every sequence count `formed` times.
     """
-    formed = _FORMED * (1 + Q / T)
-    costs = {"low": columns * (O + I), "full": O * I * formed}
+    by_matrix = formed * (1 + Q / T)
+    found = {"low": float(columns * (O + I)), "full": O * I * by_matrix}
     if joint:
         m, n = joint
-        costs["joint"] = m * O + n * I + m * n * formed
+        found["joint"] = m * O + n * I + m * n * by_matrix
+    return found
+
+
+def cheapest(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> str:
+    """The way with the fewest `products`, those of a matrix formed for every sequence weighed as measured; ties in
+    their order."""
+    costs = products(O, I, T, Q, columns, joint, _FORMED)
     return min(costs, key=costs.__getitem__)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from infscan.config import Attention
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.passes.queries import Inverse, on_device, preconditioned
+from infscan.passes.queries import Inverse, preconditioned
+from infscan.passes.query_batch import on_device
 from infscan.passes.rank import Rank
 from infscan.queries import Query
 from infscan.storage import Store

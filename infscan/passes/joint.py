@@ -14,6 +14,7 @@ from infscan.influence.layers import Layer
 from infscan.influence.score import cheapest
 from infscan.passes.factor_store import read_tensors, write_tensors
 from infscan.passes.queries import Inverse, layer_factors
+from infscan.passes.query_batch import ranks_of
 from infscan.passes.rank import Rank
 from infscan.storage import Store
 
@@ -40,7 +41,7 @@ def worthwhile(arrays: Mapping[str, np.ndarray], layer: Layer, tokens: int) -> b
     """Whether the smallest basis pair that could serve the queries would be cheaper than their columns."""
     if f"{layer.name}|ranks" not in arrays:
         return False
-    ranks = arrays[f"{layer.name}|ranks"].tolist()
+    ranks = ranks_of(arrays, layer)
     return cheapest(layer.outputs, layer.inputs, tokens, len(ranks), sum(ranks), smallest(ranks)) == "joint"
 
 
@@ -52,7 +53,7 @@ def joint_task(rank: Rank, task: JointTask, arrays: Mapping[str, np.ndarray]) ->
     if not rank.leads:
         return None
     layer, name = task.layer, task.layer.name
-    ranks = arrays[f"{name}|ranks"].tolist()
+    ranks = ranks_of(arrays, layer)
     U_xo, V_xi = (torch.from_numpy(arrays[f"{name}|{side}"].copy()).to(rank.device, rank.wide) for side in "UV")
     known = layer_factors(task.inverse, layer, rank.device, rank.wide)
     factors = known[0] if known and task.compression is Compression.weighted else None

@@ -14,7 +14,7 @@ from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
 from infscan.model.measure import summed_losses
-from infscan.passes.queries import on_device
+from infscan.passes.query_batch import on_device
 from infscan.passes.rank import Rank
 from infscan.results.dense import write_scores
 from infscan.results.shard_file import ShardCounts, read_hits, shard_path, write_shard

@@ -14,7 +14,6 @@ from infscan.corpus.addressable import AddressableCorpus, label_of
 from infscan.corpus.plan import Plan
 from infscan.errors import RunError
 from infscan.influence.topk import SIDES
-from infscan.queries import queries_fingerprint
 from infscan.results.publish import INDEX, SUCCESS, Publisher, Ranked, rank_rows
 from infscan.results.refined import Margins, join_layer_groups, read_unit
 from infscan.results.schema import RUN, SCHEMA_VERSION, to_parquet
@@ -70,21 +69,21 @@ def publish(
             f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
             "raise the limit."
         )
-    run.store.write(INDEX, to_parquet(_index(run, corpus, summary), {"fingerprint": publisher.footer["fingerprint"]}))
+    run.store.write(INDEX, to_parquet(_index(run, summary), publisher.footer))
     run.store.write(SUCCESS, b"")
 
 
-def _index(run: Run, corpus: AddressableCorpus, summary: dict[str, Any]) -> pa.Table:
+def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
     """The row by which a sweep's runs are told apart (`infscan.results.schema.RUN`)."""
-    config, counts = run.config, summary["counts"]
+    config, counts, inputs = run.config, summary["counts"], summary["inputs"]
     several = ", ".join(f"{label}={path}" for label, path in config.corpus.paths.items())
     row = {
         "model": config.model.path,
         "corpus": config.corpus.path or several,
         "queries": config.queries.path,
-        "model_fingerprint": run.architecture.fingerprint,
-        "corpus_fingerprint": corpus.fingerprint,
-        "queries_fingerprint": queries_fingerprint(run.queries),
+        "model_fingerprint": inputs["model"],
+        "corpus_fingerprint": inputs["corpus"],
+        "queries_fingerprint": inputs["queries"],
         "parameters": run.architecture.parameters,
         "sequences": counts["scanned"]["sequences"],
         "tokens": counts["scanned"]["tokens"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,11 @@ from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts, read_tensors
 from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
-from infscan.passes.queries import (
-    QueryTask,
+from infscan.passes.queries import QueryTask, query_groups, query_task
+from infscan.passes.query_batch import (
     allotted,
-    layouts,
+    layout,
     multiplied_out,
-    query_groups,
-    query_task,
     query_weights,
     read_query_batch,
 )
@@ -148,18 +147,19 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
         weights = query_weights(arrays, layers)
         arrays = _with_joint_bases(run, factors, allotted(arrays, layers, config.scan.energy), weights, tokens, key)
     arrays = multiplied_out(arrays, layers, tokens, config.scan.query_group_bytes)
+    counted = Counter(layout(arrays, layer) for layer in layers)
+    layouts = {way: counted[way] for way in ("low", "full", "joint")}
     # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
-    return QueryBatch(key, ray.put(arrays), layouts(arrays, layers))
+    return QueryBatch(key, ray.put(arrays), layouts)
 
 
 def _with_joint_bases(
     run: Run, factors: Factors, arrays: dict[str, np.ndarray], weights: np.ndarray, tokens: int, key: str
 ) -> dict[str, np.ndarray]:
     """The query batch with a joint basis pair in every layer where that is cheaper; found once, then read back."""
-    numbered = enumerate(run.architecture.layers)
     names = [
         (layer, f"queries/joint-{number:04d}.safetensors")
-        for number, layer in numbered
+        for number, layer in enumerate(run.architecture.layers)
         if worthwhile(arrays, layer, tokens)
     ]
     left = [(layer, name) for layer, name in names if not _made(run, name, key)]

@@ -26,7 +26,8 @@ from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, query_task, read_query_batch
+from infscan.passes.queries import Inverse, QueryTask, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.passes.refine import RefineTask
 from infscan.passes.scan import ScanTask, scan_task

@@ -55,6 +55,16 @@ def test_low_rank_scores_are_those_of_the_truncated_gradients(
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
 
 
+def test_every_way_of_laying_out_multiplies_out_to_what_it_stands_for() -> None:
+    P_qoi = normal(2, Q, O, I)
+    pairs = truncated(P_qoi, [1, 5, 3])
+    B_mo, B_ni, K_qmn = normal(4, 2, O), normal(5, 3, I), normal(6, Q, 2, 3)
+    assert LayerQueries.full(P_qoi).multiplied_out() is P_qoi
+    torch.testing.assert_close(from_pairs(pairs).multiplied_out(), torch.stack([U @ V.T for U, V in pairs]))
+    joint = LayerQueries.joint(B_mo, B_ni, K_qmn)
+    torch.testing.assert_close(joint.multiplied_out(), B_mo.T @ K_qmn @ B_ni)
+
+
 def test_joint_scores_are_those_of_the_products_they_stand_for() -> None:
     s_bto, a_bti = tokens()
     B_mo, B_ni, K_qmn = normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3)

@@ -33,7 +33,8 @@ from infscan.passes.check import CheckTask, check_task
 from infscan.passes.factor_store import read_layer_factors, read_tensors
 from infscan.passes.factors import covariance_task, decompose_layer, finish_layer, lambda_task
 from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import Inverse, QueryTask, query_gradients, query_task, read_query_batch
+from infscan.passes.queries import Inverse, QueryTask, query_gradients, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Batch, Rank, RankSettings
 from infscan.passes.refine import RefineTask, refine_task
 from infscan.passes.scan import ScanTask, scan_task
@@ -173,7 +174,9 @@ def test_curvature_is_the_sum_of_the_documents(case: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
 
 
-def scores(case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Attention, arrays: object) -> np.ndarray:
+def scores(
+    case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Attention, arrays: dict[str, np.ndarray]
+) -> np.ndarray:
     found = check_task(
         case.rank,
         CheckTask(
@@ -187,7 +190,7 @@ def scores(case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Atte
             64,
             attention,
         ),
-        arrays,  # type: ignore[arg-type]
+        arrays,
     )
     assert found is not None
     np.testing.assert_allclose(*found, rtol=0, atol=1e-9 * np.abs(found[1]).max())

@@ -25,7 +25,8 @@ from infscan.model.load import Place
 from infscan.model.measure import uniforms
 from infscan.passes.check import CheckTask, check_task
 from infscan.passes.factor_store import labels_path, read_layer_factors, read_tensors
-from infscan.passes.queries import QueryTask, preconditioned, query_task, read_query_batch
+from infscan.passes.queries import QueryTask, preconditioned, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Part, Query
 from infscan.storage import Store

@@ -39,7 +39,8 @@ from infscan.passes.factors import (
     lambda_task,
     slice_bounds,
 )
-from infscan.passes.queries import QueryTask, preconditioned, query_gradients, query_task, read_query_batch
+from infscan.passes.queries import QueryTask, preconditioned, query_gradients, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Part, Query
 from infscan.storage import MissingError, Store

@@ -19,7 +19,8 @@ from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.check import CheckTask, check_task
-from infscan.passes.queries import Inverse, QueryTask, query_task, read_query_batch
+from infscan.passes.queries import Inverse, QueryTask, query_task
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.queries import Part, Query

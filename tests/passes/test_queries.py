@@ -25,14 +25,16 @@ from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
 from infscan.passes.queries import (
     Inverse,
     QueryTask,
-    allotted,
     layer_factors,
-    multiplied_out,
-    on_device,
     preconditioned,
     query_gradients,
     query_groups,
     query_task,
+)
+from infscan.passes.query_batch import (
+    allotted,
+    multiplied_out,
+    on_device,
     query_weights,
     read_query_batch,
 )

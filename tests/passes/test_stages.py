@@ -28,8 +28,8 @@ from infscan.passes.queries import (
     preconditioned,
     query_gradients,
     query_task,
-    read_query_batch,
 )
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
 from infscan.passes.solve import SolveTask, solve_task
 from infscan.passes.stages import StageTask, stage_task
