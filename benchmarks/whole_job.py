@@ -47,8 +47,8 @@ TOKENIZER = "infscan://demo/model"
 CONTEXT = 4096
 # What infscan's phases are in the words of the table.
 PHASES = {
-    "fit": ("factors", "covariance", "eigendecomposition", "lambda"),
-    "queries": ("queries", "check"),
+    "fit": ("covariance", "eigenbasis", "lambda", "factors"),
+    "queries": ("queries", "joint", "check"),
     "scan": ("scan",),
     "refine": ("refine",),
     "publish": ("publish",),

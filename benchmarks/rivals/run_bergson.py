@@ -7,15 +7,7 @@ fitted on fit.jsonl instead of on all that is scored: EK-FAC with sampled labels
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import numpy as np
-import torch
 from bergson.build import build_query
 from bergson.config.config import (
     DataConfig,
@@ -33,23 +25,12 @@ from bergson.hessians.apply_hessian import EkfacConfig, apply_worker
 from bergson.hessians.hessian_approximations import approximate_hessians
 from bergson.score.score import score_dataset
 from bergson.utils.step_state import partial_path, promote_step
+from shared import Phases, arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - began
+    options = arguments(__doc__, tokens_per_batch=2048)
+    phases = Phases()
 
     def index(name: str, rows: str) -> IndexConfig:
         return IndexConfig(
@@ -64,12 +45,12 @@ def main() -> None:
 
     hessian = HessianConfig(method="kfac", ev_correction=True)
     inversion = InversionConfig(damping_factor=0.1)
-    with timed("queries"):
+    with phases.timed("queries"):
         queries = QuerySetConfig(dataset=str(options.folder / "queries.jsonl"), aggregation="none")
         build_query(index("query", "queries"), queries, PreprocessConfig())
-    with timed("factors"):
+    with phases.timed("factors"):
         approximate_hessians(index("hessian/kfac", "fit"), hessian)
-    with timed("inverse"):
+    with phases.timed("inverse"):
         solved = options.output / "solved"
         config = EkfacConfig(
             hessian_method_path=str(options.output / "hessian/kfac"),
@@ -79,14 +60,14 @@ def main() -> None:
         )
         launch_distributed_run("apply_hessian", apply_worker, [config, inversion], DistributedConfig(nproc_per_node=1))
         promote_step(str(solved))
-    with timed("scan"):
+    with phases.timed("scan"):
         score_dataset(
             index("scores", "scanned"),
             ScoreConfig(query_path=str(solved), higher_is_better=True),
             PreprocessConfig(),
         )
     np.save(options.output / "scores.npy", load_scores(options.output / "scores")[:].astype(np.float32).T)
-    print(json.dumps(seconds))
+    phases.show()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ gradients of low rank: what infscan does, in kronfluence's words.
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import torch
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
+from shared import Phases, arguments
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -60,36 +58,25 @@ class NextToken(Task):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--batch-sequences", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, rank=32, batch_sequences=8)
+    phases = Phases()
     model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32)
     layers = [name for name, part in model.named_modules() if ".mlp." in name and isinstance(part, nn.Linear)]
     task = NextToken(layers)
     model = prepare_model(model, task)
     analyzer = Analyzer("job", model, task, cpu=True, output_dir=str(options.output), disable_tqdm=True)
     fit, scanned, queries = (Rows(options.folder / f"{name}.jsonl") for name in ("fit", "scanned", "queries"))
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, run: Callable[[], object]) -> None:
-        began = time.perf_counter()
-        run()
-        seconds[name] = time.perf_counter() - began
-
     factors = FactorArguments(strategy="ekfac")
     mine = {"factors_name": "ekfac", "overwrite_output_dir": True}
     batch = {"per_device_batch_size": options.batch_sequences}
-    timed("covariance", lambda: analyzer.fit_covariance_matrices(dataset=fit, factor_args=factors, **batch, **mine))
-    timed("eigendecomposition", lambda: analyzer.perform_eigendecomposition(factor_args=factors, **mine))
-    timed("lambda", lambda: analyzer.fit_lambda_matrices(dataset=fit, factor_args=factors, **batch, **mine))
-    timed(
-        "queries and scan",
-        lambda: analyzer.compute_pairwise_scores(
+    with phases.timed("covariance"):
+        analyzer.fit_covariance_matrices(dataset=fit, factor_args=factors, **batch, **mine)
+    with phases.timed("eigendecomposition"):
+        analyzer.perform_eigendecomposition(factor_args=factors, **mine)
+    with phases.timed("lambda"):
+        analyzer.fit_lambda_matrices(dataset=fit, factor_args=factors, **batch, **mine)
+    with phases.timed("queries and scan"):
+        analyzer.compute_pairwise_scores(
             scores_name="scores",
             factors_name="ekfac",
             query_dataset=queries,
@@ -102,11 +89,10 @@ def main() -> None:
                 query_gradient_accumulation_steps=len(queries),
             ),
             overwrite_output_dir=True,
-        ),
-    )
+        )
     scores = analyzer.load_pairwise_scores("scores")["all_modules"]
     np.save(options.output / "scores.npy", scores.float().numpy())
-    print(json.dumps(seconds))
+    phases.show()
 
 
 if __name__ == "__main__":
