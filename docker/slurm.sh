@@ -30,7 +30,7 @@ ray_start=(ray start --block --disable-usage-stats "${resources[@]}")
 # Other jobs may share the node: sockets and logs of this one lie in a folder of its own.
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
     "${ray_start[@]}" --head --include-dashboard=false --node-ip-address="$head_address" --port="$port" \
-    --temp-dir="/tmp/ray-$SLURM_JOB_ID" &
+    --temp-dir="$(mktemp --directory --tmpdir ray-XXXXXX)" &
 export RAY_ADDRESS="$head_address:$port"
 for _ in $(seq 60); do
     ray health-check --address "$RAY_ADDRESS" && break

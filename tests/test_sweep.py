@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -52,10 +53,10 @@ def test_cells_with_outputs_of_their_own_may_differ_in_nothing_else() -> None:
 
 
 @given(OVERRIDES, st.randoms())
-def test_a_cell_is_named_after_what_it_asks(overrides: list[str], random: object) -> None:
+def test_a_cell_is_named_after_what_it_asks(overrides: list[str], random: Random) -> None:
     """Whatever their order, and wherever and by how many workers it is done; a name that any disk takes."""
     shuffled = [*overrides, "cluster.num_workers=7", "output=elsewhere"]
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     name = cell_name(overrides)
     assert cell_name(shuffled) == name
     assert len(name) < 100

@@ -23,7 +23,7 @@ COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "make")
 
 # What a base image has not: our folders, compilers, a user 1000; and all may read the interpreter there.
 _SLIM = (
-    "rm -rf /opt/infscan /build /app; chmod o+x /root; "
+    "rm -rf /infscan /app; chmod o+x /root; "
     f"rm -f {' '.join(f'/usr/bin/{name} /usr/bin/{name}-* /usr/local/bin/{name}' for name in COMPILERS)}; "
     'user=$(getent passwd 1000 | cut -d: -f1); [ -z "$user" ] || userdel "$user"'
 )
