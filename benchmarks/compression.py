@@ -299,7 +299,7 @@ class Fitted:
                 for name, queries in batches.items():
                     scores[name].index_add_(0, rows, score_layer(s_bto, a_bti, queries[layer.name]))
 
-            self.rank.backward(batch, self.plan.layers, self.rank.training_loss(batch), consume)
+            self.rank.backward(batch, self.plan.layers, batch.loss(), consume)
             if number % 50 == 49:
                 say(f"{number + 1} batches scored in {time.perf_counter() - began:.0f} s")
         return {name: scores_nq.T.cpu().numpy() for name, scores_nq in scores.items()}

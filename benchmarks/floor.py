@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,8 +46,9 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
+from infscan.model.capture import capturing
 from infscan.model.load import Place, load
-from infscan.model.measure import summed_losses
+from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
 from infscan.passes.queries import Inverse, QueryTask, query_task
@@ -61,6 +63,7 @@ from infscan.storage import Store, expand
 RESULTS = Path(__file__).parent / "results"
 FLOOR = "floor: forward + activation gradients"
 SHARD = "shard-000000"
+_GROUP_BYTES = ScanConfig().query_group_bytes
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases to time beside the floor; all, if not given")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -151,6 +155,7 @@ class Bench:
         )
         self.fit = FitTask(self.factors, self.corpus, self.plan, 0, 0, Labels.sampled, options.seed)
         self.inverse = Inverse(self.factors, Solver.ekfac, DampingConfig())
+        self._compressed: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
 
     def covariance(self) -> None:
         covariance_task(self.rank, FitTask(**vars(self.fit) | {"draw_labels": True}))
@@ -164,17 +169,17 @@ class Bench:
             finish_layer(self.factors, self.plan, layer)
 
     def compressed(self, count: int, rank: int | None) -> dict[str, np.ndarray]:
-        """The query batch's arrays for the first `count` queries; None: full rank."""
+        """The query batch's arrays for the first `count` queries, made once; None: full rank."""
+        if (count, rank) in self._compressed:
+            return self._compressed[count, rank]
         name, queries = f"queries/{rank}.safetensors", self.queries[:count]
         how = (rank, Compression.weighted, str(rank))
         query_task(self.rank, QueryTask(self.run, name, queries, self.plan.layers, self.inverse, *how))
-        return read_query_batch(self.run, [[name]])
+        return self._compressed.setdefault((count, rank), read_query_batch(self.run, [[name]]))
 
-    def scan(self, count: int, arrays: dict[str, np.ndarray], rank: int | None) -> Case:
-        """A whole shard against the first `count` queries, its file included."""
-        mine = {key: array[:count] for key, array in arrays.items()}
-        # As the job lays them out.
-        mine = multiplied_out(mine, self.plan.layers, self.options.length, ScanConfig().query_group_bytes)
+    def scan(self, count: int, prepared: int, rank: int | None) -> Case:
+        """A whole shard against the first `count` of `prepared` queries, its file included."""
+        mine: dict[str, np.ndarray] = {}
         key = f"{rank}/{count}"
         task = ScanTask(
             run=self.run / key,
@@ -192,6 +197,10 @@ class Bench:
         )
 
         def ready() -> None:
+            if not mine:
+                arrays = {key: array[:count] for key, array in self.compressed(prepared, rank).items()}
+                # As the job lays them out.
+                mine.update(multiplied_out(arrays, self.plan.layers, self.options.length, _GROUP_BYTES))
             # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
             self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
             task.run.remove(shard_path(SHARD))
@@ -242,7 +251,7 @@ class Bench:
 
     def batches(self) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
         for batch in self.rank.batches(self.sequences, self.options.tokens_per_batch):
-            yield batch, batch.next_tokens()
+            yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -251,11 +260,8 @@ class Bench:
 
     def floor(self) -> None:
         for batch, targets in self.batches():
-
-            def loss(logits_btv: Tensor, targets: tuple[Tensor, Tensor] = targets) -> Tensor:
-                return summed_losses(logits_btv, *targets)
-
-            self.rank.backward(batch, (), loss, _nothing)
+            with capturing(self.rank.model.module, (), _nothing):
+                summed_losses(self.rank.model.logits(batch.ids_bt), *targets).sum().backward()
 
     def training(self) -> Callable[[], None]:
         """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
@@ -272,21 +278,21 @@ class Bench:
         self.finish_factors()
         counts = sorted(set(self.options.queries))
         middle = counts[len(counts) // 2]
-        low, full = self.compressed(counts[-1], self.options.rank), self.compressed(middle, None)
-        return [
+        cases = [
             Case("forward", self.forward),
-            Case(FLOOR, self.floor),
             Case("training step (with weight gradients)", self.training()),
             Case("covariance pass (labels drawn)", self.covariance),
             self.decompose(),
             Case("Lambda pass", lambda: lambda_task(self.rank, self.fit)),
             self.prepare(1),
             *([self.prepare(middle)] if middle > 1 else []),
-            *(self.scan(count, low, self.options.rank) for count in counts),
-            self.scan(middle, full, None),
+            *(self.scan(count, counts[-1], self.options.rank) for count in counts),
+            self.scan(middle, middle, None),
             self.refine(middle, 1),
             *([self.refine(middle, middle)] if middle > 1 else []),
         ]
+        wanted = re.compile(self.options.only)
+        return [Case(FLOOR, self.floor), *(case for case in cases if wanted.search(case.name))]
 
 
 def _nothing(*_: object) -> None:

@@ -19,6 +19,7 @@ from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
 from infscan.model.architecture import first_line, load_config, model_folder, weight_files
 from infscan.model.attention import document_logits
+from infscan.model.losses import Loss, head_is_last, sequence_losses
 from infscan.storage import scratch_file
 
 # Where a shard begins in its file, in bytes.
@@ -44,7 +45,8 @@ class Place:
 class LoadedModel:
     """A model in eval mode whose parameters ask for no gradient; call `logits`.
 
-    shard_parameters: the parameters whose storage this rank holds (all of them without ZeRO-3).
+    shard_parameters: the parameters whose storage this rank holds (all of them without ZeRO-3). head_is_last: whether
+    nothing is done to the logits after the output embeddings.
     """
 
     module: PreTrainedModel
@@ -52,6 +54,7 @@ class LoadedModel:
     dtype: torch.dtype
     parameters: int
     shard_parameters: int
+    head_is_last: bool = False
 
     def logits(self, ids_bt: Tensor, position_ids_bt: Tensor | None = None) -> Tensor:
         """[B, T, V]. Padding is on the right: under causal attention it changes no token before it.
@@ -59,6 +62,10 @@ class LoadedModel:
         position_ids_bt: as `infscan.model.attention.document_logits` takes them.
         """
         return document_logits(self.module, ids_bt, position_ids_bt)
+
+    def losses(self, ids_bt: Tensor, position_ids_bt: Tensor | None, loss: Loss) -> Tensor:
+        """Every sequence's loss, [B] float32 or wider: `infscan.model.losses.sequence_losses`."""
+        return sequence_losses(self, ids_bt, position_ids_bt, loss)
 
 
 def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.dtype:
@@ -89,6 +96,7 @@ def load(settings: ModelConfig, place: Place, *, sharded: bool) -> LoadedModel:
         module = _load_whole(folder, config, dtype).to(place.device)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, place, dtype, size, size)
+    loaded.head_is_last = head_is_last(loaded.module, place.device)
     if settings.gradient_checkpointing:
         _checkpoint_activations(loaded.module)
     return loaded

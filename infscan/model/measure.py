@@ -8,9 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-# Token rows whose cumulative distribution is held in float64 at once while labels are drawn.
-_LABEL_ROWS = 512
-
 
 def next_tokens(ids_bt: Tensor, mask_bt: Tensor) -> tuple[Tensor, Tensor]:
     """Targets and weights of a training sequence's loss L(z) = sum over t >= 1 of -log p(x_t | x_<t).
@@ -66,16 +63,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def sample_labels(logits_btv: Tensor, uniforms_bt: Tensor) -> Tensor:
-    """Labels drawn from the model at every position by inverting its cumulative distribution: int64 [B, T].
+def sample_labels(p_mv: Tensor, uniforms_m: Tensor) -> Tensor:
+    """Labels drawn from the model's distributions by inverting their sums: int64 [M].
 
-    logits_btv: [B, T, V]; uniforms_bt: float64 [B, T]. The Fisher of METHOD (EK-FAC 1), not the empirical one.
+    p_mv: probabilities [M, V], float32 or wider, summed in float64; uniforms_m: float64 [M] in [0, 1). The Fisher of
+    METHOD (EK-FAC 1), not the empirical one.
     """
-    rows, numbers = logits_btv.detach().flatten(0, 1), uniforms_bt.flatten()
-    labels = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    for start in range(0, rows.shape[0], _LABEL_ROWS):
-        part = slice(start, start + _LABEL_ROWS)
-        cumulative = torch.softmax(rows[part].to(torch.float64), dim=-1).cumsum_(dim=-1)
-        wanted = numbers[part, None] * cumulative[:, -1:]
-        labels[part] = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max_(rows.shape[-1] - 1)
-    return labels.view(logits_btv.shape[:2])
+    cumulative_mv = p_mv.cumsum(dim=-1, dtype=torch.float64)
+    wanted_m1 = uniforms_m[:, None] * cumulative_mv[:, -1:]
+    return torch.searchsorted(cumulative_mv, wanted_m1, right=True).squeeze(-1).clamp_max_(p_mv.shape[-1] - 1)

@@ -51,6 +51,6 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
             approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
             exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
 
-        rank.backward(batch, task.layers, rank.training_loss(batch), consume)
+        rank.backward(batch, task.layers, batch.loss(), consume)
     approximate_nq, exact_nq = rank.reduce(approximate_nq), rank.reduce(exact_nq)
     return (approximate_nq.cpu().numpy(), exact_nq.cpu().numpy()) if rank.leads else None

@@ -7,7 +7,6 @@ Partial sums are added in slice order, so the factors do not depend on which wor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +20,8 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, check_finite, eigenbasis
 from infscan.influence.layers import Layer
-from infscan.model.measure import sample_labels, summed_losses, uniforms
+from infscan.model.losses import Loss
+from infscan.model.measure import uniforms
 from infscan.passes.factor_store import (
     FactorsPlan,
     block_keys,
@@ -74,21 +74,22 @@ class _Targets:
                 stored = read_tensors(task.factors, labels_path(task.slice))["labels"]
                 self.labels_nt = rank.to_device(stored.to(torch.int64).numpy())
 
-    def loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """loss(logits) -> [B]: summed over every position with a label; a dummy batch gives zero."""
+    def loss(self, batch: Batch) -> Loss:
+        """Summed over every position with a label; a dummy batch gives zero."""
+        if self.labels_nt is None or not batch.scored:
+            return batch.loss()
+        T = batch.ids_bt.shape[1]
+        labels_bt = self.labels_nt[self.rank.to_device(batch.rows), :T]
+        if not self.task.draw_labels:
+            return Loss(labels_bt, batch.positions())
+        ids = np.asarray([self.sequences[row].sequence_id for row in batch.rows], np.int64)
+        return Loss(labels_bt, batch.positions(), self.rank.to_device(uniforms(self.task.seed, ids, T)))
 
-        def summed(logits_btv: Tensor) -> Tensor:
-            if self.labels_nt is None or not batch.scored:
-                return summed_losses(logits_btv, *batch.next_tokens())
-            T = batch.ids_bt.shape[1]
-            rows = self.rank.to_device(batch.rows)
-            if self.task.draw_labels:
-                ids = np.asarray([self.sequences[row].sequence_id for row in batch.rows], np.int64)
-                numbers = self.rank.to_device(uniforms(self.task.seed, ids, T))
-                self.labels_nt[rows, :T] = sample_labels(logits_btv, numbers) * batch.positions()
-            return summed_losses(logits_btv, self.labels_nt[rows, :T], batch.positions())
-
-        return summed
+    def keep(self, batch: Batch, loss: Loss) -> None:
+        """Labels that the loss has drawn, for the passes to come; 0 where there is none."""
+        if self.labels_nt is not None and loss.uniforms_bt is not None:
+            rows, T = self.rank.to_device(batch.rows), batch.ids_bt.shape[1]
+            self.labels_nt[rows, :T] = loss.labels_bt * loss.weights_bt
 
     def store(self) -> None:
         """Put drawn labels in storage if none are there; labels that differ from those there void this attempt.
@@ -134,7 +135,9 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
             if layer.name in A:
                 add_second_moment(A[layer.name], a_bti)
 
-        rank.backward(batch, layers, targets.loss(batch), consume)
+        loss = targets.loss(batch)
+        rank.backward(batch, layers, loss, consume)
+        targets.keep(batch, loss)
         counted += batch.positions().sum()
     sums = {
         f"{key}|{name}": rank.reduce(block)

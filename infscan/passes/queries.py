@@ -20,7 +20,7 @@ from infscan.influence.compress import compress, compress_weighted
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
-from infscan.model.measure import summed_losses
+from infscan.model.losses import Loss
 from infscan.passes.factor_store import read_layer_factors, read_tensor, write_tensors
 from infscan.passes.rank import Batch, Rank
 from infscan.queries import Query
@@ -124,10 +124,7 @@ def query_tokens(rank: Rank, queries: Sequence[Query], layers: Sequence[Layer]) 
             def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, parts: dict[str, list[Tokens]] = parts) -> None:
                 parts[layer.name].append(Tokens(s_bto[0].to(rank.wide), a_bti[0].to(rank.wide)))
 
-            def loss(logits_btv: Tensor, targets: Tensor = targets_bt, weights: Tensor = weights_bt) -> Tensor:
-                return summed_losses(logits_btv, targets, weights)
-
-            rank.backward(batch, layers, loss, consume)
+            rank.backward(batch, layers, Loss(targets_bt, weights_bt), consume)
         for name, tokens in parts.items():
             whole = Tokens(torch.cat([one.s_to for one in tokens]), torch.cat([one.a_ti for one in tokens]))
             found[name].append(whole)

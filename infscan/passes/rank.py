@@ -21,7 +21,8 @@ from infscan.influence.layers import Layer
 from infscan.model.attention import check_keeps_apart
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
-from infscan.model.measure import next_tokens, predicting, summed_losses
+from infscan.model.losses import Loss
+from infscan.model.measure import next_tokens, predicting
 from infscan.passes.memory import RankMemoryError, is_out_of_memory
 from infscan.storage import Store
 
@@ -56,9 +57,9 @@ class Batch:
     loss_bt: Tensor | None = None
     position_ids_bt: Tensor | None = None
 
-    def next_tokens(self) -> tuple[Tensor, Tensor]:
-        """Targets and weights of the training loss: `infscan.model.measure.next_tokens` of the tokens that have one."""
-        return next_tokens(self.ids_bt, self.mask_bt if self.loss_bt is None else self.loss_bt)
+    def loss(self) -> Loss:
+        """The training loss: the summed -log p of a sequence's own next tokens, of those that have a loss."""
+        return Loss(*next_tokens(self.ids_bt, self.mask_bt if self.loss_bt is None else self.loss_bt))
 
     def positions(self) -> Tensor:
         """Where the Fisher's labels are, bool [B, T]: every position before a token that has a loss, and the last one
@@ -153,26 +154,17 @@ class Rank:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def training_loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """loss(logits_btv) -> [B]: every sequence's summed -log p of its own next tokens; a dummy batch gives zero."""
-        targets_bt, weights_bt = batch.next_tokens()
-        return lambda logits_btv: summed_losses(logits_btv, targets_bt, weights_bt)
-
-    def backward(
-        self,
-        batch: Batch,
-        layers: Sequence[Layer],
-        loss: Callable[[Tensor], Tensor],
-        consume: LayerConsumer,
-    ) -> None:
-        """Forward, `loss(logits_btv)` summed to a scalar, and the activation-gradient backward through `layers`."""
+    def backward(self, batch: Batch, layers: Sequence[Layer], loss: Loss, consume: LayerConsumer) -> Tensor:
+        """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B]."""
 
         def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
             if batch.scored:
                 consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias))
 
         with capturing(self.model.module, layers, consume_masked):
-            backward(loss(self.model.logits(batch.ids_bt, batch.position_ids_bt)).sum())
+            losses_b = self.model.losses(batch.ids_bt, batch.position_ids_bt, loss)
+            backward(losses_b.sum())
+        return losses_b.detach()
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the group's ranks, on rank 0 (other ranks get something unspecified)."""

@@ -63,7 +63,7 @@ def refine_task(rank: Rank, task: RefineTask) -> int:
                 token_scores[targets, :T] += scores_nt
                 layer_scores[targets, column[layer.name]] = scores_nt.sum(dim=1)
 
-        rank.backward(batch, task.layers, rank.training_loss(batch), consume)
+        rank.backward(batch, task.layers, batch.loss(), consume)
     layer_scores, token_scores = rank.reduce(layer_scores), rank.reduce(token_scores)
     if rank.leads:
         by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()

@@ -13,7 +13,6 @@ from infscan.config import Attention
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
-from infscan.model.measure import summed_losses
 from infscan.passes.query_batch import on_device
 from infscan.passes.rank import Rank
 from infscan.results.dense import write_scores
@@ -59,22 +58,9 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, partial_bq: Tensor = partial_bq) -> None:
             partial_bq.add_(score_layer(s_bto, a_bti, queries[layer.name]))
 
-        targets = batch.next_tokens()
-
-        def loss(
-            logits_btv: Tensor,
-            targets: tuple[Tensor, Tensor] = targets,
-            rows: Tensor = rows,
-            scored: bool = batch.scored,
-        ) -> Tensor:
-            losses_b = summed_losses(logits_btv, *targets)
-            if scored:
-                losses_n[rows] = losses_b.detach()
-            return losses_b
-
-        rank.backward(batch, rank.layers, loss, consume)
+        losses_b = rank.backward(batch, rank.layers, batch.loss(), consume)
         if batch.scored:
-            scores_nq[rows] = partial_bq
+            scores_nq[rows], losses_n[rows] = partial_bq, losses_b
     scores_nq, losses_n = rank.reduce(scores_nq), rank.reduce(losses_n)
     if not rank.leads:
         return None

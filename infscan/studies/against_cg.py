@@ -129,7 +129,7 @@ def score_solutions(
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, rows: Tensor = rows) -> None:
             scores_nk.index_add_(0, rows, score_layer(s_bto, a_bti, P[layer.name]))
 
-        rank.backward(batch, rank.layers, rank.training_loss(batch), consume)
+        rank.backward(batch, rank.layers, batch.loss(), consume)
     parts = scores_nk.T.cpu().numpy().reshape(len(solutions), -1, len(sequences))
     return dict(zip(solutions, parts, strict=True))
 

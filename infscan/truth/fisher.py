@@ -11,7 +11,8 @@ from torch import Tensor
 from infscan.corpus import sequences as corpus
 from infscan.errors import ConfigError
 from infscan.influence.layers import Layer
-from infscan.model.measure import next_tokens, sample_labels, summed_losses, uniforms
+from infscan.model.losses import Loss
+from infscan.model.measure import next_tokens, uniforms
 from infscan.passes.rank import Rank
 
 # Pseudo-gradients multiplied at once: enough to keep a matrix product busy.
@@ -49,19 +50,16 @@ def sampled_fisher(
         waiting.clear()
 
     for batch in rank.batches(sequences, tokens_per_batch):
-        weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)[1]
+        labels_bt, weights_bt = next_tokens(batch.ids_bt, batch.mask_bt)
         ids = np.asarray([sequences[row].sequence_id for row in batch.rows], np.int64)
         for draw in range(draws):
             numbers_bt = rank.to_device(uniforms(seed + draw, ids, batch.ids_bt.shape[1]))
             by_layer: dict[str, Tensor] = {}
 
-            def loss(logits_btv: Tensor, numbers: Tensor = numbers_bt, weights: Tensor = weights_bt) -> Tensor:
-                return summed_losses(logits_btv, sample_labels(logits_btv.detach(), numbers), weights)
-
             def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, into: dict[str, Tensor] = by_layer) -> None:
                 into[layer.name] = (s_bto.transpose(1, 2) @ a_bti).flatten(1)
 
-            rank.backward(batch, rank.layers, loss, consume)
+            rank.backward(batch, rank.layers, Loss(labels_bt, weights_bt, numbers_bt), consume)
             waiting.append(torch.cat([by_layer[layer.name] for layer in rank.layers], dim=1).to(rank.wide))
             if sum(map(len, waiting)) >= _ROWS:
                 flush()

@@ -18,7 +18,8 @@ from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
 from infscan.model.load import LoadedModel, Place, load
-from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.losses import Loss
+from infscan.model.measure import next_tokens
 
 # Nothing stays gathered: every parameter is really partitioned and fetched when it is used.
 TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_size=1, param_persistence_threshold=0)
@@ -32,7 +33,7 @@ def settings(folder: Path, name: str) -> ModelConfig:
 
 
 def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int) -> dict[str, Tensor]:
-    """Logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks)."""
+    """Losses, logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks)."""
     ids_bt = (torch.arange(2 * (6 + rank)) * 7 % 40).view(2, -1)
     found: dict[str, Tensor] = {}
 
@@ -42,9 +43,11 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int) -> dict[s
     for _ in range(2):  # a second pass re-gathers what the first released
         found.clear()
         with capturing(model.module, layers, consume):
-            logits = model.logits(ids_bt)
-            backward(summed_losses(logits, *next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool))).sum())
-    return found | {"logits": logits.detach().clone()}
+            loss = Loss(*next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool)))
+            losses_b = model.losses(ids_bt, None, loss)
+            backward(losses_b.sum())
+    with torch.no_grad():
+        return found | {"losses": losses_b.detach().clone(), "logits": model.logits(ids_bt).clone()}
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:

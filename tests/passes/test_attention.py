@@ -29,6 +29,7 @@ from infscan.influence.layers import Layer
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.load import Place
+from infscan.model.losses import Loss
 from infscan.passes.check import CheckTask, check_task
 from infscan.passes.factor_store import read_layer_factors, read_tensors
 from infscan.passes.factors import covariance_task, decompose_layer, finish_layer, lambda_task
@@ -110,11 +111,10 @@ def by_hand(rank: Rank, sequence: Sequence, labels: dict[int, int]) -> dict[str,
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in rank.layers}
     for start, end in zip(sequence.starts, [*sequence.starts[1:], len(sequence)], strict=True):
         ids = torch.from_numpy(sequence.token_ids[start:end])[None]
-
-        def loss(logits_btv: Tensor, start: int = int(start)) -> Tensor:
-            log_p_tv = logits_btv[0].log_softmax(-1)
-            terms = [log_p_tv[t, labels[start + t]] for t in range(len(log_p_tv)) if start + t in labels]
-            return 0 * log_p_tv.sum() - sum(terms)
+        loss = Loss(torch.zeros_like(ids), torch.zeros_like(ids))
+        for t in range(ids.shape[1]):
+            if start + t in labels:
+                loss.labels_bt[0, t], loss.weights_bt[0, t] = labels[start + t], 1
 
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
             parts[layer.name].append((s_bto[0].clone(), a_bti[0].clone()))

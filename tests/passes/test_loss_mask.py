@@ -14,6 +14,7 @@ from infscan.config import Labels, Packing
 from infscan.corpus.addressable import PreparedCorpus, open_corpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
+from infscan.model.losses import Loss
 from infscan.passes.factor_store import read_layer_factors, read_tensors
 from infscan.passes.ggn import GaussNewton
 from infscan.passes.rank import Batch, Rank
@@ -76,9 +77,9 @@ def by_hand(rank: Rank, sequence: Sequence, terms: list[tuple[int, int]]) -> dic
     batch = Batch(np.arange(1), ids, torch.ones_like(ids, dtype=torch.bool))
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def loss(logits_btv: Tensor) -> Tensor:
-        log_p_tv = logits_btv[0].log_softmax(-1)
-        return 0 * log_p_tv.sum() - sum(log_p_tv[t, label] for t, label in terms)
+    loss = Loss(torch.zeros_like(ids), torch.zeros_like(ids))
+    for t, label in terms:
+        loss.labels_bt[0, t], loss.weights_bt[0, t] = label, 1
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         found[layer.name] = (s_bto[0].clone(), a_bti[0].clone())
@@ -126,16 +127,11 @@ def test_a_sequences_gradient_is_of_its_loss_alone(rank: Rank, tmp_path: Path, m
     losses = np.zeros(len(sequences))
     for batch in rank.batches(sequences, 64):
 
-        def loss(logits_btv: Tensor, batch: Batch = batch) -> Tensor:
-            losses_b = rank.training_loss(batch)(logits_btv)
-            losses[batch.rows] = losses_b.detach().numpy()
-            return losses_b
-
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, batch: Batch = batch) -> None:
             for place, row in enumerate(batch.rows.tolist()):
                 found[row, layer.name] = s_bto[place].T @ a_bti[place]
 
-        rank.backward(batch, rank.layers, loss, consume)
+        losses[batch.rows] = rank.backward(batch, rank.layers, batch.loss(), consume).numpy()
     for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
         terms = [(t - 1, int(sequence.token_ids[t])) for t in range(1, len(mask)) if mask[t]]
         for name, (s_to, a_ti) in by_hand(rank, sequence, terms).items():

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
-from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.rank import Batch, Rank
 from tests.passes.builders import as_rank
 
@@ -47,17 +46,11 @@ def test_a_dummy_runs_and_counts_for_nothing(rank: Rank) -> None:
     last = as_rank(rank, 1, 2)
     [dummy] = last.batches(sequences([5]), 60)
     assert not dummy.scored
-    losses: list[Tensor] = []
-
-    def loss(logits_btv: Tensor) -> Tensor:
-        losses.append(summed_losses(logits_btv, *next_tokens(dummy.ids_bt, dummy.mask_bt)))
-        return losses[-1]
 
     def consume(*_: object) -> None:
         pytest.fail("a dummy was consumed")
 
-    last.backward(dummy, rank.layers, loss, consume)
-    assert [float(one.detach()) for one in losses] == [0.0]
+    assert last.backward(dummy, rank.layers, dummy.loss(), consume).tolist() == [0.0]
 
 
 def test_padding_is_zero_in_what_is_consumed(rank: Rank) -> None:
@@ -67,8 +60,7 @@ def test_padding_is_zero_in_what_is_consumed(rank: Rank) -> None:
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         seen[layer.name] = (s_bto, a_bti)
 
-    targets = next_tokens(batch.ids_bt, batch.mask_bt)
-    rank.backward(batch, rank.layers, lambda logits: summed_losses(logits, *targets), consume)
+    rank.backward(batch, rank.layers, batch.loss(), consume)
     assert set(seen) == {layer.name for layer in rank.layers}
     for layer in rank.layers:
         s_bto, a_bti = seen[layer.name]

@@ -158,7 +158,7 @@ def test_the_chain_is_the_dense_one(
             g = (s_bto.transpose(1, 2) @ a_bti).flatten(1).numpy()
             wanted[batch.rows] += g @ expected[layer.name].T
 
-        first.backward(batch, first.layers, first.training_loss(batch), consume)
+        first.backward(batch, first.layers, batch.loss(), consume)
     for scores_nq in found:
         assert np.linalg.norm(scores_nq - wanted) / np.linalg.norm(wanted) < CLOSE
 
