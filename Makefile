@@ -45,6 +45,7 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
 	$(BIN)/python benchmarks/corpus_prepare.py

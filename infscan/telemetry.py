@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,6 +35,24 @@ def shown(text: str) -> str:
         character if character.isprintable() or character == "\t" else f"\\u{ord(character):04x}"
         for character in redact(text)
     )
+
+
+class JsonLines(logging.Formatter):
+    """A log line as one JSON object: time (UTC), level, message, and what it is about (run, phase, shard, attempt)."""
+
+    def __init__(self, **always: str) -> None:
+        super().__init__()
+        self.always = always
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        about = {key: value for key, value in vars(record).items() if key not in _USUAL}
+        known = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps(known | self.always | about, ensure_ascii=False, default=str)
+
+
+# What every record has; the rest was given with `extra`.
+_USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class _Shown(logging.Filter):
@@ -93,10 +113,18 @@ def command(main: Callable[[], None]) -> None:
         raise SystemExit(2)
 
 
-def configure_logs(level: int = logging.INFO) -> None:
-    """infscan's own log lines to standard error; other libraries only from warnings on."""
+def configure_logs(level: int = logging.INFO, *, run: str | None = None, json_lines: bool = False) -> None:
+    """infscan's own log lines to standard error; other libraries only from warnings on.
+
+    json_lines: each as a JSON object that names the run; a line for every unit of work that begins or ends is among
+    them.
+    """
     handler: logging.Handler
-    if sys.stderr.isatty():
+    if json_lines:
+        level = logging.DEBUG
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonLines(**({"run": run} if run else {})))
+    elif sys.stderr.isatty():
         handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     else:
         handler = logging.StreamHandler()
@@ -106,6 +134,16 @@ def configure_logs(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(level)
+
+
+class Listener(Protocol):
+    """Who is told of phases as they go on."""
+
+    def began(self, phase: Phase) -> None: ...
+
+    def advanced(self, phase: Phase, units: int, sequences: int, tokens: int) -> None: ...
+
+    def ended(self, phase: Phase) -> None: ...
 
 
 @dataclass
@@ -120,11 +158,14 @@ class Phase:
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    listener: Listener | None = None
 
     def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
         self.units_done += units
         self.sequences += sequences
         self.tokens += tokens
+        if self.listener:
+            self.listener.advanced(self, units, sequences, tokens)
 
     @property
     def elapsed(self) -> float:
@@ -144,17 +185,24 @@ class Phase:
 
 
 class Telemetry:
-    """The phases of one run. `phases` is what summary.json says: {name: {seconds, sequences, tokens}}."""
+    """The phases of one run. `phases` is what summary.json says: {name: {seconds, sequences, tokens}}.
+
+    A second is of one phase: what a phase within another takes (workers that start when they are first asked for) is
+    not in the other's.
+    """
 
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
+        self.listener: Listener | None = None
         self._prefix = ""
+        self._open: list[Phase] = []
 
     def within(self, prefix: str) -> Telemetry:
         """The same record, for a part of the run whose phases are named `<prefix><name>`."""
         part = Telemetry()
         part.phases, part.warnings, part._prefix = self.phases, self.warnings, prefix
+        part.listener, part._open = self.listener, self._open
         return part
 
     def warn(self, message: str) -> None:
@@ -169,12 +217,23 @@ class Telemetry:
     def phase(self, name: str, units: int = 1, unit_name: str = "units") -> Iterator[PhaseView]:
         """Time a phase and show its progress; a phase entered twice adds up."""
         name = self._prefix + name
-        phase = Phase(name, units, unit_name)
+        entered = time.monotonic()
+        phase = Phase(name, units, unit_name, began=entered, listener=self.listener)
+        self._open.append(phase)
+        if self.listener:
+            self.listener.began(phase)
         live = sys.stderr.isatty()
         view: PhaseView = _Live(phase) if live else _Lines(phase)
-        with view:
-            yield view
-        phase.seconds = phase.elapsed
+        try:
+            with view:
+                yield view
+        finally:
+            phase.seconds = phase.elapsed
+            self._open.pop()
+            if self._open:
+                self._open[-1].began += time.monotonic() - entered
+            if self.listener:
+                self.listener.ended(phase)
         log.info("%-11s %s  in %.1f s", name, phase.line(), phase.seconds)
         total = self.phases.setdefault(name, {"seconds": 0.0, "sequences": 0, "tokens": 0})
         total["seconds"] = round(total["seconds"] + phase.seconds, 3)

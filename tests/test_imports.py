@@ -24,10 +24,12 @@ ROOMS = (
     "model",
     "results",
     "passes",
+    "sizing",
     "runtime",
     "truth",
     "studies",
     "report",
+    "__main__",
 )
 # Rooms that may know fewer than the earlier ones: seams and pure arithmetic.
 NARROWER = {

@@ -151,3 +151,27 @@ def test_a_bug_keeps_its_traceback() -> None:
         raise TypeError("a bug")
     with sentences():
         pass
+
+
+def test_a_second_is_of_one_phase_alone(clock: Clock) -> None:
+    told = Telemetry()
+    with told.phase("covariance") as outer:
+        clock.now = 3.0
+        with told.within("stage 2 ").phase("workers"):
+            clock.now = 10.0
+        clock.now = 12.0
+        outer.advance(sequences=10)
+        assert outer.phase.elapsed == 5.0
+    assert {name: phase["seconds"] for name, phase in told.phases.items()} == {
+        "covariance": 5.0,
+        "stage 2 workers": 7.0,
+    }
+
+
+def test_a_phase_that_fails_is_over(clock: Clock) -> None:
+    told = Telemetry()
+    with pytest.raises(ConfigError), told.phase("fit"):
+        raise ConfigError("no")
+    with told.phase("scan"):
+        clock.now = 2.0
+    assert told.phases["scan"]["seconds"] == 2.0

@@ -100,6 +100,11 @@ class Placement(StrEnum):
     STRICT_SPREAD = "STRICT_SPREAD"
 
 
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
+
 @dataclass
 class ZeroConfig:
     """ZeRO-3's limits, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole.
@@ -354,7 +359,8 @@ class ClusterConfig:
     max_attempts: errors of a unit of work after which it is given up. deadline_s: for one unit. startup_s: for loading
     the model, once there is room. heartbeat_s: between two questions to a rank whether it lives. silence_s: without an
     answer after which it is taken for lost. capacity_s: without room for a single worker after which the job ends.
-    lease_s: without a sign of life after which another host's driver is taken for dead.
+    lease_s: without a sign of life after which another host's driver is taken for dead. log_format: json for a JSON
+    object a line, and a line for every unit of work. trace: write <output>/trace.json, the workers' time, for Perfetto.
     """
 
     address: str | None = None
@@ -371,6 +377,8 @@ class ClusterConfig:
     silence_s: float = 60.0
     capacity_s: float = 1800.0
     lease_s: float = 60.0
+    log_format: LogFormat = LogFormat.text
+    trace: bool = False
 
 
 @dataclass

@@ -93,21 +93,24 @@ class Architecture:
         return asked or min(self.context, DEFAULT_LENGTH)
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, *, weights: bool = True) -> Path:
     """The local folder of a model: as it is, downloaded once from a URI, or from the hub by its id.
+
+    weights: also download the weights; else what says the model's shapes and its tokens.
 
     Raises:
         ModelError: where there is no such folder, URI or hub id.
     """
+    suffixes = MODEL_SUFFIXES if weights else tuple(s for s in MODEL_SUFFIXES if s != ".safetensors")
     if is_uri(path):
-        return localise(path, MODEL_SUFFIXES)
+        return localise(path, suffixes)
     if Path(path).expanduser().exists():
         return Path(path).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", path):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES]))
+            return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in suffixes]))
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.path={path}: no such folder here, and the hub gave none of that id "
@@ -116,22 +119,25 @@ def model_folder(path: str) -> Path:
     raise ModelError(f"model.path={path}: there is no such folder; give an HF-layout folder, a URI or a hub id.")
 
 
-def describe(path: str, tracked: str) -> Architecture:
+def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
     """Read a model's configuration and module tree (on the meta device: no weight is loaded).
+
+    weights: they must be there, and are in the fingerprint; else config.json is enough, and it is the configuration's.
 
     Raises:
         ModelError: for a folder that is not a causal language model in safetensors, or where `tracked` finds no layer.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, weights=weights)
     config = load_config(folder)
-    _check_whole(weight_files(folder))
+    files = weight_files(folder) if weights else []
+    _check_whole(files)
     refuse_encoder(config)
     module = build_on_meta(config)
     layers = tracked_layers(module, tracked)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
         folder=str(folder),
-        fingerprint=_fingerprint(folder),
+        fingerprint=_fingerprint(folder, files),
         vocab_size=module.get_input_embeddings().weight.shape[0],
         context=int(context),
         eos_id=_token_id(config, "eos_token_id"),
@@ -215,11 +221,15 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The module tree with the shapes of its parameters, and no storage behind them."""
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The module tree with the shapes of its parameters, and no storage behind them.
+
+    dtype: of a model that is to be run on shapes alone, as a rank runs it; None where it is only looked at.
+    """
+    given: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "attn_implementation": "sdpa"}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
         raise ModelError(
             f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or mend its "
@@ -377,11 +387,11 @@ def _refuse_fused_experts(module: nn.Module, tracked: str) -> None:
             )
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path, files: list[Path]) -> str:
     """SHA-256 over config.json and the weights: whole files where they are small, header and samples where large."""
     digest = hashlib.sha256()
     store = Store(str(folder))
-    for name in ["config.json", *(path.name for path in weight_files(folder))]:
+    for name in ["config.json", *(path.name for path in files)]:
         with store.open(name) as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
-from infscan.model.architecture import first_line, load_config, model_folder, weight_files
+from infscan.model.architecture import build_on_meta, first_line, load_config, model_folder, weight_files
 from infscan.model.attention import document_logits
 from infscan.model.losses import Loss, head_is_last, sequence_losses
 from infscan.storage import scratch_file
@@ -81,22 +81,31 @@ def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.
 def load(settings: ModelConfig, place: Place, *, sharded: bool) -> LoadedModel:
     """Load a checkpoint for forward and activation-gradient backward.
 
+    On the device `meta` no weight is read: the shapes alone, for `infscan.sizing`.
+
     Raises:
         ModelError: for a folder, a parameter or a family that cannot be loaded, by name.
     """
-    torch.set_num_threads(place.threads)
+    on_meta = place.device == "meta"
+    if not on_meta:
+        torch.set_num_threads(place.threads)
     if place.device.startswith("cuda"):
         torch.cuda.set_device(place.device)
-    folder = model_folder(settings.path)
+    folder = model_folder(settings.path, weights=not on_meta)
     config = _without_dropout(load_config(folder))
     dtype = resolve_dtype(settings.dtype, config, place.device)
-    if sharded:
+    if on_meta:
+        module = build_on_meta(config, dtype).requires_grad_(False).eval()
+        size = sum(parameter.numel() for parameter in module.parameters())
+        loaded = LoadedModel(module, place, dtype, size, size)
+    elif sharded:
         loaded = _load_zero3(settings, folder, config, dtype, place)
     else:
         module = _load_whole(folder, config, dtype).to(place.device)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, place, dtype, size, size)
-    loaded.head_is_last = head_is_last(loaded.module, place.device)
+    if not on_meta:
+        loaded.head_is_last = head_is_last(loaded.module, place.device)
     if settings.gradient_checkpointing:
         _checkpoint_activations(loaded.module)
     return loaded

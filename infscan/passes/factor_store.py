@@ -72,11 +72,7 @@ class FactorsPlan:
 
     def partial_bytes(self) -> int:
         """Bytes of all partial sums (float32): they stay in storage until the factors are complete."""
-        covariance = sum(
-            _entries(layer.outputs, self.blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, self.blocks)
-            for layer in self.layers
-        )
-        return 4 * len(self.slices) * (covariance + sum(layer.size for layer in self.layers))
+        return partial_bytes(self.layers, self.blocks, len(self.slices))
 
     def to_json(self) -> dict[str, Any]:
         return sealed({"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)})
@@ -91,6 +87,15 @@ class FactorsPlan:
             groups=tuple(tuple(group) for group in value["groups"]),
             tokens_per_batch=value["tokens_per_batch"],
         )
+
+
+def partial_bytes(layers: Sequence[Layer], blocks: int, slices: int) -> int:
+    """Bytes of all partial sums (float32) of so many slices, headers apart."""
+    covariance = sum(
+        _entries(layer.outputs, blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, blocks)
+        for layer in layers
+    )
+    return 4 * slices * (covariance + sum(layer.size for layer in layers))
 
 
 def _entries(n: int, blocks: int) -> int:

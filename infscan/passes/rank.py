@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +29,9 @@ from infscan.passes.memory import RankMemoryError, is_out_of_memory
 from infscan.storage import Store
 
 T = TypeVar("T")
+# What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
+Span = tuple[str, float, float, dict[str, Any]]
+_MOST_SPANS = 100_000
 # consume(layer, s_bto, a_bti): a with padding zeroed and the bias's 1 appended.
 LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
 
@@ -78,6 +83,8 @@ class Rank:
         self._keeps_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
         self.halvings = 0
+        # Kept where a trace was asked for (`cluster.trace`). On a GPU the times are those of handing work to it.
+        self.spans: list[Span] | None = None
         # The micro-batch at work: sequences and padded tokens; None outside of one.
         self._at: tuple[int, int] | None = None
 
@@ -147,6 +154,14 @@ class Rank:
             torch.cuda.empty_cache()
         raise found
 
+    @contextmanager
+    def span(self, name: str, **facts: Any) -> Iterator[None]:
+        """Note how long what is within takes, where a trace was asked for."""
+        began = time.time()
+        yield
+        if self.spans is not None and len(self.spans) < _MOST_SPANS:
+            self.spans.append((name, began, time.time(), facts))
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy to the device; from pinned memory and without waiting where the device is a GPU."""
         tensor = torch.from_numpy(array)
@@ -162,8 +177,10 @@ class Rank:
                 consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias))
 
         with capturing(self.model.module, layers, consume_masked):
-            losses_b = self.model.losses(batch.ids_bt, batch.position_ids_bt, loss)
-            backward(losses_b.sum())
+            with self.span("forward", tokens=batch.ids_bt.numel()):
+                losses_b = self.model.losses(batch.ids_bt, batch.position_ids_bt, loss)
+            with self.span("backward", tokens=batch.ids_bt.numel()):
+                backward(losses_b.sum())
         return losses_b.detach()
 
     def reduce(self, tensor: Tensor) -> Tensor:

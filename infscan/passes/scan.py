@@ -48,7 +48,8 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
     """
     queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
-    sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
+    with rank.span("read", shard=task.shard):
+        sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=rank.wide, device=rank.device)
     losses_n = torch.zeros(len(sequences), dtype=rank.wide, device=rank.device)
     for batch in rank.batches(sequences, task.tokens_per_batch):
@@ -77,8 +78,9 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
         return read_hits(task.run, task.shard, task.query_ids)
-    if task.dense:
-        write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
-    if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
-        return read_hits(task.run, task.shard, task.query_ids)
+    with rank.span("write", shard=task.shard):
+        if task.dense:
+            write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+        if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
+            return read_hits(task.run, task.shard, task.query_ids)
     return hits, counts

@@ -31,11 +31,11 @@ from infscan.config import ClusterConfig
 from infscan.errors import ConfigError
 from infscan.model.load import Place
 from infscan.passes.memory import RankMemoryError
-from infscan.passes.rank import Rank, RankSettings
+from infscan.passes.rank import Rank, RankSettings, Span
 from infscan.runtime.lease import LEASE
 from infscan.runtime.pulse import Pulse
 from infscan.storage import Store, storage_faults
-from infscan.storage.host import oom_kills
+from infscan.storage.host import oom_kills, resident_bytes
 
 _LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError)
 # A rank whose neighbour died fails in its collective at once; the death itself shows later (a node's: 15 s and more).
@@ -49,7 +49,7 @@ _PLACE_S = 1.0
 @dataclass(frozen=True)
 class RankFacts:
     """What a rank reports of itself. host: its node's address; node: the node's id. peak_bytes: its largest resident
-    memory so far.
+    memory so far; process_bytes, loaded_bytes: what was resident before its model was loaded, and after.
 
     oom_kills: processes that the host's kernel had killed for their memory by then. storage_faults: passing faults of
     storage that the rank met, by kind.
@@ -60,6 +60,8 @@ class RankFacts:
     parameters: int
     shard_parameters: int
     peak_bytes: int
+    process_bytes: int
+    loaded_bytes: int
     oom_kills: int
     storage_faults: dict[str, int]
 
@@ -69,6 +71,7 @@ class RankActor:
 
     def __init__(self) -> None:
         self._rank: Rank | None = None
+        self._process_bytes = self._loaded_bytes = 0
 
     def address(self) -> str:
         """host:port at which the group's ranks will meet; asked of rank 0 only."""
@@ -83,7 +86,9 @@ class RankActor:
         if place.device == "cuda":
             index = gpu_index(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
             place = replace(place, device=f"cuda:{index}")
+        self._process_bytes = resident_bytes()
         self._rank = Rank(settings, place)
+        self._loaded_bytes = resident_bytes()
         return self.facts()
 
     def facts(self) -> RankFacts:
@@ -93,8 +98,17 @@ class RankActor:
         model = self._rank.model
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         host = ray.util.get_node_ip_address()
-        node = ray.get_runtime_context().get_node_id()
-        return RankFacts(host, node, model.parameters, model.shard_parameters, peak, oom_kills(), storage_faults())
+        return RankFacts(
+            host=host,
+            node=ray.get_runtime_context().get_node_id(),
+            parameters=model.parameters,
+            shard_parameters=model.shard_parameters,
+            peak_bytes=peak,
+            process_bytes=self._process_bytes,
+            loaded_bytes=self._loaded_bytes,
+            oom_kills=oom_kills(),
+            storage_faults=storage_faults(),
+        )
 
     def run(self, function: Callable[..., Any], halvings: int, *arguments: Any) -> Any:
         """function(rank, *arguments): one of infscan.passes' tasks, with micro-batches halved so many times."""
@@ -102,12 +116,19 @@ class RankActor:
         return self._rank.attempt(function, halvings, *arguments)
 
     @ray.method(concurrency_group="pulse")
-    def beat(self) -> None:
-        """Answers beside the work, on a thread of its own."""
+    def beat(self) -> dict[str, int]:
+        """Answers beside the work, on a thread of its own: the storage faults that the rank met so far."""
+        return storage_faults()
 
     def forget(self) -> None:
         if self._rank is not None:
             self._rank.forget()
+
+    def trace(self, on: bool) -> list[Span]:
+        """What the rank did since it was last asked; from now on it keeps that, or keeps nothing."""
+        assert self._rank is not None
+        spans, self._rank.spans = self._rank.spans or [], [] if on else None
+        return spans
 
 
 def _check_shared(output: Store | None) -> None:
@@ -284,6 +305,14 @@ class WorkerGroup:
         except RayError:
             return self.facts
         return facts
+
+    def trace(self, on: bool) -> list[list[Span]]:
+        """By rank, what each did since it was last asked; nothing where one does not answer any more."""
+        try:
+            spans: list[list[Span]] = ray.get([actor.trace.remote(on) for actor in self.actors], timeout=_ANSWER_S)
+        except RayError:
+            return []
+        return spans
 
     def forget(self) -> None:
         """Have the ranks drop what a finished phase cached. Not waited for: a dead rank shows up in its next step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,16 +24,19 @@ from infscan.errors import (
     UnwritableError,
 )
 from infscan.passes.memory import RankMemoryError
-from infscan.passes.rank import RankSettings
+from infscan.passes.rank import RankSettings, Span
 from infscan.runtime.group import Outcome, RankFacts, State, WorkerGroup
 from infscan.runtime.losses import Losses
 from infscan.runtime.schedule import Schedule
+from infscan.runtime.watch import Watch
+from infscan.storage import storage_faults
 
 log = logging.getLogger(__name__)
 
 # Errors that another attempt cannot mend: they end the phase at once.
 _FATAL = (ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
 _TICK_S = 0.5
+_TELL_S = 1.0
 _LONGEST_REST_S = 60.0
 
 
@@ -70,7 +74,7 @@ class Pool:
     """The worker groups, started together; `run` gives them one phase's units.
 
     losses: told of every worker that is lost. check: called at every turn of the loop; what it raises ends the phase (a
-    driver that lost its lease).
+    driver that lost its lease). watch: told of every unit that goes out and ends.
     """
 
     def __init__(
@@ -80,12 +84,16 @@ class Pool:
         gpus: float,
         losses: Losses,
         check: Callable[[], None] = lambda: None,
+        watch: Watch | None = None,
     ) -> None:
         self.cluster, self.gpus, self.losses, self.check = cluster, gpus, losses, check
+        self.watch = watch or Watch("")
         self.sharded = settings.sharded
         self.groups = [WorkerGroup(index, settings, cluster, gpus) for index in range(cluster.num_workers)]
         self.failed_starts = 0
         self.halvings = 0
+        # When those who watch are told next.
+        self._tell_at = 0.0
         # Until when storage that had trouble is left alone, and how often in a row it had.
         self._rest_until, self._troubles = 0.0, 0
         # Since when no group has room.
@@ -137,6 +145,8 @@ class Pool:
                     halvings = schedule.halvings.get(unit, 0)
                     group.submit(unit, function, task(unit), *shared, halvings=halvings)
                     self.losses.handed(group.index)
+                    self.watch.handed(group.index, unit, schedule.attempt(unit))
+            self._tell(schedule)
             self._wait()
             for group in self.groups:
                 was, unit = group.state, group.unit
@@ -152,12 +162,23 @@ class Pool:
                     assert unit is not None
                     self._troubles = 0
                     self.losses.done(group.index)
+                    self.watch.over(group.index, "done")
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
                     assert unit is not None
                     self._ended_badly(schedule, group, unit, outcome, result, on_given_up)
+        self._tell(schedule)
         return schedule.given_up
+
+    def _tell(self, schedule: Schedule) -> None:
+        """What is in which state now, at most once a second and at the pass's end."""
+        if not self.watch.metrics or (time.monotonic() < self._tell_at and not schedule.finished):
+            return
+        self._tell_at = time.monotonic() + _TELL_S
+        workers = Counter(group.state.name for group in self.groups)
+        faults = sum((group.pulse.faults for group in self.groups), Counter(storage_faults()))
+        self.watch.counted(schedule.states, {state.name: workers[state.name] for state in State}, faults)
 
     def _wait(self) -> None:
         self.check()
@@ -234,13 +255,16 @@ class Pool:
                 "model.dtype=bfloat16, or prepare the corpus with a shorter corpus.sequence_length."
             )
         if isinstance(error, OutOfMemoryError) or (isinstance(error, RankMemoryError) and error.rows is not None):
-            last = schedule.shrink(unit, reason)
+            last, cause = schedule.shrink(unit, reason), "memory"
             self.halvings += not last
         elif outcome is Outcome.failed and not passes:
-            last = schedule.fail(unit, reason)
+            last, cause = schedule.fail(unit, reason), "error"
         else:
-            last = schedule.lose(unit, reason)
-        log.warning("unit %d on worker %d: %s; %s", unit, group.index, reason, "given up" if last else "tried again")
+            last, cause = schedule.lose(unit, reason), "storage" if passes else "lost"
+        facts = self.watch.facts(group.index, unit, schedule.attempt(unit) - 1)
+        what = "given up" if last else "tried again"
+        log.warning("unit %d on worker %d: %s; %s", unit, group.index, reason, what, extra=facts)
+        self.watch.over(group.index, cause)
         if outcome is Outcome.failed and passes:
             self._rest()
         # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again. Nor can a
@@ -281,6 +305,10 @@ class Pool:
     def facts(self) -> list[list[RankFacts]]:
         """By worker and rank: parameters held and peak memory so far."""
         return [group.facts_now() for group in self.groups if group.state is State.idle]
+
+    def trace(self, on: bool) -> list[list[Span]]:
+        """By rank of worker 0, what it did since it was last asked; from now on it keeps that, or keeps nothing."""
+        return self.groups[0].trace(on) if self.groups[0].state is State.idle else []
 
     def close(self) -> None:
         for group in self.groups:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING
 import ray
 
 from infscan.config import ClusterConfig, Placement, Scores
-from infscan.errors import ConfigError, StorageError
+from infscan.errors import ConfigError, ModelError, StorageError
 from infscan.passes.factor_store import COMPLETE, FactorsPlan
 from infscan.results.shard_file import finished_shards
 from infscan.runtime.pool import missing_room
+from infscan.sizing.memory import PassMemory, memory_line, scan_memory
+from infscan.sizing.volume import factor_files, scan_bytes, size
 from infscan.storage import Store
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ log = logging.getLogger("infscan")
 
 # Where Ray unpacks what `ray job submit --working-dir` uploads, below its session's folder.
 _SUBMITTED = "runtime_resources/working_dir_files"
-
-# Bytes of a float32, of a token id, and of a row's other columns, before compression.
-_FLOAT, _TOKEN, _ROW = 4, 4, 100
 
 
 def check_writable(run: Run) -> None:
@@ -78,44 +76,32 @@ def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
 
 def check_disk_for_factors(run: Run, plan: FactorsPlan) -> None:
     """Raises StorageError where the partial sums and the factors will not fit the disk of factors.path."""
-    # A and Q_A, S and Q_S, Lambda.
-    finished = sum(_FLOAT * (2 * (layer.outputs**2 + layer.inputs**2) + layer.size) for layer in plan.layers)
-    parts = {"partial sums": plan.partial_bytes(), "factors": finished}
+    # How long sequences and how many tokens there are changes labels and a number in a header: a guess will do.
+    slices = [(stop - start, run.config.scan.tokens_per_batch) for start, stop in plan.slices]
+    written = factor_files(run.config, plan.layers, slices, plan.selection.size)
+    parts = {"partial sums": written.partial_bytes, "factors": written.bytes}
     _refuse(f"factors.path={run.factors_store.uri}", parts, run.factors_store.free_bytes(), "fewer factors.slices")
 
 
 def check_disk_for_scan(run: Run, plan: Plan, corpus: AddressableCorpus) -> None:
     """Raises StorageError where what is left of the scan will not fit the disk of `output`."""
     missing = plan.num_shards - len(finished_shards(run.store))
-    parts = scan_bytes(run, plan, corpus.sequence_length, left=missing / plan.num_shards)
-    mend = "a lower scan.candidates" + (", or scan.scores=top" if run.config.scan.scores is Scores.all else "")
+    left, config = missing / plan.num_shards, run.config
+    N, T = plan.selection.size, corpus.sequence_length
+    parts = scan_bytes(config, run.architecture.layers, len(run.queries), N, T, left)
+    mend = "a lower scan.candidates" + (", or scan.scores=top" if config.scan.scores is Scores.all else "")
     _refuse(f"output={run.store.uri}", parts, run.store.free_bytes(), mend)
 
 
-def scan_bytes(run: Run, plan: Plan, T: int, left: float = 1.0) -> dict[str, int]:
-    """What a scan writes, by kind, in bytes before compression.
-
-    left: the share of shards that is still to be done. With thresholds, C (1 + ln(N/C)) rows per query and side are
-    written on the way to the C best ones (DESIGN: guarantee 3); no sequence is stored twice.
-    """
-    config, N, C = run.config, plan.selection.size, run.config.candidates
-    layers, boards = run.architecture.layers, len(run.queries) * len(run.config.sides)
-    kept = boards * min(N, C * (1 + math.log(max(N / C, 1))))
-    r = config.most_rank
-    entries = sum(
-        layer.size if r is None or min(layer.outputs, layer.inputs) <= r else r * (layer.outputs + layer.inputs)
-        for layer in layers
-    )
-    best = boards * min(C, N)
-    parts = {
-        "query batch": _FLOAT * len(run.queries) * entries,
-        "candidates": left * (min(kept, N) * (T * _TOKEN + _ROW) + kept * _ROW),
-        "refined rows": best * (_FLOAT * (T + len(layers)) + _ROW),
-        "tables": min(best, boards * config.scan.top_k) * (_FLOAT * (2 * T + len(layers)) + _ROW),
-    }
-    if config.scan.scores is Scores.all:
-        parts["dense scores"] = left * _FLOAT * len(run.queries) * N
-    return {name: int(size) for name, size in parts.items()}
+def say_memory(run: Run, T: int) -> PassMemory | None:
+    """Say what a rank of the scan will hold at once; returns it, for summary.json. None where that cannot be told."""
+    try:
+        memory = scan_memory(run.config, run.architecture, len(run.queries), T, run.gpus)
+    except ModelError as error:
+        log.warning("memory      %s", error)
+        return None
+    log.info("memory      %s", memory_line(memory))
+    return memory
 
 
 def _refuse(place: str, parts: Mapping[str, int], free: int | None, mend: str) -> None:
@@ -123,12 +109,8 @@ def _refuse(place: str, parts: Mapping[str, int], free: int | None, mend: str) -
     if free is None or total <= free:
         return
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
-    said = ", ".join(f"{name} {_size(parts[name])}" for name in largest)
+    said = ", ".join(f"{name} {size(parts[name])}" for name in largest)
     raise StorageError(
-        f"{place}: about {_size(total)} will be written ({said}), and the disk has {_size(free)} free; free some "
+        f"{place}: about {size(total)} will be written ({said}), and the disk has {size(free)} free; free some "
         f"space, choose a folder on another disk, or give {mend}."
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

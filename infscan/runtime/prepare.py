@@ -128,7 +128,7 @@ def _addressable(
             raise _no_rows(config)
         return _described(config, pack, store, *arrays)
     files = document_files(config)
-    config = _reading(config, architecture, tokenizer, files)
+    config = reading(config, architecture, tokenizer, files)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
         try:
@@ -186,7 +186,7 @@ def _joined(
     return open_corpus(store)
 
 
-def _reading(
+def reading(
     config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None, files: Sequence[InputFile]
 ) -> CorpusConfig:
     """Token arrays that are prepared: what ends their documents, and npy's dtype, where the model has to say it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,13 +13,15 @@ import ray
 
 @dataclass
 class _Beat:
-    """One rank: the question that is out and when it was asked, when the next is due, whether one was ever answered."""
+    """One rank: the question that is out and when it was asked, when the next is due, whether one was ever answered,
+    and what the last answer said of storage."""
 
     actor: Any
     ref: Any = None
     asked: float = 0.0
     due: float = 0.0
     answered: bool = False
+    faults: dict[str, int] = field(default_factory=dict)
 
 
 class Pulse:
@@ -32,6 +35,11 @@ class Pulse:
         self.heartbeat_s, self.silence_s = heartbeat_s, silence_s
         self.beats = [_Beat(actor) for actor in actors]
 
+    @property
+    def faults(self) -> Counter[str]:
+        """Passing faults of storage that the ranks met so far, by kind, as of their last answers."""
+        return sum((Counter(beat.faults) for beat in self.beats), Counter())
+
     def trouble(self) -> Exception | None:
         """What is wrong with a rank: its death, or a TimeoutError where it is silent; None while all is well."""
         now = time.monotonic()
@@ -41,7 +49,7 @@ class Pulse:
                 if ray.wait([beat.ref], timeout=0, fetch_local=False)[0]:
                     ref, beat.ref = beat.ref, None
                     try:
-                        ray.get(ref)
+                        beat.faults = ray.get(ref)
                     except ray.exceptions.RayError as error:
                         return error
                     beat.answered, beat.due = True, now + self.heartbeat_s

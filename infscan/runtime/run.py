@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from infscan.config import Config, Dtype, differences, fingerprint, from_yaml, plain, stage_output, to_yaml
+from infscan.config import Config, Dtype, LogFormat, differences, fingerprint, from_yaml, plain, stage_output, to_yaml
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import ConfigError, RunError
 from infscan.model.architecture import Architecture, check_agree, describe, load_config, model_folder
@@ -24,6 +24,8 @@ from infscan.runtime.lease import Lease
 from infscan.runtime.losses import Losses
 from infscan.runtime.pool import Pool, connect, gpus_per_rank
 from infscan.runtime.prepare import input_files, settings_for
+from infscan.runtime.watch import Watch
+from infscan.sizing.memory import PassMemory
 from infscan.storage import MissingError, Store, storage_faults
 from infscan.telemetry import Telemetry, configure_logs
 
@@ -44,10 +46,14 @@ class Run:
     """
 
     def __init__(self, config: Config, *, needs_queries: bool = True, telemetry: Telemetry | None = None) -> None:
-        configure_logs()
+        if telemetry is None:
+            configure_logs(run=config.output, json_lines=config.cluster.log_format is LogFormat.json)
         self.config = config
         self.needs_queries = needs_queries
         self.telemetry = telemetry or Telemetry()
+        self.watch = Watch(config.output, traced=config.cluster.trace)
+        if telemetry is None:
+            self.telemetry.listener = self.watch
         self.losses = Losses()
         self._faults_before = storage_faults()
         self.store = Store(config.output)
@@ -58,6 +64,8 @@ class Run:
         self.gpus = 0.0
         self.lease = Lease(self.store, config.cluster.lease_s)
         self.later: list[Run] = []
+        # What a rank of the scan will hold at once, once that is known.
+        self.memory: PassMemory | None = None
 
     def __enter__(self) -> Run:
         self._open()
@@ -78,7 +86,7 @@ class Run:
             raise
         for stage in self.later:
             stage.queries, stage.gpus, stage.lease = self.queries, self.gpus, self.lease
-            stage.losses = self.losses
+            stage.losses, stage.watch = self.losses, self.watch
         return self
 
     def _open_later(self) -> None:
@@ -126,6 +134,8 @@ class Run:
     def close_workers(self) -> None:
         """End the worker groups, where there are any; the next pass that asks for them starts new ones."""
         if pool := self.__dict__.pop("pool", None):
+            if self.watch.traced:
+                self.watch.write_trace(self.store, pool.trace(False))
             pool.close()
 
     def _sweep(self) -> None:
@@ -162,8 +172,10 @@ class Run:
         """The worker groups; started when the first pass asks for them."""
         settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded, self.lease.store)
         with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
-            pool = Pool(self.config.cluster, settings, self.gpus, self.losses, self.lease.check)
+            pool = Pool(self.config.cluster, settings, self.gpus, self.losses, self.lease.check, self.watch)
             phase.advance(units=pool.wait_for_one())
+            if self.watch.traced:
+                pool.trace(True)
         return pool
 
     @cached_property
@@ -194,6 +206,7 @@ class Run:
             "rebuilds": len(self.losses.all),
             "losses": [loss.to_json() for loss in self.losses.all],
             "halvings": started.halvings if started else 0,
+            "planned_bytes": vars(self.memory) if self.memory else None,
             "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
         }
 

@@ -97,6 +97,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
         )
     plan = Plan.from_json(found, corpus.chosen)
     preflight.check_disk_for_scan(run, plan, corpus)
+    run.memory = preflight.say_memory(run, corpus.sequence_length)
     return plan
 
 
@@ -271,6 +272,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
         run.store.write_json(f"{QUARANTINE}/{name}.json", note)
         run.telemetry.warn(f"{name} is quarantined: {reason}")
 
+    run.watch.already = plan.num_shards - len(left)
     if left:
         with run.telemetry.phase("scan", len(left), "shards") as phase:
 

@@ -45,6 +45,17 @@ class Schedule:
         self.running.add(unit)
         return unit
 
+    def attempt(self, unit: int) -> int:
+        """Which attempt at the unit this is, from 1."""
+        halvings = min(self.halvings.get(unit, 0), MOST_HALVINGS)
+        return 1 + self.errors.get(unit, 0) + self.losses.get(unit, 0) + halvings
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many units are in each state."""
+        counted = (("waiting", self.waiting), ("running", self.running), ("done", self.done))
+        return {name: len(units) for name, units in counted} | {"given_up": len(self.given_up)}
+
     def succeed(self, unit: int) -> None:
         self.running.remove(unit)
         self.done.add(unit)

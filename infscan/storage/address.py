@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infscan.errors import StorageError
 from infscan.secrets import MEND, holds_secret, redact
@@ -20,11 +20,15 @@ class MissingError(StorageError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as its store describes it: its name relative to where one looked, its bytes, and a tag of its content."""
+    """A file as its store describes it: its name relative to where one looked, its bytes, and a tag of its content.
+
+    modified: when it was last written, in seconds since 1970 by the store's clock; for people, never for a decision.
+    """
 
     name: str
     size: int
     etag: str
+    modified: float | None = field(default=None, compare=False)
 
 
 def is_uri(path: str) -> bool:

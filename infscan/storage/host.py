@@ -50,6 +50,11 @@ def process_began(pid: int) -> int:
         return -1
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def oom_kills() -> int:
     """Processes that the kernel killed so far because memory ran out: in this container's group, else on this machine.
 

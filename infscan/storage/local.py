@@ -289,4 +289,4 @@ def _walk(root: str, folder: str, above: frozenset[tuple[int, int]]) -> Iterator
 
 
 def _found(name: str, status: os.stat_result) -> Entry:
-    return Entry(name, status.st_size, tag(status.st_size, status.st_mtime_ns))
+    return Entry(name, status.st_size, tag(status.st_size, status.st_mtime_ns), status.st_mtime)

@@ -315,17 +315,26 @@ class _Ranges(io.RawIOBase):
         return count
 
 
+# Where drivers say when an object was last written.
+_MOMENTS = ("LastModified", "last_modified", "mtime", "created")
+
+
 def _found(name: str, info: dict[str, Any]) -> Entry:
     size = int(info.get("size") or 0)
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     moments = [_moment(info.get(key)) for key in ("created", "mtime", "LastModified", "last_modified")]
-    return Entry(name, size, etag or tag(size, *map(str, moments)))
+    return Entry(name, size, etag or tag(size, *map(str, moments)), _modified(info))
 
 
 def _age_s(info: dict[str, Any]) -> float:
-    moments = (info.get(key) for key in ("LastModified", "last_modified", "mtime", "created"))
+    moments = (info.get(key) for key in _MOMENTS)
     moment = next((moment for moment in moments if isinstance(moment, datetime)), None)
     return time.time() - moment.timestamp() if moment else 0.0
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    moments = (_moment(info.get(key)) for key in _MOMENTS)
+    return next((float(moment) for moment in moments if isinstance(moment, int | float)), None)
 
 
 def _moment(value: Any) -> Any:

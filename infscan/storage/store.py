@@ -1,7 +1,7 @@
 """A folder or an object-store prefix, with the few operations that a run needs of it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,7 +65,7 @@ class Store:
         """
         prefix = prefix.rstrip("/")
         found = self._backend.find(self._address(prefix) if prefix else self.uri)
-        entries = (Entry(join(prefix, f.name) if prefix else f.name, f.size, f.etag) for f in found)
+        entries = (replace(f, name=join(prefix, f.name)) if prefix else f for f in found)
         return sorted((e for e in entries if e.name.endswith(suffix)), key=lambda e: e.name)
 
     def remove(self, name: str) -> None:

@@ -15,6 +15,7 @@ from infscan.influence.layers import Layer
 from infscan.passes.factor_store import FactorsPlan
 from infscan.runtime import pool, preflight
 from infscan.runtime.run import Run
+from infscan.sizing.volume import factor_files, scan_bytes
 from infscan.storage import Store
 from tests.runtime.builders import small_run
 
@@ -94,7 +95,7 @@ def test_a_disk_that_the_scan_would_fill_is_refused(tmp_path: Path, monkeypatch:
 
 def test_what_is_done_already_needs_no_space_again(tmp_path: Path) -> None:
     run = scan_of(tmp_path, "scan.scores=all")
-    whole, half = (preflight.scan_bytes(run, PLAN, 512, left) for left in (1.0, 0.5))
+    whole, half = (scan_bytes(run.config, LAYERS, 10, 1_000_000, 512, left) for left in (1.0, 0.5))
     assert half["dense scores"] == whole["dense scores"] / 2
     assert half["candidates"] <= whole["candidates"] / 2 + 1
 
@@ -102,7 +103,11 @@ def test_what_is_done_already_needs_no_space_again(tmp_path: Path) -> None:
 def test_a_disk_that_the_factors_would_fill_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = scan_of(tmp_path)
     plan = FactorsPlan({}, LAYERS, Selection.of(100), ((0, 50), (50, 100)), (("up", "down"),), 512)
-    needed = plan.partial_bytes() + 4 * 2 * (2 * (400**2 + 100**2) + 100 * 400)
+    finished = 4 * 2 * (2 * (400**2 + 100**2) + 100 * 400)
+    written = factor_files(run.config, LAYERS, [(50, 256), (50, 256)], 100)
+    # The matrices, and beside them labels, eigenvalues and headers.
+    assert finished < written.bytes < 1.2 * finished
+    needed = plan.partial_bytes() + written.bytes
     monkeypatch.setattr(Store, "free_bytes", lambda self: needed)
     preflight.check_disk_for_factors(run, plan)
     monkeypatch.setattr(Store, "free_bytes", lambda self: needed - 1)

@@ -1,0 +1,62 @@
+"""A run's state as a person reads it on a terminal."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+
+from infscan.report.terminal import one_line
+from infscan.results.status import Status
+
+_REASONS = 5
+_QUERIES = 12
+
+
+def show_status(found: Status, console: Console | None = None) -> None:
+    """Print it; whatever comes from a run is escaped."""
+    out = console or Console(soft_wrap=True, highlight=False)
+    out.print(f"run         {escape(one_line(found.uri))}")
+    out.print(f"phase       {found.phase}")
+    if found.driver and found.phase != "finished":
+        host = one_line(str(found.driver.get("host", {}).get("name")))
+        since = one_line(str(found.driver.get("since")))
+        out.print(escape(f"driver      process {found.driver.get('pid')} on {host}, since {since}"))
+    if found.shards is not None:
+        given_up = f", {len(found.quarantined)} quarantined" if found.quarantined else ""
+        out.print(
+            f"shards      {found.done:,} of {found.shards:,} done{given_up}; {found.sequences:,} sequences planned"
+        )
+    elif found.made:
+        out.print("made        " + ", ".join(f"{count:,} {kind}" for kind, count in found.made.items()))
+    if found.sequences_per_s is not None:
+        eta = "" if found.eta_s is None or not found.eta_s else f", {_clock(found.eta_s)} left"
+        out.print(f"rate        {found.sequences_per_s:,.0f} sequences/s by the last shards{eta}")
+    if found.last is not None and found.phase == "scan":
+        out.print(f"last shard  {_clock(max(0.0, time.time() - found.last))} ago, by the store's clock")
+    for name, reason in list(found.quarantined.items())[:_REASONS]:
+        out.print(escape(f"quarantine  {name}: {one_line(reason)}"))
+    for warning in found.warnings:
+        out.print(escape(f"warning     {one_line(warning)}"))
+    _rows(found, out)
+
+
+def _rows(found: Status, out: Console) -> None:
+    if not found.top:
+        return
+    of = "published" if found.read is None else f"provisional: scan scores of the latest {found.read:,} shard files"
+    out.print(f"\nstrongest rows ({of})")
+    queries = list(dict.fromkeys(row.query_id for row in found.top))
+    for query_id in queries[:_QUERIES]:
+        out.print(escape(f"  {one_line(query_id)}"))
+        for row in found.top:
+            if row.query_id == query_id:
+                out.print(f"    {row.side:<9} {row.rank:>3}  sequence {row.sequence_id:>12}  {row.score:+.4g}")
+    if len(queries) > _QUERIES:
+        out.print(f"  ... and {len(queries) - _QUERIES} queries more")
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,201 @@
+"""Where a run stands, read from its folder alone, from anywhere, also while it goes on: listings and a few small files.
+
+Nothing is written, no driver is asked, and a run that is over reads as one that goes on. Rates are by the store's own
+clock, at which shard files appeared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from infscan.errors import DamagedError, RunError, StorageError
+from infscan.influence.standings import Hits
+from infscan.influence.topk import SIDES, best_rows
+from infscan.results.publish import SUCCESS
+from infscan.results.schema import read_parquet
+from infscan.results.shard_file import FOLDER, QUARANTINE, SUFFIX, read_hits
+from infscan.storage import Entry, MissingError, Store
+
+# A rate is of the last so many shards.
+_WINDOW = 64
+# Rows are provisional: of this many shard files at most, the latest ones.
+_FILES_READ = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a query and side; score is refined once the run is published, a scan's before."""
+
+    query_id: str
+    side: str
+    rank: int
+    sequence_id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as its folder says it is.
+
+    phase: `new`, `prepare`, `fit`, `queries`, `scan`, `refine` or `finished`. made: files by kind that show how far a
+    phase without shards is. shards, sequences: planned; None before there is a plan. sequences_per_s, eta_s: by the
+    last shards; None where fewer than two are there. last: seconds since 1970, of the last shard's file. read: shard
+    files that `top` is of; None where it is of the published tables.
+    """
+
+    uri: str
+    phase: str
+    made: Mapping[str, int] = field(default_factory=dict)
+    shards: int | None = None
+    sequences: int | None = None
+    done: int = 0
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    sequences_per_s: float | None = None
+    eta_s: float | None = None
+    last: float | None = None
+    driver: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    top: tuple[Row, ...] = ()
+    read: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_status(uri: str, *, rows: int = 3) -> Status:
+    """Where the run at `uri` stands, with the `rows` strongest rows of every query and side so far.
+
+    Raises:
+        RunError: where the folder is no run's.
+        StorageError: where it cannot be read.
+    """
+    store = Store(uri)
+    there = {entry.name for entry in store.list("queries")}
+    plan = _json(store, "plan.json")
+    if plan is None and _json(store, "driver.json") is None and not store.exists("config.yaml"):
+        raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
+    files = store.list(FOLDER, suffix=SUFFIX)
+    finished = store.exists(SUCCESS)
+    summary = _json(store, "summary.json") if finished else None
+    planned = plan or {}
+    shards, sequences = planned.get("shards"), planned.get("selection", {}).get("size")
+    names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
+    made = _made(store)
+    rate, eta = _pace(files, shards, planned.get("shard_sequences"))
+    known = Status(
+        uri=store.uri,
+        phase="finished" if finished else _phase(plan, files, shards, there, made),
+        made=made,
+        shards=shards,
+        sequences=sequences,
+        done=len(files),
+        quarantined=_quarantined(store, names),
+        sequences_per_s=rate,
+        eta_s=None if finished else eta,
+        last=max((entry.modified for entry in files if entry.modified), default=None),
+        driver=_json(store, "driver.json"),
+        warnings=tuple((summary or {}).get("warnings", ())),
+    )
+    if not rows:
+        return known
+    top, read = (_published(store, rows), None) if finished else _provisional(store, files, rows)
+    return Status(**(vars(known) | {"top": tuple(top), "read": read}))
+
+
+def _json(store: Store, name: str) -> Any:
+    try:
+        return store.read_json(name)
+    except MissingError:
+        return None
+
+
+def _made(store: Store) -> dict[str, int]:
+    """How many files of a kind are there: what a phase leaves behind as it goes on."""
+    kinds = {
+        "corpus parts": ("corpus", ".parquet"),
+        "covariance sums": ("factors/covariance", ".safetensors"),
+        "Lambda sums": ("factors/lambda", ".safetensors"),
+        "query batches": ("queries", ".safetensors"),
+        "refined units": ("refined", ".parquet"),
+    }
+    found = {kind: len(store.list(folder, suffix=suffix)) for kind, (folder, suffix) in kinds.items()}
+    return {kind: count for kind, count in found.items() if count}
+
+
+def _phase(plan: Any, files: list[Entry], shards: int | None, queries: set[str], made: Mapping[str, int]) -> str:
+    if shards is not None and len(files) >= shards:
+        return "refine"
+    if files:
+        return "scan"
+    if plan is None:
+        return "prepare" if "corpus parts" in made else "new"
+    return "queries" if queries else "fit"
+
+
+def _pace(files: list[Entry], shards: int | None, shard_sequences: int | None) -> tuple[float | None, float | None]:
+    """Sequences per second and seconds left, by the moments at which the last shards' files appeared."""
+    moments = sorted(entry.modified for entry in files if entry.modified is not None)[-_WINDOW:]
+    if len(moments) < 2 or moments[-1] <= moments[0] or shards is None or shard_sequences is None:
+        return None, None
+    per_s = (len(moments) - 1) / (moments[-1] - moments[0])
+    return per_s * shard_sequences, max(0, shards - len(files)) / per_s
+
+
+def _quarantined(store: Store, finished: set[str]) -> dict[str, str]:
+    """Shards given up, with the reason; a shard's file outranks its note."""
+    found: dict[str, str] = {}
+    for entry in store.list(QUARANTINE, suffix=".json"):
+        name = entry.name.rpartition("/")[2].removesuffix(".json")
+        note = _json(store, entry.name)
+        if name not in finished and note is not None:
+            found[name] = str(note.get("reason", ""))
+    return found
+
+
+def _published(store: Store, rows: int) -> list[Row]:
+    found = []
+    for entry in store.list("top", suffix=".parquet"):
+        table = read_parquet(store, entry.name, ["query_id", "side", "rank", "sequence_id", "score"])
+        found += [Row(**row) for row in table.to_pylist() if row["rank"] <= rows]
+    return found
+
+
+def _provisional(store: Store, files: list[Entry], rows: int) -> tuple[list[Row], int]:
+    """The strongest rows of the latest shard files; one that vanishes or is damaged meanwhile is left out."""
+    latest = sorted(files, key=lambda entry: (entry.modified or 0.0, entry.name))[-_FILES_READ:]
+    query_ids = _query_ids(store)
+    parts: list[Hits] = []
+    for entry in latest:
+        try:
+            parts.append(read_hits(store, entry.name.rpartition("/")[2].removesuffix(SUFFIX), query_ids)[0])
+        except (MissingError, DamagedError):
+            continue
+    hits = Hits.concatenate(parts)
+    found: list[Row] = []
+    for query, query_id in enumerate(query_ids):
+        for side, name in enumerate(SIDES):
+            mine = (hits.queries == query) & (hits.sides == side)
+            ids, scores = hits.sequence_ids[mine], hits.scores[mine]
+            chosen = best_rows(scores, ids, name, rows)
+            found += [
+                Row(query_id, name, rank, int(ids[row]), float(scores[row]))
+                for rank, row in enumerate(np.asarray(chosen).tolist(), start=1)
+            ]
+    return found, len(parts)
+
+
+def _query_ids(store: Store) -> list[str]:
+    """In the order of the query batch: by id."""
+    try:
+        lines = store.read("queries/queries.jsonl").splitlines()
+    except MissingError:
+        return []
+    try:
+        return [json.loads(line)["id"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{store.uri}/queries/queries.jsonl is damaged ({error!r}); run the scan again.") from None

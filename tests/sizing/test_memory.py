@@ -1,0 +1,139 @@
+"""What a dry run weighs and counts, against what is known of it, and against the real thing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infscan.config import Config, Sharding
+from infscan.errors import ModelError
+from infscan.model.architecture import Architecture, describe
+from infscan.model.load import Place
+from infscan.passes.query_batch import on_device
+from infscan.passes.rank import Rank, RankSettings
+from infscan.sizing.dry import dry
+from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory
+from tests.runtime.builders import CONTEXT, tiny_model
+
+FAMILIES = ("gpt_neox", "gpt2", "llama")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: describe(str(tiny_model(folder / name, family=name)), "mlp") for name in FAMILIES}
+
+
+def config_for(architecture: Architecture, tokens_per_batch: int = 4 * CONTEXT) -> Config:
+    config = Config()
+    config.model.path, config.scan.tokens_per_batch, config.scan.rank = architecture.folder, tokens_per_batch, 4
+    return config
+
+
+def test_what_is_alive_at_once_is_weighed_and_what_came_in_is_not() -> None:
+    given = torch.empty(1000, 10, device="meta")
+    with dry() as seen:
+        first = given + 1
+        second = first * 2
+        del first
+        third = second @ torch.empty(10, 5)
+        del second
+    assert seen.peak == 4 * (1000 * 10 + 1000 * 10)
+    assert seen.live == third.nbytes
+    assert seen.flop == 2 * 1000 * 10 * 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
+    models: dict[str, Architecture], family: str
+) -> None:
+    """2 N and 2 N for every weight that is multiplied with, 4 and 8 T d for attention, 2 R (O + I) for the queries."""
+    architecture = models[family]
+    found = scan_cost(DryRank(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
+    rank = Rank(RankSettings(config_for(architecture).model, architecture.layers, sharded=False), Place(device="meta"))
+    weights = [p for name, p in rank.model.module.named_parameters() if p.dim() == 2]
+    embeddings = [m.weight for m in rank.model.module.modules() if isinstance(m, torch.nn.Embedding)]
+    tied = rank.model.module.get_output_embeddings().weight is rank.model.module.get_input_embeddings().weight
+    multiplied = sum(p.numel() for p in weights) - sum(p.numel() for p in embeddings)
+    multiplied += embeddings[0].numel() if tied else 0
+    d, blocks = 32, 2
+    attention = (4 + 10) * CONTEXT * d * blocks
+    scoring = sum(2 * 3 * 4 * (layer.outputs + layer.inputs) for layer in architecture.layers)
+    assert found == pytest.approx(4 * multiplied + attention + scoring, rel=0.02)
+
+
+def test_what_a_dry_rank_holds_is_what_a_rank_holds(models: dict[str, Architecture]) -> None:
+    architecture = models["gpt_neox"]
+    config = config_for(architecture)
+    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place())
+    arrays = {
+        f"{layer.name}|{kind}": torch.randn(3, n, 4).numpy()
+        for layer in architecture.layers
+        for kind, n in (("U", layer.outputs), ("V", layer.inputs))
+    }
+    laid_out = on_device(rank, arrays)
+    held = sum(part.nbytes for one in laid_out.values() for part in (*one.U_parts, *one.V_parts))
+    memory = scan_memory(config, architecture, 3, CONTEXT, 0.0)
+    assert memory.queries == held
+    module = rank.model.module
+    assert memory.weights == sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+    assert memory_line(memory).startswith("a rank of the scan holds at most ")
+
+
+def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(models: dict[str, Architecture]) -> None:
+    architecture = models["gpt_neox"]
+    config = config_for(architecture)
+    once, twice = (
+        scan_memory(config_for(architecture, n * CONTEXT), architecture, 3, CONTEXT, 0.0).activations for n in (4, 8)
+    )
+    assert twice == pytest.approx(2 * once, rel=0.02)
+    config.model = replace(config.model, gradient_checkpointing=True)
+    assert scan_memory(config, architecture, 3, CONTEXT, 0.0).activations < once
+    alone = scan_memory(config_for(architecture, 1), architecture, 3, CONTEXT, 0.0).activations
+    assert alone == scan_memory(config_for(architecture, CONTEXT), architecture, 3, CONTEXT, 0.0).activations
+
+
+def test_sharding_divides_the_weights_and_adds_what_is_gathered(models: dict[str, Architecture]) -> None:
+    architecture = models["gpt_neox"]
+    config = config_for(architecture)
+    whole = scan_memory(config, architecture, 3, CONTEXT, 0.0)
+    config.model = replace(config.model, sharding=Sharding.zero3)
+    config.model.zero = replace(config.model.zero, max_live_parameters=0, prefetch_bucket_size=0)
+    config.cluster = replace(config.cluster, ranks_per_worker=4)
+    shard = scan_memory(config, architecture, 3, CONTEXT, 0.0)
+    largest = max(p.numel() for p in DryRank(config, architecture, CONTEXT, 0.0).rank.model.module.parameters())
+    parameters = architecture.parameters
+    assert whole.weights - shard.weights == 4 * (parameters - -(-parameters // 4) - largest)
+    assert shard.activations == whole.activations
+
+
+def test_on_a_gpu_a_model_has_its_own_dtype_and_no_heap(tmp_path: Path) -> None:
+    architecture = describe(str(tiny_model(tmp_path, family="llama", dtype=torch.bfloat16)), "mlp")
+    config = config_for(architecture)
+    gpu, cpu = (scan_memory(config, architecture, 3, CONTEXT, gpus) for gpus in (1.0, 0.0))
+    assert cpu.queries == 2 * gpu.queries
+    assert gpu.activations < cpu.activations
+    widest = max(max(layer.outputs, layer.inputs) for layer in architecture.layers)
+    assert (gpu.allocator, cpu.allocator) == (0, 7 * 4 * CONTEXT * widest * 4)
+
+
+def test_code_that_does_not_run_on_shapes_alone_is_said_to(models: dict[str, Architecture]) -> None:
+    architecture = models["gpt_neox"]
+    sized = DryRank(config_for(architecture), architecture, CONTEXT, 0.0)
+    with pytest.raises(ModelError, match=r"does not run on shapes alone \(TypeError: .*meta.*measure a small run"):
+        sized.backward(sized.layers, lambda layer, s_bto, a_bti: s_bto.numpy())
+
+
+def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, Architecture]) -> None:
+    architecture = models["llama"]
+    config = config_for(architecture)
+    costs = pass_costs(config, architecture, 3, CONTEXT, 0.0)
+    assert list(costs) == ["covariance", "lambda", "check", "scan", "refine"]
+    entries = sum(layer.outputs**2 + (layer.input_of == layer.name) * layer.inputs**2 for layer in architecture.layers)
+    assert costs["covariance"].memory.factors == 4 * entries
+    assert costs["refine"].memory.gradients == 4 * 3 * sum(layer.size for layer in architecture.layers)
+    config.factors.solver = type(config.factors.solver).identity
+    assert list(pass_costs(config, architecture, 3, CONTEXT, 0.0)) == ["check", "scan", "refine"]
