@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from infscan.config import ClusterConfig, Config, Packing
 from infscan.corpus.addressable import PreparedCorpus
@@ -30,7 +31,7 @@ from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.runtime import fit
 from infscan.runtime.group import WorkerGroup
-from infscan.runtime.lease import Lease
+from infscan.runtime.lease import LEASE, Lease
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
 from infscan.storage import Store
@@ -160,10 +161,10 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
         tokens = room.tokens
 
         def in_little_memory(rank: Rank, *arguments: Any) -> Any:
-            def backward(batch: Batch, *rest: Any) -> None:
+            def backward(batch: Batch, *rest: Any) -> Tensor:
                 if batch.ids_bt.numel() > tokens:
                     raise MemoryError("no room")
-                Rank.backward(rank, batch, *rest)
+                return Rank.backward(rank, batch, *rest)
 
             rank.backward = backward  # type: ignore[method-assign]
             try:
@@ -333,8 +334,9 @@ def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_
 
 @pytest.mark.slow
 def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the lease, and from the very start: factors of their own, prepared and fitted by both."""
-    monkeypatch.setattr(Lease, "take", lambda self: None)
+    """A lease that keeps nobody out, and from the very start: factors of their own, prepared and fitted by both."""
+    monkeypatch.setattr(Lease, "take", lambda self: self.store.write(LEASE, self.mine.to_bytes()))
+    monkeypatch.setattr(Lease, "release", lambda self: None)
     config = disturbed(
         twin,
         tmp_path,
