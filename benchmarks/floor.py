@@ -45,6 +45,7 @@ from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
+from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
 from infscan.model.load import Place, load
@@ -190,7 +191,7 @@ class Bench:
             query_batch=key,
             sides=("proponent", "opponent"),
             candidates=self.options.sequences,
-            thresholds=[{} for _ in range(count)],
+            thresholds=Thresholds.none(count),
             tokens_per_batch=self.options.tokens_per_batch,
             dense=False,
             fingerprint=key,

@@ -64,25 +64,20 @@ def publish_run(uri: str, *, sequences: int = 40, seed: int = 0) -> list[Row]:
         losses = np.ones(len(ids), np.float32)
         write_scores(store, f"shard-{shard:06d}", mine, scores_qn[:, ids].T, QUERIES, "run")
         write_shard(store, f"shard-{shard:06d}", mine, losses, hits, QUERIES, counts, "run")
-    ranked = []
-    for query, query_id in enumerate(QUERIES):
-        rows = []
-        for side in SIDES:
-            # The sides overlap in nothing, and rank_rows leaves out what has the other sign.
-            ids = np.arange(sequences)
-            rows += rank_rows(
-                query_id,
-                side,
-                ids,
-                scores_qn[query],
-                lambda n, query=query: Margins(margins[query, n].sum(axis=1), margins[query, n].sum(axis=0)),
-                TOP_K,
-            )
-        ranked.append(rows)
-    publisher = Publisher(store, LAYERS, decode, "run")
-    published = np.unique([row.sequence_id for rows in ranked for row in rows])
+    # Every sequence is a candidate on both sides: rank_rows leaves out what has the other sign.
+    places = np.indices((len(QUERIES), len(SIDES), sequences)).reshape(3, -1)
+    queries, sides, ids = places[0].astype(np.int32), places[1].astype(np.int8), places[2]
+    scores = scores_qn[queries, ids]
+    ranking = rank_rows(Hits(queries, sides, ids, scores), scores, TOP_K)
+
+    def margins_of(rows: np.ndarray) -> Margins:
+        found = margins[queries[rows], ids[rows]]
+        return Margins(found.sum(axis=2), list(found.sum(axis=1)))
+
+    publisher = Publisher(store, LAYERS, QUERIES, decode, "run")
+    published = np.unique(ranking.sequence_ids)
     wanted = [("shard-000000", published[published < half]), ("shard-000001", published[published >= half])]
-    publisher.write_rows(ranked, publisher.write_sequences(wanted))
+    publisher.write_rows(ranking, margins_of, publisher.write_sequences(wanted), LENGTH)
     store.write_json("summary.json", {"counts": {"scanned": {"sequences": sequences}}})
     store.write(SUCCESS, b"")
     order = np.argsort(-scores_qn[0])[:10]

@@ -75,6 +75,11 @@ class Selection:
         return {"total": self.total, "size": self.size, "seed": self.seed}
 
 
+def shard_name(number: int) -> str:
+    """What a shard's files are called."""
+    return f"shard-{number:06d}"
+
+
 @dataclass(frozen=True)
 class Shard:
     """Positions [start, stop) of the selection: the unit of work, of retry and of output."""
@@ -85,7 +90,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return f"shard-{self.number:06d}"
+        return shard_name(self.number)
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infscan.influence.topk import SIDES, Leaderboard, Threshold, best_rows
+from infscan.influence.topk import PROPONENT, SIDES, Leaderboard, Threshold, best_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Hits:
             self.queries.tolist(), self.sides.tolist(), self.sequence_ids.tolist(), self.scores.tolist(), strict=True
         )
 
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Hits:
+        """Some of the rows, by mask, position or stretch."""
+        return Hits(self.queries[rows], self.sides[rows], self.sequence_ids[rows], self.scores[rows])
+
     @staticmethod
     def concatenate(parts: list[Hits]) -> Hits:
         return Hits(
@@ -41,8 +45,36 @@ class Hits:
         )
 
 
-# thresholds[query][side name]: None until C rows are there.
-Thresholds = list[dict[str, Threshold | None]]
+@dataclass(frozen=True)
+class Thresholds:
+    """Of every query and side, the C-th best row so far; they travel with every shard: 24 bytes a query.
+
+    strengths: float32 [Q, sides], the row's score turned so that larger is stronger; 0 until C rows are there, which
+    every row of the side is stronger than. sequence_ids: int64 [Q, sides].
+    """
+
+    strengths_qs: NDArray[np.float32]
+    sequence_ids_qs: NDArray[np.int64]
+
+    @classmethod
+    def none(cls, queries: int) -> Thresholds:
+        shape = (queries, len(SIDES))
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
+
+    def of(self, query: int, side: str) -> Threshold | None:
+        """None until C rows are there."""
+        place = query, SIDES.index(side)
+        turned = self.strengths_qs[place]
+        if not turned:
+            return None
+        return Threshold(float(turned if side == PROPONENT else -turned), int(self.sequence_ids_qs[place]))
+
+    def let_in(self, hits: Hits) -> NDArray[np.bool_]:
+        """Which rows are not strictly weaker than the threshold of their query and side."""
+        bars = self.strengths_qs[hits.queries, hits.sides]
+        turned = np.where(hits.sides == SIDES.index(PROPONENT), hits.scores, -hits.scores)
+        tied = (turned == bars) & (hits.sequence_ids <= self.sequence_ids_qs[hits.queries, hits.sides])
+        return (turned > bars) | tied
 
 
 class Standings:
@@ -50,9 +82,12 @@ class Standings:
 
     def __init__(self, queries: int, sides: tuple[str, ...], capacity: int) -> None:
         self.boards = [{side: Leaderboard(side, capacity) for side in sides} for _ in range(queries)]
+        self._thresholds = Thresholds.none(queries)
 
     def add(self, hits: Hits) -> None:
         """Take in a shard's rows; those of sides that are not kept are left out."""
+        # Most rows of a shard that was handed out long ago are beaten by now: one comparison of all of them.
+        hits = hits.take(self._thresholds.let_in(hits))
         if not len(hits):
             return
         keys = hits.queries.astype(np.int64) * len(SIDES) + hits.sides
@@ -63,10 +98,15 @@ class Standings:
             board = self.boards[query].get(SIDES[side])
             if board is not None:
                 board.add(hits.scores[mine], hits.sequence_ids[mine])
+                if (last := board.threshold) is not None:
+                    self._thresholds.strengths_qs[query, side] = abs(last.score)
+                    self._thresholds.sequence_ids_qs[query, side] = last.sequence_id
 
     @property
     def thresholds(self) -> Thresholds:
-        return [{side: board.threshold for side, board in boards.items()} for boards in self.boards]
+        """As they are now; what is added later does not change them."""
+        now = self._thresholds
+        return Thresholds(now.strengths_qs.copy(), now.sequence_ids_qs.copy())
 
     def best(self) -> Hits:
         """The C best rows of every query and side, by query, side and strength: what is refined."""
@@ -93,7 +133,7 @@ def shard_hits(
     for query in range(scores_nq.shape[1]):
         column = scores_nq[:, query]
         for side in sides:
-            rows = best_rows(column, sequence_ids, side, capacity, thresholds[query].get(side))
+            rows = best_rows(column, sequence_ids, side, capacity, thresholds.of(query, side))
             parts.append(_hits(query, side, sequence_ids[rows], column[rows]))
     return Hits.concatenate(parts)
 

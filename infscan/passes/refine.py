@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_tokens
+from infscan.influence.standings import Hits
 from infscan.passes.queries import Inverse, preconditioned
 from infscan.passes.rank import Rank
 from infscan.queries import Query
@@ -99,22 +101,48 @@ def _candidates(task: RefineTask) -> list[Sequence]:
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 
 
-def refine_units(
-    candidates: Sequences[tuple[int, int]], query_groups: Sequences[range], sequences_per_unit: int
-) -> list[tuple[int, dict[int, tuple[int, ...]]]]:
-    """Cut candidates (query, sequence_id) into units: (query group, sequence_id -> queries by index within the group).
+@dataclass(frozen=True)
+class RefineUnit:
+    """Candidates of one query group, by sequence_id and query, as columns of one length.
 
-    It depends on the candidates alone, so that micro-batches do too.
+    sequence_ids: int64. queries: int32, indices within the group.
     """
-    units: list[tuple[int, dict[int, tuple[int, ...]]]] = []
-    by_group: list[dict[int, set[int]]] = [{} for _ in query_groups]
-    group_of = {query: index for index, group in enumerate(query_groups) for query in group}
-    for query, sequence_id in candidates:
-        group = group_of[query]
-        by_group[group].setdefault(sequence_id, set()).add(query - query_groups[group].start)
-    for group, wanted in enumerate(by_group):
-        ordered = sorted(wanted)
-        for start in range(0, len(ordered), sequences_per_unit):
-            chosen = ordered[start : start + sequences_per_unit]
-            units.append((group, {sequence_id: tuple(sorted(wanted[sequence_id])) for sequence_id in chosen}))
+
+    group: int
+    sequence_ids: NDArray[np.int64]
+    queries: NDArray[np.int32]
+
+    @property
+    def wanted(self) -> dict[int, tuple[int, ...]]:
+        """As RefineTask has it."""
+        found: dict[int, list[int]] = {}
+        for sequence_id, query in zip(self.sequence_ids.tolist(), self.queries.tolist(), strict=True):
+            found.setdefault(sequence_id, []).append(query)
+        return {sequence_id: tuple(queries) for sequence_id, queries in found.items()}
+
+
+def refine_units(
+    candidates: Hits, query_groups: Sequences[range], most_sequences: int, most_pairs: int
+) -> list[RefineUnit]:
+    """Cut candidates into units, each of one query group and of so many sequences and pairs at most.
+
+    A sequence's pairs stay together: one alone may have more of them. It depends on the candidates alone, so that
+    micro-batches do too.
+    """
+    units: list[RefineUnit] = []
+    group_of = np.searchsorted([group.stop for group in query_groups], candidates.queries, side="right")
+    order = np.lexsort((candidates.queries, candidates.sequence_ids, group_of))
+    ends = np.searchsorted(group_of[order], np.arange(len(query_groups)), side="right")
+    for number, (group, mine) in enumerate(zip(query_groups, np.split(order, ends)[:-1], strict=True)):
+        sequence_ids, local = candidates.sequence_ids[mine], candidates.queries[mine] - np.int32(group.start)
+        # Of every sequence, where its pairs begin; and where the last one's end.
+        starts = [*np.flatnonzero(np.diff(sequence_ids, prepend=-1)).tolist(), len(mine)]
+        first = 0
+        while first + 1 < len(starts):
+            last = min(first + most_sequences, len(starts) - 1)
+            while last > first + 1 and starts[last] - starts[first] > most_pairs:
+                last -= 1
+            stretch = slice(starts[first], starts[last])
+            units.append(RefineUnit(number, sequence_ids[stretch], local[stretch]))
+            first = last
     return units

@@ -1,59 +1,85 @@
-"""Publish a run: rank the refined candidates and write the tables that people read."""
+"""Publish a run: rank the refined candidates and write the tables that people read.
+
+What is in memory does not grow with the number of queries, but for some dozens of bytes a candidate and a published
+row: tokens, margins and texts are there of one part at a time (margins of `_MARGINS_BYTES`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infscan.influence.topk import best_rows
+from infscan.influence.standings import Hits
+from infscan.influence.topk import SIDES, best_rows
 from infscan.results.refined import Margins
 from infscan.results.schema import LAYERS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
 from infscan.storage import Store
+from infscan.storage.ahead import ahead
 
 SUCCESS = "_SUCCESS"
 INDEX = "run.parquet"
+# A part of top, layers and tokens ends with the query that fills it, one of sequences with the row.
 _QUERIES_PER_PART = 64
+_ROWS_PER_PART = 1 << 14
 _SHARDS_PER_PART = 256
+_SEQUENCES_PER_PART = 1 << 13
+# Several parts' margins are read at once, so that the units of one query group are not read for every part of it.
+_MARGINS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A published row, before its provenance is looked up."""
+class Ranking:
+    """The published rows, by query, side's name and rank, as columns of one length.
 
-    query_id: str
-    side: str
-    rank: int
-    sequence_id: int
-    score: float
-    scan_score: float
-    margins: Margins
+    rows: intp, their places among the candidates. ranks: int32, from 1. scores: float32, refined. candidates: all, with
+    their scan scores.
+    """
+
+    candidates: Hits
+    rows: NDArray[np.intp]
+    ranks: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def queries(self) -> NDArray[np.int32]:
+        return self.candidates.queries[self.rows]
+
+    @property
+    def sequence_ids(self) -> NDArray[np.int64]:
+        return self.candidates.sequence_ids[self.rows]
+
+    def stretch(self, start: int, stop: int) -> Ranking:
+        return Ranking(self.candidates, self.rows[start:stop], self.ranks[start:stop], self.scores[start:stop])
 
 
-def rank_rows(
-    query_id: str,
-    side: str,
-    sequence_ids: NDArray[np.int64],
-    scan_scores: NDArray[np.float32],
-    margins: Callable[[int], Margins],
-    top_k: int,
-) -> list[Ranked]:
-    """One query's and side's candidates by refined score.
+def rank_rows(candidates: Hits, scores: NDArray[np.float32], top_k: int) -> Ranking:
+    """The top_k candidates of each query and side by refined score.
 
     A row whose sign changed when it was refined is no longer on the side, one that is not finite on none.
+    candidates: by query, each side's together. scores: float32, refined, of the candidates.
     """
-    refined = [margins(int(sequence_id)) for sequence_id in sequence_ids]
-    scores = np.asarray([row.score for row in refined], np.float32)
-    return [
-        Ranked(query_id, side, rank, int(sequence_ids[row]), float(scores[row]), float(scan_scores[row]), refined[row])
-        for rank, row in enumerate(best_rows(scores, sequence_ids, side, top_k), start=1)
-    ]
+    keys = candidates.queries.astype(np.int64) * len(SIDES) + candidates.sides
+    ends = [*np.flatnonzero(np.diff(keys, prepend=-1)).tolist(), len(keys)]
+    by_name: list[tuple[int, str, NDArray[np.intp]]] = []
+    for start, stop in pairwise(ends):
+        query, side = divmod(int(keys[start]), len(SIDES))
+        best = best_rows(scores[start:stop], candidates.sequence_ids[start:stop], SIDES[side], top_k)
+        by_name.append((query, SIDES[side], start + best))
+    by_name.sort(key=lambda found: found[:2])
+    rows = np.concatenate([np.empty(0, np.intp), *(best for *_, best in by_name)])
+    ranks = np.concatenate([np.empty(0, np.int32), *(np.arange(1, len(best) + 1) for *_, best in by_name)])
+    return Ranking(candidates, rows, ranks.astype(np.int32), scores[rows])
 
 
 def is_spurious(token_scores: NDArray[np.float32]) -> bool:
@@ -63,93 +89,130 @@ def is_spurious(token_scores: NDArray[np.float32]) -> bool:
     return l1 > 0 and float(np.linalg.norm(wide)) / l1 > 2 / 3
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Of every published sequence, its first document's id and source; by sequence_id, ascending."""
+
+    sequence_ids: NDArray[np.int64]
+    document_ids: pa.ChunkedArray
+    sources: pa.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    def places(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
+        return pa.array(np.searchsorted(self.sequence_ids, sequence_ids))
+
+
 class Publisher:
     """Writes top, layers, tokens (by groups of queries) and sequences (by groups of shards), then removes stale parts.
 
-    decode: token ids to text; None where the model has no tokenizer (text is then null). label: a sequence's corpus
-    among several, by its number; None where there is one.
+    query_ids: of all queries, ascending. decode: token ids to text; None where the model has no tokenizer (text is then
+    null). label: a sequence's corpus among several, by its number; None where there is one.
     """
 
     def __init__(
         self,
         store: Store,
         layers: Sequences[str],
+        query_ids: Sequences[str],
         decode: Callable[[list[int]], str] | None,
         fingerprint: str,
         label: Callable[[int], str | None] = lambda number: None,
     ):
         self.store, self.layers, self.decode, self.label = store, layers, decode, label
+        self.query_ids = pa.array(query_ids, pa.string())
         self.footer = {"fingerprint": fingerprint}
         self.written: set[str] = set()
 
-    def write_sequences(self, wanted: Sequences[tuple[str, NDArray[np.int64]]]) -> dict[int, tuple[str, str]]:
-        """The published sequences, each once, by sequence_id. Returns (document_id, source) by sequence_id.
+    def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Provenance:
+        """The published sequences, each once, by sequence_id.
 
-        wanted: shard names in order, with the published sequence_ids that lie in each.
+        wanted: shard names in order, with the published sequence_ids that lie in each, ascending.
         """
-        provenance: dict[int, tuple[str, str]] = {}
-        # One part even where nothing is published: readers then find an empty table.
-        for part, start in enumerate(range(0, max(1, len(wanted)), _SHARDS_PER_PART)):
-            rows = []
-            for name, sequence_ids in wanted[start : start + _SHARDS_PER_PART]:
-                rows += [self._sequence(row) for row in read_candidates(self.store, name, sequence_ids).to_pylist()]
-            rows.sort(key=lambda row: row["sequence_id"])
-            provenance |= {row["sequence_id"]: (row["document_id"], row["source"]) for row in rows}
-            self._write("sequences", part, pa.Table.from_pylist(rows, schema=SEQUENCES))
-        return provenance
+        sequence_ids, document_ids, sources = [np.empty(0, np.int64)], [], []
+        for part, shards in enumerate(_sequence_parts(wanted)):
+            found = ahead(self.store, lambda shard: read_candidates(self.store, *shard), shards)
+            table = self._sequences(list(found))
+            self._write("sequences", part, table)
+            sequence_ids.append(table["sequence_id"].to_numpy())
+            document_ids += table["document_id"].chunks
+            # Few in number, however many rows.
+            sources += table["source"].dictionary_encode().chunks
+        return Provenance(
+            np.concatenate(sequence_ids),
+            pa.chunked_array(document_ids, pa.string()),
+            pa.chunked_array(sources, pa.dictionary(pa.int32(), pa.string())),
+        )
 
-    def _sequence(self, row: dict[str, Any]) -> dict[str, Any]:
-        first = row["documents"][0]
-        text = self.decode(row["token_ids"]) if self.decode else None
-        known = {"document_id": first["id"], "source": first["source"], "corpus": self.label(row["sequence_id"])}
-        return row | known | {"text": text}
+    def _sequences(self, kept: list[pa.Table]) -> pa.Table:
+        if not kept:
+            return SEQUENCES.empty_table()
+        rows = pa.concat_tables(kept).sort_by("sequence_id").combine_chunks()
+        first = pc.list_element(rows["documents"], 0)
+        texts = [self.decode(ids.as_py()) if self.decode else None for ids in rows["token_ids"]]
+        added = {
+            "document_id": pc.struct_field(first, "id"),
+            "source": pc.struct_field(first, "source"),
+            "text": pa.array(texts, pa.string()),
+            "corpus": self._labels(rows["sequence_id"].to_numpy()),
+        }
+        columns = [added[name] if name in added else rows[name] for name in SEQUENCES.names]
+        return pa.table(columns, schema=SEQUENCES).combine_chunks()
 
-    def write_rows(self, by_query: Iterable[list[Ranked]], provenance: dict[int, tuple[str, str]]) -> int:
-        """top, layers and tokens, sorted by query_id, side and rank. Returns the rows of top.
+    def write_rows(
+        self,
+        ranking: Ranking,
+        margins: Callable[[NDArray[np.intp]], Margins],
+        provenance: Provenance,
+        most_tokens: int,
+    ) -> None:
+        """top, layers and tokens, sorted by query_id, side and rank.
 
-        by_query: one list per query (its rows of both sides), in the order of query_id.
+        margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has.
         """
-        written, part, batch = 0, 0, list[Ranked]()
-        queries = 0
-        for ranked in by_query:
-            batch += sorted(ranked, key=lambda row: (row.side, row.rank))
-            queries += 1
-            if queries == _QUERIES_PER_PART:
-                self._write_part(part, batch, provenance)
-                written, part, batch, queries = written + len(batch), part + 1, [], 0
-        if queries or part == 0:
-            self._write_part(part, batch, provenance)
-        return written + len(batch)
+        row_bytes = 4 * (len(self.layers) + most_tokens)
+        part = 0
+        for parts in _together(_row_parts(ranking, len(self.query_ids)), _MARGINS_BYTES // row_bytes):
+            first, last = parts[0][0], parts[-1][1]
+            found = margins(ranking.rows[first:last])
+            for start, stop in parts:
+                mine = found.stretch(start - first, stop - first)
+                self._write_part(part, ranking.stretch(start, stop), mine, provenance)
+                part += 1
 
-    def _write_part(self, part: int, rows: list[Ranked], provenance: dict[int, tuple[str, str]]) -> None:
+    def _write_part(self, part: int, ranking: Ranking, margins: Margins, provenance: Provenance) -> None:
+        sequence_ids = ranking.sequence_ids
+        query_ids = self.query_ids.take(pa.array(ranking.queries))
+        places = provenance.places(sequence_ids)
         top = [
-            {
-                "query_id": row.query_id,
-                "side": row.side,
-                "rank": row.rank,
-                "sequence_id": row.sequence_id,
-                "score": row.score,
-                "scan_score": row.scan_score,
-                "spurious": is_spurious(row.margins.token_scores),
-                "document_id": provenance[row.sequence_id][0],
-                "source": provenance[row.sequence_id][1],
-                "corpus": self.label(row.sequence_id),
-            }
-            for row in rows
+            query_ids,
+            pa.array(SIDES).take(pa.array(ranking.candidates.sides[ranking.rows])),
+            ranking.ranks,
+            sequence_ids,
+            ranking.scores,
+            ranking.candidates.scores[ranking.rows],
+            pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
+            provenance.document_ids.take(places),
+            provenance.sources.take(places).cast(pa.string()),
+            self._labels(sequence_ids),
         ]
-        self._write("top", part, pa.Table.from_pylist(top, schema=TOP))
-        pairs = {(row.query_id, row.sequence_id): row for row in rows}
+        self._write("top", part, pa.table(top, schema=TOP).combine_chunks())
+        count = len(self.layers)
         layers = [
-            {"query_id": query_id, "sequence_id": sequence_id, "layer": layer, "score": float(score)}
-            for (query_id, sequence_id), row in pairs.items()
-            for layer, score in zip(self.layers, row.margins.layer_scores, strict=True)
+            query_ids.take(pa.array(np.repeat(np.arange(len(ranking)), count))),
+            np.repeat(sequence_ids, count),
+            pa.array(self.layers, pa.string()).take(pa.array(np.tile(np.arange(count), len(ranking)))),
+            margins.layer_scores.reshape(-1),
         ]
-        self._write("layers", part, pa.Table.from_pylist(layers, schema=LAYERS))
-        tokens = [
-            {"query_id": query_id, "sequence_id": sequence_id, "scores": row.margins.token_scores.tolist()}
-            for (query_id, sequence_id), row in pairs.items()
-        ]
-        self._write("tokens", part, pa.Table.from_pylist(tokens, schema=TOKENS))
+        self._write("layers", part, pa.table(layers, schema=LAYERS))
+        starts = np.cumsum([0, *map(len, margins.token_scores)], dtype=np.int32)
+        values = np.concatenate([np.empty(0, np.float32), *margins.token_scores])
+        tokens = [query_ids, sequence_ids, pa.ListArray.from_arrays(starts, pa.array(values))]
+        self._write("tokens", part, pa.table(tokens, schema=TOKENS))
+
+    def _labels(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
+        return pa.array(map(self.label, sequence_ids.tolist()), pa.string())
 
     def _write(self, folder: str, part: int, table: pa.Table) -> None:
         name = f"{folder}/part-{part:05d}.parquet"
@@ -162,3 +225,41 @@ class Publisher:
             for entry in self.store.list(folder, suffix=".parquet"):
                 if entry.name not in self.written:
                     self.store.remove(entry.name)
+
+
+def _sequence_parts(wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Iterator[list[tuple[str, NDArray[np.int64]]]]:
+    """What goes into each part of `sequences`; at least one, so that readers find an empty table."""
+    part: list[tuple[str, NDArray[np.int64]]] = []
+    room = _SEQUENCES_PER_PART
+    for name, sequence_ids in wanted:
+        for start in range(0, len(sequence_ids), _SEQUENCES_PER_PART):
+            piece = sequence_ids[start : start + _SEQUENCES_PER_PART]
+            if len(part) == _SHARDS_PER_PART or len(piece) > room:
+                yield part
+                part, room = [], _SEQUENCES_PER_PART
+            part.append((name, piece))
+            room -= len(piece)
+    yield part
+
+
+def _row_parts(ranking: Ranking, queries: int) -> Iterator[tuple[int, int]]:
+    """Which rows [start, stop) go into each part of top, layers and tokens; at least one."""
+    ends = np.cumsum(np.bincount(ranking.queries, minlength=queries))
+    start = stop = count = 0
+    for end in ends.tolist():
+        if count == _QUERIES_PER_PART or (count and end - start > _ROWS_PER_PART):
+            yield start, stop
+            start, count = stop, 0
+        stop, count = end, count + 1
+    yield start, stop
+
+
+def _together(parts: Iterable[tuple[int, int]], rows: int) -> Iterator[list[tuple[int, int]]]:
+    """Parts one after the other that have at most so many rows in all; one alone may have more."""
+    some: list[tuple[int, int]] = []
+    for part in parts:
+        if some and part[1] - some[0][0] > rows:
+            yield some
+            some = []
+        some.append(part)
+    yield some

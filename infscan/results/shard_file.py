@@ -38,6 +38,29 @@ class ShardCounts:
     halvings: int = 0
 
 
+@dataclass
+class ScanCounts:
+    """Sums of the finished shards' counts; halved: shards whose micro-batches were."""
+
+    shards: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    nonfinite: int = 0
+    kept: int = 0
+    rows: int = 0
+    halved: int = 0
+
+    def add(self, shard: ShardCounts) -> None:
+        """Take in one more shard: each counts once."""
+        self.shards += 1
+        self.sequences += shard.sequences
+        self.tokens += shard.tokens
+        self.nonfinite += shard.nonfinite
+        self.kept += shard.kept
+        self.rows += shard.rows
+        self.halved += shard.halvings > 0
+
+
 def shard_path(name: str) -> str:
     return f"{FOLDER}/{name}{SUFFIX}"
 
@@ -82,7 +105,7 @@ def write_shard(
 
 def finished_shards(store: Store) -> set[str]:
     """Names of the shards whose file is there, from a fresh listing."""
-    return {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in store.list(FOLDER, suffix=SUFFIX)}
+    return {name.rpartition("/")[2].removesuffix(SUFFIX) for name in store.names(FOLDER) if name.endswith(SUFFIX)}
 
 
 def quarantined_shards(store: Store) -> frozenset[str]:

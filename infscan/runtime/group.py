@@ -168,6 +168,16 @@ def _placed(place: Place, address: str) -> Place:
     return replace(place, address=address)
 
 
+def first_answers(refs: list[ray.ObjectRef], limit_s: float) -> list[ray.ObjectRef]:
+    """Wait for an answer, `limit_s` at most; all those that are there by then."""
+    if not refs:
+        time.sleep(limit_s)
+        return []
+    if not ray.wait(refs, num_returns=1, timeout=limit_s, fetch_local=False)[0]:
+        return []
+    return ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+
+
 class State(Enum):
     starting = auto()
     idle = auto()
@@ -267,9 +277,10 @@ class WorkerGroup:
     def _answer(self) -> tuple[Outcome, Any] | None:
         ready, self.running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
         failure: Exception | None = None
+        results = []
         for ref in ready:
             try:
-                ray.get(ref)
+                results.append(ray.get(ref))
             except _LOST as error:
                 return Outcome.lost, error
             except RayTaskError as error:
@@ -285,7 +296,6 @@ class WorkerGroup:
             return (Outcome.failed, failure) if known or time.monotonic() >= self.failed_at + _GRACE_S else None
         if self.running:
             return None
-        results = ray.get(ready)
         if self.state is State.starting:
             self.facts = results
         self.state = State.idle

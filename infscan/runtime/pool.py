@@ -25,7 +25,7 @@ from infscan.errors import (
 )
 from infscan.passes.memory import RankMemoryError
 from infscan.passes.rank import RankSettings, Span
-from infscan.runtime.group import Outcome, RankFacts, State, WorkerGroup
+from infscan.runtime.group import Outcome, RankFacts, State, WorkerGroup, first_answers
 from infscan.runtime.losses import Losses
 from infscan.runtime.schedule import Schedule
 from infscan.runtime.watch import Watch
@@ -75,6 +75,9 @@ class Pool:
 
     losses: told of every worker that is lost. check: called at every turn of the loop; what it raises ends the phase (a
     driver that lost its lease). watch: told of every unit that goes out and ends.
+
+    What a finished unit costs this process does not grow with the number of workers: a turn of the loop looks at those
+    that answered, and at all of them once in `_TICK_S` for what no answer tells (silence, deadlines).
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class Pool:
         self.cluster, self.gpus, self.losses, self.check = cluster, gpus, losses, check
         self.watch = watch or Watch("")
         self.sharded = settings.sharded
-        self.groups = [WorkerGroup(index, settings, cluster, gpus) for index in range(cluster.num_workers)]
+        self.groups = [self.new_group(index, settings) for index in range(cluster.num_workers)]
+        # When all groups are looked at next.
+        self._look_at = 0.0
         self.failed_starts = 0
         self.halvings = 0
         # When those who watch are told next.
@@ -102,6 +107,12 @@ class Pool:
         self._oom_kills: dict[str, int] = {}
         self._died_with: dict[int, int] = {}
 
+    def new_group(self, index: int, settings: RankSettings) -> WorkerGroup:
+        return WorkerGroup(index, settings, self.cluster, self.gpus)
+
+    def answers(self, refs: list[Any], limit_s: float) -> list[Any]:
+        return first_answers(refs, limit_s)
+
     def wait_for_one(self) -> int:
         """Wait until a group has loaded its model; the others join when they are ready. Returns how many have.
 
@@ -109,8 +120,7 @@ class Pool:
             InfscanError: where the model cannot be loaded, or no group can be started or placed.
         """
         while not any(group.state is State.idle for group in self.groups):
-            self._wait()
-            for group in self.groups:
+            for group in self.wait():
                 if group.state is State.starting and (answer := group.poll()) is not None:
                     self._started(group, *answer)
         return sum(group.state is State.idle for group in self.groups)
@@ -135,20 +145,22 @@ class Pool:
             InfscanError: at once, where an error cannot be mended by another attempt.
         """
         schedule = Schedule(units, self.cluster.max_attempts)
+
+        def hand_out(group: WorkerGroup) -> None:
+            if group.state is not State.idle or time.monotonic() < self._rest_until:
+                return
+            if (unit := schedule.take()) is not None:
+                group.submit(unit, function, task(unit), *shared, halvings=schedule.halvings.get(unit, 0))
+                self.losses.handed(group.index)
+                self.watch.handed(group.index, unit, schedule.attempt(unit))
+
         self._died_with.clear()
         self.losses.next_pass()
         while not schedule.finished:
             for group in self.groups:
-                if group.state is not State.idle or time.monotonic() < self._rest_until:
-                    continue
-                if (unit := schedule.take()) is not None:
-                    halvings = schedule.halvings.get(unit, 0)
-                    group.submit(unit, function, task(unit), *shared, halvings=halvings)
-                    self.losses.handed(group.index)
-                    self.watch.handed(group.index, unit, schedule.attempt(unit))
+                hand_out(group)
             self._tell(schedule)
-            self._wait()
-            for group in self.groups:
+            for group in self.wait():
                 was, unit = group.state, group.unit
                 answer = group.poll()
                 if answer is None:
@@ -168,6 +180,8 @@ class Pool:
                 else:
                     assert unit is not None
                     self._ended_badly(schedule, group, unit, outcome, result, on_given_up)
+                # Not when all have been heard: where a thousand answered, the first would wait for them.
+                hand_out(group)
         self._tell(schedule)
         return schedule.given_up
 
@@ -180,14 +194,16 @@ class Pool:
         faults = sum((group.pulse.faults for group in self.groups), Counter(storage_faults()))
         self.watch.counted(schedule.states, {state.name: workers[state.name] for state in State}, faults)
 
-    def _wait(self) -> None:
+    def wait(self) -> list[WorkerGroup]:
+        """Wait until a rank answers, a tick at most. Returns the groups to look at."""
         self.check()
         self._check_room()
-        refs = [ref for group in self.groups if group.state is not State.idle for ref in group.running]
-        if refs:
-            ray.wait(refs, num_returns=1, timeout=_TICK_S, fetch_local=False)
-        else:
-            time.sleep(_TICK_S)
+        asked = {ref: group for group in self.groups if group.state is not State.idle for ref in group.running}
+        answered = self.answers(list(asked), _TICK_S)
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _TICK_S
+            return self.groups
+        return list({group.index: group for group in map(asked.__getitem__, answered)}.values())
 
     def _check_room(self) -> None:
         """Raise where for cluster.capacity_s there was no room for a single group."""

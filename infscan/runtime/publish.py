@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,11 +10,10 @@ import pyarrow as pa
 
 from infscan.config import fingerprint, lasting
 from infscan.corpus.addressable import AddressableCorpus, label_of
-from infscan.corpus.plan import Plan
+from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
-from infscan.influence.topk import SIDES
-from infscan.results.publish import INDEX, SUCCESS, Publisher, Ranked, rank_rows
-from infscan.results.refined import Margins, join_layer_groups, read_unit
+from infscan.results.publish import INDEX, SUCCESS, Publisher, rank_rows
+from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, to_parquet
 from infscan.runtime.run import Run
 from infscan.runtime.scan import Refined, Scanned, by_shard
@@ -41,29 +39,29 @@ def publish(
     with run.telemetry.phase("publish", 1, "tables") as phase:
         layers = [layer.name for layer in run.architecture.layers]
         decode = run.tokenizer.decode if run.tokenizer else None
-        publisher = Publisher(run.store, layers, decode, fingerprint(run.inputs()), partial(label_of, corpus))
-        ranked: list[list[Ranked]] = []
-        nonfinite = 0
-        for mine, lost in _ranked(run, scanned, refined, layers):
-            ranked.append(mine)
-            nonfinite += lost
+        publisher = Publisher(
+            run.store, layers, run.query_ids, decode, fingerprint(run.inputs()), partial(label_of, corpus)
+        )
+        rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.query_ids, scanned.best)
+        nonfinite = int((~np.isfinite(rows.scores)).sum())
         if nonfinite:
             run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
-        published = np.asarray([row.sequence_id for rows in ranked for row in rows], np.int64)
-        provenance = publisher.write_sequences(by_shard(plan, published))
-        rows = publisher.write_rows(ranked, provenance)
+        ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
+        # Ids and scores first, since top says of each row which document it is; margins later, some at a time.
+        provenance = publisher.write_sequences(by_shard(plan, ranking.sequence_ids))
+        publisher.write_rows(ranking, rows.margins, provenance, corpus.sequence_length)
         publisher.remove_stale()
         phase.advance(sequences=len(provenance))
-    halved = sum(shard.halvings > 0 for shard in scanned.counts.values())
-    if halved:
+    if scanned.counts.halved:
         run.telemetry.warn(
-            f"{halved} shards ran out of memory at scan.tokens_per_batch={run.config.scan.tokens_per_batch} and were "
-            "scanned in smaller micro-batches; a lower value saves the attempts that failed"
+            f"{scanned.counts.halved} shards ran out of memory at "
+            f"scan.tokens_per_batch={run.config.scan.tokens_per_batch} and were scanned in smaller micro-batches; "
+            "a lower value saves the attempts that failed"
         )
-    summary = _summary(run, plan, corpus, scanned, nonfinite, rows, len(provenance))
+    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance))
     run.store.write_json("summary.json", summary | {"approximation": approximation, "iteration": iteration})
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
-        names = ", ".join(sorted(scanned.quarantined)[:3])
+        names = ", ".join(map(shard_name, sorted(scanned.quarantined)[:3]))
         raise RunError(
             f"{len(scanned.quarantined)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
             f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
@@ -94,47 +92,12 @@ def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([row], schema=RUN)
 
 
-def _ranked(run: Run, scanned: Scanned, refined: Refined, layers: list[str]) -> Iterator[tuple[list[Ranked], int]]:
-    """Query by query, the published rows and how many were refined to NaN or infinity.
-
-    One query group's refined units are in memory at a time.
-    """
-    best = scanned.best
-    for group, paths in zip(refined.groups, refined.paths, strict=True):
-        by_layer_group = []
-        for files in paths:
-            names: list[str] = []
-            margins: dict[tuple[str, int], Margins] = {}
-            for path in files:
-                names, unit = read_unit(run.store, path)
-                margins |= unit
-            by_layer_group.append((names, margins))
-
-        for query in group:
-            query_id = run.queries[query].id
-
-            def joined(sequence_id: int, query_id: str = query_id, parts: list = by_layer_group) -> Margins:
-                return join_layer_groups([(names, part[query_id, sequence_id]) for names, part in parts], layers)
-
-            rows: list[Ranked] = []
-            nonfinite = 0
-            for side in run.config.sides:
-                mine = (best.queries == query) & (best.sides == SIDES.index(side))
-                ids, scores = best.sequence_ids[mine], best.scores[mine]
-                refined_rows = {int(sequence_id): joined(int(sequence_id)) for sequence_id in ids}
-                rows += rank_rows(query_id, side, ids, scores, refined_rows.__getitem__, run.config.scan.top_k)
-                # In float32, as they are ranked and published.
-                nonfinite += sum(not np.isfinite(np.float32(row.score)) for row in refined_rows.values())
-            yield rows, nonfinite
-
-
 def _summary(
     run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, nonfinite: int, rows: int, sequences: int
 ) -> dict:
     """Counts that add up: what was read, scanned, kept and published, and what was not."""
-    shards = scanned.counts.values()
-    planned = map(plan.shard, range(plan.num_shards))
-    left_out = sum(len(shard) for shard in planned if shard.name not in scanned.counts)
+    counts = scanned.counts
+    left_out = sum(len(plan.shard(number)) for number in scanned.quarantined)
     workers = run.workers()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -143,13 +106,13 @@ def _summary(
             "corpus": corpus.counts,
             "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},
             "scanned": {
-                "shards": len(scanned.counts),
-                "sequences": sum(shard.sequences for shard in shards),
-                "tokens": sum(shard.tokens for shard in shards),
-                "nonfinite": sum(shard.nonfinite for shard in shards),
-                "rows_kept": sum(shard.rows for shard in shards),
-                "sequences_kept": sum(shard.kept for shard in shards),
-                "halved": sum(shard.halvings > 0 for shard in shards),
+                "shards": counts.shards,
+                "sequences": counts.sequences,
+                "tokens": counts.tokens,
+                "nonfinite": counts.nonfinite,
+                "rows_kept": counts.rows,
+                "sequences_kept": counts.kept,
+                "halved": counts.halved,
             },
             "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
             "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},

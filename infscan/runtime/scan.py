@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import ray
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.addressable import AddressableCorpus
-from infscan.corpus.plan import Plan, Selection, default_shard_sequences
+from infscan.corpus.plan import Plan, Selection, default_shard_sequences, shard_name
 from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts, read_tensors
@@ -30,14 +32,17 @@ from infscan.passes.scan import ScanTask, scan_task
 from infscan.results.publish import SUCCESS
 from infscan.results.refined import unit_path
 from infscan.results.schema import to_parquet
-from infscan.results.shard_file import QUARANTINE, ShardCounts, finished_shards, read_hits, shard_path
+from infscan.results.shard_file import QUARANTINE, ScanCounts, ShardCounts, finished_shards, read_hits, shard_path
 from infscan.runtime import preflight
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
 from infscan.secrets import redact
+from infscan.storage.ahead import ahead
 
 PLAN = "plan.json"
 _SEQUENCES_PER_UNIT = 256
+# A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
+_PAIRS_PER_UNIT = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ class QueryBatch:
 
 @dataclass(frozen=True)
 class Scanned:
-    """What the scan left: the C best rows per query and side, and what each finished shard counted."""
+    """What the scan left: the C best rows per query and side, what the finished shards counted in all, and the shards
+    given up, with reasons."""
 
     best: Hits
-    counts: dict[str, ShardCounts]
-    quarantined: dict[str, str]
+    counts: ScanCounts
+    quarantined: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -224,22 +230,22 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
     """
     run.store.remove(SUCCESS)
     standings = Standings(len(run.queries), run.config.sides, run.config.candidates)
-    counts: dict[str, ShardCounts] = {}
-    done = finished_shards(run.store)
+    # Sums alone are kept of what is done: a scan may have a million shards.
+    counts = ScanCounts()
     for entry in run.store.list(QUARANTINE):
         run.store.remove(entry.name)
-    names = [plan.shard(number).name for number in range(plan.num_shards)]
-    for name in sorted(done & set(names)):
-        try:
-            hits, counts[name] = read_hits(run.store, name, run.query_ids)
-        except DamagedError as error:
-            run.telemetry.warn(f"{error} It is scanned again now.")
-            run.store.remove(shard_path(name))
-            done.remove(name)
+    done = _finished(run, plan)
+    for number, found in _read_finished(run, np.flatnonzero(done)):
+        if isinstance(found, DamagedError):
+            run.telemetry.warn(f"{found} It is scanned again now.")
+            run.store.remove(shard_path(shard_name(number)))
+            done[number] = False
         else:
-            standings.add(hits)
-    left = [int(number) for number in plan.order() if names[int(number)] not in done]
-    quarantined: dict[str, str] = {}
+            standings.add(found[0])
+            counts.add(found[1])
+    order = plan.order()
+    left: list[int] = order[~done[order]].tolist()
+    quarantined: dict[int, str] = {}
     attention = run.config.corpus.attention
     run_fingerprint = fingerprint({"plan": plan.to_json(), "queries": batch.fingerprint, "attention": attention})
 
@@ -247,7 +253,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
         return ScanTask(
             run=run.store,
             corpus=corpus.store,
-            shard=names[number],
+            shard=shard_name(number),
             sequence_ids=plan.ids(number),
             query_ids=run.query_ids,
             query_batch=batch.fingerprint,
@@ -261,13 +267,14 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
         )
 
     def on_given_up(number: int, reason: str) -> None:
-        name, ids = names[number], plan.ids(number)
+        name, ids = shard_name(number), plan.ids(number)
         if run.store.exists(shard_path(name)):
             # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
-            hits, counts[name] = read_hits(run.store, name, run.query_ids)
+            hits, shard_counts = read_hits(run.store, name, run.query_ids)
             standings.add(hits)
+            counts.add(shard_counts)
             return
-        quarantined[name] = reason = redact(reason)
+        quarantined[number] = reason = redact(reason)
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
         run.store.write_json(f"{QUARANTINE}/{name}.json", note)
         run.telemetry.warn(f"{name} is quarantined: {reason}")
@@ -279,7 +286,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
             def on_done(number: int, result: tuple[Hits, ShardCounts]) -> None:
                 hits, shard_counts = result
                 standings.add(hits)
-                counts[names[number]] = shard_counts
+                counts.add(shard_counts)
                 phase.advance(sequences=shard_counts.sequences, tokens=shard_counts.tokens)
                 _check_nonfinite(run, plan, counts)
 
@@ -289,59 +296,81 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
     return Scanned(standings.best(), counts, quarantined)
 
 
-def _check_nonfinite(run: Run, plan: Plan, counts: dict[str, ShardCounts]) -> None:
-    nonfinite = sum(shard.nonfinite for shard in counts.values())
-    if nonfinite > run.config.scan.max_nonfinite * plan.selection.size:
+def _finished(run: Run, plan: Plan) -> NDArray[np.bool_]:
+    """Of every shard, whether its file is there."""
+    there = finished_shards(run.store)
+    return np.fromiter((shard_name(number) in there for number in range(plan.num_shards)), np.bool_, plan.num_shards)
+
+
+def _read_finished(
+    run: Run, numbers: NDArray[np.intp]
+) -> Iterator[tuple[int, tuple[Hits, ShardCounts] | DamagedError]]:
+    """What each of these shards' files says, or that it is damaged."""
+
+    def read(number: int) -> tuple[int, tuple[Hits, ShardCounts] | DamagedError]:
+        try:
+            return number, read_hits(run.store, shard_name(number), run.query_ids)
+        except DamagedError as error:
+            return number, error
+
+    return ahead(run.store, read, map(int, numbers))
+
+
+def _check_nonfinite(run: Run, plan: Plan, counts: ScanCounts) -> None:
+    if counts.nonfinite > run.config.scan.max_nonfinite * plan.selection.size:
         raise RunError(
-            f"{nonfinite} sequences have scores that are NaN or infinite, more than scan.max_nonfinite="
+            f"{counts.nonfinite} sequences have scores that are NaN or infinite, more than scan.max_nonfinite="
             f"{run.config.scan.max_nonfinite} of {plan.selection.size}; use model.dtype=float32, or raise the limit."
         )
 
 
-def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
-    """Sequence_ids grouped by the shard whose file holds them, in plan order."""
+def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Sequence_ids, ascending and each once, grouped by the shard whose file holds them, in plan order."""
     ordered = np.unique(sequence_ids)
-    shards = plan.selection.positions(ordered) // plan.shard_sequences
-    return [(plan.shard(int(number)).name, ordered[shards == number]) for number in np.unique(shards)]
+    shards, starts = np.unique(plan.selection.positions(ordered) // plan.shard_sequences, return_index=True)
+    for number, start, stop in zip(shards, starts, [*starts[1:], len(ordered)], strict=True):
+        yield shard_name(int(number)), ordered[start:stop]
 
 
 def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files."""
     best = scanned.best
     groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, run.config.scan.query_group_bytes)
-    pairs = list(zip(best.queries.tolist(), best.sequence_ids.tolist(), strict=True))
-    digest = fingerprint([sorted(pairs), factors.fingerprint, factors.inverse.fingerprint])
-    units = refine_units(pairs, groups, _SEQUENCES_PER_UNIT)
+    units = refine_units(best, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    # The files of other candidates, or of the same ones cut otherwise, lie elsewhere.
+    cut = sha256(b"".join(array.tobytes() for unit in units for array in (unit.sequence_ids, unit.queries)))
+    sizes = [(unit.group, len(unit.queries)) for unit in units]
+    digest = fingerprint([cut.hexdigest(), sizes, factors.fingerprint, factors.inverse.fingerprint])
     paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
     work: list[tuple[int, int, str]] = []
-    for number, (group, _) in enumerate(units):
+    for number, unit in enumerate(units):
         for layers in range(len(layer_groups)):
             path = unit_path(digest, number * len(layer_groups) + layers)
-            paths[group][layers].append(path)
+            paths[unit.group][layers].append(path)
             work.append((number, layers, path))
-    there = {entry.name for entry in run.store.list(f"refined/{digest[:16]}")}
+    there = set(run.store.names(f"refined/{digest[:16]}"))
     left = [item for item in work if item[2] not in there]
 
-    def task(unit: int) -> RefineTask:
-        number, layers, path = left[unit]
-        group, wanted = units[number]
+    def task(index: int) -> RefineTask:
+        number, layers, path = left[index]
+        unit = units[number]
         return RefineTask(
             run=run.store,
             path=path,
-            group=f"{group}/{layers}/{digest}",
-            queries=tuple(run.queries[index] for index in groups[group]),
+            group=f"{unit.group}/{layers}/{digest}",
+            queries=tuple(run.queries[query] for query in groups[unit.group]),
             layers=layer_groups[layers],
             inverse=factors.inverse,
-            shards=tuple(by_shard(plan, np.asarray(sorted(wanted), np.int64))),
-            wanted=wanted,
+            shards=tuple(by_shard(plan, unit.sequence_ids)),
+            wanted=unit.wanted,
             tokens_per_batch=run.config.scan.tokens_per_batch,
         )
 
     if left:
         with run.telemetry.phase("refine", len(left), "units") as phase:
 
-            def on_done(unit: int, tokens: int) -> None:
-                phase.advance(sequences=len(units[left[unit][0]][1]), tokens=tokens)
+            def on_done(index: int, tokens: int) -> None:
+                phase.advance(sequences=len(np.unique(units[left[index][0]].sequence_ids)), tokens=tokens)
 
             run.pool.run(range(len(left)), refine_task, task, on_done)
     return Refined(groups, paths)

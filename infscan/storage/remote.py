@@ -176,6 +176,10 @@ class ObjectStore:
         """Every object below the prefix `root`, asked for anew; nothing where there is none."""
         return [_found(name, info) for name, info in self._listing(root) if not is_temporary(name)]
 
+    def names(self, root: str) -> list[str]:
+        """As `find`, the names alone."""
+        return [name for name, _ in self._listing(root) if not is_temporary(name)]
+
     def remove(self, uri: str) -> None:
         try:
             self._call(uri, lambda: self._ask("rm_file", uri), writing=True)

@@ -20,7 +20,7 @@ from infscan.storage.writers import temporary_name
 from tests.chaos.one_process import RankKilled, on_rank
 from tests.runtime.builders import small_run, tiny_model, token_corpus, token_queries
 
-OPERATIONS = ("read", "open", "write", "create", "stat", "find", "remove", "sweep", "check_space")
+OPERATIONS = ("read", "open", "write", "create", "stat", "find", "names", "remove", "sweep", "check_space")
 CHANGING = ("write", "create", "remove")
 _PID_MAX = 1 << 22
 

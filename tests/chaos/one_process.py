@@ -131,6 +131,11 @@ def load_rank(config: Config) -> None:
     HereGroup(0, RankSettings(config.model, layers, config.sharded), config.cluster, 0.0)
 
 
+def _wait_here(pool: pool_module.Pool) -> list[Any]:
+    pool.check()
+    return pool.groups
+
+
 @contextmanager
 def without_ray() -> Iterator[None]:
     """Within it, jobs.scan.answer(config) runs in this process."""
@@ -142,5 +147,5 @@ def without_ray() -> Iterator[None]:
         patch.setattr(fit, "_on_layers", _layers_here)
         patch.setattr(prepare, "_on_ray", _pieces_here)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
-        patch.setattr(pool_module.Pool, "_wait", lambda self: self.check())
+        patch.setattr(pool_module.Pool, "wait", _wait_here)
         yield

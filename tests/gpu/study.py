@@ -22,6 +22,7 @@ from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
 from infscan.passes.factor_store import FactorsPlan
@@ -114,7 +115,7 @@ class Study:
             query_batch=f"{compressed}",
             sides=SIDES,
             candidates=SEQUENCES,
-            thresholds=[{} for _ in self.queries],
+            thresholds=Thresholds.none(len(self.queries)),
             tokens_per_batch=TOKENS_PER_BATCH,
             dense=False,
             fingerprint="study",

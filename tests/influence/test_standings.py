@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from infscan.influence.standings import Hits, Standings, shard_hits
+from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.influence.topk import SIDES, Leaderboard, Threshold, best_rows, strength
 
 # Few distinct values, so that ties are common; what is not finite or zero belongs to no side.
@@ -55,10 +55,11 @@ def test_any_arrival_of_shards_gives_the_plain_sort_of_everything(data: st.DataO
 def test_a_shard_writes_no_row_below_the_threshold_and_at_most_c() -> None:
     scores = np.asarray([[1.0], [5.0], [5.0], [4.0], [-2.0]], np.float32)
     ids = np.asarray([4, 3, 2, 1, 0], np.int64)
-    at_tie = [{"proponent": Threshold(5.0, 2), "opponent": None}]
+    at_tie = Thresholds(np.asarray([[5.0, 0.0]], np.float32), np.asarray([[2, 0]]))
+    assert (at_tie.of(0, "proponent"), at_tie.of(0, "opponent")) == (Threshold(5.0, 2), None)
     hits = shard_hits(scores, ids, SIDES, 10, at_tie)
     assert list(hits.rows()) == [(0, 0, 2, 5.0), (0, 1, 0, -2.0)]
-    assert len(shard_hits(scores, ids, ("proponent",), 2, [{"proponent": None}])) == 2
+    assert len(shard_hits(scores, ids, ("proponent",), 2, Thresholds.none(1))) == 2
 
 
 def test_the_threshold_is_the_last_of_c_rows() -> None:
@@ -84,7 +85,7 @@ def test_equal_scores_go_by_the_smaller_sequence_id(side: str) -> None:
 
 
 def test_sides_that_were_not_asked_for_are_left_out() -> None:
-    hits = shard_hits(np.asarray([[1.0], [-1.0]], np.float32), np.arange(2), SIDES, 2, [{}])
+    hits = shard_hits(np.asarray([[1.0], [-1.0]], np.float32), np.arange(2), SIDES, 2, Thresholds.none(1))
     standings = Standings(1, ("opponent",), 2)
     standings.add(hits)
     assert list(standings.best().rows()) == [(0, 1, 1, -1.0)]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.layers import Layer
+from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.load import Place
@@ -179,7 +180,7 @@ def test_a_query_given_twice_gets_the_same_rows_twice(score: Scorer, tmp_path: P
         query_batch="twice",
         sides=SIDES,
         candidates=4,
-        thresholds=[dict.fromkeys(SIDES) for _ in queries],
+        thresholds=Thresholds.none(len(queries)),
         tokens_per_batch=64,
         dense=False,
         fingerprint="print",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from infscan.corpus.sequences import Sequence, Span
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.publish import SUCCESS, Publisher, Ranked, rank_rows
+from infscan.results.publish import SUCCESS, Publisher, Ranking, rank_rows
 from infscan.results.refined import Margins
 from infscan.results.shard_file import ShardCounts, write_shard
 from infscan.storage import Store
@@ -43,7 +45,7 @@ def put_shard(store: Store, name: str, ids: list[int], rows: list[tuple[str, str
     write_shard(store, name, [sequence(index) for index in ids], losses, hits(rows), QUERIES, COUNTS, "print")
 
 
-def margins(seed: int, score: float, length: int = 5) -> Margins:
+def margins(seed: int, score: float, length: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Random margins over layers and tokens, both adding up to `score`."""
     rng = np.random.default_rng(seed)
 
@@ -51,33 +53,47 @@ def margins(seed: int, score: float, length: int = 5) -> Margins:
         values = rng.normal(size=parts)
         return (values + (score - values.sum()) / parts).astype(np.float32)
 
-    return Margins(split(len(LAYERS)), split(length))
+    return split(len(LAYERS)), split(length)
 
 
-def ranked(query_id: str, side: str, scores: dict[int, float], top_k: int = 10) -> list[Ranked]:
-    """Rows ranked by refined score; scan scores are a tenth less."""
-    ids = np.asarray(list(scores), np.int64)
-    scan_scores = np.asarray([0.9 * score for score in scores.values()], np.float32)
-    return rank_rows(query_id, side, ids, scan_scores, lambda index: margins(index, scores[index]), top_k)
+Candidates = list[tuple[str, str, int, float]]
 
 
-def published(store: Store) -> list[list[Ranked]]:
-    """Two shards and a finished publication of them; returns the rows."""
-    proponents = {3: 2.0, 1: 5.0, 12: 3.0}
-    opponents = {11: -4.0, 2: -1.0}
+def ranked(rows: Candidates, top_k: int = 10) -> Ranking:
+    """rows: (query id, side, sequence_id, refined score), by query and side; scan scores are a tenth less."""
+    candidates = hits([(*row, 0.9 * score) for *row, score in rows])
+    return rank_rows(candidates, np.asarray([score for *_, score in rows], np.float32), top_k)
+
+
+def margins_of(rows: Candidates) -> Callable[[np.ndarray], Margins]:
+    """Made-up margins of the rows at these places."""
+
+    def of(places: np.ndarray) -> Margins:
+        split = [margins(rows[place][2], rows[place][3]) for place in places.tolist()]
+        by_layer = np.asarray([layers for layers, _ in split], np.float32).reshape(-1, len(LAYERS))
+        return Margins(by_layer, [tokens for _, tokens in split])
+
+    return of
+
+
+ROWS: Candidates = [
+    *(("alpha", "proponent", index, score) for index, score in {3: 2.0, 1: 5.0, 12: 3.0}.items()),
+    *(("alpha", "opponent", index, score) for index, score in {11: -4.0, 2: -1.0}.items()),
+    ("beta#1", "proponent", 1, 0.5),
+]
+
+
+def publisher(store: Store, decode: Callable[[list[int]], str] | None = None) -> Publisher:
+    return Publisher(store, LAYERS, QUERIES, decode, "print")
+
+
+def published(store: Store) -> None:
+    """Two shards and a finished publication of them."""
     for name, ids in {"shard-000000": [0, 1, 2, 3], "shard-000001": [10, 11, 12, 13]}.items():
-        rows = [("alpha", "proponent", index, score) for index, score in proponents.items() if index in ids]
-        rows += [("alpha", "opponent", index, score) for index, score in opponents.items() if index in ids]
-        put_shard(store, name, ids, rows)
-    groups = [
-        ranked("alpha", "proponent", proponents) + ranked("alpha", "opponent", opponents),
-        [],
-        ranked("beta#1", "proponent", {1: 0.5}),
-    ]
-    publisher = Publisher(store, LAYERS, lambda ids: " ".join(map(str, ids)), "print")
+        put_shard(store, name, ids, [row for row in ROWS if row[0] == "alpha" and row[2] in ids])
+    made = publisher(store, lambda ids: " ".join(map(str, ids)))
     wanted = [("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))]
-    publisher.write_rows(groups, publisher.write_sequences(wanted))
-    publisher.remove_stale()
+    made.write_rows(ranked(ROWS), margins_of(ROWS), made.write_sequences(wanted), 5)
+    made.remove_stale()
     store.write_json("summary.json", {"counts": {}})
     store.write(SUCCESS, b"")
-    return groups

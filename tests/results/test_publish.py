@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.results import publish, read
-from infscan.results.publish import Publisher, is_spurious, rank_rows
+from infscan.results.publish import Publisher, is_spurious
 from infscan.results.schema import LAYERS as LAYERS_SCHEMA
 from infscan.results.schema import SEQUENCES, TOKENS, TOP, footer_of
 from infscan.storage import Store
 from tests.conftest import Bucket
-from tests.results.builders import LAYERS, margins, published, ranked
+from tests.results.builders import LAYERS, QUERIES, margins_of, published, publisher, ranked
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_sequences_are_there_once_each_with_text_and_provenance(run: Store) -> N
 def test_without_a_tokenizer_text_is_null(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     published(store)
-    publisher = Publisher(store, LAYERS, None, "print")
-    publisher.write_sequences([("shard-000000", np.asarray([1]))])
-    publisher.remove_stale()
+    made = publisher(store)
+    made.write_sequences([("shard-000000", np.asarray([1]))])
+    made.remove_stale()
     assert read.read_sequences(store.uri)["text"].to_pylist() == [None]
 
 
@@ -100,12 +100,12 @@ def test_many_queries_and_shards_make_parts_and_stale_ones_go(run: Store, monkey
         assert len(run.list(folder)) == 1
 
 
-@pytest.mark.parametrize("groups", [[], [[], []]])
-def test_a_run_without_rows_has_readable_empty_tables(tmp_path: Path, groups: list) -> None:
+@pytest.mark.parametrize("queries", [[], QUERIES])
+def test_a_run_without_rows_has_readable_empty_tables(tmp_path: Path, queries: list[str]) -> None:
     store = Store(str(tmp_path))
-    publisher = Publisher(store, LAYERS, None, "print")
-    assert publisher.write_rows(groups, publisher.write_sequences([])) == 0
-    publisher.remove_stale()
+    made = Publisher(store, LAYERS, queries, None, "print")
+    made.write_rows(ranked([]), margins_of([]), made.write_sequences([]), 5)
+    made.remove_stale()
     for name, schema in {"top": TOP, "layers": LAYERS_SCHEMA, "tokens": TOKENS, "sequences": SEQUENCES}.items():
         table = getattr(read, f"read_{name}")(store.uri, unfinished=True)
         assert (table.num_rows, table.schema) == (0, schema)
@@ -136,19 +136,16 @@ def test_the_same_on_an_object_store(s3: Bucket) -> None:
     st.integers(1, 5),
 )
 def test_ranks_follow_the_refined_score_alone(scores: dict[int, float], top_k: int) -> None:
-    def of(index: int) -> publish.Margins:
-        return publish.Margins(np.asarray([scores[index]], np.float32), np.ones(2, np.float32))
-
-    ids = np.asarray(list(scores), np.int64)
     for side, sign in (("proponent", 1), ("opponent", -1)):
-        rows = rank_rows("q", side, ids, np.ones(len(ids), np.float32), of, top_k)
+        rows = ranked([("alpha", side, index, score) for index, score in scores.items()], top_k)
         wanted = sorted((-sign * s, i) for i, s in scores.items() if np.isfinite(s) and sign * s > 0)[:top_k]
-        assert [(-sign * row.score, row.sequence_id) for row in rows] == wanted
-        assert [row.rank for row in rows] == list(range(1, len(rows) + 1))
+        assert list(zip((-sign * rows.scores).tolist(), rows.sequence_ids.tolist(), strict=True)) == wanted
+        assert rows.ranks.tolist() == list(range(1, len(rows) + 1))
 
 
 def test_a_row_whose_sign_changed_when_refined_leaves_its_side() -> None:
-    assert [row.sequence_id for row in ranked("q", "proponent", {1: 2.0, 2: -0.1})] == [1]
+    rows = ranked([("alpha", "proponent", 1, 2.0), ("alpha", "proponent", 2, -0.1)])
+    assert rows.sequence_ids.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +163,3 @@ def test_spurious_rows_hang_on_a_few_tokens(scores: list[float], expected: bool)
     values = np.asarray(scores, np.float32)
     assert is_spurious(values) == expected
     assert is_spurious(-1e-20 * values) == expected
-
-
-def test_margins_that_differ_in_length_are_an_error(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    publisher = Publisher(store, [*LAYERS, "one.more"], None, "print")
-    rows = rank_rows("q", "proponent", np.asarray([1]), np.ones(1, np.float32), lambda _: margins(0, 1.0), 1)
-    with pytest.raises(ValueError, match="zip"):
-        publisher.write_rows([rows], {1: ("doc", "web")})

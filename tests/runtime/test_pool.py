@@ -35,7 +35,7 @@ class World:
     def pool(self, patch: pytest.MonkeyPatch, losses: Losses) -> Pool:
         patch.setattr(module, "WorkerGroup", lambda index, *_: Group(self, index))
         patch.setattr(module, "Schedule", self.schedule)
-        patch.setattr(Pool, "_wait", lambda pool: self.turn())
+        patch.setattr(Pool, "wait", lambda pool: self.turn())
         cluster = ClusterConfig(num_workers=self.workers, max_attempts=MAX_ATTEMPTS)
         return Pool(cluster, SimpleNamespace(sharded=False), 0.0, losses)  # type: ignore[arg-type]
 
@@ -43,12 +43,14 @@ class World:
         self.schedules.append(Schedule(*arguments))
         return self.schedules[-1]
 
-    def turn(self) -> None:
-        """The loop is about to wait."""
+    def turn(self) -> list[Group]:
+        """The loop is about to wait. Returns the groups to look at: those that have an answer, and others or not."""
         idle = [group.index for group in self.groups if group.state is State.idle]
         waiting = self.schedules[-1].waiting if self.schedules else []
         assert not (idle and waiting), f"workers {idle} are idle, and units {list(waiting)} wait"
         self.now += 1
+        everyone = self.draw(st.booleans())
+        return [group for group in self.groups if everyone or self.now >= group.ends]
 
     def note(self, what: str, worker: int) -> None:
         self.trace.append((self.now, what, worker))

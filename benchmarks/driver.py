@@ -1,0 +1,330 @@
+"""What the driver costs without a model: planning, handing out, collecting, resuming and publishing many shards.
+
+python benchmarks/driver.py [--shards 1000000] [--workers 1000] [--queries 10] [--published 30 100]     (`make bench`)
+
+Planning, the pool's loop, thresholds, the resume and the publication are the job's own code. In the place of Ray stand
+worker groups that pickle their task and answer at once, with as many rows as beat the thresholds they were given, were
+scores exponentially distributed; their time does not count. Two bounds of how answers come: all workers' between two
+turns of the loop, or one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from infscan.config import ClusterConfig, Config, ModelConfig, ScanConfig
+from infscan.corpus.plan import Plan, shard_name
+from infscan.corpus.sequences import Sequence, Span
+from infscan.influence.layers import Layer
+from infscan.influence.standings import Hits
+from infscan.passes.rank import RankSettings
+from infscan.passes.refine import refine_units
+from infscan.queries import Query
+from infscan.results.refined import unit_path, write_unit
+from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
+from infscan.runtime.group import Outcome, State
+from infscan.runtime.losses import Losses
+from infscan.runtime.pool import Pool
+from infscan.runtime.publish import publish
+from infscan.runtime.scan import QueryBatch, Refined, Scanned, make_plan, scan
+from infscan.storage import Store
+from infscan.telemetry import Telemetry
+
+RESULTS = Path(__file__).parent / "results"
+# Of a file system's links to one file there are at most 65,000 (ext4).
+_LINKS = 60_000
+
+
+@dataclass
+class Away:
+    """Seconds that belong to somebody else: to workers, or to making what is measured."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+
+@dataclass
+class Measured:
+    """One step: seconds of the driver's own, and by how much its memory grew at most."""
+
+    name: str
+    units: int
+    unit: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def measured(name: str, units: int, unit: str, away: Away, found: list[Measured]) -> Iterator[Measured]:
+    """Time a step, less what happened `away` in it, and its peak of resident memory above what there was before."""
+    step = Measured(name, units, unit)
+    # Resets the peak that the kernel keeps of this process.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, elsewhere, began = _resident("VmRSS"), away.seconds, time.perf_counter()
+    yield step
+    step.seconds = time.perf_counter() - began - (away.seconds - elsewhere)
+    step.peak_bytes = _resident("VmHWM") - before
+    found.append(step)
+
+
+def _resident(kind: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+
+class SimulatedGroup:
+    """A worker group as the pool knows it, whose rank has scanned its shard as soon as it is asked."""
+
+    def __init__(self, index: int, sizes: argparse.Namespace, away: Away) -> None:
+        self.index, self.sizes, self.away = index, sizes, away
+        self.state, self.facts = State.starting, list[Any]()
+        self.unit: int | None = None
+        self.running: list[object] = [object()]
+        self.rng = np.random.default_rng(index)
+
+    def is_placed(self) -> bool:
+        return True
+
+    def submit(self, unit: int, function: Any, task: Any, *shared: Any, halvings: int = 0) -> None:
+        self.state, self.unit, self.running = State.busy, unit, [object()]
+        sent = pickle.dumps(task, protocol=5)
+        with self.away():
+            self.answer = self._scanned(pickle.loads(sent))
+
+    def _scanned(self, task: Any) -> tuple[Hits, ShardCounts]:
+        bars = task.thresholds.strengths_qs
+        per_side = len(task.sequence_ids) // len(bars[0])
+        # A shard keeps at most C rows: without a threshold, those above the strength that so many have.
+        bars = np.maximum(bars, np.log(max(1, per_side / task.candidates)))
+        counts = np.minimum(self.rng.poisson(per_side * np.exp(-bars.astype(np.float64))), task.candidates).reshape(-1)
+        board = np.repeat(np.arange(len(counts)), counts)
+        queries, sides = np.divmod(board, len(bars[0]))
+        strengths = bars.reshape(-1)[board] + self.rng.exponential(size=len(board))
+        places = 2 * (np.arange(len(board)) % per_side) + sides
+        hits = Hits(
+            queries.astype(np.int32),
+            sides.astype(np.int8),
+            task.sequence_ids[places],
+            np.where(sides == 0, strengths, -strengths).astype(np.float32),
+        )
+        n = len(task.sequence_ids)
+        return hits, ShardCounts(n, n * self.sizes.tokens, 0, len(np.unique(places)), len(hits))
+
+    def poll(self) -> tuple[Outcome, Any] | None:
+        if self.state is State.idle:
+            return None
+        answer = None if self.state is State.starting else self.answer
+        self.state = State.idle
+        return Outcome.done, answer
+
+    def forget(self) -> None:
+        return
+
+
+class SimulatedPool(Pool):
+    """The pool over simulated groups. one: whether one worker answers between two turns of the loop, or all."""
+
+    def __init__(self, sizes: argparse.Namespace, away: Away, *, one: bool) -> None:
+        self.sizes, self.away, self.one, self.turns = sizes, away, one, 0
+        cluster = ClusterConfig(num_workers=sizes.workers)
+        super().__init__(cluster, RankSettings(ModelConfig(), (), False), 0.0, Losses())
+
+    def new_group(self, index: int, settings: RankSettings) -> Any:
+        return SimulatedGroup(index, self.sizes, self.away)
+
+    def answers(self, refs: list[Any], limit_s: float) -> list[Any]:
+        self.turns += 1
+        return [refs[self.turns % len(refs)]] if self.one and self.turns > 1 else refs
+
+
+def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
+    """What the steps ask of a run, without a model."""
+    config = Config(
+        output=folder,
+        scan=ScanConfig(top_k=sizes.top_k, shard_sequences=sizes.shard_sequences),
+        cluster=ClusterConfig(num_workers=sizes.workers),
+    )
+    asked = [Query(f"query-{index:05d}", ()) for index in range(queries)]
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(sizes.layers)]
+    layers = [Layer(name, 1024, 256, bias=False, input_of=name) for name in names]
+    return SimpleNamespace(
+        config=config,
+        store=Store(folder),
+        queries=asked,
+        query_ids=tuple(query.id for query in asked),
+        telemetry=Telemetry(),
+        tokenizer=None,
+        architecture=SimpleNamespace(layers=layers),
+        losses=Losses(),
+        inputs=lambda: {"model": "simulated"},
+        workers=lambda: {"ranks": []},
+        storage_faults=lambda workers: {},
+    )
+
+
+def simulated_corpus(folder: str, sequences: int, sizes: argparse.Namespace) -> Any:
+    return SimpleNamespace(
+        store=Store(f"{folder}/corpus"),
+        fingerprint="simulated",
+        sequences=sequences,
+        sequence_length=sizes.tokens,
+        chosen=None,
+        counts={},
+    )
+
+
+def link_shards(run: Any, plan: Plan, rng: np.random.Generator) -> None:
+    """A file for every shard, with 0 to 3 hits as late shards have: links to a few real ones."""
+    templates = -(-plan.num_shards // _LINKS)
+    folder = Path(run.store.uri)
+    for template in range(templates):
+        ids = np.arange(4)
+        hits = Hits(
+            rng.integers(0, len(run.queries), template % 4).astype(np.int32),
+            np.zeros(template % 4, np.int8),
+            ids[: template % 4],
+            rng.exponential(size=template % 4).astype(np.float32),
+        )
+        counts = ShardCounts(plan.shard_sequences, plan.shard_sequences, 0, len(hits), len(hits))
+        put_shard(run, f"template-{template}", ids, hits, counts, 512)
+    (folder / "shards").rename(folder / "templates")
+    (folder / "shards").mkdir()
+    for number in range(plan.num_shards):
+        os.link(folder / f"templates/template-{number % templates}.parquet", folder / shard_path(shard_name(number)))
+
+
+def put_shard(run: Any, name: str, ids: np.ndarray, hits: Hits, counts: ShardCounts, tokens: int) -> None:
+    made = [
+        Sequence(
+            n, np.random.default_rng(n).integers(0, 50_000, tokens), (Span(f"document-{n}", "web", 0, tokens),), 0, ""
+        )
+        for n in ids.tolist()
+    ]
+    write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.query_ids, counts, "simulated")
+
+
+def refined_units(run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.random.Generator) -> tuple[Hits, Refined]:
+    """Q x 2 C candidates from all over the corpus: their shards' files, and their refined units in one query group."""
+    C, Q = run.config.candidates, len(run.queries)
+    ids = np.sort(rng.choice(plan.selection.size, min(plan.selection.size, Q * 2 * C), replace=False))
+    rows = rng.permutation(np.resize(ids, Q * 2 * C))
+    queries = np.repeat(np.arange(Q, dtype=np.int32), 2 * C)
+    sides = np.tile(np.repeat(np.arange(2, dtype=np.int8), C), Q)
+    best = Hits(queries, sides, rows, np.where(sides == 0, 1, -1).astype(np.float32))
+    ends = np.searchsorted(ids, plan.shard_sequences * np.arange(1, plan.num_shards))
+    for number, mine in enumerate(np.split(ids, ends)):
+        n = len(mine)
+        hits = Hits(np.zeros(n, np.int32), np.zeros(n, np.int8), mine, np.ones(n, np.float32))
+        put_shard(run, shard_name(number), mine, hits, ShardCounts(n, n, 0, n, n), sizes.tokens)
+    layers = [layer.name for layer in run.architecture.layers]
+    paths = []
+    side_of = dict(zip(zip(queries.tolist(), rows.tolist(), strict=True), sides.tolist(), strict=True))
+    for number, unit in enumerate(refine_units(best, [range(Q)], 256, 1 << 14)):
+        pairs = list(zip(unit.queries.tolist(), unit.sequence_ids.tolist(), strict=True))
+        signs = np.asarray([1 - 2 * side_of[pair] for pair in pairs], np.float32)[:, None]
+        by_layer = signs * rng.exponential(size=(len(pairs), len(layers))).astype(np.float32)
+        by_token = signs * rng.exponential(size=(len(pairs), sizes.tokens)).astype(np.float32)
+        paths.append(unit_path("simulated" * 2, number))
+        write_unit(run.store, paths[-1], [(run.query_ids[q], n) for q, n in pairs], by_layer, list(by_token), layers)
+    return best, Refined([range(Q)], [[paths]])
+
+
+def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
+    """Plan, scan with each kind of arrival, then a resume that finds every shard done."""
+    found: list[Measured] = []
+    away = Away()
+    run = simulated_run(folder, sizes, sizes.queries)
+    corpus = simulated_corpus(folder, sizes.shards * sizes.shard_sequences, sizes)
+    with measured("plan", sizes.shards, "shard", away, found):
+        plan = make_plan(run, corpus)
+    batch = QueryBatch("simulated", None)
+    for one in (False, True):
+        run.pool = SimulatedPool(sizes, away, one=one)
+        run.pool.wait_for_one()
+        how = "one" if one else "all"
+        with measured(f"schedule and collect, answers {how} at a time", sizes.shards, "shard", away, found) as step:
+            scanned = scan(run, plan, corpus, batch)
+        assert scanned.counts.shards == sizes.shards
+        step.notes = {"turns": run.pool.turns, "rows a query and side": scanned.counts.rows / sizes.queries / 2}
+    link_shards(run, plan, np.random.default_rng(0))
+    with measured("list the finished shards", sizes.shards, "shard", away, found):
+        finished_shards(run.store)
+    with measured("resume: list and read them all", sizes.shards, "shard", away, found):
+        scanned = scan(run, plan, corpus, batch)
+    assert scanned.counts.shards == sizes.shards
+    return found
+
+
+def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
+    """Publish that many queries' rows, their candidates spread over `publish_shards` shards."""
+    found: list[Measured] = []
+    run = simulated_run(folder, sizes, queries)
+    corpus = simulated_corpus(folder, sizes.publish_shards * sizes.shard_sequences, sizes)
+    plan = make_plan(run, corpus)
+    best, refined = refined_units(run, plan, sizes, np.random.default_rng(0))
+    rows = queries * 2 * sizes.top_k
+    with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
+        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}), refined)
+    step.notes = {"margins_bytes": rows * 4 * (sizes.layers + sizes.tokens)}
+    return found[0]
+
+
+def show(steps: list[Measured]) -> None:
+    table = Table("step", "per unit, ms", "in all, s", "memory above before, MiB", "notes")
+    for step in steps:
+        each = f"{1e3 * step.seconds / step.units:.3f} a {step.unit}"
+        notes = ", ".join(f"{name} {value:,.0f}" for name, value in step.notes.items())
+        table.add_row(step.name, each, f"{step.seconds:.1f}", f"{step.peak_bytes / 2**20:.0f}", notes)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shards", type=int, default=20_000)
+    parser.add_argument("--shard-sequences", type=int, default=4096)
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--queries", type=int, default=10)
+    parser.add_argument("--top-k", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--published", type=int, nargs="*", default=[10, 40])
+    parser.add_argument("--publish-shards", type=int, default=1000)
+    parser.add_argument("--folder", help="where the simulated runs lie while they last (the system's temporary folder)")
+    sizes = parser.parse_args()
+    steps: list[Measured] = []
+    with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
+        if sizes.shards:
+            steps += drive(sizes, f"{folder}/scan")
+        for queries in sizes.published:
+            steps.append(published(sizes, f"{folder}/publish-{queries}", queries))
+    show(steps)
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"cpus": os.cpu_count(), "processor": platform.processor(), "load": os.getloadavg()}
+    value = {"sizes": vars(sizes), "machine": machine, "steps": [vars(step) for step in steps]}
+    (RESULTS / "driver.json").write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
