@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from infscan.config import Measure, QueriesConfig, fingerprint
-from infscan.errors import QueryError
-from infscan.storage import open_input
+from infscan.errors import QueryError, RunError
+from infscan.storage import Store, open_input
 
+# Where a run keeps what it measured.
+MEASURED = "queries/queries.jsonl"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -88,6 +90,55 @@ def queries_fingerprint(queries: Sequence[Query]) -> str:
     return fingerprint(
         [[query.id, [[part.token_ids, part.positions, part.sign] for part in query.parts]] for query in queries]
     )
+
+
+def by_token(query: Query) -> list[Query]:
+    """A query's measurement token by token: `<id>#0`, `<id>#1`, ..., which add up to it; a contrast's keep its sign."""
+    parts = [replace(part, positions=(position,)) for part in query.parts for position in part.positions]
+    return [replace(query, id=f"{query.id}#{index}", parts=(part,)) for index, part in enumerate(parts)]
+
+
+def measured_jsonl(queries: Sequence[Query]) -> bytes:
+    """What a run measured, as it keeps it in `MEASURED`."""
+    return "".join(json.dumps(_plain(query), ensure_ascii=False) + "\n" for query in queries).encode()
+
+
+def _plain(query: Query) -> dict[str, Any]:
+    return {
+        "id": query.id,
+        "measure": query.measure,
+        "prompt": query.prompt,
+        "completion": query.completion,
+        "parts": [
+            {"input_ids": part.token_ids, "positions": part.positions, "sign": part.sign} for part in query.parts
+        ],
+    }
+
+
+def read_measured(store: Store) -> list[Query]:
+    """What a run measured: the queries that `measured_jsonl` wrote into its folder.
+
+    Raises:
+        StorageError: where the folder is no run's.
+        RunError: where the file does not hold what was written.
+    """
+    try:
+        rows = [json.loads(line) for line in store.read(MEASURED).splitlines()]
+        return [
+            Query(
+                row["id"],
+                tuple(
+                    Part(tuple(part["input_ids"]), tuple(part["positions"]), float(part["sign"]))
+                    for part in row["parts"]
+                ),
+                row["prompt"],
+                row["completion"],
+                row["measure"],
+            )
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{store.uri}/{MEASURED} is not what was written; restore it, or scan again.") from None
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

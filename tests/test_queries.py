@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.config import Measure, QueriesConfig
-from infscan.errors import QueryError
-from infscan.queries import Part, Query, queries_fingerprint, read_queries
+from infscan.errors import QueryError, RunError
+from infscan.queries import MEASURED, Part, Query, measured_jsonl, queries_fingerprint, read_measured, read_queries
+from infscan.storage import Store
 
 VOCAB, CONTEXT = 128, 16
 
@@ -184,3 +185,17 @@ def test_positions_predict_the_completion_and_never_the_first_token(
     assert positions == list(range(start, len(tokens)))[: 1 if measure is Measure.first else None]
     assert all(1 <= t < len(tokens) for t in positions)
     assert all(part.token_ids == tuple(tokens) for query in queries for part in query.parts)
+
+
+def test_what_a_run_measured_reads_back_as_it_was(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "the ", "completion": "ende", "measure": "tokens"},
+        {"id": "b", "prompt": "the ", "completion": "end", "contrast": "is"},
+        {"id": "c", "input_ids": [3, 4, 5], "prompt_len": 1},
+    ]
+    queries, store = read(tmp_path, *rows), Store(str(tmp_path))
+    store.write(MEASURED, measured_jsonl(queries))
+    assert read_measured(store) == queries
+    store.write(MEASURED, b'{"id": "a"}\n')
+    with pytest.raises(RunError, match="not what was written"):
+        read_measured(store)

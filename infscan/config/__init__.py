@@ -2,9 +2,10 @@
 Hydra."""
 
 from infscan.config.checks import check, check_argument
-from infscan.config.compose import absolute, from_hydra, from_yaml, stage_output, to_yaml
+from infscan.config.compose import absolute, from_hydra, from_yaml, of_finished, stage_output, stored_config, to_yaml
 from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, sealed, unsealed
 from infscan.config.schema import (
+    MISSING,
     MOST_RANK,
     Attention,
     ClusterConfig,
@@ -37,6 +38,7 @@ from infscan.config.schema import (
 from infscan.config.sweep import in_sweep, sweep_cells
 
 __all__ = [
+    "MISSING",
     "MOST_RANK",
     "Attention",
     "ClusterConfig",
@@ -75,9 +77,11 @@ __all__ = [
     "in_sweep",
     "is_intact",
     "lasting",
+    "of_finished",
     "plain",
     "sealed",
     "stage_output",
+    "stored_config",
     "sweep_cells",
     "to_yaml",
     "unsealed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +15,8 @@ from infscan.config.identity import leaves, plain
 from infscan.config.schema import Config, CorpusConfig
 from infscan.config.sweep import in_sweep, this_cell
 from infscan.errors import ConfigError
+
+Asked = TypeVar("Asked")
 
 
 def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = ()) -> Config:
@@ -89,6 +91,40 @@ def absolute(path: str, *, only_existing: bool = False) -> str:
             f"{path}: this machine has no user {name[1:]!r}; write the whole path, or ./{name} for a folder."
         )
     return path if only_existing and not os.path.exists(expanded) else str(Path(expanded).absolute())
+
+
+def of_finished(cfg: DictConfig, kind: type[Asked]) -> Asked:
+    """What a job that looks at finished runs is told: `kind`, of whose schema `cfg` was composed.
+
+    Raises:
+        ConfigError: for a mandatory key without a value, or a value that is none.
+    """
+    missing = [key for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)) if value == MISSING]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: no value given. Add {' '.join(f'{key}=...' for key in missing)}.")
+    try:
+        asked = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    assert isinstance(asked, kind)
+    return asked
+
+
+def stored_config(text: str, output: str) -> Config:
+    """What `to_yaml` wrote, as a configuration again; `output` is where the run lies now, wherever it was made.
+
+    Raises:
+        ConfigError: where it is not what this infscan writes.
+    """
+    try:
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), from_yaml(text))))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"not a configuration ({str(error).splitlines()[0]})") from None
+    made_in, config.output = config.output, output
+    for factors in (config.factors, *(stage.factors for stage in config.stages)):
+        if factors.path and factors.path.startswith(f"{made_in}/"):
+            factors.path = output + factors.path.removeprefix(made_in)
+    return config
 
 
 def to_yaml(config: Config) -> str:

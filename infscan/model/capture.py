@@ -17,10 +17,13 @@ Consumer = Callable[[Layer, Tensor, Tensor], None]
 
 
 @contextmanager
-def capturing(module: PreTrainedModel, layers: Sequence[Layer], consume: Consumer) -> Iterator[None]:
+def capturing(
+    module: PreTrainedModel, layers: Sequence[Layer], consume: Consumer, *, detached: bool = True
+) -> Iterator[None]:
     """While open, every backward through `module` calls `consume` once per tracked layer, last layer first.
 
-    a_bti: [B, T, I] without the bias's 1, s_bto: [B, T, O], in the model's dtype, detached. The embedding's output is
+    a_bti: [B, T, I] without the bias's 1, s_bto: [B, T, O], in the model's dtype; not `detached`, both are functions of
+    the embedding's output (s in a backward with create_graph=True), to be differentiated again. That output is
     made to require a gradient, so parameters need none: backward costs activation gradients alone. Under gradient
     checkpointing the forward that is not recorded carries no gradient hook, so each layer is still seen once.
 
@@ -40,11 +43,15 @@ def capturing(module: PreTrainedModel, layers: Sequence[Layer], consume: Consume
         def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if not out.requires_grad:
                 return
-            a_bti = args[0].detach()
+            a_bti = args[0].detach() if detached else args[0]
             _check_shared(layer, a_bti, inputs)
             # Some families (OPT) flatten the batch before their MLP.
             a_bti = _by_sequence(layer, a_bti, batch)
-            out.register_hook(lambda s_bto: consume(layer, a_bti, _by_sequence(layer, s_bto.detach(), batch)))
+
+            def on_gradient(s_bto: Tensor) -> None:
+                consume(layer, a_bti, _by_sequence(layer, s_bto.detach() if detached else s_bto, batch))
+
+            out.register_hook(on_gradient)
 
         return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -45,27 +46,18 @@ def refine_task(rank: Rank, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = rank.cached("full-rank", task.group, lambda: preconditioned(rank, task.queries, task.layers, task.inverse))
     sequences = _candidates(task)
-    pairs = [(row, query) for row, sequence in enumerate(sequences) for query in task.wanted[sequence.sequence_id]]
-    first = {row: index for index, (row, _) in reversed(list(enumerate(pairs)))}
+    wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
+    pairs = pairs_of(wanted)
     longest = max(len(sequence) for sequence in sequences)
     layer_scores = torch.zeros(len(pairs), len(task.layers), dtype=rank.wide, device=rank.device)
     token_scores = torch.zeros(len(pairs), longest, dtype=rank.wide, device=rank.device)
     column = {layer.name: index for index, layer in enumerate(task.layers)}
-    for batch in rank.batches(sequences, task.tokens_per_batch):
-        by_query: dict[int, list[tuple[int, int]]] = {}
-        for place, row in enumerate(batch.rows.tolist()):
-            for offset, query in enumerate(task.wanted[sequences[row].sequence_id]):
-                by_query.setdefault(query, []).append((place, first[row] + offset))
-        index = {query: rank.to_device(np.asarray(found, np.int64).T.copy()) for query, found in by_query.items()}
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, index: dict[int, Tensor] = index) -> None:
-            T = s_bto.shape[1]
-            for query, (places, targets) in index.items():
-                scores_nt = score_tokens(s_bto[places], a_bti[places], P[layer.name][query])
-                token_scores[targets, :T] += scores_nt
-                layer_scores[targets, column[layer.name]] = scores_nt.sum(dim=1)
+    def keep(layer: Layer, pairs_n: Tensor, scores_nt: Tensor) -> None:
+        token_scores[pairs_n, : scores_nt.shape[1]] += scores_nt
+        layer_scores[pairs_n, column[layer.name]] = scores_nt.sum(dim=1)
 
-        rank.backward(batch, task.layers, batch.loss(), consume)
+    score_pairs(rank, sequences, wanted, task.layers, P, task.tokens_per_batch, keep)
     layer_scores, token_scores = rank.reduce(layer_scores), rank.reduce(token_scores)
     if rank.leads:
         by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
@@ -78,6 +70,44 @@ def refine_task(rank: Rank, task: RefineTask) -> int:
             [layer.name for layer in task.layers],
         )
     return sum(len(sequence) for sequence in sequences)
+
+
+# keep(layer, pairs_n, scores_nt): of some pairs (their numbers in `pairs_of`), a layer's scores by input position.
+Keep = Callable[[Layer, Tensor, Tensor], None]
+
+
+def pairs_of(wanted: Sequences[Sequences[int]]) -> list[tuple[int, int]]:
+    """(row, query) of every pair, in order. wanted: by row, the queries that it is scored against."""
+    return [(row, query) for row, queries in enumerate(wanted) for query in queries]
+
+
+def score_pairs(
+    rank: Rank,
+    sequences: Sequences[Sequence],
+    wanted: Sequences[Sequences[int]],
+    layers: Sequences[Layer],
+    P: Mapping[str, Tensor],
+    tokens_per_batch: int,
+    keep: Keep,
+) -> None:
+    """s_t^T P_q a_t of every wanted pair, layer by layer, handed to `keep` once for each layer and pair.
+
+    P: [Q, O, I] by layer, full rank. scores_nt: [n, T of the micro-batch], float32 or wider, zero on padding; each rank
+    of a group keeps its own micro-batches' pairs.
+    """
+    first = np.cumsum([0, *map(len, wanted)]).tolist()
+    for batch in rank.batches(sequences, tokens_per_batch):
+        by_query: dict[int, list[tuple[int, int]]] = {}
+        for place, row in enumerate(batch.rows.tolist()):
+            for offset, query in enumerate(wanted[row]):
+                by_query.setdefault(query, []).append((place, first[row] + offset))
+        index = {query: rank.to_device(np.asarray(found, np.int64).T.copy()) for query, found in by_query.items()}
+
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, index: dict[int, Tensor] = index) -> None:
+            for query, (places, pairs_n) in index.items():
+                keep(layer, pairs_n, score_tokens(s_bto[places], a_bti[places], P[layer.name][query]))
+
+        rank.backward(batch, layers, batch.loss(), consume)
 
 
 def _candidates(task: RefineTask) -> list[Sequence]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -37,6 +38,7 @@ CONFIG = "config.yaml"
 class Run:
     """Opened with `with`: inputs checked, the output claimed for this configuration, Ray reached; workers start lazily.
 
+    queries: what is measured, where it need not be read from the query file: a finished run's, opened again.
     later: with stages, a run for every stage after the one that is scanned, in order. Each has its own model, corpus
     and factors, and workers of its own, started and closed while none of another stage are there.
 
@@ -45,7 +47,14 @@ class Run:
         RunError: where another driver works on this output.
     """
 
-    def __init__(self, config: Config, *, needs_queries: bool = True, telemetry: Telemetry | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        needs_queries: bool = True,
+        queries: Sequence[Query] | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         if telemetry is None:
             configure_logs(run=config.output, json_lines=config.cluster.log_format is LogFormat.json)
         self.config = config
@@ -60,7 +69,7 @@ class Run:
         self.factors_store = Store(config.factors.path or f"{config.output}/factors")
         self.architecture: Architecture
         self.tokenizer: Tokenizer | None
-        self.queries: list[Query] = []
+        self.queries = list(queries or ())
         self.gpus = 0.0
         self.lease = Lease(self.store, config.cluster.lease_s)
         self.later: list[Run] = []
@@ -71,7 +80,7 @@ class Run:
         self._open()
         if self.needs_queries:
             self._open_later()
-            self.queries = self._read_queries()
+            self.queries = self.queries or self._read_queries()
             self._claim()
         self.lease.take()
         self.losses.followed = str(self.lease.followed) if self.lease.followed else None

@@ -29,6 +29,7 @@ from infscan.passes.query_batch import (
 )
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
+from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.publish import SUCCESS
 from infscan.results.refined import unit_path
 from infscan.results.schema import to_parquet
@@ -127,7 +128,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
     ]
     cells = [(q, g) for q in range(len(groups)) for g in range(len(layer_groups))]
     left = [cell for cell in cells if not _made(run, names[cell[0]][cell[1]], key)]
-    run.store.write("queries/queries.jsonl", _queries_jsonl(run))
+    run.store.write(MEASURED, measured_jsonl(run.queries))
     if left:
         with run.telemetry.phase("queries", len(left), "groups") as phase:
 
@@ -204,22 +205,6 @@ def _made(run: Run, name: str, key: str) -> bool:
         run.telemetry.warn(f"{error} It is computed again now.")
         return False
     return True
-
-
-def _queries_jsonl(run: Run) -> bytes:
-    rows = [
-        {
-            "id": query.id,
-            "measure": query.measure,
-            "prompt": query.prompt,
-            "completion": query.completion,
-            "parts": [
-                {"input_ids": part.token_ids, "positions": part.positions, "sign": part.sign} for part in query.parts
-            ],
-        }
-        for query in run.queries
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> Scanned:
