@@ -25,14 +25,13 @@ def near_duplicates(sequences: Sequence[np.ndarray], threshold: float = 0.8) -> 
     sequences: token ids, int64 [length].
 
     Raises:
-        ConfigError: for a threshold outside (0, 1], or where datasketch is not installed.
+        ConfigError: for a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"similar={threshold}: a Jaccard similarity, above 0 and up to 1.")
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise ConfigError("datasketch is not installed, and it finds near-duplicates; install infscan[see].") from None
+    # Here, since it takes a second, and every rank imports this room.
+    from datasketch import MinHash, MinHashLSH
+
     shingles = [_shingles(sequence) for sequence in sequences]
     # The weights say that a pair missed is worse than one compared in vain.
     index = MinHashLSH(max(threshold - _MARGIN, 0.05), num_perm=_PERMUTATIONS, weights=(0.1, 0.9))

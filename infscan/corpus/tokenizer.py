@@ -68,6 +68,32 @@ class Tokenizer:
         """The text of token ids as they are: special tokens shown, spaces untouched."""
         return str(self._backend.decode([int(t) for t in token_ids], clean_up_tokenization_spaces=False))
 
+    def pieces(self, token_ids: np.ndarray | Sequence[int]) -> list[tuple[str, int]]:
+        """The text cut where whole characters end: (text, tokens it took), in order.
+
+        A character may take several tokens (bytes), and a token may stand for none. The texts joined are `decode`'s,
+        and the counts add up to the tokens. A family without the tokenizers library is decoded token by token.
+        """
+        ids = [int(t) for t in token_ids]
+        if self._library is None:
+            return [(self.decode([token]), 1) for token in ids]
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        found: list[tuple[str, int]] = []
+        waiting = 0
+        for token in ids:
+            waiting += 1
+            text = stream.step(self._library, token)
+            if text is not None:
+                found.append((text, waiting))
+                waiting = 0
+        if waiting:
+            # Bytes at the end that no character came of.
+            whole = str(self._library.decode(ids, skip_special_tokens=False))
+            found.append((whole[sum(len(text) for text, _ in found) :], waiting))
+        return found
+
 
 def load_tokenizer(path: str) -> Tokenizer | None:
     """Load the tokenizer of a model folder, URI or hub id; None where the folder has none.

@@ -20,6 +20,7 @@ LAYOUT = (
     ("top/", "the answer: query_id, side, rank, sequence_id, score, ..."),
     ("sequences/", "the published sequences: text, tokens, provenance"),
     ("layers/  tokens/", "each score, split over layers and over input tokens"),
+    ("report.html", "all of this to read, in one file, in a browser"),
     ("summary.json  _SUCCESS", "counts, warnings, seconds by phase; the run is whole"),
 )
 
@@ -62,12 +63,13 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         console.print(Text(f"  {name:<40} {meaning}"))
     summary = read_summary(uri)
     if summary.get("approximation"):
-        console.print(Text(_how_good(summary["approximation"])))
+        console.print(Text(how_good(summary["approximation"])))
     scanned = summary["counts"]["scanned"]
     console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
 
 
-def _how_good(approximation: dict) -> str:
+def how_good(approximation: dict) -> str:
+    """What `infscan.runtime.check` found, in sentences."""
     queries = {name: row for name, row in approximation["queries"].items() if row["pearson"] is not None}
     if not queries:
         return "\nHow good? No query's scores vary over the sample."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +48,21 @@ def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     nowhere.
     """
     return _read(uri, SCORES, unfinished, without=quarantined_shards(Store(uri))).sort_by("sequence_id")
+
+
+def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
+    """Part by part, top, layers and tokens of the same queries, whole queries in order of query_id.
+
+    One part (64 queries) is in memory at a time.
+
+    Raises:
+        RunError: as `read_top`.
+    """
+    store = _finished(uri, unfinished=False)
+    for entry in store.list("top", suffix=".parquet"):
+        part = entry.name.rpartition("/")[2]
+        top, layers, tokens = (read_parquet(store, f"{folder}/{part}") for folder in ("top", "layers", "tokens"))
+        yield top, layers, tokens
 
 
 def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
