@@ -21,6 +21,7 @@ demo: $(READY)
 	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo
 	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
 	$(BIN)/python jobs/word_order.py run=runs/demo dot_product=runs/demo-dot-product
+	$(BIN)/python jobs/report.py run=runs/demo
 
 # The model fine-tuned on questions is asked; what it was pretrained on is scanned: with stages, as if there were none, and
 # by the gradient dot product.
@@ -46,6 +47,7 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/driver.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
 	$(BIN)/python benchmarks/corpus_prepare.py

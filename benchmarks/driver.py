@@ -38,11 +38,13 @@ from infscan.passes.refine import refine_units
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
+from infscan.runtime import preflight
 from infscan.runtime.group import Outcome, State
 from infscan.runtime.losses import Losses
 from infscan.runtime.pool import Pool
 from infscan.runtime.publish import publish
 from infscan.runtime.scan import QueryBatch, Refined, Scanned, make_plan, scan
+from infscan.runtime.watch import Watch
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 
@@ -176,9 +178,10 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
         query_ids=tuple(query.id for query in asked),
         telemetry=Telemetry(),
         tokenizer=None,
-        architecture=SimpleNamespace(layers=layers),
+        architecture=SimpleNamespace(layers=layers, parameters=0),
         losses=Losses(),
-        inputs=lambda: {"model": "simulated"},
+        inputs=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
+        watch=Watch(""),
         workers=lambda: {"ranks": []},
         storage_faults=lambda workers: {},
     )
@@ -259,7 +262,7 @@ def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
     corpus = simulated_corpus(folder, sizes.shards * sizes.shard_sequences, sizes)
     with measured("plan", sizes.shards, "shard", away, found):
         plan = make_plan(run, corpus)
-    batch = QueryBatch("simulated", None)
+    batch = QueryBatch("simulated", None, {})
     for one in (False, True):
         run.pool = SimulatedPool(sizes, away, one=one)
         run.pool.wait_for_one()
@@ -313,6 +316,8 @@ def main() -> None:
     parser.add_argument("--publish-shards", type=int, default=1000)
     parser.add_argument("--folder", help="where the simulated runs lie while they last (the system's temporary folder)")
     sizes = parser.parse_args()
+    # There is no model to weigh.
+    setattr(preflight, "say_memory", lambda run, T: None)  # noqa: B010
     steps: list[Measured] = []
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
         if sizes.shards:
