@@ -36,6 +36,7 @@ def answers(run: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_ten_questions_are_answered_alike_locally_and_in_s3(
     folder: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

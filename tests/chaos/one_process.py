@@ -6,6 +6,7 @@ step when it is asked for the outcome, and loops over the tasks between passes. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -68,6 +69,8 @@ class HereGroup:
         self.index, self.settings = index, settings
         self.running: list[object] = []
         self.facts: list[Any] = []
+        # Told to those who watch, where another test has left a Ray in this process.
+        self.pulse = SimpleNamespace(faults=Counter[str]())
         self.start()
 
     def start(self) -> None:

@@ -26,6 +26,7 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
+from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.load import Place
@@ -222,7 +223,7 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Invers
         query_batch="print",
         sides=SIDES,
         candidates=count,
-        thresholds=[dict.fromkeys(SIDES) for _ in QUERIES],
+        thresholds=Thresholds.none(len(QUERIES)),
         tokens_per_batch=40,
         dense=False,
         fingerprint="print",
@@ -234,14 +235,16 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Invers
     wanted = dict.fromkeys(range(count), (0, 1))
     shards = (("shard-000000", case.ids),)
     refine_task(rank, RefineTask(store, "unit.parquet", "group", QUERIES, rank.layers, inverse, shards, wanted, 40))
-    _, margins = read_unit(store, "unit.parquet")
-    assert len(margins) == 2 * count
+    unit = read_unit(store, ["unit.parquet"], [layer.name for layer in rank.layers])
+    keys = zip(unit.query_ids.to_pylist(), unit.sequence_ids.tolist(), strict=True)
+    refined = dict(zip(keys, unit.scores.tolist(), strict=True))
+    assert len(refined) == 2 * count
     for query, name in enumerate("ab"):
         for number in range(count):
             expected = pytest.approx(expected_nq[number, query], rel=1e-5, abs=1e-5 * largest)
             if (query, number) in scanned:
                 assert scanned[query, number] == expected
-            assert margins[name, number].score == expected
+            assert refined[name, number] == expected
 
 
 def test_an_iterated_inverse_solves_the_system_of_documents_apart(case: Case, inverse: Inverse, tmp_path: Path) -> None:

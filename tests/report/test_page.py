@@ -186,6 +186,7 @@ def test_fewer_rows_and_less_room_are_said(hostile: Config, tmp_path: Path) -> N
     assert max(shown) - min(shown) <= 10
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_page_and_says_what_is_missing(hostile: Config, tmp_path: Path) -> None:
     write_hostile(tmp_path / "one")
     sweep = tmp_path / "sweep"

@@ -7,14 +7,16 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.report.terminal import asked, excerpt, one_line, show
-from infscan.results.publish import SUCCESS, Publisher
+from infscan.results.publish import SUCCESS, Provenance
 from infscan.storage import Store
-from tests.results.builders import LAYERS, published, ranked
+from tests.results.builders import ROWS, margins_of, published, publisher, ranked
 
 COUNTS = {"counts": {"scanned": {"sequences": 1644, "tokens": 91000}}}
 NASTY = {
@@ -37,14 +39,11 @@ def a_run(
     """The published run of tests/results, with this text and document id in every row."""
     store = Store(str(folder))
     published(store)
-    publisher = Publisher(store, LAYERS, None if text is None else lambda _: text, "print")
-    provenance = publisher.write_sequences([("shard-000000", [1, 2, 3]), ("shard-000001", [11, 12])])
-    groups = [
-        ranked("alpha", "proponent", {3: 2.0, 1: 5.0, 12: 3.0}) + ranked("alpha", "opponent", {11: -4.0, 2: -1.0}),
-        ranked("beta#1", "proponent", {1: 0.5}),
-    ]
-    publisher.write_rows(groups, {key: (document, source) for key, (_, source) in provenance.items()})
-    publisher.remove_stale()
+    made = publisher(store, None if text is None else lambda _: text)
+    found = made.write_sequences([("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))])
+    named = Provenance(found.sequence_ids, pa.chunked_array([[document] * len(found)], pa.string()), found.sources)
+    made.write_rows(ranked(ROWS), margins_of(ROWS), named, 5)
+    made.remove_stale()
     asked_for = questions or [question("alpha"), question("beta#0"), question("beta#1")]
     store.write("queries/queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in asked_for).encode())
     store.write_json("summary.json", COUNTS)

@@ -73,6 +73,7 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
     json.dumps(before.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_large_corpus_is_estimated_from_all_over_it(tmp_path: Path) -> None:
     config = small_run(tmp_path, *texts(tmp_path))
     exact = estimate(job(config))
@@ -81,6 +82,7 @@ def test_a_large_corpus_is_estimated_from_all_over_it(tmp_path: Path) -> None:
     assert sampled.corpus.tokens == pytest.approx(exact.corpus.tokens, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_a_configuration_alone_is_planned_by_numbers(tmp_path: Path) -> None:
     plan = ["plan.sequences=10000000", "plan.queries=100", "plan.device=h100", "plan.price_per_hour=2"]
     config = compose("plan", "model=shape-7b", f"output={tmp_path}", *plan, unused=OPTIONAL)

@@ -24,6 +24,8 @@ from infscan.runtime.run import Run
 from jobs.scan import answer
 from tests.runtime.builders import compose, text_corpus, text_queries, tiny_model, write_jsonl
 
+# A real Ray, for half a minute.
+pytestmark = pytest.mark.slow
 CLUSTER = ClusterConfig()
 
 

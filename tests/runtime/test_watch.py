@@ -94,6 +94,7 @@ class _Lines:
         return False
 
 
+@pytest.mark.slow
 def test_prometheus_scrapes_what_the_summary_says(watched: Watched) -> None:
     counts = watched.summary["counts"]
     wanted = {("tokens", "scan"): counts["scanned"]["tokens"], ("sequences", "scan"): counts["scanned"]["sequences"]}
@@ -121,6 +122,7 @@ def test_prometheus_scrapes_what_the_summary_says(watched: Watched) -> None:
     assert "ray_infscan_workers" in found
 
 
+@pytest.mark.slow
 def test_the_dashboard_asks_for_metrics_that_there_are(watched: Watched) -> None:
     there = {SUFFIX.sub("", name) for name in watched.samples()}
     # These have no value until something goes wrong.
@@ -135,6 +137,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(watched: Watched) -> None
     assert asked == there
 
 
+@pytest.mark.slow
 def test_every_log_line_is_an_object_that_names_run_shard_and_attempt(watched: Watched) -> None:
     lines = [json.loads(line) for line in watched.log.splitlines()]
     assert {line["run"] for line in lines} == {watched.config.output}
@@ -149,6 +152,7 @@ def test_every_log_line_is_an_object_that_names_run_shard_and_attempt(watched: W
     assert "workers" not in over
 
 
+@pytest.mark.slow
 def test_the_trace_holds_every_unit_and_what_its_rank_did_within_it(watched: Watched) -> None:
     value = json.loads((Path(watched.config.output) / TRACE).read_text())
     spans = [event for event in value["traceEvents"] if event["ph"] == "X"]
