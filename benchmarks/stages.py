@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
 from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
+from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.passes.ggn import GaussNewton, damping_vector, join
 from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task
@@ -365,7 +366,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
             query_batch=stages,
             sides=SIDES,
             candidates=40,
-            thresholds=[dict.fromkeys(SIDES) for _ in queries],
+            thresholds=Thresholds.none(len(queries)),
             tokens_per_batch=4096,
             dense=False,
             fingerprint="cost",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Config, Dtype, Solver
+from infscan.config import Config, Dtype, Solver, fingerprint, plain
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
@@ -147,7 +147,15 @@ def pass_costs(config: Config, architecture: Architecture, queries: int, T: int,
 
 def scan_memory(config: Config, architecture: Architecture, queries: int, T: int, gpus: float) -> PassMemory:
     """What a rank of the scan holds at once: the number that a run prints and `jobs/plan.py` has in its table."""
-    return scan_cost(DryRank(config, architecture, T, gpus), queries).memory
+    shape = (config.model, config.scan, config.sharded, config.cluster.ranks_per_worker)
+    key = fingerprint([*map(plain, shape), architecture.fingerprint, queries, T, gpus])
+    if key not in _KNOWN:
+        _KNOWN[key] = scan_cost(DryRank(config, architecture, T, gpus), queries).memory
+    return _KNOWN[key]
+
+
+# One process may run many scans of one shape, as a sweep's cells do.
+_KNOWN: dict[str, PassMemory] = {}
 
 
 def memory_line(memory: PassMemory) -> str:

@@ -10,15 +10,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from infscan.report.write import write_report
 from infscan.results.read import read_top
 from tests.report.finished import HOSTILE, finish, write_hostile
 from tests.runtime.builders import text_corpus, text_queries
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.slow
 PHONE = {"width": 390, "height": 780}
@@ -27,6 +29,9 @@ DESK = {"width": 1280, "height": 900}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    # The extra `browser`, which the fast suite does without.
+    from playwright.sync_api import sync_playwright
+
     found = shutil.which("chromium")
     if found is None:
         pytest.fail("chromium is not on the PATH, and the page is tested in it; install it (apt install chromium).")
@@ -216,6 +221,8 @@ def test_the_keyboard_alone_goes_everywhere(browser: Browser, page_file: Path) -
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 def test_axe_finds_nothing(browser: Browser, page_file: Path, scheme: str, size: dict[str, int]) -> None:
     with Opened(browser, page_file, viewport=size, color_scheme=scheme) as opened:
+        from axe_playwright_python.sync_playwright import Axe
+
         opened.page.locator("#rows > li button.open").first.click()
         found = Axe().run(opened.page)
         said = [(each["id"], [node["target"] for node in each["nodes"]][:3]) for each in found.response["violations"]]
