@@ -70,6 +70,7 @@ def test_without_room_for_a_worker_the_end_is_clear(harness: Harness) -> None:
     assert "alive have in all {CPU 1; CPU 1; CPU 2}" in said
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_room_and_starts_when_a_node_joins(harness: Harness) -> None:
     """The other worker never gets any, which keeps nobody waiting."""
     driver = harness.drive("room", overrides=["cluster.cpus_per_rank=3"])

@@ -285,6 +285,7 @@ def test_a_model_that_computes_nothing_stops_at_the_factors(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_that_are_none_are_counted_and_stop_the_scan(twin: Config, tmp_path: Path) -> None:
     """A model broken at one token of the corpus, which no query has: the sequences with that token have no score."""
     model = broken_model(twin, tmp_path / "model", "gpt_neox.embed_in.weight", VOCAB - 1)
@@ -308,6 +309,7 @@ def test_scores_that_are_none_are_counted_and_stop_the_scan(twin: Config, tmp_pa
     assert not without & {row["sequence_id"] for row in tables["top"]}
 
 
+@pytest.mark.slow
 def test_a_refined_score_that_is_none_is_counted_and_left_out(twin: Config, tmp_path: Path) -> None:
     """A refined unit in storage is used as it is: a NaN put into one is in the counts, and never in the tables."""
     config = disturbed(twin, tmp_path, "cluster.num_workers=1")
@@ -364,6 +366,7 @@ def test_two_drivers_at_once_do_no_harm(twin: Config, tmp_path: Path, monkeypatc
     assert_counts_add_up(config)
 
 
+@pytest.mark.slow
 def test_factors_that_another_driver_finished_meanwhile_are_taken(
     twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
