@@ -1,6 +1,6 @@
 """One rank of a sharded worker group, for test_zero3: capture each model's layers and save them.
 
-python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+cpu|+nvme] ...
+python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+cpu|+nvme|+within] ...
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ def settings(folder: Path, name: str) -> ModelConfig:
     return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=option == "checkpointing")
 
 
-def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int) -> dict[str, Tensor]:
-    """Losses, logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks)."""
+def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: bool = False) -> dict[str, Tensor]:
+    """Losses, logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks).
+
+    within: rank 0's sequences are of three documents that do not see each other; the other ranks' of one.
+    """
     ids_bt = (torch.arange(2 * (6 + rank)) * 7 % 40).view(2, -1)
+    positions_bt = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2) if within and rank == 0 else None
     found: dict[str, Tensor] = {}
 
     def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
@@ -44,10 +48,10 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int) -> dict[s
         found.clear()
         with capturing(model.module, layers, consume):
             loss = Loss(*next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool)))
-            losses_b = model.losses(ids_bt, None, loss)
+            losses_b = model.losses(ids_bt, positions_bt, loss)
             backward(losses_b.sum())
     with torch.no_grad():
-        return found | {"losses": losses_b.detach().clone(), "logits": model.logits(ids_bt).clone()}
+        return found | {"losses": losses_b.detach().clone(), "logits": model.logits(ids_bt, positions_bt).clone()}
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
@@ -55,7 +59,7 @@ def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> No
     for name in names:
         chosen = settings(folder, name)
         model = load(chosen, place, sharded=True)
-        tensors = captured(model, describe(chosen.path, "linear").layers, rank)
+        tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.endswith("+within"))
         held = torch.tensor([model.shard_parameters, model.parameters])
         save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
 

@@ -248,6 +248,24 @@ def test_other_families_are_sharded(family: str, tmp_path: Path) -> None:
     assert_close_rows(two, one)
 
 
+@pytest.mark.slow
+def test_documents_kept_apart_give_the_same_rows_on_ranks_that_share_a_model(tmp_path: Path) -> None:
+    """Of a packed sequence under corpus.attention=within; the ranks' batches have documents of different lengths."""
+    packed = ("corpus.packing=concat", "corpus.attention=within", "corpus.sequence_length=24")
+    one = small_run(tmp_path, *packed)
+    answer(one)
+    shards = variant(one, tmp_path / "shards", *packed, "model.sharding=zero3")
+    answer(shards)
+    own = f"factors.path={tmp_path / 'fitted'}"
+    two = variant(one, tmp_path / "two", *packed, "cluster.ranks_per_worker=2", own)
+    answer(two)
+    assert_close_rows(shards, one)
+    assert_close_rows(two, one)
+    across = small_run(tmp_path, *packed, "corpus.attention=across", f"output={tmp_path / 'across'}")
+    answer(across)
+    assert read_top(across.output)["score"].to_pylist() != read_top(one.output)["score"].to_pylist()
+
+
 # --- what the tables say -----------------------------------------------------------------------------------------
 
 
