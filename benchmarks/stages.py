@@ -149,7 +149,14 @@ class Bench:
         partial.rename(target)
 
     def study(
-        self, model: str, corpus: str, *, tracked: str = "mlp", curvature: int = 10_000, candidates: int = 10_000
+        self,
+        model: str,
+        corpus: str,
+        *,
+        tracked: str = "mlp",
+        curvature: int = 10_000,
+        candidates: int = 10_000,
+        damping: float = 0.1,
     ) -> Study:
         config = CorpusConfig(
             path=str(self.paths[corpus]),
@@ -160,7 +167,7 @@ class Bench:
         job = ValidateJob(
             model=ModelConfig(path=model, tracked=tracked),
             corpus=config,
-            factors=FactorsConfig(damping=DampingConfig()),
+            factors=FactorsConfig(damping=DampingConfig(relative=damping)),
             queries=QueriesConfig(path=str(self.paths["queries"])),
             output=str(self.folder / f"{Path(model).name}-{corpus}-{tracked}"),
             validate=ValidateConfig(curvature_sequences=curvature, sequences=candidates, queries=10_000),
@@ -168,9 +175,17 @@ class Bench:
         return open_study(job)
 
 
-def solve(
-    folder: Path, study: Study, v_kp: Tensor, alpha: float, iterations: int
-) -> tuple[Tensor, list[float], list[int]]:
+@dataclass(frozen=True)
+class Solved:
+    """x: the solutions. before: after two thirds of the iterations, to see whether they still move."""
+
+    x_kp: Tensor
+    before_kp: Tensor
+    residual: list[float]
+    iterations: list[int]
+
+
+def solve(folder: Path, study: Study, v_kp: Tensor, alpha: float, iterations: int) -> Solved:
     """(G + alpha + lambda)^-1 v by conjugate gradients, preconditioned by EK-FAC; kept in a file with its residuals."""
     path = folder.with_suffix(".safetensors")
     facts = folder.with_suffix(".json")
@@ -178,41 +193,50 @@ def solve(
         ggn = GaussNewton(study.rank, study.curvature, 1024)
         factors = ekfac_factors(study.rank, replace(study.inverse, alpha=alpha))
         lambda_p = damping_vector(study.rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
+        kept = {"before": torch.zeros_like(v_kp)}
+
+        def look(at: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
+            print(f"  CG {at}: largest residual {float(residual_k.max()):.3g}, {seconds:.0f} s", flush=True)
+            if at == 2 * iterations // 3:
+                kept["before"] = x_kp.clone()
+
         solved: Solution = conjugate_gradients(
             damped(ggn.product, lambda_p),
             v_kp,
             tolerance=1e-3,
             max_iterations=iterations,
             preconditioner=inverse_of(study, alpha),
-            on_iteration=lambda at, seconds, residual_k, _: print(
-                f"  CG {at}: largest residual {float(residual_k.max()):.3g}, {seconds:.0f} s", flush=True
-            ),
+            on_iteration=look,
         )
-        save_file({"x": solved.x_kp}, path)
+        save_file({"x": solved.x_kp, **kept}, path)
         text = {"residual": solved.residuals[-1].tolist(), "iterations": solved.iterations_k.tolist()}
         facts.write_text(json.dumps(text))
     known = json.loads(facts.read_text())
-    return load_file(path)["x"], known["residual"], known["iterations"]
+    tensors = load_file(path)
+    return Solved(tensors["x"], tensors["before"], known["residual"], known["iterations"])
 
 
-def against_cg(folder: Path) -> Row:
-    """10 queries x 500 candidates; single-stage at the pretrained weights, and the chain of both stages."""
+def against_cg(folder: Path, damping: float, iterations: int) -> Row:
+    """10 queries x 500 candidates; single-stage at the pretrained weights, and the chain of both stages.
+
+    damping: of both stages' inverses, the reference's too, in proportion to the mean of Lambda.
+    """
     training = TrainingSettings(epochs=3, batch_sequences=16, learning_rate=2e-3)
     tuning = TrainingSettings(epochs=6, batch_sequences=8, learning_rate=3e-4, weight_decay=0.0, reduction="sum")
     recipe = Recipe(Sizes(layers=2, width=256, heads=4, mlp_width=1024), 64, training, tuning, 0.01)
     asked = questions()[::2] + questions()[1:8:2]
-    bench = Bench(folder / "cg", demo_rows(None), [asdict(row) for row in answers()], asked, recipe)
+    bench = Bench(folder / f"cg-{damping:g}", demo_rows(None), [asdict(row) for row in answers()], asked, recipe)
     first, second = bench.models()
     print("models trained", flush=True)
-    pretrained = bench.study(first, "corpus", tracked="linear", curvature=32, candidates=500)
-    finetuned = bench.study(second, "tuning", tracked="linear")
+    pretrained = bench.study(first, "corpus", tracked="linear", curvature=32, candidates=500, damping=damping)
+    finetuned = bench.study(second, "tuning", tracked="linear", damping=damping)
     layers, alpha = pretrained.rank.layers, recipe.alpha
     v_own = join(layers, query_gradients(pretrained.rank, pretrained.queries, layers))
     v_ft = join(layers, query_gradients(finetuned.rank, finetuned.queries, layers))
     ekfac, back = inverse_of(pretrained), inverse_of(finetuned, alpha)
-    x_ft, residual_ft, iterations_ft = solve(bench.folder / "solved-finetuned", finetuned, v_ft, alpha, 40)
-    both = torch.cat([v_own, alpha * x_ft])
-    x_both, residual, iterations = solve(bench.folder / "solved-pretrained", pretrained, both, 0.0, 30)
+    brought = solve(bench.folder / "solved-finetuned", finetuned, v_ft, alpha, iterations)
+    both = torch.cat([v_own, alpha * brought.x_kp])
+    solved = solve(bench.folder / "solved-pretrained", pretrained, both, 0.0, iterations)
     Q = len(v_own)
     ggn = GaussNewton(pretrained.rank, pretrained.curvature, 1024)
     factors = ekfac_factors(pretrained.rank, pretrained.inverse)
@@ -220,21 +244,24 @@ def against_cg(folder: Path) -> Row:
     settings = LissaConfig(depths=[10, 50, 150], batch=4)
     by_depth, _, _ = by_lissa(ggn.product, v_own, lambda_p, len(pretrained.curvature), settings, 0)
     single = {
-        "CG": x_both[:Q],
+        "CG": solved.x_kp[:Q],
+        "CG, two thirds of the iterations": solved.before_kp[:Q],
         "EK-FAC, all linear layers": ekfac(v_own),
         "EK-FAC, MLP alone": of_layers(pretrained, ekfac(v_own), "mlp"),
         "dot product": v_own,
         **{name: x_kp for name, (x_kp, _) in by_depth.items()},
     }
     chain = {
-        "CG": x_both[Q:],
+        "CG": solved.x_kp[Q:],
+        "CG, two thirds of the iterations": solved.before_kp[Q:],
         "EK-FAC, all linear layers": ekfac(alpha * back(v_ft)),
         "EK-FAC, MLP alone": of_layers(pretrained, ekfac(alpha * back(v_ft)), "mlp"),
         "pretrained inverse alone (EK-FAC)": ekfac(v_ft),
         "dot product": v_ft,
     }
-    found: Row = {"residual_finetuned": residual_ft, "iterations_finetuned": iterations_ft, "residual": residual}
-    found["iterations"] = iterations
+    found: Row = {"damping": damping}
+    for stage, one in (("finetuned", brought), ("pretrained", solved)):
+        found[stage] = {"residual": one.residual, "iterations": one.iterations}
     for name, solutions in (("single", single), ("chain", chain)):
         scores = score_solutions(pretrained.rank, pretrained.candidates, solutions)
         scores["random"] = random_scores(Q, len(pretrained.candidates), 0)
@@ -397,12 +424,19 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["cg", "facts", "lds", "cost"])
     parser.add_argument("--folder", type=Path, default=Path("runs/stages"))
     parser.add_argument("--subsets", type=int, default=32)
+    parser.add_argument("--damping", type=float, default=1.0, help="of cg, relative, as factors.damping.relative")
+    parser.add_argument("--iterations", type=int, default=60, help="of cg's reference, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = options.folder.absolute()
     for part in options.parts:
         started = time.perf_counter()
-        parts = {"cg": against_cg, "facts": facts, "lds": lambda at: retraining(at, options.subsets), "cost": cost}
+        parts = {
+            "cg": partial(against_cg, damping=options.damping, iterations=options.iterations),
+            "facts": facts,
+            "lds": partial(retraining, subsets=options.subsets),
+            "cost": cost,
+        }
         found = parts[part](folder)
         found["seconds"] = round(time.perf_counter() - started, 1)
         (folder / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -160,5 +160,62 @@ def draw_models(figure: Figure, table: pa.Table) -> None:
         axes.set_title(title)
 
 
+def draw_cross_lingual(figure: Figure, table: pa.Table) -> None:
+    """What a query's list and its translation's share, beside unrelated queries; the other language's documents."""
+    rows = table.to_pylist()
+    left, right = figure.subplots(1, 2)
+    average = [row for row in rows if row["query"] == ALL]
+    x, width = np.arange(len(average)), 0.38
+    values = np.asarray([row["overlap"] for row in average])
+    errors = np.abs(np.asarray([[row["low"], row["high"]] for row in average]).T.reshape(2, -1) - values)
+    left.bar(x - width / 2, values, width, yerr=errors, color=_BLUE, ecolor=_GREY, label="translations")
+    left.bar(x + width / 2, [row["unrelated"] for row in average], width, color=_GREY, label="unrelated")
+    left.set_xticks(x, [f"top {row['top']}" for row in average])
+    left.set_ylabel("part of the list in both")
+    left.legend(frameon=False)
+    ranks = sorted(row["rank"] for row in rows if row["rank"] is not None)
+    right.step(ranks, np.arange(1, len(ranks) + 1), where="post", color=_BLUE)
+    right.set_xscale("log")
+    right.set_xlabel("rank of the document in the other language")
+    right.set_ylabel("queries with that rank or better")
+
+
+def draw_side_by_side(figure: Figure, table: pa.Table) -> None:
+    """By kind and run: the query's words that rows share, and the thirds of the layers."""
+    rows = [row for row in table.to_pylist() if row["query"] == ALL]
+    names = [f"{row['kind']}, {_last(row['run'])}" for row in rows]
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = np.asarray([row["shared_words"] for row in rows])
+    errors = np.abs(np.asarray([[row["low"], row["high"]] for row in rows]).T.reshape(2, -1) - values)
+    left.barh(range(len(rows)), values, xerr=errors, color=_BLUE, ecolor=_GREY)
+    left.set_yticks(range(len(rows)), names)
+    left.set_xlabel("part of the query's words, by rarity")
+    start = np.zeros(len(rows))
+    for third, shade in zip(THIRDS, _SHADES, strict=True):
+        parts = np.asarray([row[third] for row in rows])
+        right.barh(range(len(rows)), parts, left=start, color=shade, label=third)
+        start += parts
+    right.set_xlabel("part of |layer margins|")
+    right.legend(frameon=False)
+
+
+def draw_extrapolation(figure: Figure, table: pa.Table) -> None:
+    """By query, the sequences after which an unfiltered scan matches the filter's k-th row; dotted: scanned."""
+    axes = figure.subplots()
+    rows = table.to_pylist()
+    queries = list(dict.fromkeys(row["query"] for row in rows))[:40]
+    for at, (k, colour) in enumerate(zip(sorted({row["k"] for row in rows}), (*_SHADES, *_SHADES), strict=False)):
+        mine = [row for row in rows if row["k"] == k and row["query"] in queries]
+        y = [queries.index(row["query"]) + 0.2 * at for row in mine]
+        axes.hlines(y, [row["low"] for row in mine], [row["high"] for row in mine], color=colour)
+        axes.plot([row["needed"] for row in mine], y, "o", color=colour, markersize=4, label=f"its {k}.")
+    if rows:
+        axes.axvline(rows[0]["scanned"], color=_GREY, linestyle=":")
+        axes.legend(frameon=False)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(queries)), queries)
+    axes.set_xlabel("sequences that an unfiltered scan needs")
+
+
 def _last(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]

@@ -15,6 +15,9 @@ class Study(StrEnum):
     word_order = "word_order"
     memorisation = "memorisation"
     models = "models"
+    cross_lingual = "cross_lingual"
+    side_by_side = "side_by_side"
+    extrapolation = "extrapolation"
 
 
 @dataclass
@@ -69,11 +72,15 @@ class LayersConfig(StudyConfig):
 
 @dataclass
 class WordOrderConfig(StudyConfig):
-    """texts: of jobs/facts.py. explained: where jobs/explain.py scored them (null: <run>/explain/facts)."""
+    """texts: of jobs/facts.py. explained: where jobs/explain.py scored them (null: <run>/explain/facts).
+
+    runs: of other models (seeds, sizes) that were asked the same; each with the texts scored in <run>/explain/facts.
+    """
 
     name: Study = Study.word_order
     texts: str | None = None
     explained: str | None = None
+    runs: list[str] = field(default_factory=list)
     resamples: int = 2000
 
     def check(self) -> None:
@@ -113,6 +120,68 @@ class ModelsConfig(StudyConfig):
 
 
 @dataclass
+class CrossLingualConfig(StudyConfig):
+    """pairs: JSONL of queries and their translations (infscan/studies/cross_lingual.py). tops: lengths of lists."""
+
+    name: Study = Study.cross_lingual
+    pairs: str | None = None
+    tops: list[int] = field(default_factory=lambda: [10, 100])
+    resamples: int = 2000
+
+    def check(self) -> None:
+        if self.pairs is None:
+            raise ConfigError("study.pairs: no value given; give a JSONL file with `query` and `translation` per line.")
+        if min(self.tops, default=0) < 1:
+            raise ConfigError(f"study.tops={self.tops}: lengths of top lists, each at least 1.")
+
+
+@dataclass
+class SideBySideConfig(StudyConfig):
+    """runs: finished runs of other models, asked the same. kinds: of queries, an id without its last -part (empty:
+    all). rows: proponents of each query and run."""
+
+    name: Study = Study.side_by_side
+    runs: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    rows: int = 3
+    resamples: int = 2000
+
+    def check(self) -> None:
+        if self.rows < 1:
+            raise ConfigError(f"study.rows={self.rows}: read at least one row.")
+
+
+@dataclass
+class ExtrapolationConfig(StudyConfig):
+    """filtered: a finished run over what jobs/tfidf.py kept, with the queries and factors of `run`.
+
+    tail: the share of the unfiltered sequences, the strongest, that the power law is fitted to; least: rows at least.
+    ks: whose strength is to be matched, the filter's k-th strongest.
+    """
+
+    name: Study = Study.extrapolation
+    filtered: str | None = None
+    tail: float = 0.01
+    least: int = 50
+    ks: list[int] = field(default_factory=lambda: [1, 10, 100])
+    resamples: int = 1000
+
+    def check(self) -> None:
+        if self.filtered is None:
+            raise ConfigError(
+                "study.filtered: no value given; give a run over the filter's sequences (corpus=filtered), with this "
+                "run's queries and factors.path."
+            )
+        if not 0 < self.tail <= 1 or self.least < 10:
+            raise ConfigError(
+                f"study.tail={self.tail}, study.least={self.least}: a share of the sequences, above 0 and up to 1, and "
+                "at least 10 rows."
+            )
+        if min(self.ks, default=0) < 1:
+            raise ConfigError(f"study.ks={self.ks}: ranks, each at least 1.")
+
+
+@dataclass
 class StudyJob:
     """run: a finished run. output: where the study goes (null: <run>/studies)."""
 
@@ -126,4 +195,13 @@ class StudyJob:
         return self.output or f"{self.run.rstrip('/')}/studies"
 
 
-SCHEMAS = (SparsityConfig, LayersConfig, WordOrderConfig, MemorisationConfig, ModelsConfig)
+SCHEMAS = (
+    SparsityConfig,
+    LayersConfig,
+    WordOrderConfig,
+    MemorisationConfig,
+    ModelsConfig,
+    CrossLingualConfig,
+    SideBySideConfig,
+    ExtrapolationConfig,
+)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from infscan.errors import ConfigError, RunError
 from infscan.influence.agreement import INTERVAL
@@ -61,6 +62,8 @@ SCHEMA = pa.schema(
     ]
 )
 ALL = "*"
+# Of the ratios: what a flipped text's relation adds to its names.
+DIFFERENCE = "flipped - relation-removed"
 
 
 def read_facts(path: str) -> list[Fact]:
@@ -140,67 +143,84 @@ def _framed(core: str, about: Fact) -> list[str]:
 
 
 def partitioned(
-    scores: Mapping[tuple[str, str], float], texts: Sequence[Mapping[str, Any]], resamples: int, seed: int
+    models: Sequence[Mapping[tuple[str, str], float]], texts: Sequence[Mapping[str, Any]], resamples: int, seed: int
 ) -> pa.Table:
     """Rows by fact, measurement and partition, and the average of the facts' ratios (fact `*`) with its interval, over
-    facts drawn anew.
+    facts and models drawn anew; and, so averaged, `DIFFERENCE`.
 
-    scores: by (query id, text id), of queries `<fact>` (the whole completion) and `<fact>-first`.
+    models: of each, the scores by (query id, text id), of queries `<fact>` (the whole completion) and `<fact>-first`.
+    A fact's ratio is taken for each model and averaged over them.
 
     Raises:
         RunError: where a text was not scored against its fact.
     """
-    by_fact: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for text in texts:
-        for measure, query in (("completion", text["fact"]), ("first token", f"{text['fact']}-first")):
-            if (query, text["id"]) not in scores:
-                raise RunError(
-                    f"text {text['id']!r} has no score for query {query!r}; explain the texts of these facts."
-                )
-            by_fact[measure, text["partition"], text["fact"]].append(scores[query, text["id"]])
+    by_fact: list[dict[tuple[str, str, str], list[float]]] = []
+    for scores in models:
+        mine: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        for text in texts:
+            for measure, query in (("completion", text["fact"]), ("first token", f"{text['fact']}-first")):
+                if (query, text["id"]) not in scores:
+                    raise RunError(
+                        f"text {text['id']!r} has no score for query {query!r}; explain the texts of these facts."
+                    )
+                mine[measure, text["partition"], text["fact"]].append(scores[query, text["id"]])
+        by_fact.append(mine)
     rows: list[Row] = []
     facts = list(dict.fromkeys(text["fact"] for text in texts))
-    drawn_rf = np.random.default_rng(seed).integers(0, len(facts), (resamples, len(facts)))
+    rng = np.random.default_rng(seed)
+    facts_rf, models_rm = (rng.integers(0, n, (resamples, n)) for n in (len(facts), len(models)))
+
+    def average(ratios_mf: NDArray[np.float64]) -> Row:
+        drawn_r = ratios_mf[models_rm[:, :, None], facts_rf[:, None, :]].mean(axis=(1, 2))
+        low, high = np.percentile(drawn_r, INTERVAL)
+        return {"fact": ALL, "ratio": float(ratios_mf.mean()), "low": float(low), "high": float(high)}
+
     for measure in ("completion", "first token"):
+
+        def means(order: Order, measure: str = measure) -> NDArray[np.float64]:
+            return np.asarray([[np.mean(mine[measure, order.value, fact]) for fact in facts] for mine in by_fact])
+
+        levels_mf = means(Order.REWORDED)
+        ratios = {order: means(order) / levels_mf for order in Order}
         for order in Order:
-            means = {fact: float(np.mean(by_fact[measure, order.value, fact])) for fact in facts}
-            levels = {fact: float(np.mean(by_fact[measure, Order.REWORDED.value, fact])) for fact in facts}
-            ratios = np.asarray([means[fact] / levels[fact] for fact in facts])
-            low, high = np.percentile(ratios[drawn_rf].mean(axis=1), INTERVAL)
+            scores_f, ratios_f = means(order).mean(axis=0), ratios[order].mean(axis=0)
             known = {"measure": measure, "partition": order.value}
-            for fact, ratio in zip(facts, ratios.tolist(), strict=True):
-                count = len(by_fact[measure, order.value, fact])
-                rows.append(known | {"fact": fact, "texts": count, "score": means[fact], "ratio": ratio})
-            every = {
-                "texts": sum(row["texts"] for row in rows[-len(facts) :]),
-                "score": float(np.mean(list(means.values()))),
-            }
-            rows.append(
-                known | every | {"fact": ALL, "ratio": float(ratios.mean()), "low": float(low), "high": float(high)}
-            )
+            counts = [len(by_fact[0][measure, order.value, fact]) for fact in facts]
+            rows += [
+                known | {"fact": fact, "texts": count, "score": float(score), "ratio": float(ratio)}
+                for fact, count, score, ratio in zip(facts, counts, scores_f, ratios_f, strict=True)
+            ]
+            rows.append(known | {"texts": sum(counts), "score": float(scores_f.mean())} | average(ratios[order]))
+        difference = average(ratios[Order.FLIPPED] - ratios[Order.RELATION_REMOVED])
+        rows.append({"measure": measure, "partition": DIFFERENCE} | difference)
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def study(run: str, config: WordOrderConfig, seed: int) -> pa.Table:
-    """The study of what jobs/explain.py made of the texts (study.texts) in study.explained.
+    """The study of what jobs/explain.py made of the texts (study.texts), below `run` and below each of study.runs.
 
     Raises:
         RunError: where a text was not scored against its fact.
     """
-    folder = Store(config.explained or f"{run}/explain/facts")
-    rows = read_parquet(folder, "rows.parquet", ["query_id", "item", "score"]).to_pylist()
     assert config.texts is not None
     with open_input(config.texts) as stream:
         texts = [json.loads(line) for line in stream.read().split(b"\n") if line.strip()]
-    scores = {(row["query_id"], row["item"]): row["score"] for row in rows}
-    return partitioned(scores, texts, config.resamples, seed)
+    folders = [config.explained or f"{run}/explain/facts", *(f"{other}/explain/facts" for other in config.runs)]
+    models = []
+    for folder in folders:
+        rows = read_parquet(Store(folder), "rows.parquet", ["query_id", "item", "score"]).to_pylist()
+        models.append({(row["query_id"], row["item"]): row["score"] for row in rows})
+    table = partitioned(models, texts, config.resamples, seed)
+    return table.replace_schema_metadata({"models": str(len(models))})
 
 
 def words(table: pa.Table) -> list[str]:
     """What was found, and what that cannot say."""
     rows = table.to_pylist()
     facts = len({row["fact"] for row in rows} - {ALL})
-    said = [f"{facts} facts; mean scores in proportion to the reworded texts' (mean over facts [95 %]):"]
+    models = int((table.schema.metadata or {}).get(b"models", b"1"))
+    over = f"{facts} facts" if models == 1 else f"{facts} facts and {models} models"
+    said = [f"{over}; mean scores in proportion to the reworded texts' (mean [95 %]):"]
     for measure in ("completion", "first token"):
         mine = {row["partition"]: row for row in rows if (row["fact"], row["measure"]) == (ALL, measure)}
         parts = [
@@ -208,10 +228,12 @@ def words(table: pa.Table) -> list[str]:
             for order in Order
             if order is not Order.REWORDED
         ]
+        less = mine[DIFFERENCE]
+        parts.append(f"flipped less relation-removed {less['ratio']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]")
         said.append(f"  on the {measure if measure == 'first token' else 'whole completion'}: {', '.join(parts)}")
     return [
         *said,
         "It cannot say: what training on these texts would do, beyond the first order; anything of facts that the "
-        "model has not learnt (their reworded score is then no yardstick); and intervals are over facts, not over "
-        "models.",
+        "model has not learnt (their reworded score is then no yardstick)"
+        + ("; and intervals are over facts, not over models." if models == 1 else "."),
     ]

@@ -9,7 +9,7 @@ import pytest
 
 from infscan.errors import ConfigError, RunError
 from infscan.studies.facts import FACTS, Fact, Partition, partition_documents
-from infscan.studies.partitions import ALL, Order, partitioned, read_facts, texts_of, words
+from infscan.studies.partitions import ALL, DIFFERENCE, Order, partitioned, read_facts, texts_of, words
 
 
 def user_facts(folder: Path, *changes: dict[str, object]) -> str:
@@ -76,14 +76,32 @@ def test_ratios_are_to_the_reworded_texts_of_the_same_fact() -> None:
         for text in texts
         for query in text["queries"]
     }
-    table = partitioned(scores, texts, 50, seed=0)
+    table = partitioned([scores], texts, 50, seed=0)
     for row in table.to_pylist():
-        assert row["ratio"] == pytest.approx(worth[Order(row["partition"])] / 10)
+        expected = 1.0 if row["partition"] == DIFFERENCE else worth[Order(row["partition"])] / 10
+        assert row["ratio"] == pytest.approx(expected)
         if row["fact"] == ALL:
             assert row["low"] == pytest.approx(row["ratio"]) == row["high"]
-    assert "flipped +0.50 [+0.50, +0.50], relation-removed -0.50" in "\n".join(words(table))
+    said = "\n".join(words(table))
+    assert "flipped +0.50 [+0.50, +0.50], relation-removed -0.50" in said
+    assert "flipped less relation-removed +1.00 [+1.00, +1.00]" in said
     with pytest.raises(RunError, match="has no score for query"):
-        partitioned({}, texts, 50, seed=0)
+        partitioned([{}], texts, 50, seed=0)
+
+
+def test_models_are_averaged_and_drawn_anew() -> None:
+    """A model's own scale does not count; where models differ, so does the interval."""
+    texts = texts_of(FACTS[:2])
+
+    def model(flipped: float, scale: float) -> dict[tuple[str, str], float]:
+        worth = dict.fromkeys(Order, 1.0) | {Order.FLIPPED: flipped}
+        return {(q, text["id"]): scale * worth[Order(text["partition"])] for text in texts for q in text["queries"]}
+
+    table = partitioned([model(0.2, 1), model(0.4, 100), model(0.6, 0.01)], texts, 500, seed=0)
+    row = next(row for row in table.to_pylist() if (row["fact"], row["partition"]) == (ALL, Order.FLIPPED))
+    assert row["ratio"] == pytest.approx(0.4)
+    assert 0.2 <= row["low"] < 0.3 < 0.5 < row["high"] <= 0.6
+    assert "2 facts and 3 models" in words(table.replace_schema_metadata({"models": "3"}))[0]
 
 
 def test_facts_that_cannot_make_texts_are_refused_with_their_line(tmp_path: Path) -> None:
