@@ -15,7 +15,7 @@ import gzip
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -431,7 +431,7 @@ def main() -> None:
     folder: Path = options.folder.absolute()
     for part in options.parts:
         started = time.perf_counter()
-        parts = {
+        parts: dict[str, Callable[[Path], Row]] = {
             "cg": partial(against_cg, damping=options.damping, iterations=options.iterations),
             "facts": facts,
             "lds": partial(retraining, subsets=options.subsets),

@@ -82,6 +82,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scanned", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--top", type=int, default=20, help="rows per query that are published and looked for")
+    parser.add_argument("--candidates", type=int, help="rows per query that are refined; 2 x --top, if not given")
+    parser.add_argument("--check", type=int, help="sequences that the compression is checked on; --scanned / 20")
+    parser.add_argument("--energy", type=float, default=0.95, help="of rank auto")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--ranks", nargs="+", default=["32", "auto"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
@@ -154,19 +157,27 @@ class Job:
             shutil.copy(path, self.folder / "model" / path.name)
         (self.folder / "training.json").write_text(json.dumps(record.__dict__) + "\n")
 
-    def infscan(self, name: str, **settings: Any) -> Callable[[], Outcome]:
-        """jobs/scan.py with scan.scores=all: what is scored is what its rows are drawn from."""
+    def infscan(self, name: str, kept: bool = False, **settings: Any) -> Callable[[], Outcome]:
+        """jobs/scan.py with scan.scores=all: what is scored is what its rows are drawn from.
+
+        kept: a finished run is read where it lies, and not made again.
+        """
         output = self.folder / "infscan" / name.replace(" ", "-").replace(",", "")
-        given = {
+        given: dict[str, Any] = {
             "model.path": self.folder / "model",
             "corpus.path": self.folder / "scanned.jsonl",
             "corpus.tokens_field": "input_ids",
             "corpus.packing": "document",
             "queries.path": self.folder / "queries.jsonl",
             "factors.num_sequences": self.options.fitted,
+            # Partial sums are for workers that share a fit, and for a fit that is interrupted.
+            "factors.slices": 1,
             "cluster.num_workers": 1,
             "cluster.cpus_per_rank": self.options.threads,
             "scan.top_k": self.options.top,
+            "scan.candidates": self.options.candidates or 2 * self.options.top,
+            "scan.check_sequences": self.options.check or max(1, self.options.scanned // 20),
+            "scan.energy": self.options.energy,
             "scan.sides": "proponents",
             "scan.scores": "all",
             "seed": self.options.seed,
@@ -174,19 +185,24 @@ class Job:
         }
 
         def run() -> Outcome:
+            if kept and (output / "_SUCCESS").exists():
+                return self._outcome(output, 0.0)
             shutil.rmtree(output, ignore_errors=True)
             overrides = [f"{key}={'null' if value is None else value}" for key, value in (given | settings).items()]
             life, _ = self._process([sys.executable, str(HERE.parent / "jobs" / "scan.py"), *overrides])
-            seconds = {key: phase["seconds"] for key, phase in read_summary(str(output))["phases"].items()}
-            phases = {word: sum(seconds.get(key, 0.0) for key in keys) for word, keys in PHASES.items()}
-            scores = read_scores(str(output)).sort_by("sequence_id")
-            columns = [scores[score_column(query)].to_numpy() for query in self.ids]
-            published: dict[str, set[int]] = {query: set() for query in self.ids}
-            for row in read_top(str(output)).to_pylist():
-                published[row["query_id"]].add(row["sequence_id"])
-            return Outcome(phases, life, np.stack(columns), published)
+            return self._outcome(output, life)
 
         return run
+
+    def _outcome(self, output: Path, life: float) -> Outcome:
+        seconds = {key: phase["seconds"] for key, phase in read_summary(str(output))["phases"].items()}
+        phases = {word: sum(seconds.get(key, 0.0) for key in keys) for word, keys in PHASES.items()}
+        scores = read_scores(str(output)).sort_by("sequence_id")
+        columns = [scores[score_column(query)].to_numpy() for query in self.ids]
+        published: dict[str, set[int]] = {query: set() for query in self.ids}
+        for row in read_top(str(output)).to_pylist():
+            published[row["query_id"]].add(row["sequence_id"])
+        return Outcome(phases, life, np.stack(columns), published)
 
     def rival(self, name: str, python: Path, *settings: str) -> Callable[[], Outcome]:
         output = self.folder / name
@@ -284,7 +300,7 @@ def main() -> None:
         programs["kronfluence, rank 32, float32"] = job.rival("kronfluence", options.kronfluence)
     if options.bergson:
         programs["bergson, full rank, float32"] = job.rival("bergson", options.bergson)
-    reference = job.infscan("reference", **{"model.dtype": "float32", "scan.rank": None})()
+    reference = job.infscan("reference", kept=True, **{"model.dtype": "float32", "scan.rank": None})()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in programs}
     for _ in range(options.rounds):
         for name, run in programs.items():

@@ -67,7 +67,8 @@ RELATIONS = (
 
 def invent(count: int, seed: int) -> list[Fact]:
     """Facts of the four relations in turn, about names that no document of the demo has."""
-    draw, names = random.Random(seed), []
+    draw = random.Random(seed)
+    names: list[str] = []
     while len(names) < 3 * count:
         name = "".join(draw.choice(SYLLABLES) for _ in range(3)).capitalize()
         if name not in names:

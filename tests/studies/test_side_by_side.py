@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from infscan.config import QueriesConfig
+from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError, RunError
-from infscan.queries import Part, Query
+from infscan.queries import Part, Query, read_queries
 from infscan.report.figures import draw_side_by_side, write_figure
-from infscan.storage import Store
+from infscan.storage import Store, localise
 from infscan.studies.asked import SideBySideConfig
 from infscan.studies.models import ALL
 from infscan.studies.side_by_side import kind_of, page, read_asked, shared_numbers, study, words
@@ -65,6 +68,13 @@ def test_rows_stand_side_by_side_with_what_they_share(tmp_path: Path) -> None:
     assert line.count("|") == 4
     assert line.count("`") == 4
     assert "`Nothing of it, 12 ¦ ˋxˋ <script>`" in line
+
+
+def test_the_queries_that_are_shipped_are_of_three_kinds() -> None:
+    model = str(localise("infscan://demo/model", ()))
+    config = QueriesConfig("infscan://demo/kinds.jsonl")
+    found = read_queries(config, load_tokenizer(model), vocab_size=2048, context=128, bos_id=None)
+    assert Counter(kind_of(one.id) for one in found) == {"role-play": 4, "arithmetic": 4, "code": 4}
 
 
 @pytest.mark.parametrize(
