@@ -39,7 +39,7 @@ check: $(READY)
 
 # Two processes of one thread each: most of a test's time is waiting. Each file goes to one of them, the longest first.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-slow: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
@@ -65,11 +65,13 @@ $(RIVALS)/%/.ready:
 bench-rivals: $(READY) $(RIVALS)/kronfluence/.ready $(RIVALS)/bergson/.ready
 	$(BIN)/python benchmarks/whole_job.py --kronfluence $(RIVALS)/kronfluence/bin/python --bergson $(RIVALS)/bergson/bin/python
 
-# What docs/truth.md reports, hours on two cores; each keeps what is finished below runs/ and goes on from there.
+# What docs/truth.md, docs/stages.md and docs/studies.md report, hours on two cores; each keeps what is finished below runs/ and goes on from there.
 bench-truth: $(READY)
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/retraining.py
 	$(BIN)/python benchmarks/pbrf.py
+	$(BIN)/python benchmarks/word_order.py
+	$(BIN)/python benchmarks/stages.py cg facts lds cost
 	$(BIN)/python jobs/validate.py truth=pbrf_regression 'validate.lissa.depths=[10,100,1000,10000]' output=runs/regression
 
 format: $(READY)

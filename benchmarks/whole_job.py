@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--ranks", nargs="+", default=["32", "auto"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--keep", action="store_true", help="read our own finished runs where they lie")
     parser.add_argument("--rounds", type=int, default=1, help="every program runs so many times, in turns")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=0)
@@ -294,7 +295,7 @@ def main() -> None:
     for dtype in options.dtypes:
         for rank in options.ranks:
             programs[f"infscan, rank {rank}, {dtype}"] = job.infscan(
-                f"rank {rank} {dtype}", **{"model.dtype": dtype, "scan.rank": rank}
+                f"rank {rank} {dtype}", options.keep, **{"model.dtype": dtype, "scan.rank": rank}
             )
     if options.kronfluence:
         programs["kronfluence, rank 32, float32"] = job.rival("kronfluence", options.kronfluence)
