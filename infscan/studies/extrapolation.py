@@ -48,8 +48,8 @@ def needed(scores: Floats, wanted: float, k: int, tail: int, resamples: int, see
     """Sequences after which the k-th strongest is expected at `wanted` or above. scores: [N], all of a sample's.
 
     A power law over the `tail` strongest gives P(score >= wanted); below its threshold the sample's own share does.
-    low, high: 95 % percentiles over the tail's scores drawn anew, its threshold held; they leave out what chance does
-    to the few strongest that are to be matched.
+    low, high: 95 % percentiles over the tail's scores drawn anew, its threshold held (below it: over how many of so
+    many sequences reach `wanted`); they leave out what chance does to the few strongest that are to be matched.
 
     Raises:
         RunError: where fewer than `tail` scores are positive.
@@ -57,23 +57,27 @@ def needed(scores: Floats, wanted: float, k: int, tail: int, resamples: int, see
     strongest = np.sort(scores[scores > 0])[::-1][:tail]
     if len(strongest) < tail:
         raise RunError(f"{len(strongest)} of {len(scores)} scores are positive, and study.tail={tail}; lower it.")
-    threshold = float(strongest[-1])
-
-    def at(exponent: float) -> float:
-        if wanted <= threshold:
-            return k * len(scores) / float((scores >= wanted).sum())
-        return k * len(scores) / (tail * float((wanted / threshold) ** (1 - exponent)))
-
+    threshold, rng = float(strongest[-1]), np.random.default_rng(seed)
     exponent = exponent_of(strongest, threshold)
-    drawn_rn = np.random.default_rng(seed).choice(strongest, (resamples, tail))
-    # One value drawn throughout would have no exponent; tails of `least` 10 and more do not meet it.
-    again = 1 + tail / np.log(drawn_rn / threshold).sum(axis=1)
-    low, high = np.percentile([at(float(value)) for value in again], INTERVAL)
+    if wanted <= threshold:
+        count = int((scores >= wanted).sum())
+        expected = k * len(scores) / count
+        drawn_r = k * len(scores) / np.maximum(rng.binomial(len(scores), count / len(scores), resamples), 1)
+    else:
+
+        def at(exponents: Floats) -> Floats:
+            return k * len(scores) / (tail * (wanted / threshold) ** (1 - exponents))
+
+        expected = float(at(np.asarray(exponent)))
+        # A tail drawn as one value throughout would have no exponent; ten rows and more do not come out so.
+        drawn_rn = rng.choice(strongest, (resamples, tail))
+        drawn_r = at(1 + tail / np.log(drawn_rn / threshold).sum(axis=1))
+    low, high = np.percentile(drawn_r, INTERVAL)
     return {
         "threshold": threshold,
         "tail": tail,
         "exponent": exponent,
-        "needed": at(exponent),
+        "needed": expected,
         "low": float(low),
         "high": float(high),
     }

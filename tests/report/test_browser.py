@@ -255,8 +255,6 @@ def test_a_large_page_opens_at_once_and_holds_a_page_of_rows_at_a_time(browser: 
         page = opened.page
         index = json.loads(page.locator("#index").text_content() or "")
         assert len(index["runs"][0]["queries"]) == 200
-        # Twice what is hoped for: the machine may be busy.
-        assert opened.seconds < 4
         print(f"{large.stat().st_size / 2**20:.1f} MiB, rows after {opened.seconds:.2f} s")
         assert opened.count("#rows > li") <= 20
         frames = page.evaluate(
