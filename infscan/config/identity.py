@@ -48,7 +48,11 @@ def plain(value: Any) -> Any:
 
 def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of a value's canonical JSON: sorted keys, no spaces, dataclasses and enums made plain."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _digest(plain(value))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _SEAL = "seal"
@@ -60,10 +64,10 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(value: Any) -> bool:
-    """Whether a value read back is an object that `sealed` gave, unchanged."""
+    """Whether a value read back from JSON is an object that `sealed` gave, unchanged."""
     if not isinstance(value, dict):
         return False
-    return value.get(_SEAL) == fingerprint(unsealed(value))
+    return value.get(_SEAL) == _digest(unsealed(value))
 
 
 def unsealed(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infscan.influence.standings import Hits
-from infscan.results.schema import REFINED, footer_of, read_parquet, to_parquet
+from infscan.results.schema import REFINED, read_with_footer, to_parquet
 from infscan.storage import Store
 from infscan.storage.ahead import ahead
 
@@ -90,12 +90,12 @@ def read_unit(store: Store, paths: Sequences[str], layers: Sequences[str], *, to
         KeyError: where the files lack one of `layers`.
     """
     columns = ["query_id", "sequence_id", "layer_scores", *(["token_scores"] if tokens else [])]
-    tables = [read_parquet(store, path, columns) for path in paths]
+    tables, footers = zip(*(read_with_footer(store, path, columns) for path in paths), strict=True)
     first = tables[0]
     assert all(table.select([0, 1]).equals(first.select([0, 1])) for table in tables[1:]), f"{paths} hold other rows"
     column: dict[str, NDArray[np.float32]] = {}
-    for path, table in zip(paths, tables, strict=True):
-        names: list[str] = footer_of(table.schema, f"{store.uri}/{path}")["layers"]
+    for footer, table in zip(footers, tables, strict=True):
+        names: list[str] = footer["layers"]
         column |= zip(names, _flat(table["layer_scores"])[0].reshape(-1, len(names)).T, strict=True)
     by_token, starts = np.empty(0, np.float32), np.zeros(1, np.int64)
     if tokens:

@@ -141,17 +141,23 @@ def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> p
         DamagedError: where it does not hold what was written.
         RunError: as `footer_of`.
     """
+    return read_with_footer(store, name, columns)[0]
+
+
+def read_with_footer(store: Store, name: str, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """`read_parquet`, and what `footer_of` says of the table: the footer is verified once for both."""
     where = f"{store.uri}/{name}"
     try:
         table = read_any_parquet(store, name, columns)
         digests = {column: _digest(table.column(column)) for column in table.column_names}
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
         raise _damaged(where, " ".join(str(error).split())) from error
-    known = _footer(table.schema, where)[_COLUMNS]
+    footer = _footer(table.schema, where)
+    known = footer[_COLUMNS]
     for column, digest in digests.items():
         if known.get(column) != digest:
             raise _damaged(where, f"the column {column!r} is not what was written")
-    return table
+    return table, _given(footer)
 
 
 def read_any_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -184,7 +190,11 @@ def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
         RunError: for a file of a newer schema, or one that infscan did not write.
         DamagedError: where it is not what was written.
     """
-    return unsealed({key: value for key, value in _footer(schema, name).items() if key != _COLUMNS})
+    return _given(_footer(schema, name))
+
+
+def _given(footer: dict[str, Any]) -> dict[str, Any]:
+    return unsealed({key: value for key, value in footer.items() if key != _COLUMNS})
 
 
 def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.schema import CANDIDATES, footer_of, read_parquet, to_parquet
+from infscan.results.schema import CANDIDATES, read_parquet, read_with_footer, to_parquet
 from infscan.storage import Store
 
 FOLDER = "shards"
@@ -121,8 +121,8 @@ def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits,
         RunError: where a hit belongs to a query that is not among `query_ids`.
     """
     path = shard_path(name)
-    table = read_parquet(store, path, ["sequence_id", "hits"])
-    counts = ShardCounts(**footer_of(table.schema, f"{store.uri}/{path}")["counts"])
+    table, footer = read_with_footer(store, path, ["sequence_id", "hits"])
+    counts = ShardCounts(**footer["counts"])
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
     sequence_ids = pc.take(table["sequence_id"], parents)
