@@ -45,6 +45,10 @@ from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
+from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.covariance import add_second_moment
+from infscan.influence.eigenbasis import add_squared_gradients
+from infscan.influence.layers import Layer
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
@@ -275,6 +279,46 @@ class Bench:
 
         return step
 
+    def arithmetic(self, name: str, product: Callable[[Layer, Tensor, Tensor], None]) -> Case:
+        """A pass's matrix products alone, on captured tensors' shapes: what it costs beside forward and backward."""
+        sizes, per_batch = self.options, max(1, self.options.tokens_per_batch // self.options.length)
+        made: dict[int, Tensor] = {}
+
+        def ready() -> None:
+            for n in {n for layer in self.plan.layers for n in (layer.outputs, layer.inputs)}:
+                if n not in made:
+                    made[n] = torch.randn(per_batch, sizes.length, n, device=self.rank.device).to(self.rank.model.dtype)
+
+        def run() -> None:
+            for start in range(0, sizes.sequences, per_batch):
+                rows = min(per_batch, sizes.sequences - start)
+                for layer in self.plan.layers:
+                    product(layer, made[layer.outputs][:rows], made[layer.inputs][:rows])
+
+        return Case(name, run, ready)
+
+    def products(self) -> list[Case]:
+        device, wide, layers = self.rank.device, self.rank.wide, self.plan.layers
+
+        def square(n: int) -> BlockDiagonal:
+            return BlockDiagonal.zeros(n, 1, dtype=wide, device=device)
+
+        A, S = ({layer.name: square(n(layer)) for layer in layers} for n in (_inputs, _outputs))
+        Lambda = {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=wide, device=device) for layer in layers}
+
+        def moments(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+            add_second_moment(S[layer.name], s_bto)
+            if layer.input_of == layer.name:
+                add_second_moment(A[layer.name], a_bti)
+
+        def squares(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+            add_squared_gradients(Lambda[layer.name], s_bto, a_bti, S[layer.name], A[layer.name])
+
+        return [
+            self.arithmetic("covariance: its products alone", moments),
+            self.arithmetic("Lambda: its products alone", squares),
+        ]
+
     def cases(self) -> list[Case]:
         self.finish_factors()
         counts = sorted(set(self.options.queries))
@@ -285,6 +329,7 @@ class Bench:
             Case("covariance pass (labels drawn)", self.covariance),
             self.decompose(),
             Case("Lambda pass", lambda: lambda_task(self.rank, self.fit)),
+            *self.products(),
             self.prepare(1),
             *([self.prepare(middle)] if middle > 1 else []),
             *(self.scan(count, counts[-1], self.options.rank) for count in counts),
@@ -294,6 +339,14 @@ class Bench:
         ]
         wanted = re.compile(self.options.only)
         return [Case(FLOOR, self.floor), *(case for case in cases if wanted.search(case.name))]
+
+
+def _outputs(layer: Layer) -> int:
+    return layer.outputs
+
+
+def _inputs(layer: Layer) -> int:
+    return layer.inputs
 
 
 def _nothing(*_: object) -> None:

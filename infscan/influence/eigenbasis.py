@@ -10,8 +10,9 @@ from torch import Tensor
 from infscan.errors import FactorsError
 from infscan.influence.blocks import BlockDiagonal
 
-# Entries of rotated gradients held at once in the Lambda pass (float32: 256 MiB).
-_CHUNK_ENTRIES = 1 << 26
+# Entries of rotated gradients held at once in the Lambda pass: on a GPU, which wants few and large kernels (float32:
+# 256 MiB), and on a CPU, whose cache is to keep them (4 MiB).
+_CHUNK_ENTRIES, _CACHED_ENTRIES = 1 << 26, 1 << 20
 
 
 def eigenbasis(moment: BlockDiagonal, name: str) -> tuple[Tensor, BlockDiagonal]:
@@ -68,9 +69,15 @@ def add_squared_gradients(
     tokens_first = rotate_tokens_first(T, O, a_bti.shape[-1])
     if tokens_first:
         s_bto, a_bti = s_bto @ Q_S, a_bti @ Q_A
-    chunk = max(1, _CHUNK_ENTRIES // Lambda_oi.numel())
+    entries = _CACHED_ENTRIES if Lambda_oi.is_cpu else _CHUNK_ENTRIES
+    chunk = min(B, max(1, entries // Lambda_oi.numel()))
+    g_coi = Lambda_oi.new_empty(chunk, O, a_bti.shape[-1])
     for start in range(0, B, chunk):
-        g_boi = s_bto[start : start + chunk].transpose(1, 2) @ a_bti[start : start + chunk]
+        s_cto, a_cti = s_bto[start : start + chunk], a_bti[start : start + chunk]
+        g_boi = torch.bmm(s_cto.transpose(1, 2), a_cti, out=g_coi[: len(s_cto)])
         if not tokens_first:
             g_boi = Q_S.T @ g_boi @ Q_A
-        Lambda_oi += g_boi.square_().sum(dim=0)
+        if len(g_boi) == 1:
+            Lambda_oi.addcmul_(g_boi[0], g_boi[0])
+        else:
+            Lambda_oi += g_boi.square_().sum(dim=0)

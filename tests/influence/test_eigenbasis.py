@@ -54,7 +54,7 @@ def test_chunks_of_a_batch_give_the_same_sum(monkeypatch: pytest.MonkeyPatch) ->
     Q_S, Q_A = diagonal_blocks(normal(3, 4, 4), 1), diagonal_blocks(normal(4, 6, 6), 1)
     sums = []
     for entries in (1, 50, 1 << 20):
-        monkeypatch.setattr(module, "_CHUNK_ENTRIES", entries)
+        monkeypatch.setattr(module, "_CACHED_ENTRIES", entries)
         sums.append(torch.zeros(4, 6, dtype=torch.float64))
         add_squared_gradients(sums[-1], s_bto, a_bti, Q_S, Q_A)
     torch.testing.assert_close(sums[0], sums[1])
