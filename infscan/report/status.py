@@ -28,7 +28,7 @@ def show_status(found: Status, console: Console | None = None) -> None:
         out.print(
             f"shards      {found.done:,} of {found.shards:,} done{given_up}; {found.sequences:,} sequences planned"
         )
-    elif found.made:
+    if found.made and found.phase not in ("scan", "finished"):
         out.print("made        " + ", ".join(f"{count:,} {kind}" for kind, count in found.made.items()))
     if found.sequences_per_s is not None:
         eta = "" if found.eta_s is None or not found.eta_s else f", {_clock(found.eta_s)} left"
