@@ -102,6 +102,9 @@ def sentences() -> Iterator[None]:
 
 def command(main: Callable[[], None]) -> None:
     """Run a job's main, which Hydra calls with what the command line says; what Hydra must not see is refused first."""
+    # Hydra shows whatever is logged as information under its own name; where credentials were found is none.
+    for library in ("botocore", "aiobotocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     with sentences():
         for argument in sys.argv[1:]:
             check_argument(argument)

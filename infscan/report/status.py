@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
@@ -40,6 +41,18 @@ def show_status(found: Status, console: Console | None = None) -> None:
     for warning in found.warnings:
         out.print(escape(f"warning     {one_line(warning)}"))
     _rows(found, out)
+
+
+def show_sweep(uri: str, cells: Mapping[str, Status], console: Console | None = None) -> None:
+    """Print a line for each cell."""
+    out = console or Console(soft_wrap=True, highlight=False)
+    finished = sum(found.phase == "finished" for found in cells.values())
+    out.print(f"sweep       {escape(one_line(uri))}: {finished} of {len(cells)} cells finished")
+    for name, found in cells.items():
+        shards = "" if found.shards is None else f"{found.done:,} of {found.shards:,} shards"
+        left = "" if not found.eta_s else f", {_clock(found.eta_s)} left"
+        given_up = f", {len(found.quarantined)} quarantined" if found.quarantined else ""
+        out.print(escape(f"  {found.phase:<9} {shards}{left}{given_up}  {one_line(name)}"))
 
 
 def _rows(found: Status, out: Console) -> None:

@@ -20,7 +20,6 @@ LAYOUT = (
     ("top/", "the answer: query_id, side, rank, sequence_id, score, ..."),
     ("sequences/", "the published sequences: text, tokens, provenance"),
     ("layers/  tokens/", "each score, split over layers and over input tokens"),
-    ("report.html", "all of this to read, in one file, in a browser"),
     ("summary.json  _SUCCESS", "counts, warnings, seconds by phase; the run is whole"),
 )
 
@@ -66,6 +65,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         console.print(Text(how_good(summary["approximation"])))
     scanned = summary["counts"]["scanned"]
     console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
+    console.print(Text(f"As a page to read: python jobs/report.py run={uri}"))
 
 
 def how_good(approximation: dict) -> str:

@@ -12,7 +12,7 @@ from infscan.errors import InfscanError, RunError
 from infscan.report.assemble import Archive, assemble
 from infscan.report.contents import run_contents, settle
 from infscan.results.publish import SUCCESS
-from infscan.results.read import read_summary
+from infscan.results.read import read_cells, read_summary
 from infscan.storage import Store
 
 NAME = "report.html"
@@ -71,17 +71,15 @@ def _cells(runs: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
         if store.exists(SUCCESS):
             found.append((store.uri.rpartition("/")[2], store.uri))
             continue
-        entries = {entry.name for entry in store.list()}
-        configured = (name for name in entries if name.count("/") == 1 and name.endswith("/config.yaml"))
-        cells = sorted(name.split("/")[0] for name in configured)
-        finished = [cell for cell in cells if f"{cell}/{SUCCESS}" in entries]
+        cells = read_cells(store.uri)
+        finished = [cell for cell, whole in cells.items() if whole]
         if not finished:
             raise RunError(
                 f"{store.uri} has no {SUCCESS}, and no finished run is in it: run the scan again to finish it, or "
                 "check the path."
             )
         found += [(cell, f"{store.uri}/{cell}") for cell in finished]
-        unfinished += [f"{store.uri}/{cell}" for cell in cells if cell not in finished]
+        unfinished += [f"{store.uri}/{cell}" for cell, whole in cells.items() if not whole]
     return found, unfinished
 
 

@@ -70,6 +70,13 @@ def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
     return _finished(uri, unfinished).read_json("summary.json")
 
 
+def read_cells(uri: str) -> dict[str, bool]:
+    """The run folders in a sweep's folder, by name, and whether each is finished; none where it is something else."""
+    entries = {entry.name for entry in Store(uri).list()}
+    configured = (name for name in entries if name.count("/") == 1 and name.endswith("/config.yaml"))
+    return {cell: f"{cell}/{SUCCESS}" in entries for cell in sorted(name.split("/")[0] for name in configured)}
+
+
 def _finished(uri: str, unfinished: bool) -> Store:
     store = Store(uri)
     if not unfinished and not store.exists(SUCCESS):

@@ -17,6 +17,7 @@ from infscan.errors import DamagedError, RunError, StorageError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES, best_rows
 from infscan.results.publish import SUCCESS
+from infscan.results.read import read_cells
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import FOLDER, QUARANTINE, SUFFIX, read_hits
 from infscan.storage import Entry, MissingError, Store
@@ -105,6 +106,18 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         return known
     top, read = (_published(store, rows), None) if finished else _provisional(store, files, rows)
     return Status(**(vars(known) | {"top": tuple(top), "read": read}))
+
+
+def read_sweep(uri: str) -> dict[str, Status]:
+    """Where every cell of a sweep's folder stands, by its name, without rows; none where it is no sweep's.
+
+    Raises:
+        StorageError: where it cannot be read.
+    """
+    uri = Store(uri).uri
+    if Store(uri).exists("config.yaml"):
+        return {}
+    return {cell: read_status(f"{uri}/{cell}", rows=0) for cell in read_cells(uri)}
 
 
 def _json(store: Store, name: str) -> Any:

@@ -95,6 +95,43 @@ def test_a_published_run_shows_its_published_rows(tmp_path: Path, capsys: pytest
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_fit_says_what_it_has_left_though_the_scan_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path))
+    store.write_json("plan.json", {"shards": 2, "shard_sequences": 4, "selection": {"size": 8}})
+    for slice_index in range(3):
+        store.write(f"factors/covariance/group-000-slice-{slice_index:04d}.safetensors", b"")
+    main(["status", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "phase       fit" in shown
+    assert "made        3 covariance sums" in shown
+
+
+def test_a_sweep_shows_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for cell in ("model=a", "model=b", "model=c"):
+        Store(f"{tmp_path}/{cell}").write("config.yaml", b"seed: 0\n")
+    plan(Store(f"{tmp_path}/model=a"), 2)
+    published(Store(f"{tmp_path}/model=a"))
+    plan(Store(f"{tmp_path}/model=b"), 2)
+    put_shard(Store(f"{tmp_path}/model=b"), "shard-000000", [0], [])
+    main(["status", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": 1 of 3 cells finished")
+    assert [line.split() for line in lines[1:]] == [
+        ["finished", "2", "of", "2", "shards", "model=a"],
+        ["scan", "1", "of", "2", "shards", "model=b"],
+        ["new", "model=c"],
+    ]
+    main(["status", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {cell: status["phase"] for cell, status in found.items()} == {
+        "model=a": "finished",
+        "model=b": "scan",
+        "model=c": "new",
+    }
+
+
 def test_what_a_run_says_cannot_control_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path))
     plan(store, 2)
