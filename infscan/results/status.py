@@ -130,13 +130,16 @@ def _json(store: Store, name: str) -> Any:
 def _made(store: Store) -> dict[str, int]:
     """How many files of a kind are there: what a phase leaves behind as it goes on."""
     kinds = {
-        "corpus parts": ("corpus", ".parquet"),
-        "covariance sums": ("factors/covariance", ".safetensors"),
-        "Lambda sums": ("factors/lambda", ".safetensors"),
-        "query batches": ("queries", ".safetensors"),
-        "refined units": ("refined", ".parquet"),
+        "corpus parts": ("corpus", "part-", ".parquet"),
+        "covariance sums": ("factors/covariance", "", ".safetensors"),
+        "Lambda sums": ("factors/lambda", "", ".safetensors"),
+        "query batches": ("queries", "", ".safetensors"),
+        "refined units": ("refined", "", ".parquet"),
     }
-    found = {kind: len(store.list(folder, suffix=suffix)) for kind, (folder, suffix) in kinds.items()}
+    found = {
+        kind: sum(entry.name.rpartition("/")[2].startswith(prefix) for entry in store.list(folder, suffix=suffix))
+        for kind, (folder, prefix, suffix) in kinds.items()
+    }
     return {kind: count for kind, count in found.items() if count}
 
 

@@ -62,6 +62,7 @@ def test_every_phase_is_told_by_what_is_there(tmp_path: Path) -> None:
         read_status(str(tmp_path))
     store.write("config.yaml", b"seed: 0\n")
     assert read_status(str(tmp_path)).phase == "new"
+    store.write("corpus/_inputs.parquet", b"")
     store.write("corpus/part-00000.parquet", b"")
     found = read_status(str(tmp_path))
     assert (found.phase, found.made) == ("prepare", {"corpus parts": 1})
