@@ -154,10 +154,31 @@ def work_of(
         checked = min(config.scan.check_sequences, scanned.sequences)
         found.append(work("check", checked, _share(scanned, checked), cells))
     found.append(work("scan", scanned.sequences, scanned.tokens))
-    # At most: a sequence that is a candidate of several queries of a group goes forward once.
-    pairs = queries * len(config.sides) * min(config.candidates, scanned.sequences)
-    found.append(work("refine", pairs, _share(scanned, pairs), len(grouped)))
+    found.append(_refining(config, layers, costs, queries, scanned, len(groups_of_queries), len(grouped)))
     return found
+
+
+def _refining(
+    config: Config,
+    layers: Sequence[Layer],
+    costs: Mapping[str, PassCost],
+    queries: int,
+    scanned: Counted,
+    query_groups: int,
+    layer_groups: int,
+) -> Work:
+    """At most: each candidate of a query and side is another sequence, as long as a query group has sequences left; one
+    that several queries of a group share goes forward and back once for all of them."""
+    pairs = queries * len(config.sides) * min(config.candidates, scanned.sequences)
+    sequences = min(pairs, query_groups * scanned.sequences)
+    tokens, scored = _share(scanned, sequences), _share(scanned, pairs)
+    again = 2.0 * sum(layer.size for layer in layers) * (scored - tokens)
+    return Work(
+        "refine",
+        layer_groups * sequences,
+        layer_groups * tokens,
+        layer_groups * tokens * costs["refine"].flop_per_token + again,
+    )
 
 
 def _share(counted: Counted, sequences: int) -> int:

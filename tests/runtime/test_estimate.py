@@ -53,6 +53,9 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
         if name in summary["phases"]:
             assert phases[name].tokens == summary["phases"][name]["tokens"]
             assert phases[name].sequences == summary["phases"][name]["sequences"]
+    # One query group here: no more sequences than there are, however many candidates.
+    refined = summary["phases"]["refine"]["sequences"]
+    assert refined <= phases["refine"].sequences <= summary["counts"]["planned"]["sequences"]
     assert before.corpus.prepared_bytes == sum(
         entry.size for entry in store.list("corpus", suffix=".parquet") if "/part-" in entry.name
     )
