@@ -82,8 +82,8 @@ Scores = NDArray[np.floating]
 Arrays = dict[str, np.ndarray]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "compression")
     parser.add_argument("--documents", type=int, help="use only the corpus's first so many")
     parser.add_argument("--heldout", type=int, default=400, help="documents kept from the model and the scan")
@@ -105,9 +105,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    asked = parser(__doc__)
+    options = asked.parse_args()
     if options.bfloat16_rank not in options.ranks:
-        parser.error(f"--bfloat16-rank {options.bfloat16_rank} is not one of --ranks {options.ranks}")
+        asked.error(f"--bfloat16-rank {options.bfloat16_rank} is not one of --ranks {options.ranks}")
     return options
 
 
@@ -143,6 +148,7 @@ class Bench:
         kept, away = hold_out(rows, options.heldout, options.seed)
         self.corpus = self._prepare(kept, tokenizer)
         encoded = tokenizer.encode_batch([row["text"] for row in away])
+        self.heldout = encoded
         self.training = self._train(settings, [ids[: options.length].tolist() for ids in encoded])
         self.architecture = describe(str(self.folder / "model"), "mlp")
         self.queries = self._queries([row["source"] for row in away], encoded)
@@ -201,10 +207,13 @@ class Bench:
                 {"id": f"{source}-{n}", "input_ids": ids[:length].tolist(), "prompt_len": 2 * length // 3}
                 for n, ids in enumerate(long[:count])
             ]
+        return self.read_queries(rows)
+
+    def read_queries(self, rows: list[dict[str, Any]]) -> tuple[Query, ...]:
         path = self.folder / "queries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = QueriesConfig(str(path))
-        return tuple(read_queries(config, None, vocab_size=self.vocab_size, context=length, bos_id=None))
+        return tuple(read_queries(config, None, vocab_size=self.vocab_size, context=self.options.length, bos_id=None))
 
 
 class Fitted:
