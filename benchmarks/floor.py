@@ -94,9 +94,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of CPU, for one thread on a machine that others use"
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="cases to time beside the floor; all, if not given")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.cpu_time and (options.threads != 1 or options.device != "cpu"):
+        parser.error("--cpu-time is of one thread on a CPU; add --threads 1")
+    return options
 
 
 def save_model(options: argparse.Namespace, folder: Path) -> Path:
@@ -353,14 +359,16 @@ def _nothing(*_: object) -> None:
     raise AssertionError("no layer is tracked")
 
 
-def clock(case: Case, device: str) -> float:
-    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+def clock(case: Case, options: argparse.Namespace) -> float:
+    cuda = options.device.startswith("cuda")
+    wait = partial(torch.cuda.synchronize, options.device) if cuda else lambda: None
+    now = time.process_time if options.cpu_time else time.perf_counter
     case.ready()
     wait()
-    began = time.perf_counter()
+    began = now()
     case.run()
     wait()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def measure(cases: list[Case], options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
@@ -370,8 +378,8 @@ def measure(cases: list[Case], options: argparse.Namespace) -> dict[str, list[tu
     for _ in range(options.repeats + 1):
         pairs = {}
         for case in cases:
-            base = clock(floor, options.device)
-            pairs[case.name] = clock(case, options.device), base
+            base = clock(floor, options)
+            pairs[case.name] = clock(case, options), base
         rounds.append(pairs)
     return {case.name: [pairs[case.name] for pairs in rounds[1:]] for case in cases}
 

@@ -13,14 +13,16 @@ from infscan.influence.blocks import BlockDiagonal
 _PANEL_ROWS, _MOST_PANELS = 192, 8
 
 
-def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool) -> Tensor:
+def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool, padded: bool = True) -> Tensor:
     """Zero the padding of a layer's inputs and, where it has a bias, append the 1 that the bias multiplies.
 
-    a_bti: [B, T, I]. mask_bt: [B, T], true on tokens. Returns [B, T, I] or [B, T, I + 1], in a's dtype.
+    a_bti: [B, T, I]. mask_bt: [B, T], true on tokens. Not `padded`: it is true everywhere, and nothing is copied to be
+    zeroed. Returns [B, T, I] (which then is `a_bti` itself) or [B, T, I + 1], in a's dtype.
     """
     mask_bt1 = mask_bt.unsqueeze(-1)
-    # Filled, not multiplied: an activation that overflows on padding must not become NaN * 0.
-    a_bti = a_bti.masked_fill(~mask_bt1, 0)
+    if padded:
+        # Filled, not multiplied: an activation that overflows on padding must not become NaN * 0.
+        a_bti = a_bti.masked_fill(~mask_bt1, 0)
     return torch.cat([a_bti, mask_bt1.to(a_bti.dtype)], dim=-1) if bias else a_bti
 
 

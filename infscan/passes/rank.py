@@ -32,7 +32,7 @@ T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
 Span = tuple[str, float, float, dict[str, Any]]
 _MOST_SPANS = 100_000
-# consume(layer, s_bto, a_bti): a with padding zeroed and the bias's 1 appended.
+# consume(layer, s_bto, a_bti): a with padding zeroed and the bias's 1 appended; neither is to be changed in place.
 LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
 
 
@@ -52,7 +52,8 @@ class Batch:
 
     mask_bt: true on tokens. loss_bt: true on tokens whose prediction has a loss, where that is not all of them (None).
     position_ids_bt: where documents do not see each other, int64, from 0 in each document; None where they do.
-    Not `scored`: a dummy that keeps the ranks of a sharded group in step; nothing of it counts.
+    Not `scored`: a dummy that keeps the ranks of a sharded group in step; nothing of it counts. Not `padded`: its
+    sequences are of one length.
     """
 
     rows: np.ndarray
@@ -61,6 +62,7 @@ class Batch:
     scored: bool = True
     loss_bt: Tensor | None = None
     position_ids_bt: Tensor | None = None
+    padded: bool = True
 
     def loss(self) -> Loss:
         """The training loss: the summed -log p of a sequence's own next tokens, of those that have a loss."""
@@ -126,6 +128,7 @@ class Rank:
                     self.to_device(mask),
                     loss_bt=loss_bt,
                     position_ids_bt=positions_bt,
+                    padded=not mask.all(),
                 )
             else:
                 ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
@@ -174,7 +177,7 @@ class Rank:
 
         def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
             if batch.scored:
-                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias))
+                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias, padded=batch.padded))
 
         with capturing(self.model.module, layers, consume_masked):
             with self.span("forward", tokens=batch.ids_bt.numel()):

@@ -25,6 +25,14 @@ def test_second_moment_is_the_sum_over_real_tokens(bias: bool, blocks: int) -> N
         assert mirror(total).dense()[-1, -1] == mask_bt.sum()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_padding_nothing_is_zeroed(bias: bool) -> None:
+    a_bti, mask_bt = normal(2, 3, 5, 4), torch.ones(3, 5, dtype=torch.bool)
+    found = with_ones(a_bti, mask_bt, bias=bias, padded=False)
+    torch.testing.assert_close(found, with_ones(a_bti, mask_bt, bias=bias), rtol=0, atol=0)
+    assert (found.data_ptr() == a_bti.data_ptr()) == (not bias), "what has no bias and no padding is not copied"
+
+
 def test_batches_add_up() -> None:
     x_btn = normal(1, 6, 4, 3)
     whole, parts = (BlockDiagonal.zeros(3, 1, dtype=torch.float64) for _ in range(2))

@@ -53,6 +53,12 @@ def test_a_dummy_runs_and_counts_for_nothing(rank: Rank) -> None:
     assert last.backward(dummy, rank.layers, dummy.loss(), consume).tolist() == [0.0]
 
 
+@pytest.mark.parametrize(("lengths", "padded"), [([5, 5], False), ([5], False), ([4, 5], True)])
+def test_a_batch_knows_whether_it_is_padded(rank: Rank, lengths: list[int], padded: bool) -> None:
+    [batch] = rank.batches(sequences(lengths), 60)
+    assert batch.padded == padded == (not batch.mask_bt.all())
+
+
 def test_padding_is_zero_in_what_is_consumed(rank: Rank) -> None:
     [batch] = rank.batches(sequences([3, 5]), 60)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
