@@ -49,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/driver.py
+	$(BIN)/python benchmarks/workers.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
 	$(BIN)/python benchmarks/corpus_prepare.py
