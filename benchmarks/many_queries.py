@@ -115,7 +115,7 @@ class Many:
         for start in range(0, self.options.judged, _GROUP):
             arrays = read_query_batch(self.store, [[self._prepared(start, None)]])
             found.append(self.fitted.score(sequences, {"": on_device(self.rank, arrays)})[""])
-        return np.concatenate(found)
+        return np.concatenate(found)[: self.options.judged]
 
     def first(self, batch: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
         """The judged queries alone, as all of them are laid out."""
@@ -212,7 +212,10 @@ def main() -> None:
             ", ".join(f"{count} {way}" for way, count in ways.items()),
             f"{row['pearson']['mean']:.4f}",
             f"{row['pearson']['min']:.4f}",
-            *(f"{row[f'recall_{top}_of_{among}']:.3f}" for top, among in RECALLS),
+            *(
+                "-" if share is None else f"{share:.3f}"
+                for share in (row[f"recall_{top}_of_{k}"] for top, k in RECALLS)
+            ),
             *(f"{one['ratio']:.2f} ({one['min']:.2f} - {one['max']:.2f})" for one in row["timed"]),
         )
     Console(width=130).print(table)
