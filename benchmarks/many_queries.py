@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from infscan.config import MOST_RANK, Compression, Dtype
+from infscan.config import MOST_RANK, Compression, Dtype, ScanConfig
 from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
@@ -107,7 +107,9 @@ class Many:
                 fingerprint="",
             )
             joint_task(self.rank, task, arrays)
-        return dict(multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, 1 << 33))
+        return dict(
+            multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, ScanConfig().query_group_bytes)
+        )
 
     def full_rank(self, sequences: list[Sequence]) -> np.ndarray:
         """Scores [judged, N] at full rank, a group of queries after the other."""
@@ -121,11 +123,10 @@ class Many:
         """The judged queries alone, as all of them are laid out."""
         count, found = self.options.judged, {}
         for name, queries in batch.items():
-            assert queries.P_qoi is not None or queries.K_qmn is not None, f"{name}: columns are scored one by one"
-            if queries.P_qoi is not None:
-                found[name] = replace(queries, ranks=queries.ranks[:count], P_qoi=queries.P_qoi[:count])
-            else:
+            if queries.K_qmn is not None:
                 found[name] = replace(queries, ranks=queries.ranks[:count], K_qmn=queries.K_qmn[:count])
+            else:
+                found[name] = LayerQueries.full(queries.multiplied_out()[:count])
         return found
 
 
