@@ -82,7 +82,7 @@ Scores = NDArray[np.floating]
 Arrays = dict[str, np.ndarray]
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def options_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "compression")
     parser.add_argument("--documents", type=int, help="use only the corpus's first so many")
@@ -109,7 +109,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def arguments() -> argparse.Namespace:
-    asked = parser(__doc__)
+    asked = options_parser(__doc__)
     options = asked.parse_args()
     if options.bfloat16_rank not in options.ranks:
         asked.error(f"--bfloat16-rank {options.bfloat16_rank} is not one of --ranks {options.ranks}")

@@ -121,12 +121,18 @@ def save_model(options: argparse.Namespace, folder: Path) -> Path:
     return folder / "model"
 
 
-def prepare_corpus(options: argparse.Namespace, folder: Path, store: Store) -> None:
-    """Random documents of T tokens, one sequence each, prepared as a scan reads them."""
+def write_corpus(options: argparse.Namespace, folder: Path) -> Path:
+    """Random documents of T tokens."""
     rng = np.random.default_rng(options.seed)
     rows = rng.integers(1, options.vocab, (options.sequences, options.length)).tolist()
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+    return path
+
+
+def prepare_corpus(options: argparse.Namespace, folder: Path, store: Store) -> None:
+    """Random documents, one sequence each, prepared as a scan reads them."""
+    path = write_corpus(options, folder)
     config = CorpusConfig(path=str(path), tokens_field="tokens", packing=Packing.document)
     pack = pack_settings(config, options.length, options.vocab, 0, 0)
     (file,) = expand(str(path))
@@ -270,9 +276,7 @@ class Bench:
             summed_losses(self.rank.model.logits(batch.ids_bt), *targets).sum()
 
     def floor(self) -> None:
-        for batch, targets in self.batches():
-            with capturing(self.rank.model.module, (), _nothing):
-                summed_losses(self.rank.model.logits(batch.ids_bt), *targets).sum().backward()
+        floor(self.rank, self.sequences, self.options.tokens_per_batch)
 
     def training(self) -> Callable[[], None]:
         """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
@@ -309,7 +313,8 @@ class Bench:
         def square(n: int) -> BlockDiagonal:
             return BlockDiagonal.zeros(n, 1, dtype=wide, device=device)
 
-        A, S = ({layer.name: square(n(layer)) for layer in layers} for n in (_inputs, _outputs))
+        A = {layer.name: square(layer.inputs) for layer in layers}
+        S = {layer.name: square(layer.outputs) for layer in layers}
         Lambda = {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=wide, device=device) for layer in layers}
 
         def moments(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
@@ -347,12 +352,12 @@ class Bench:
         return [Case(FLOOR, self.floor), *(case for case in cases if wanted.search(case.name))]
 
 
-def _outputs(layer: Layer) -> int:
-    return layer.outputs
-
-
-def _inputs(layer: Layer) -> int:
-    return layer.inputs
+def floor(rank: Rank, sequences: list[Sequence], tokens_per_batch: int) -> None:
+    """Forward and activation gradients of plain summed losses, and no layer tracked."""
+    for batch in rank.batches(sequences, tokens_per_batch):
+        targets = next_tokens(batch.ids_bt, batch.mask_bt)
+        with capturing(rank.model.module, (), _nothing):
+            summed_losses(rank.model.logits(batch.ids_bt), *targets).sum().backward()
 
 
 def _nothing(*_: object) -> None:

@@ -15,12 +15,14 @@ import platform
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from compression import RECALLS, RESULTS, Arrays, Bench, Fitted, judged, parser, recalls, say
+from compression import RECALLS, RESULTS, Arrays, Bench, Fitted, judged, options_parser, recalls, say
+from floor import floor
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,8 +33,6 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.model.capture import capturing
-from infscan.model.measure import next_tokens, summed_losses
 from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
 from infscan.passes.queries import QueryTask, query_task
 from infscan.passes.query_batch import allotted, layout, multiplied_out, on_device, query_weights, read_query_batch
@@ -43,7 +43,7 @@ _GROUP = 100  # queries prepared, or scored at full rank, at once
 
 
 def arguments() -> argparse.Namespace:
-    asked = parser(__doc__)
+    asked = options_parser(__doc__)
     asked.add_argument("--queries", type=int, default=1000)
     asked.add_argument("--judged", type=int, default=200, help="queries scored at full rank, to be found again")
     asked.add_argument("--sequences", type=int, default=20_000)
@@ -138,12 +138,6 @@ def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, 
     sequences = [Sequence(n, rng.integers(1, vocabulary, length), (), 0, "") for n in range(count)]
     scores = torch.zeros(count, len(many.queries), device=rank.device)
 
-    def floor() -> None:
-        for one in rank.batches(sequences, options.tokens_per_batch):
-            targets = next_tokens(one.ids_bt, one.mask_bt)
-            with capturing(rank.model.module, (), lambda *_: None):
-                summed_losses(rank.model.logits(one.ids_bt), *targets).sum().backward()
-
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         scores.add_(score_layer(s_bto, a_bti, batch[layer.name]))
 
@@ -154,7 +148,7 @@ def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, 
     rounds = []
     for _ in range(options.repeats + 1):
         seconds = []
-        for run in (floor, scan):
+        for run in (partial(floor, rank, sequences, options.tokens_per_batch), scan):
             began = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - began)

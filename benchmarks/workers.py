@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from floor import RESULTS, save_model
+from floor import RESULTS, save_model, write_corpus
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.results.read import read_summary
@@ -60,12 +60,11 @@ def scan_seconds(folder: Path, options: argparse.Namespace, workers: int, turn: 
 def main() -> None:
     options = arguments()
     disable_progress_bar()
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(options.seed + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(options, folder)
-        rows = rng.integers(1, options.vocab, (options.sequences, options.length)).tolist()
-        (folder / "corpus.jsonl").write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+        write_corpus(options, folder)
         asked = rng.integers(1, options.vocab, (options.queries, 20)).tolist()
         lines = [json.dumps({"id": f"q{n}", "input_ids": row, "prompt_len": 16}) for n, row in enumerate(asked)]
         (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")

@@ -25,15 +25,12 @@ def show_status(found: Status, console: Console | None = None) -> None:
         since = one_line(str(found.driver.get("since")))
         out.print(escape(f"driver      process {found.driver.get('pid')} on {host}, since {since}"))
     if found.shards is not None:
-        given_up = f", {len(found.quarantined)} quarantined" if found.quarantined else ""
-        out.print(
-            f"shards      {found.done:,} of {found.shards:,} done{given_up}; {found.sequences:,} sequences planned"
-        )
+        done = f"{found.done:,} of {found.shards:,} done{_given_up(found)}"
+        out.print(f"shards      {done}; {found.sequences:,} sequences planned")
     if found.made and found.phase not in ("scan", "finished"):
         out.print("made        " + ", ".join(f"{count:,} {kind}" for kind, count in found.made.items()))
     if found.sequences_per_s is not None:
-        eta = "" if found.eta_s is None or not found.eta_s else f", {_clock(found.eta_s)} left"
-        out.print(f"rate        {found.sequences_per_s:,.0f} sequences/s by the last shards{eta}")
+        out.print(f"rate        {found.sequences_per_s:,.0f} sequences/s by the last shards{_left(found)}")
     if found.last is not None and found.phase == "scan":
         out.print(f"last shard  {_clock(max(0.0, time.time() - found.last))} ago, by the store's clock")
     for name, reason in list(found.quarantined.items())[:_REASONS]:
@@ -50,9 +47,7 @@ def show_sweep(uri: str, cells: Mapping[str, Status], console: Console | None = 
     out.print(f"sweep       {escape(one_line(uri))}: {finished} of {len(cells)} cells finished")
     for name, found in cells.items():
         shards = "" if found.shards is None else f"{found.done:,} of {found.shards:,} shards"
-        left = "" if not found.eta_s else f", {_clock(found.eta_s)} left"
-        given_up = f", {len(found.quarantined)} quarantined" if found.quarantined else ""
-        out.print(escape(f"  {found.phase:<9} {shards}{left}{given_up}  {one_line(name)}"))
+        out.print(escape(f"  {found.phase:<9} {shards}{_left(found)}{_given_up(found)}  {one_line(name)}"))
 
 
 def _rows(found: Status, out: Console) -> None:
@@ -68,6 +63,14 @@ def _rows(found: Status, out: Console) -> None:
                 out.print(f"    {row.side:<9} {row.rank:>3}  sequence {row.sequence_id:>12}  {row.score:+.4g}")
     if len(queries) > _QUERIES:
         out.print(f"  ... and {len(queries) - _QUERIES} queries more")
+
+
+def _left(found: Status) -> str:
+    return f", {_clock(found.eta_s)} left" if found.eta_s else ""
+
+
+def _given_up(found: Status) -> str:
+    return f", {len(found.quarantined)} quarantined" if found.quarantined else ""
 
 
 def _clock(seconds: float) -> str:

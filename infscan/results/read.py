@@ -10,7 +10,7 @@ import pyarrow as pa
 from infscan.errors import RunError
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.publish import SUCCESS
-from infscan.results.schema import footer_of, read_parquet
+from infscan.results.schema import read_parquet
 from infscan.results.shard_file import quarantined_shards
 from infscan.storage import Store
 
@@ -72,9 +72,9 @@ def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
 
 def read_cells(uri: str) -> dict[str, bool]:
     """The run folders in a sweep's folder, by name, and whether each is finished; none where it is something else."""
-    entries = {entry.name for entry in Store(uri).list()}
-    configured = (name for name in entries if name.count("/") == 1 and name.endswith("/config.yaml"))
-    return {cell: f"{cell}/{SUCCESS}" in entries for cell in sorted(name.split("/")[0] for name in configured)}
+    names = set(Store(uri).names())
+    configured = (name for name in names if name.count("/") == 1 and name.endswith("/config.yaml"))
+    return {cell: f"{cell}/{SUCCESS}" in names for cell in sorted(name.split("/")[0] for name in configured)}
 
 
 def _finished(uri: str, unfinished: bool) -> Store:
@@ -94,9 +94,7 @@ def _read(uri: str, folder: str, unfinished: bool, without: frozenset[str] = fro
     for entry in store.list(folder, suffix=".parquet"):
         if entry.name.rpartition("/")[2].removesuffix(".parquet") in without:
             continue
-        table = read_parquet(store, entry.name)
-        footer_of(table.schema, f"{uri}/{entry.name}")
-        parts.append(table.replace_schema_metadata(None))
+        parts.append(read_parquet(store, entry.name).replace_schema_metadata(None))
     if not parts:
         raise RunError(f"{uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
     return pa.concat_tables(parts)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from infscan.errors import RunError
 from infscan.results.read import read_summary, read_top
-from infscan.results.schema import footer_of, read_parquet, to_parquet
+from infscan.results.schema import read_with_footer, to_parquet
 from infscan.runtime.tfidf import CANDIDATES
 from infscan.storage import Store
 from infscan.studies.comparison import AVERAGE
@@ -70,8 +70,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.
     assert isinstance(truth, CoverageConfig)
     assert truth.run is not None
     assert truth.filter is not None
-    candidates = read_parquet(Store(truth.filter), CANDIDATES)
-    footer = footer_of(candidates.schema, f"{truth.filter}/{CANDIDATES}")
+    candidates, footer = read_with_footer(Store(truth.filter), CANDIDATES)
     inputs = read_summary(truth.run)["inputs"]
     for key in ("corpus", "queries"):
         if inputs[key] != footer[key]:
