@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -90,7 +90,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 10, 32], help="query batches to scan with")
     parser.add_argument("--rank", type=int, default=32, help="rank of the compressed query gradients")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32")
+    parser.add_argument("--floor-dtype", choices=dtypes, help="of the floor; --dtype, if not given")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=7)
@@ -100,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="cases to time beside the floor; all, if not given")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.floor_dtype = options.floor_dtype or options.dtype
     if options.cpu_time and (options.threads != 1 or options.device != "cpu"):
         parser.error("--cpu-time is of one thread on a CPU; add --threads 1")
     return options
@@ -156,6 +159,10 @@ class Bench:
         architecture = describe(str(model), "mlp")
         self.place = Place(device=options.device, threads=options.threads)
         self.rank = Rank(RankSettings(self.model, architecture.layers, sharded=False), self.place)
+        self.floor_rank = self.rank
+        if options.floor_dtype != options.dtype:
+            model_of_floor = replace(self.model, dtype=Dtype(options.floor_dtype))
+            self.floor_rank = Rank(RankSettings(model_of_floor, (), sharded=False), self.place)
         stores = [Store(f"memory://bench-{folder.name}/{name}") for name in ("corpus", "factors", "run")]
         self.corpus, self.factors, self.run = stores
         prepare_corpus(options, folder, self.corpus)
@@ -276,7 +283,7 @@ class Bench:
             summed_losses(self.rank.model.logits(batch.ids_bt), *targets).sum()
 
     def floor(self) -> None:
-        floor(self.rank, self.sequences, self.options.tokens_per_batch)
+        floor(self.floor_rank, self.sequences, self.options.tokens_per_batch)
 
     def training(self) -> Callable[[], None]:
         """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
@@ -395,7 +402,8 @@ def report(measured: dict[str, list[tuple[float, float]]], options: argparse.Nam
     The floor's own row is one floor over another: the machine's noise.
     """
     tokens = options.sequences * options.length
-    table = Table(title=f"{tokens} tokens, GPT-NeoX {options.layers} layers, d={options.width}, {options.dtype}")
+    dtypes = options.dtype if options.dtype == options.floor_dtype else f"{options.dtype}, floor {options.floor_dtype}"
+    table = Table(title=f"{tokens} tokens, GPT-NeoX {options.layers} layers, d={options.width}, {dtypes}")
     for column in ("case", "ms (median)", "tokens/s", "floors", "min - max"):
         table.add_column(column, justify="left" if column == "case" else "right")
     rows = []
@@ -431,7 +439,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Bench(options, Path(folder)).cases(), options)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"floor-{options.device.partition(':')[0]}-{options.dtype}.json"
+    kind = "-".join(dict.fromkeys((options.dtype, options.floor_dtype)))
+    path = RESULTS / f"floor-{options.device.partition(':')[0]}-{kind}.json"
     path.write_text(json.dumps(report(measured, options), indent=2) + "\n")
     print(f"written to {path}")
 

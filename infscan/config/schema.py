@@ -331,7 +331,8 @@ class StageConfig:
 @dataclass
 class ScanConfig:
     """How sequences are scored. rank: a number; null: full; `auto`: allotted per query and layer, so that the columns
-    kept hold `energy` of the score's expected square.
+    kept hold `energy` of the score's expected square. refine_dtype: of the model that candidates are scored again with;
+    null: model.dtype. For another one the workers load the model again, after the scan.
     """
 
     stage: int = 1
@@ -340,6 +341,7 @@ class ScanConfig:
     compression: Compression = Compression.weighted
     top_k: int = 100
     candidates: int | None = None
+    refine_dtype: Dtype | None = None
     sides: Sides = Sides.both
     scores: Scores = Scores.top
     tokens_per_batch: int = 4096
@@ -418,6 +420,11 @@ class Config:
     def candidates(self) -> int:
         """C: rows kept per query and side until they are refined."""
         return self.scan.candidates or 4 * self.scan.top_k
+
+    @property
+    def refine_dtype(self) -> Dtype:
+        """What candidates are scored again in: the scan's dtype, where nothing else is said."""
+        return self.scan.refine_dtype or self.model.dtype
 
     @property
     def most_rank(self) -> int | None:

@@ -89,10 +89,14 @@ def estimate(config: PlanJob) -> Estimate:
     gpus = float(on_device is not None) if gpus is None else gpus
     costs = pass_costs(config, architecture, queries, scanned.T, gpus)
     work = work_of(config, architecture.layers, costs, queries, query_tokens, scanned, fitted)
-    rate = Rate(
-        flops=on_device.peak(str(run_dtype(config, architecture, gpus)).removeprefix("torch.")) * asked.utilisation
+    peaks = [
+        on_device.peak(str(run_dtype(config, architecture, gpus, refining=refining)).removeprefix("torch."))
+        for refining in (False, True)
         if on_device
-        else None,
+    ]
+    rate = Rate(
+        flops=peaks[0] * asked.utilisation if peaks else None,
+        refine_speed=peaks[1] / peaks[0] if peaks else 1.0,
         tokens_per_s=asked.tokens_per_s,
         measured=rates_of(read_summary(asked.like)) if asked.like else {},
     )

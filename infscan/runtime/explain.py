@@ -79,6 +79,8 @@ def explain(run: Run, job: ExplainJob) -> dict[str, pa.Table]:
         ConfigError: for a text that cannot be a sequence.
     """
     corpus, factors = factors_of(run)
+    # As the published rows were scored.
+    run.hold_model_in(run.config.refine_dtype)
     queries = _chosen(run, job)
     items = _items(run, job, corpus, queries)
     own = job.own_tokens and _can_differentiate_twice(run)

@@ -21,6 +21,7 @@ from infscan.passes.rank import RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.results.publish import SUCCESS
 from infscan.runtime import preflight
+from infscan.runtime.group import RankFacts
 from infscan.runtime.lease import Lease
 from infscan.runtime.losses import Losses
 from infscan.runtime.pool import Pool, connect, gpus_per_rank
@@ -73,6 +74,10 @@ class Run:
         self.gpus = 0.0
         self.lease = Lease(self.store, config.cluster.lease_s)
         self.later: list[Run] = []
+        # What the workers hold the model in, and what those that ended said of themselves.
+        self._held = config.model.dtype
+        self._ended: list[list[RankFacts]] = []
+        self._halvings = 0
         # What a rank of the scan will hold at once, once that is known.
         self.memory: PassMemory | None = None
 
@@ -147,6 +152,15 @@ class Run:
                 self.watch.write_trace(self.store, pool.trace(False))
             pool.close()
 
+    def hold_model_in(self, dtype: Dtype) -> None:
+        """Have workers hold the model in `dtype`: those that hold it in another end; the next pass starts new ones."""
+        pool: Pool | None = self.__dict__.get("pool")
+        if pool and self._resolved(dtype) != self._resolved(self._held):
+            self._ended += pool.facts()
+            self._halvings += pool.halvings
+            self.close_workers()
+        self._held = dtype
+
     def _sweep(self) -> None:
         """Remove what earlier processes that died were writing to the output and to the factors."""
         removed = self.store.sweep() + (self.factors_store.sweep() if self.factors_apart else 0)
@@ -179,7 +193,8 @@ class Run:
     @cached_property
     def pool(self) -> Pool:
         """The worker groups; started when the first pass asks for them."""
-        settings = RankSettings(self.config.model, self.architecture.layers, self.config.sharded, self.lease.store)
+        model = replace(self.config.model, dtype=self._held)
+        settings = RankSettings(model, self.architecture.layers, self.config.sharded, self.lease.store)
         with self.telemetry.phase("workers", self.config.cluster.num_workers, "workers") as phase:
             pool = Pool(self.config.cluster, settings, self.gpus, self.losses, self.lease.check, self.watch)
             phase.advance(units=pool.wait_for_one())
@@ -190,11 +205,19 @@ class Run:
     @cached_property
     def dtype(self) -> str:
         """The dtype the model runs in, `auto` resolved: part of what factors are fitted for."""
-        if self.config.model.dtype is not Dtype.auto:
-            return self.config.model.dtype.value
+        return self._resolved(self.config.model.dtype)
+
+    @cached_property
+    def refine_dtype(self) -> str:
+        """The dtype that candidates are scored again in, `auto` resolved."""
+        return self._resolved(self.config.refine_dtype)
+
+    def _resolved(self, dtype: Dtype) -> str:
+        if dtype is not Dtype.auto:
+            return dtype.value
         config = load_config(model_folder(self.architecture.folder))
         device = "cuda" if self.gpus else "cpu"
-        return str(resolve_dtype(self.config.model.dtype, config, device)).removeprefix("torch.")
+        return str(resolve_dtype(dtype, config, device)).removeprefix("torch.")
 
     @property
     def query_ids(self) -> tuple[str, ...]:
@@ -205,18 +228,20 @@ class Run:
         return self.store.exists(SUCCESS)
 
     def workers(self) -> dict[str, Any]:
-        """What summary.json says of the workers; by rank only where this process started them."""
+        """What summary.json says of the workers; by rank only where this process started them, and first those that
+        ended when the model was to be held in another dtype."""
         cluster = self.config.cluster
-        started = self.__dict__.get("pool")
+        started: Pool | None = self.__dict__.get("pool")
+        facts = self._ended + (started.facts() if started else [])
         return {
             "num_workers": cluster.num_workers,
             "ranks_per_worker": cluster.ranks_per_worker,
             "parameters": self.architecture.parameters,
             "rebuilds": len(self.losses.all),
             "losses": [loss.to_json() for loss in self.losses.all],
-            "halvings": started.halvings if started else 0,
+            "halvings": self._halvings + (started.halvings if started else 0),
             "planned_bytes": vars(self.memory) if self.memory else None,
-            "ranks": [[vars(rank) for rank in group] for group in started.facts()] if started else [],
+            "ranks": [[vars(rank) for rank in group] for group in facts],
         }
 
     def storage_faults(self, workers: dict[str, Any]) -> dict[str, int]:

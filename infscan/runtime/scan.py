@@ -318,14 +318,15 @@ def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> Iterator[tuple[str,
 
 
 def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
-    """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files."""
+    """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files, the
+    model in scan.refine_dtype."""
     best = scanned.best
     groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, run.config.scan.query_group_bytes)
     units = refine_units(best, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
     # The files of other candidates, or of the same ones cut otherwise, lie elsewhere.
     cut = sha256(b"".join(array.tobytes() for unit in units for array in (unit.sequence_ids, unit.queries)))
     sizes = [(unit.group, len(unit.queries)) for unit in units]
-    digest = fingerprint([cut.hexdigest(), sizes, factors.fingerprint, factors.inverse.fingerprint])
+    digest = fingerprint([cut.hexdigest(), sizes, factors.fingerprint, factors.inverse.fingerprint, run.refine_dtype])
     paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
     work: list[tuple[int, int, str]] = []
     for number, unit in enumerate(units):
@@ -352,6 +353,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
         )
 
     if left:
+        run.hold_model_in(run.config.refine_dtype)
         with run.telemetry.phase("refine", len(left), "units") as phase:
 
             def on_done(index: int, tokens: int) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import ray
@@ -67,6 +68,8 @@ class Watch:
         # Shards that earlier processes finished.
         self.already = 0
         self.spans: list[tuple[int, Span]] = []
+        # By rank of worker 0, over all the workers that this run has had.
+        self._rank_spans: list[list[Span]] = []
         self._handed: dict[int, tuple[int, int, float]] = {}
         self._idle_since: dict[int, float] = {}
         self._faults: Counter[str] = Counter()
@@ -152,13 +155,14 @@ class Watch:
 
     def write_trace(self, store: Store, ranks: Sequence[Sequence[Span]]) -> None:
         """<output>/trace.json, for Perfetto or chrome://tracing: every worker's units, and what the first worker's
-        ranks did within them."""
-        if not (self.spans or ranks):
+        ranks did within them, beside what was written of those before them."""
+        self._rank_spans = [[*old, *new] for old, new in zip_longest(self._rank_spans, ranks, fillvalue=())]
+        if not (self.spans or self._rank_spans):
             return
         events = [_named(1, "workers"), *(_event(1, worker, span) for worker, span in self.spans)]
-        if ranks:
+        if self._rank_spans:
             events.append(_named(2, "ranks of worker 0"))
-            events += [_event(2, rank, span) for rank, spans in enumerate(ranks) for span in spans]
+            events += [_event(2, rank, span) for rank, spans in enumerate(self._rank_spans) for span in spans]
         value = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": self.run}}
         store.write(TRACE, json.dumps(value).encode())
 

@@ -55,11 +55,13 @@ class Work:
 class Rate:
     """What turns work into time: a peak and the share of it that is reached, or a measured rate of the scan.
 
-    flops: of one rank. tokens_per_s: of one worker's scan; other phases go by their FLOP. measured: by phase, of a
-    finished run: (tokens or sequences per second and worker, or None; seconds, where nothing is counted).
+    flops: of one rank. tokens_per_s: of one worker's scan; other phases go by their FLOP. refine_speed: the refining
+    dtype's peak over the scan's. measured: by phase, of a finished run: (tokens or sequences per
+    second and worker, or None; seconds, where nothing is counted).
     """
 
     flops: float | None = None
+    refine_speed: float = 1.0
     tokens_per_s: float | None = None
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -215,10 +217,11 @@ def timed(work: Sequence[Work], rate: Rate, workers: int, ranks: int) -> tuple[W
             if "sequences_per_s" in known and one.sequences:
                 return one.sequences / known["sequences_per_s"] / workers
             return known["seconds"]
+        speed = rate.refine_speed if one.name == "refine" else 1.0
         if rate.tokens_per_s and per_token and one.flop:
-            return one.flop / per_token / rate.tokens_per_s / workers
+            return one.flop / per_token / rate.tokens_per_s / workers / speed
         if rate.flops and one.flop:
-            return one.flop / rate.flops / workers / ranks
+            return one.flop / rate.flops / workers / ranks / speed
         return None
 
     return tuple(Work(one.name, one.sequences, one.tokens, one.flop, one.cpu_flop, seconds(one)) for one in work)

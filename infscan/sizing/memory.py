@@ -128,10 +128,11 @@ class DryRank:
         return seen
 
 
-def run_dtype(config: Config, architecture: Architecture, gpus: float) -> torch.dtype:
-    """The dtype that ranks run the model in, `auto` resolved."""
+def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refining: bool = False) -> torch.dtype:
+    """The dtype that ranks run the model in, or score candidates again in, `auto` resolved."""
     declared = load_config(model_folder(architecture.folder, weights=False))
-    return resolve_dtype(config.model.dtype, declared, "cuda" if gpus else "cpu")
+    asked = config.refine_dtype if refining else config.model.dtype
+    return resolve_dtype(asked, declared, "cuda" if gpus else "cpu")
 
 
 def pass_costs(config: Config, architecture: Architecture, queries: int, T: int, gpus: float) -> dict[str, PassCost]:
@@ -141,7 +142,11 @@ def pass_costs(config: Config, architecture: Architecture, queries: int, T: int,
     if config.factors.solver is not Solver.identity:
         costs |= {"covariance": _covariance(sized), "lambda": _lambda(sized)}
     if queries:
-        costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries), "refine": _refine(sized, queries)}
+        costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
+        again = replace(config, model=replace(config.model, dtype=config.refine_dtype))
+        if again.model != config.model:
+            sized = DryRank(again, architecture, T, gpus)
+        costs["refine"] = _refine(sized, queries)
     return costs
 
 

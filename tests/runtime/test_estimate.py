@@ -124,3 +124,6 @@ def test_a_measured_rate_is_of_the_scan_and_others_go_by_their_work() -> None:
     like = {"scan": {"seconds": 1.0, "tokens_per_s": 20.0}, "eigenbasis": {"seconds": 3.0}}
     measured = timed(work, Rate(measured=like), workers=2, ranks=1)
     assert [one.seconds for one in measured] == [None, 2.5, 3.0]
+    again = [*work, Work("refine", 1, 10, 40.0)]
+    for rate in (Rate(tokens_per_s=10.0, refine_speed=0.5), Rate(flops=20.0, refine_speed=0.5)):
+        assert [one.seconds for one in timed(again, rate, workers=2, ranks=1)] == [7.5, 5.0, None, 2.0]

@@ -201,5 +201,10 @@ def test_an_ended_unit_is_told_once_with_its_attempt_and_outcome(tmp_path: Path)
         ("scan", 1, 102_000_000, 3_000_000),
         ("read", 0, 100_500_000, 500_000),
     ]
+    # The ranks of workers that started anew come beside those before them.
+    watch.write_trace(Store(str(tmp_path)), [[("read", 105.0, 105.5, {})], [("read", 105.0, 106.0, {})]])
+    events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
+    reads = [(event["tid"], event["ts"]) for event in events if event["name"] == "read"]
+    assert reads == [(0, 100_500_000), (0, 105_000_000), (1, 105_000_000)]
     Watch("runs/two").write_trace(Store(str(tmp_path / "empty")), [])
     assert not (tmp_path / "empty").exists()

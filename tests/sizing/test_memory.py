@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infscan.config import Config, Sharding
+from infscan.config import Config, Dtype, Sharding
 from infscan.errors import ModelError
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
@@ -135,5 +135,9 @@ def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, A
     entries = sum(layer.outputs**2 + (layer.input_of == layer.name) * layer.inputs**2 for layer in architecture.layers)
     assert costs["covariance"].memory.factors == 4 * entries
     assert costs["refine"].memory.gradients == 4 * 3 * sum(layer.size for layer in architecture.layers)
+    config.model.dtype, config.scan.refine_dtype = Dtype.bfloat16, Dtype.float32
+    mixed = pass_costs(config, architecture, 3, CONTEXT, 0.0)
+    assert mixed["refine"] == costs["refine"]
+    assert mixed["scan"].memory.weights < costs["scan"].memory.weights
     config.factors.solver = type(config.factors.solver).identity
     assert list(pass_costs(config, architecture, 3, CONTEXT, 0.0)) == ["check", "scan", "refine"]
