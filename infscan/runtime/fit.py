@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from infscan.config import Attention, Labels, Solver, plain
 from infscan.corpus.addressable import AddressableCorpus
@@ -231,6 +232,8 @@ def _on_layers(run: Run, name: str, function: Any, plan: FactorsPlan) -> None:
     """
 
     def one(store: Store, plan: FactorsPlan, layer: Layer) -> None:
+        # Whatever OMP_NUM_THREADS says: threads of several tasks on one core wait for each other.
+        torch.set_num_threads(1)
         function(store, plan, layer)
 
     remote = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(one)
