@@ -77,6 +77,8 @@ TOKENIZER = "infscan://demo/model"
 FULL = "full rank"
 ALL_LOW, REDRAWN = "all three, at low rank", "nothing, with labels redrawn"
 RECALLS = ((10, 40), (100, 400))  # the strongest by full rank, looked for among so many of the approximation's
+# The same, where nothing is scored again in float32, and where 400 are.
+NARROW_RECALLS = ((100, 100), (100, 400))
 
 Scores = NDArray[np.floating]
 Arrays = dict[str, np.ndarray]
@@ -339,13 +341,13 @@ def judged(reference: Scores, scores: Scores, options: argparse.Namespace, kind:
     return row | {"by_query": found.values.tolist()}
 
 
-def recalls(reference: Scores, scores: Scores) -> dict[str, float | None]:
+def recalls(reference: Scores, scores: Scores, wanted: Sequence[tuple[int, int]] = RECALLS) -> dict[str, float | None]:
     """Means over queries; None where there are too few sequences for the figure to say anything."""
     return {
         f"recall_{top}_of_{among}": float(recall(reference, scores, top=top, candidates=among).mean())
         if among <= MAX_CANDIDATE_SHARE * reference.shape[1]
         else None
-        for top, among in RECALLS
+        for top, among in wanted
     }
 
 
@@ -396,6 +398,7 @@ def bfloat16_rows(fitted: Fitted, wide: dict[str, Arrays], scores: dict[str, Sco
             "reference": reference,
             "pearson": judged(scores[reference][:, ids], mine, options),
             "spearman": judged(scores[reference][:, ids], mine, options, "spearman"),
+            **recalls(scores[reference][:, ids], mine, NARROW_RECALLS),
         }
         for name, mine, reference in compared
     ]
@@ -432,6 +435,9 @@ def show(bench: Bench, rows: list[dict[str, Any]], bfloat16: list[dict[str, Any]
     for row in bfloat16:
         table.add_row(row["variant"], row["reference"], "Pearson", *interval(row["pearson"]))
         table.add_row("", "", "Spearman", *interval(row["spearman"]))
+        for top, among in NARROW_RECALLS:
+            if (share := row[f"recall_{top}_of_{among}"]) is not None:
+                table.add_row("", "", f"top {top} in {among}", f"{share:.4f}", "", "")
     console.print(table)
 
 
