@@ -58,7 +58,7 @@ bench: $(READY)
 RIVALS := .venv-rivals
 $(RIVALS)/%/.ready:
 	$(PYTHON) -m venv $(RIVALS)/$*
-	$(RIVALS)/$*/bin/pip install -q $(shell grep ^torch== constraints.txt) $*
+	$(RIVALS)/$*/bin/pip install -q $(shell grep ^torch== constraints.txt) transformers $*
 	# They come with builds for another torch, and nothing here needs them.
 	$(RIVALS)/$*/bin/pip uninstall -q -y torchvision torchaudio
 	touch $@
