@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infscan.config import Attention
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.passes.queries import Inverse, preconditioned
 from infscan.passes.query_batch import on_device
 from infscan.passes.rank import Rank
@@ -38,7 +38,8 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
     batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
-    full = {layer.name: LayerQueries.full(P.pop(layer.name)) for layer in task.layers}
+    scratch = Scratch.on(rank.device)
+    full = {layer.name: LayerQueries.full(P.pop(layer.name), scratch) for layer in task.layers}
     sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     columns = rank.to_device(np.asarray(task.columns, np.int64))
     shape = (len(sequences), len(task.queries))

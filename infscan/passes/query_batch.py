@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infscan.influence.allot import allot
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, cheapest
+from infscan.influence.score import LayerQueries, Scratch, cheapest
 from infscan.passes.factor_store import read_tensors
 from infscan.passes.rank import Rank
 from infscan.storage import Store
@@ -109,15 +109,15 @@ def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQu
         # [Q, n, r] to a row for every column, query after query.
         return found if found.ndim == 2 else found.transpose(1, 2).flatten(0, 1)
 
-    batch = {}
+    batch, scratch = {}, Scratch.on(rank.device)
     for layer in rank.layers:
         name = layer.name
         if f"{name}|P" in arrays:
-            batch[name] = LayerQueries.full(tensor(f"{name}|P"))
+            batch[name] = LayerQueries.full(tensor(f"{name}|P"), scratch)
         elif f"{name}|K" in arrays:
             batch[name] = LayerQueries.joint(*(tensor(f"{name}|{kind}") for kind in ("B_O", "B_I", "K")))
         else:
             batch[name] = LayerQueries.low_rank(columns(name, "U"), columns(name, "V"), ranks_of(arrays, layer))
             if f"{name}|full" in arrays:
-                batch[name] = LayerQueries.full(batch[name].multiplied_out())
+                batch[name] = LayerQueries.full(batch[name].multiplied_out(), scratch)
     return batch

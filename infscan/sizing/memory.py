@@ -20,7 +20,7 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, cheapest, score_layer
+from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer
 from infscan.model.architecture import Architecture, first_line, load_config, model_folder
 from infscan.model.load import Place, resolve_dtype
 from infscan.model.losses import head_is_last
@@ -187,7 +187,7 @@ def _check(sized: DryRank, queries: int) -> PassCost:
     laid_out = _laid_out(sized, queries)
     groups, layer_groups_ = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
     layers = max(layer_groups_, key=lambda group: sum(layer.size for layer in group))
-    full = _full(layers, len(groups[0]))
+    full = _full(sized, layers, len(groups[0]))
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         score_layer(s_bto, a_bti, laid_out[layer.name])
@@ -201,15 +201,13 @@ def _refine(sized: DryRank, queries: int) -> PassCost:
     """Candidates again: full-rank gradients of a query group stay. FLOP are those of one query for a sequence."""
     groups, layer_groups_ = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
     layers = max(layer_groups_, key=lambda group: sum(layer.size for layer in group))
-    full = _full(layers, len(groups[0]))
+    P = {layer.name: torch.empty(len(groups[0]), layer.outputs, layer.inputs, device="meta") for layer in layers}
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        P_qoi = full[layer.name].P_qoi
-        assert P_qoi is not None
-        ((s_bto.float() @ P_qoi[0]) * a_bti.float()).sum(dim=-1)
+        ((s_bto.float() @ P[layer.name][0]) * a_bti.float()).sum(dim=-1)
 
     seen = sized.backward(layers, consume)
-    return _cost(sized, seen, gradients=_bytes(full.values()))
+    return _cost(sized, seen, gradients=sum(P_qoi.nbytes for P_qoi in P.values()))
 
 
 def _covariance(sized: DryRank) -> PassCost:
@@ -261,7 +259,7 @@ def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
     """The query batch as a scan lays it out (`passes.query_batch`); with scan.rank=auto every rank is the largest, and
     one basis pair for all queries, which is taken where it is cheaper, is not counted on."""
     rank, dtype = sized.config.most_rank, sized.rank.model.dtype
-    left = sized.config.scan.query_group_bytes
+    left, scratch = sized.config.scan.query_group_bytes, Scratch.on(sized.device)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -270,27 +268,42 @@ def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
     for layer in sized.layers:
         O, I = layer.outputs, layer.inputs
         if rank is None or min(O, I) <= rank:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I))
+            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch)
             continue
         columns, full_bytes = queries * rank, 4 * queries * layer.size
         if cheapest(O, I, sized.T, queries, columns) == "full" and full_bytes <= left:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I))
+            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch)
             left -= full_bytes
         else:
             found[layer.name] = LayerQueries.low_rank(empty(columns, O), empty(columns, I), [rank] * queries)
+    return _with_scratch(sized, found)
+
+
+def _full(sized: DryRank, layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
+    scratch = Scratch.on(sized.device)
+    found = {
+        layer.name: LayerQueries.full(torch.empty(queries, layer.outputs, layer.inputs, device="meta"), scratch)
+        for layer in layers
+    }
+    return _with_scratch(sized, found)
+
+
+def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
+    """The same, with their scratch as large as it becomes: it stays for all micro-batches, as they do."""
+    like = torch.empty(0, dtype=sized.rank.model.dtype, device="meta")
+    for one in found.values():
+        if one.scratch is not None and one.P_qoi is not None:
+            _, O, I = one.P_qoi.shape
+            one.scratch.take(like, min(sized.B, formed_at_once(O, I)), O, I)
     return found
 
 
-def _full(layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
-    return {
-        layer.name: LayerQueries.full(torch.empty(queries, layer.outputs, layer.inputs, device="meta"))
-        for layer in layers
-    }
-
-
 def _bytes(queries: Iterable[LayerQueries]) -> int:
-    found = [(*one.U_parts, *one.V_parts, one.P_qoi, one.B_om, one.B_in, one.K_qmn) for one in queries]
-    return sum(tensor.nbytes for tensors in found for tensor in tensors if tensor is not None)
+    found = list(queries)
+    tensors = [(*one.U_parts, *one.V_parts, one.P_qoi, one.B_om, one.B_in, one.K_qmn) for one in found]
+    scratches = {one.scratch for one in found if one.scratch is not None}
+    held = sum(tensor.nbytes for parts in tensors for tensor in parts if tensor is not None)
+    return held + sum(scratch.nbytes for scratch in scratches)
 
 
 def _cost(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from infscan.influence import score
 from infscan.influence.compress import compress
-from infscan.influence.score import LayerQueries, cheapest, score_layer, score_tokens
+from infscan.influence.score import LayerQueries, Scratch, cheapest, score_layer, score_tokens
 from tests.influence.factors import normal
 
 B, T, O, I, Q = 4, 6, 5, 7, 3
@@ -53,6 +53,21 @@ def test_low_rank_scores_are_those_of_the_truncated_gradients(
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
     monkeypatch.setattr(score, "_COLUMNS", 2)  # cut in the middle of a query's columns
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
+
+
+def test_a_scratch_serves_every_layer_and_dtype_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch()
+    layers = [(normal(0, B, T, o), normal(1, B, T, i), normal(2, Q, o, i)) for o, i in ((O, I), (2, 3), (I, O))]
+    layers.append(tuple(x.to(torch.bfloat16) for x in layers[0]))  # type: ignore[arg-type]
+    for at_once in (1, 3, B):
+        monkeypatch.setattr(score, "_FORMED_ENTRIES", at_once * O * I)
+        for s_bto, a_bti, P_qoi in (*layers, layers[0]):
+            found = score_layer(s_bto, a_bti, LayerQueries.full(P_qoi, scratch))
+            torch.testing.assert_close(found, score_layer(s_bto, a_bti, LayerQueries.full(P_qoi)), rtol=0, atol=0)
+            exact = torch.einsum("bto,bti,qoi->bq", s_bto.double(), a_bti.double(), P_qoi.double())
+            near = {"rtol": 0.05, "atol": 0.5} if P_qoi.dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+            torch.testing.assert_close(found.double(), exact, **near)
+        assert scratch.nbytes <= B * O * I * torch.float64.itemsize
 
 
 def test_every_way_of_laying_out_multiplies_out_to_what_it_stands_for() -> None:
