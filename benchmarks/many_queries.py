@@ -143,7 +143,7 @@ def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, 
 
     def scan() -> None:
         for one in rank.batches(sequences, options.tokens_per_batch):
-            rank.backward(one, many.layers, one.loss(), consume)
+            rank.backward(one, many.layers, one.loss(), consume, ones=False)
 
     rounds = []
     for _ in range(options.repeats + 1):

@@ -53,14 +53,16 @@ class LayerQueries:
     """All queries' preconditioned gradients of one layer, laid out in one of three ways.
 
     U_parts, V_parts: [O, c] and [I, c], all queries' columns side by side, cut every `_COLUMNS`; query q owns the next
-    ranks[q] of them. P_qoi: [Q, O, I], full. B_om, B_in, K_qmn: one basis pair for all queries, P_q ~= B_O K_q B_I^T.
-    scratch: where the sequences' matrices g are formed against P_qoi; all layers may have the same one.
+    ranks[q] of them. P_qoi: [Q, O, I], full; its last column, a bias's, may lie apart in P_qo: products of an even
+    width are faster. B_om, B_in, K_qmn: one basis pair for all queries, P_q ~= B_O K_q B_I^T. scratch: where the
+    sequences' matrices g are formed against P_qoi; all layers may have the same one.
     """
 
     ranks: tuple[int, ...]
     U_parts: tuple[Tensor, ...] = ()
     V_parts: tuple[Tensor, ...] = ()
     P_qoi: Tensor | None = None
+    P_qo: Tensor | None = None
     B_om: Tensor | None = None
     B_in: Tensor | None = None
     K_qmn: Tensor | None = None
@@ -69,6 +71,13 @@ class LayerQueries:
     @property
     def queries(self) -> int:
         return len(self.ranks)
+
+    @property
+    def inputs(self) -> int:
+        """I, with the bias's 1 where there is a bias."""
+        if self.P_qoi is not None:
+            return self.P_qoi.shape[-1] + (self.P_qo is not None)
+        return len(self.V_parts[0] if self.B_in is None else self.B_in)
 
     @staticmethod
     def low_rank(U_xo: Tensor, V_xi: Tensor, ranks: Sequence[int]) -> LayerQueries:
@@ -82,7 +91,7 @@ class LayerQueries:
     def multiplied_out(self) -> Tensor:
         """P of every query, whatever the way they are laid out: [Q, O, I]."""
         if self.P_qoi is not None:
-            return self.P_qoi
+            return self.P_qoi if self.P_qo is None else torch.cat([self.P_qoi, self.P_qo.unsqueeze(-1)], dim=-1)
         if self.K_qmn is not None:
             assert self.B_om is not None
             assert self.B_in is not None
@@ -92,8 +101,13 @@ class LayerQueries:
         return torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])
 
     @staticmethod
-    def full(P_qoi: Tensor, scratch: Scratch | None = None) -> LayerQueries:
-        return LayerQueries((0,) * len(P_qoi), P_qoi=P_qoi.contiguous(), scratch=scratch)
+    def full(P_qoi: Tensor, scratch: Scratch | None = None, *, bias: bool = False) -> LayerQueries:
+        """bias: the last column is a bias's, and is laid apart."""
+        ranks = (0,) * len(P_qoi)
+        if not bias:
+            return LayerQueries(ranks, P_qoi=P_qoi.contiguous(), scratch=scratch)
+        weights_qoi, bias_qo = P_qoi[..., :-1].contiguous(), P_qoi[..., -1].contiguous()
+        return LayerQueries(ranks, P_qoi=weights_qoi, P_qo=bias_qo, scratch=scratch)
 
     @staticmethod
     def joint(B_mo: Tensor, B_ni: Tensor, K_qmn: Tensor) -> LayerQueries:
@@ -103,20 +117,34 @@ class LayerQueries:
 def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
     """One layer's share of every sequence's score against every query: [B, Q], float32 or wider.
 
-    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding. Products per token, R columns in all (`cheapest` compares): low
-    rank: sum_t (U_q^T s_t) . (V_q^T a_t), R (O + I). Full: g = sum_t s_t a_t^T once, O I (1 + Q / T). Joint: the
-    core B_O^T g B_I from projected tokens, m O + n I + m n (1 + Q / T).
+    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
+    taken as read. Products per token, R columns in all (`cheapest` compares): low rank: sum_t (U_q^T s_t) . (V_q^T
+    a_t), R (O + I). Full: g = sum_t s_t a_t^T once, O I (1 + Q / T). Joint: the core B_O^T g B_I from projected tokens,
+    m O + n I + m n (1 + Q / T).
     """
+    B, T, _ = s_bto.shape
+    ones = a_bti.shape[-1] == queries.inputs
     if queries.P_qoi is not None:
-        return _against(s_bto, a_bti, queries.P_qoi, queries.scratch)
+        if queries.P_qo is None:
+            return _against(s_bto, a_bti, queries.P_qoi, queries.scratch)
+        # s is zero on padding, so that a 1 there adds nothing.
+        s_bo = (s_bto.transpose(1, 2) @ a_bti[..., -1:]).squeeze(-1) if ones else s_bto.sum(dim=1)
+        of_bias_bq = s_bo @ queries.P_qo.T.to(s_bo.dtype)
+        a_bti = a_bti[..., :-1] if ones else a_bti
+        return _against(s_bto, a_bti, queries.P_qoi, queries.scratch).add_(of_bias_bq)
+    s_xo, a_xi = s_bto.flatten(0, 1), a_bti.flatten(0, 1)
+
+    def inputs(V_ic: Tensor) -> Tensor:
+        V_ic = V_ic.to(a_xi.dtype)
+        return a_xi @ V_ic if ones else torch.addmm(V_ic[-1], a_xi, V_ic[:-1])
+
     if queries.K_qmn is not None:
         assert queries.B_om is not None
         assert queries.B_in is not None
-        return _against(s_bto @ queries.B_om.to(s_bto.dtype), a_bti @ queries.B_in.to(a_bti.dtype), queries.K_qmn)
-    B, T, _ = s_bto.shape
-    s_xo, a_xi = s_bto.flatten(0, 1), a_bti.flatten(0, 1)
+        s_xm, a_xn = s_xo @ queries.B_om.to(s_xo.dtype), inputs(queries.B_in)
+        return _against(s_xm.view(B, T, -1), a_xn.view(B, T, -1), queries.K_qmn)
     shares = [
-        (s_xo @ U_oc.to(s_xo.dtype)).mul_(a_xi @ V_ic.to(a_xi.dtype)).view(B, T, -1).sum(dim=1, dtype=_wide(s_bto))
+        (s_xo @ U_oc.to(s_xo.dtype)).mul_(inputs(V_ic)).view(B, T, -1).sum(dim=1, dtype=_wide(s_bto))
         for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
     ]
     return _by_query(torch.cat(shares, dim=1), queries.ranks)

@@ -39,7 +39,7 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
     batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
     scratch = Scratch.on(rank.device)
-    full = {layer.name: LayerQueries.full(P.pop(layer.name), scratch) for layer in task.layers}
+    full = {layer.name: LayerQueries.full(P.pop(layer.name), scratch, bias=layer.bias) for layer in task.layers}
     sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     columns = rank.to_device(np.asarray(task.columns, np.int64))
     shape = (len(sequences), len(task.queries))
@@ -52,6 +52,6 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
             approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
             exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
 
-        rank.backward(batch, task.layers, batch.loss(), consume)
+        rank.backward(batch, task.layers, batch.loss(), consume, ones=False)
     approximate_nq, exact_nq = rank.reduce(approximate_nq), rank.reduce(exact_nq)
     return (approximate_nq.cpu().numpy(), exact_nq.cpu().numpy()) if rank.leads else None

@@ -113,11 +113,11 @@ def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQu
     for layer in rank.layers:
         name = layer.name
         if f"{name}|P" in arrays:
-            batch[name] = LayerQueries.full(tensor(f"{name}|P"), scratch)
+            batch[name] = LayerQueries.full(tensor(f"{name}|P"), scratch, bias=layer.bias)
         elif f"{name}|K" in arrays:
             batch[name] = LayerQueries.joint(*(tensor(f"{name}|{kind}") for kind in ("B_O", "B_I", "K")))
         else:
             batch[name] = LayerQueries.low_rank(columns(name, "U"), columns(name, "V"), ranks_of(arrays, layer))
             if f"{name}|full" in arrays:
-                batch[name] = LayerQueries.full(batch[name].multiplied_out(), scratch)
+                batch[name] = LayerQueries.full(batch[name].multiplied_out(), scratch, bias=layer.bias)
     return batch

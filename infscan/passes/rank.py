@@ -172,12 +172,18 @@ class Rank:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def backward(self, batch: Batch, layers: Sequence[Layer], loss: Loss, consume: LayerConsumer) -> Tensor:
-        """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B]."""
+    def backward(
+        self, batch: Batch, layers: Sequence[Layer], loss: Loss, consume: LayerConsumer, *, ones: bool = True
+    ) -> Tensor:
+        """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B].
+
+        Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied.
+        """
 
         def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
             if batch.scored:
-                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=layer.bias, padded=batch.padded))
+                bias = layer.bias and ones
+                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=bias, padded=batch.padded))
 
         with capturing(self.model.module, layers, consume_masked):
             with self.span("forward", tokens=batch.ids_bt.numel()):

@@ -59,7 +59,7 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
         def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, partial_bq: Tensor = partial_bq) -> None:
             partial_bq.add_(score_layer(s_bto, a_bti, queries[layer.name]))
 
-        losses_b = rank.backward(batch, rank.layers, batch.loss(), consume)
+        losses_b = rank.backward(batch, rank.layers, batch.loss(), consume, ones=False)
         if batch.scored:
             scores_nq[rows], losses_n[rows] = partial_bq, losses_b
     scores_nq, losses_n = rank.reduce(scores_nq), rank.reduce(losses_n)

@@ -103,8 +103,10 @@ class DryRank:
         gathered = min(sum(sizes), max(zero.max_live_parameters, *sizes) + zero.prefetch_bucket_size)
         return (-(-sum(sizes) // self.world) + gathered) * self.itemsize + buffers
 
-    def backward(self, layers: Sequence[Layer], consume: LayerConsumer, *, labels: bool = False) -> Dry:
-        """One micro-batch through `consume`; with `labels`, as the pass that draws the Fisher's.
+    def backward(
+        self, layers: Sequence[Layer], consume: LayerConsumer, *, labels: bool = False, ones: bool = True
+    ) -> Dry:
+        """One micro-batch through `consume`; with `labels`, as the pass that draws the Fisher's; `ones` as of a rank.
 
         Raises:
             ModelError: for a family whose code does not run on shapes alone.
@@ -119,7 +121,7 @@ class DryRank:
                 loss = batch.loss()
                 if labels:
                     loss = replace(loss, uniforms_bt=torch.zeros(B, T, dtype=torch.float64))
-                self.rank.backward(batch, layers, loss, consume)
+                self.rank.backward(batch, layers, loss, consume, ones=ones)
         except Exception as error:  # a family's own code may do what it likes
             raise ModelError(
                 f"what a rank holds cannot be told: the model does not run on shapes alone ({type(error).__name__}: "
@@ -178,7 +180,7 @@ def scan_cost(sized: DryRank, queries: int) -> PassCost:
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         scores_bq.add_(score_layer(s_bto, a_bti, laid_out[layer.name]))
 
-    seen = sized.backward(sized.layers, consume)
+    seen = sized.backward(sized.layers, consume, ones=False)
     return _cost(sized, seen, queries=_bytes(laid_out.values()))
 
 
@@ -193,7 +195,7 @@ def _check(sized: DryRank, queries: int) -> PassCost:
         score_layer(s_bto, a_bti, laid_out[layer.name])
         score_layer(s_bto, a_bti, full[layer.name])
 
-    seen = sized.backward(layers, consume)
+    seen = sized.backward(layers, consume, ones=False)
     return _cost(sized, seen, queries=_bytes(laid_out.values()), gradients=_bytes(full.values()))
 
 
@@ -268,11 +270,11 @@ def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
     for layer in sized.layers:
         O, I = layer.outputs, layer.inputs
         if rank is None or min(O, I) <= rank:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch)
+            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
             continue
         columns, full_bytes = queries * rank, 4 * queries * layer.size
         if cheapest(O, I, sized.T, queries, columns) == "full" and full_bytes <= left:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch)
+            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
             left -= full_bytes
         else:
             found[layer.name] = LayerQueries.low_rank(empty(columns, O), empty(columns, I), [rank] * queries)
@@ -282,7 +284,9 @@ def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
 def _full(sized: DryRank, layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
     scratch = Scratch.on(sized.device)
     found = {
-        layer.name: LayerQueries.full(torch.empty(queries, layer.outputs, layer.inputs, device="meta"), scratch)
+        layer.name: LayerQueries.full(
+            torch.empty(queries, layer.outputs, layer.inputs, device="meta"), scratch, bias=layer.bias
+        )
         for layer in layers
     }
     return _with_scratch(sized, found)
@@ -300,7 +304,7 @@ def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, L
 
 def _bytes(queries: Iterable[LayerQueries]) -> int:
     found = list(queries)
-    tensors = [(*one.U_parts, *one.V_parts, one.P_qoi, one.B_om, one.B_in, one.K_qmn) for one in found]
+    tensors = [(*one.U_parts, *one.V_parts, one.P_qoi, one.P_qo, one.B_om, one.B_in, one.K_qmn) for one in found]
     scratches = {one.scratch for one in found if one.scratch is not None}
     held = sum(tensor.nbytes for parts in tensors for tensor in parts if tensor is not None)
     return held + sum(scratch.nbytes for scratch in scratches)

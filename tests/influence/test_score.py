@@ -55,6 +55,22 @@ def test_low_rank_scores_are_those_of_the_truncated_gradients(
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
 
 
+@pytest.mark.parametrize("way", ["low", "full", "joint"])
+def test_a_biass_1_may_be_left_out(way: str) -> None:
+    s_bto, a_bti = tokens()
+    a_bti[..., -1] = 1
+    s_bto[1, 3:] = 0
+    a_bti[1, 3:] = 0
+    P_qoi = normal(2, Q, O, I)
+    joint = LayerQueries.joint(normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3))
+    queries = {"low": low_rank(P_qoi, 2), "full": LayerQueries.full(P_qoi, bias=True), "joint": joint}[way]
+    whole = LayerQueries.full(queries.multiplied_out())
+    assert (queries.inputs, whole.inputs) == (I, I)
+    expected = score_layer(s_bto, a_bti, whole)
+    torch.testing.assert_close(score_layer(s_bto, a_bti, queries), expected)
+    torch.testing.assert_close(score_layer(s_bto, a_bti[..., :-1], queries), expected)
+
+
 def test_a_scratch_serves_every_layer_and_dtype_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = Scratch()
     layers = [(normal(0, B, T, o), normal(1, B, T, i), normal(2, Q, o, i)) for o, i in ((O, I), (2, 3), (I, O))]
