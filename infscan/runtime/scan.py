@@ -313,8 +313,8 @@ def by_shard(plan: Plan, sequence_ids: NDArray[np.int64]) -> Iterator[tuple[str,
     """Sequence_ids, ascending and each once, grouped by the shard whose file holds them, in plan order."""
     ordered = np.unique(sequence_ids)
     shards, starts = np.unique(plan.selection.positions(ordered) // plan.shard_sequences, return_index=True)
-    for number, start, stop in zip(shards, starts, [*starts[1:], len(ordered)], strict=True):
-        yield shard_name(int(number)), ordered[start:stop]
+    for number, mine in zip(shards, np.split(ordered, starts)[1:], strict=True):
+        yield shard_name(int(number)), mine
 
 
 def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:

@@ -26,7 +26,7 @@ from infscan.errors import FactorsError, InfscanError, RunError
 from infscan.passes.factor_store import FactorsPlan
 from infscan.passes.rank import Batch, Rank
 from infscan.passes.scan import ScanTask
-from infscan.results.read import read_scores, read_summary
+from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.runtime import fit
@@ -161,10 +161,10 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
         tokens = room.tokens
 
         def in_little_memory(rank: Rank, *arguments: Any) -> Any:
-            def backward(batch: Batch, *rest: Any) -> Tensor:
+            def backward(batch: Batch, *rest: Any, **named: Any) -> Tensor:
                 if batch.ids_bt.numel() > tokens:
                     raise MemoryError("no room")
-                return Rank.backward(rank, batch, *rest)
+                return Rank.backward(rank, batch, *rest, **named)
 
             rank.backward = backward  # type: ignore[method-assign]
             try:
@@ -216,6 +216,19 @@ def damage(part: Path) -> None:
     for at in range(offset, offset + 4):
         data[at] ^= 0xFF
     part.write_bytes(bytes(data))
+
+
+def test_a_run_without_a_single_good_shard_says_so(twin: Config, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(twin.corpus.path, corpus)
+    for part in corpus.glob("part-*.parquet"):
+        damage(part)
+    once = ("cluster.num_workers=1", "cluster.max_attempts=1", "scan.check_sequences=0")
+    config = disturbed(twin, tmp_path, f"corpus.path={corpus}", *once)
+    with pytest.raises(RunError, match=rf"{SHARDS} shards are quarantined .*allow_quarantined=0"):
+        answer(config)
+    assert_counts_add_up(config, quarantined=SHARDS)
+    assert read_top(config.output, unfinished=True).num_rows == 0
 
 
 def test_a_poison_shard_is_quarantined_and_a_rerun_finishes_it(twin: Config, tmp_path: Path, trouble: Trouble) -> None:
