@@ -188,13 +188,17 @@ def main() -> None:
             **recalls(truth, found),
             "timed": [],
         }
+        say(json.dumps(row | {"pearson": row["pearson"]["mean"]}))
+        # Gigabytes each: the next layout has no room beside them.
+        del arrays, batch, found
         for length in options.lengths:
             there = many.laid_out(energy, length)
             row["timed"].append(
                 timed(many, on_device(many.rank, there), length) | {"layers": shapes(there, many.layers)}
             )
+            del there
+            say(json.dumps(row["timed"][-1]))
         rows.append(row)
-        say(json.dumps(row | {"pearson": row["pearson"]["mean"]}))
     table = Table(title=f"{len(many.queries)} queries, {len(sequences)} sequences, {options.judged} queries judged")
     for column in ("energy", "layers", "Pearson", "worst", *(f"top {top} in {among}" for top, among in RECALLS)):
         table.add_column(column)
