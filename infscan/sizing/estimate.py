@@ -56,8 +56,8 @@ class Rate:
     """What turns work into time: a peak and the share of it that is reached, or a measured rate of the scan.
 
     flops: of one rank. tokens_per_s: of one worker's scan; other phases go by their FLOP. refine_speed: the refining
-    dtype's peak over the scan's. measured: by phase, of a finished run: (tokens or sequences per
-    second and worker, or None; seconds, where nothing is counted).
+    dtype's peak over the scan's. measured: by phase, of a finished run: (tokens or sequences per second and worker, or
+    None; seconds, where nothing is counted).
     """
 
     flops: float | None = None
