@@ -274,8 +274,7 @@ class Bench:
         return Case(name, lambda: refine_task(self.rank, task))
 
     def batches(self) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
-        for batch in self.rank.batches(self.sequences, self.options.tokens_per_batch):
-            yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
+        return with_targets(self.rank, self.sequences, self.options.tokens_per_batch)
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -359,10 +358,16 @@ class Bench:
         return [Case(FLOOR, self.floor), *(case for case in cases if wanted.search(case.name))]
 
 
+def with_targets(
+    rank: Rank, sequences: list[Sequence], tokens_per_batch: int
+) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
+    for batch in rank.batches(sequences, tokens_per_batch):
+        yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
+
+
 def floor(rank: Rank, sequences: list[Sequence], tokens_per_batch: int) -> None:
     """Forward and activation gradients of plain summed losses, and no layer tracked."""
-    for batch in rank.batches(sequences, tokens_per_batch):
-        targets = next_tokens(batch.ids_bt, batch.mask_bt)
+    for batch, targets in with_targets(rank, sequences, tokens_per_batch):
         with capturing(rank.model.module, (), _nothing):
             summed_losses(rank.model.logits(batch.ids_bt), *targets).sum().backward()
 
