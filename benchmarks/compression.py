@@ -279,9 +279,12 @@ class Fitted:
             U_xo, V_xi = (torch.from_numpy(arrays[f"{layer.name}|{side}"]) for side in "UV")
             known = layer_factors(self.inverse, layer, "cpu", torch.float32)
             assert known is not None
-            found = joint(U_xo, V_xi, ranks_of(arrays, layer), known[0], weights, energy)
+            ranks, T = ranks_of(arrays, layer), self.options.length
+            found = joint(U_xo, V_xi, ranks, known[0], weights, energy, T, len(ranks) * layer.size)
+            assert found is not None
             for kind, tensor in (("B_O", found.B_mo), ("B_I", found.B_ni), ("K", found.K_qmn)):
-                bases[f"{layer.name}|{kind}"] = tensor.numpy()
+                if tensor is not None:
+                    bases[f"{layer.name}|{kind}"] = tensor.numpy()
         return bases
 
     def products(self, arrays: Arrays) -> float:

@@ -224,7 +224,7 @@ class Bench:
             if not mine:
                 arrays = {key: array[:count] for key, array in self.compressed(prepared, rank).items()}
                 # As the job lays them out.
-                mine.update(multiplied_out(arrays, self.plan.layers, self.options.length, _GROUP_BYTES))
+                mine.update(multiplied_out(arrays, self.plan.layers, self.options.length, _GROUP_BYTES // 4))
             # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
             self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
             task.run.remove(shard_path(SHARD))
@@ -301,7 +301,7 @@ class Bench:
         made: dict[int, Tensor] = {}
 
         def ready() -> None:
-            for n in {n for layer in self.plan.layers for n in (layer.outputs, layer.inputs)}:
+            for n in {n for layer in self.plan.layers for n in (layer.outputs, layer.inputs - layer.bias)}:
                 if n not in made:
                     made[n] = torch.randn(per_batch, sizes.length, n, device=self.rank.device).to(self.rank.model.dtype)
 
@@ -309,7 +309,7 @@ class Bench:
             for start in range(0, sizes.sequences, per_batch):
                 rows = min(per_batch, sizes.sequences - start)
                 for layer in self.plan.layers:
-                    product(layer, made[layer.outputs][:rows], made[layer.inputs][:rows])
+                    product(layer, made[layer.outputs][:rows], made[layer.inputs - layer.bias][:rows])
 
         return Case(name, run, ready)
 
@@ -326,7 +326,8 @@ class Bench:
         def moments(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
             add_second_moment(S[layer.name], s_bto)
             if layer.input_of == layer.name:
-                add_second_moment(A[layer.name], a_bti)
+                ones_bt = a_bti.new_ones(a_bti.shape[:2], dtype=torch.bool)
+                add_second_moment(A[layer.name], a_bti, ones_bt if layer.bias else None)
 
         def squares(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
             add_squared_gradients(Lambda[layer.name], s_bto, a_bti, S[layer.name], A[layer.name])

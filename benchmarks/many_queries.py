@@ -33,9 +33,17 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
+from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
 from infscan.passes.queries import QueryTask, query_task
-from infscan.passes.query_batch import allotted, layout, multiplied_out, on_device, query_weights, read_query_batch
+from infscan.passes.query_batch import (
+    allotted,
+    in_dtype,
+    layout,
+    multiplied_out,
+    on_device,
+    query_weights,
+    read_query_batch,
+)
 from infscan.queries import Query
 from infscan.storage import Store
 
@@ -48,6 +56,11 @@ def arguments() -> argparse.Namespace:
     asked.add_argument("--judged", type=int, default=200, help="queries scored at full rank, to be found again")
     asked.add_argument("--sequences", type=int, default=20_000)
     asked.add_argument("--lengths", type=int, nargs="+", default=[64, 256], help="T of the timed sequences")
+    asked.add_argument("--query-dtype", type=Dtype, help="scan.query_dtype")
+    asked.add_argument("--query-group-bytes", type=int, default=ScanConfig().query_group_bytes)
+    asked.add_argument(
+        "--timed-tokens", type=int, help="tokens of a timed micro-batch; --tokens-per-batch, if not given"
+    )
     asked.add_argument("--repeats", type=int, default=5)
     asked.set_defaults(energies=[0.9, 0.95])
     return asked.parse_args()
@@ -91,6 +104,7 @@ class Many:
         """As the job does it: columns by energy, a basis pair where it is cheaper, or matrices multiplied out."""
         arrays = allotted(self.columns, self.layers, energy)
         names = []
+        rooms = room(arrays, self.layers, self.entries)
         for number, layer in enumerate(self.layers):
             if not worthwhile(arrays, layer, tokens):
                 continue
@@ -104,12 +118,16 @@ class Many:
                 weights=self.weights,
                 kept=energy,
                 tokens=tokens,
+                entries=rooms[layer.name],
                 fingerprint="",
             )
             joint_task(self.rank, task, arrays)
-        return dict(
-            multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, ScanConfig().query_group_bytes)
-        )
+        return multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, self.entries)
+
+    @property
+    def entries(self) -> int:
+        dtype = in_dtype(self.options.query_dtype, self.rank.model.dtype)
+        return self.options.query_group_bytes // dtype.itemsize
 
     def full_rank(self, sequences: list[Sequence]) -> np.ndarray:
         """Scores [judged, N] at full rank, a group of queries after the other."""
@@ -124,7 +142,8 @@ class Many:
         count, found = self.options.judged, {}
         for name, queries in batch.items():
             if queries.K_qmn is not None:
-                found[name] = replace(queries, ranks=queries.ranks[:count], K_qmn=queries.K_qmn[:count])
+                K_qm = None if queries.K_qm is None else queries.K_qm[:count]
+                found[name] = replace(queries, ranks=queries.ranks[:count], K_qmn=queries.K_qmn[:count], K_qm=K_qm)
             else:
                 found[name] = LayerQueries.full(queries.multiplied_out()[:count])
         return found
@@ -133,7 +152,8 @@ class Many:
 def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, Any]:
     """Seconds of a scan's scoring pass and of the floor right before it, in turns, on random sequences of T tokens."""
     rank, options = many.rank, many.options
-    rng, count = np.random.default_rng(0), max(1, options.tokens_per_batch // length)
+    tokens_per_batch = options.timed_tokens or options.tokens_per_batch
+    rng, count = np.random.default_rng(0), max(1, tokens_per_batch // length)
     vocabulary = many.fitted.bench.vocab_size
     sequences = [Sequence(n, rng.integers(1, vocabulary, length), (), 0, "") for n in range(count)]
     scores = torch.zeros(count, len(many.queries), device=rank.device)
@@ -142,13 +162,13 @@ def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, 
         scores.add_(score_layer(s_bto, a_bti, batch[layer.name]))
 
     def scan() -> None:
-        for one in rank.batches(sequences, options.tokens_per_batch):
+        for one in rank.batches(sequences, tokens_per_batch):
             rank.backward(one, many.layers, one.loss(), consume, ones=False)
 
     rounds = []
     for _ in range(options.repeats + 1):
         seconds = []
-        for run in (partial(floor, rank, sequences, options.tokens_per_batch), scan):
+        for run in (partial(floor, rank, sequences, tokens_per_batch), scan):
             began = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - began)
@@ -179,7 +199,7 @@ def main() -> None:
     rows = []
     for energy in options.energies:
         arrays = many.laid_out(energy, options.length)
-        batch = on_device(many.rank, arrays)
+        batch = on_device(many.rank, arrays, options.query_dtype)
         found = many.fitted.score(sequences, {"": many.first(batch)})[""]
         row: dict[str, Any] = {
             "energy": energy,
@@ -194,7 +214,8 @@ def main() -> None:
         for length in options.lengths:
             there = many.laid_out(energy, length)
             row["timed"].append(
-                timed(many, on_device(many.rank, there), length) | {"layers": shapes(there, many.layers)}
+                timed(many, on_device(many.rank, there, options.query_dtype), length)
+                | {"layers": shapes(there, many.layers)}
             )
             del there
             say(json.dumps(row["timed"][-1]))

@@ -96,7 +96,7 @@ def measured(folder: Path, setting: tuple) -> int:
         for layer in architecture.layers
         for kind, n in (("U", layer.outputs), ("V", layer.inputs))
     }
-    arrays = multiplied_out(arrays, architecture.layers, T, config.scan.query_group_bytes)
+    arrays = multiplied_out(arrays, architecture.layers, T, config.scan.query_group_bytes // 4)
     rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),

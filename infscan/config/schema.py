@@ -331,7 +331,8 @@ class StageConfig:
 @dataclass
 class ScanConfig:
     """How sequences are scored. rank: a number; null: full; `auto`: allotted per query and layer, so that the columns
-    kept hold `energy` of the score's expected square. refine_dtype: of the model that candidates are scored again with;
+    kept hold `energy` of the score's expected square. query_dtype: of the queries' columns or matrices and of products
+    with them; null: model.dtype. refine_dtype: of the model that candidates are scored again with;
     null: model.dtype. For another one the workers load the model again, after the scan.
     """
 
@@ -341,6 +342,7 @@ class ScanConfig:
     compression: Compression = Compression.weighted
     top_k: int = 100
     candidates: int | None = None
+    query_dtype: Dtype | None = None
     refine_dtype: Dtype | None = None
     sides: Sides = Sides.both
     scores: Scores = Scores.top

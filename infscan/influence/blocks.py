@@ -51,6 +51,14 @@ class BlockDiagonal:
         parts = zip(x.split(self.sizes, dim=-1), self.blocks, strict=True)
         return _joined([part @ block for part, block in parts], dim=-1)
 
+    def rotate_with_one(self, x: Tensor) -> Tensor:
+        """[x, 1] M for x [..., n - 1], with nothing appended to x: the last row of M is added."""
+        *sizes, last = self.sizes
+        *parts, x_end = x.split([*sizes, last - 1], dim=-1)
+        M_end = self.blocks[-1]
+        end = torch.addmm(M_end[-1], x_end.flatten(0, -2), M_end[:-1]).unflatten(0, x.shape[:-1])
+        return _joined([*(part @ block for part, block in zip(parts, self.blocks, strict=False)), end], dim=-1)
+
 
 def _joined(products: list[Tensor], dim: int) -> Tensor:
     # One product is left as it is: a copy would cost memory and might be laid out, and then rounded, differently.

@@ -26,17 +26,25 @@ def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool, padded: bool = True
     return torch.cat([a_bti, mask_bt1.to(a_bti.dtype)], dim=-1) if bias else a_bti
 
 
-def add_second_moment(total: BlockDiagonal, x_btn: Tensor) -> None:
+def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | None = None) -> None:
     """total += sum over tokens of x x^T, its diagonal blocks alone, in float32 or wider. Padding must be zero in x.
 
-    total: [n, n]; x_btn: [B, T, n]. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
+    total: [n, n]; x_btn: [B, T, n], or [B, T, n - 1] with the 1 that a bias multiplies left out: ones_bt, bool [B, T],
+    then says which tokens have one. G23 section 2.1 (Kronecker factors), as sums: divide by the tokens at the end.
     Only the upper triangle is summed, in panels of rows that start at the diagonal: near half the products of x^T x.
     What is below the diagonal means nothing until `mirror` has made the sum symmetric.
     """
-    for block, x_btk in zip(total.blocks, x_btn.split(total.sizes, dim=-1), strict=True):
+    sizes = total.sizes
+    if ones_bt is not None:
+        sizes[-1] -= 1
+        of_ones = total.blocks[-1][:, -1]
+        of_ones[:-1] += x_btn[..., x_btn.shape[-1] - sizes[-1] :].sum(dim=(0, 1), dtype=of_ones.dtype)
+        of_ones[-1] += ones_bt.sum()
+    for block, x_btk in zip(total.blocks, x_btn.split(sizes, dim=-1), strict=True):
         x_mk = x_btk.flatten(0, 1).to(block.dtype)
-        for start, stop in _panels(len(block)):
-            block[start:stop, start:].addmm_(x_mk[:, start:stop].T, x_mk[:, start:])
+        k = x_mk.shape[1]
+        for start, stop in _panels(k):
+            block[start:stop, start:k].addmm_(x_mk[:, start:stop].T, x_mk[:, start:])
 
 
 def mirror(total: BlockDiagonal) -> BlockDiagonal:

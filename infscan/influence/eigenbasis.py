@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from infscan.errors import FactorsError
 from infscan.influence.blocks import BlockDiagonal
@@ -61,17 +62,23 @@ def add_squared_gradients(
 ) -> None:
     """Lambda += sum over the batch's sequences of (Q_S^T g Q_A)^2, g = sum_t s_t a_t^T the sequence's summed gradient.
 
-    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding. Q_S: [O, O], Q_A: [I, I]. Lambda_oi: [O, I], float32 or wider.
+    s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
+    taken as read. Q_S: [O, O], Q_A: [I, I]. Lambda_oi: [O, I], float32 or wider.
     As sums over sequences: divide by their number at the end (George et al. 2018; G23 equation 18).
     """
     s_bto, a_bti = s_bto.to(Lambda_oi.dtype), a_bti.to(Lambda_oi.dtype)
     B, T, O = s_bto.shape
-    tokens_first = rotate_tokens_first(T, O, a_bti.shape[-1])
+    I = Lambda_oi.shape[1]
+    tokens_first = rotate_tokens_first(T, O, I)
+    # A 1 on padding, where s is zero, adds nothing.
+    ones = a_bti.shape[-1] == I
     if tokens_first:
-        s_bto, a_bti = s_bto @ Q_S, a_bti @ Q_A
+        s_bto, a_bti = s_bto @ Q_S, a_bti @ Q_A if ones else Q_A.rotate_with_one(a_bti)
+    elif not ones:
+        a_bti = pad(a_bti, (0, 1), value=1.0)
     entries = _CACHED_ENTRIES if Lambda_oi.is_cpu else _CHUNK_ENTRIES
     chunk = min(B, max(1, entries // Lambda_oi.numel()))
-    g_coi = Lambda_oi.new_empty(chunk, O, a_bti.shape[-1])
+    g_coi = Lambda_oi.new_empty(chunk, O, I)
     for start in range(0, B, chunk):
         s_cto, a_cti = s_bto[start : start + chunk], a_bti[start : start + chunk]
         g_boi = torch.bmm(s_cto.transpose(1, 2), a_cti, out=g_coi[: len(s_cto)])

@@ -50,22 +50,22 @@ class Scratch:
 
 @dataclass(frozen=True)
 class LayerQueries:
-    """All queries' preconditioned gradients of one layer, laid out in one of three ways.
+    """All queries' preconditioned gradients of one layer, laid out as columns or as cores.
 
     U_parts, V_parts: [O, c] and [I, c], all queries' columns side by side, cut every `_COLUMNS`; query q owns the next
-    ranks[q] of them. P_qoi: [Q, O, I], full; its last column, a bias's, may lie apart in P_qo: products of an even
-    width are faster. B_om, B_in, K_qmn: one basis pair for all queries, P_q ~= B_O K_q B_I^T. scratch: where the
-    sequences' matrices g are formed against P_qoi; all layers may have the same one.
+    ranks[q] of them. K_qmn: cores [Q, m, n], P_q = B_O K_q B_I^T, with B_om and B_in one basis for all queries; a side
+    without one keeps its own coordinates, and without both K_q is P_q itself. Where inputs keep theirs, the last
+    column, a bias's, may lie apart in K_qm: products of an even width are faster. scratch: where the sequences' own
+    cores are formed; all layers may have the same one. Products with tokens are in the dtype of what is laid out.
     """
 
     ranks: tuple[int, ...]
     U_parts: tuple[Tensor, ...] = ()
     V_parts: tuple[Tensor, ...] = ()
-    P_qoi: Tensor | None = None
-    P_qo: Tensor | None = None
+    K_qmn: Tensor | None = None
+    K_qm: Tensor | None = None
     B_om: Tensor | None = None
     B_in: Tensor | None = None
-    K_qmn: Tensor | None = None
     scratch: Scratch | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -73,10 +73,14 @@ class LayerQueries:
         return len(self.ranks)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.U_parts[0].dtype if self.K_qmn is None else self.K_qmn.dtype
+
+    @property
     def inputs(self) -> int:
         """I, with the bias's 1 where there is a bias."""
-        if self.P_qoi is not None:
-            return self.P_qoi.shape[-1] + (self.P_qo is not None)
+        if self.K_qmn is not None and self.B_in is None:
+            return self.K_qmn.shape[-1] + (self.K_qm is not None)
         return len(self.V_parts[0] if self.B_in is None else self.B_in)
 
     @staticmethod
@@ -88,71 +92,74 @@ class LayerQueries:
         )
         return LayerQueries(tuple(ranks), U_parts=tuple(cut[0]), V_parts=tuple(cut[1]))
 
-    def multiplied_out(self) -> Tensor:
-        """P of every query, whatever the way they are laid out: [Q, O, I]."""
-        if self.P_qoi is not None:
-            return self.P_qoi if self.P_qo is None else torch.cat([self.P_qoi, self.P_qo.unsqueeze(-1)], dim=-1)
-        if self.K_qmn is not None:
-            assert self.B_om is not None
-            assert self.B_in is not None
-            return self.B_om @ self.K_qmn @ self.B_in.T
-        U_ox, V_ix = torch.cat(self.U_parts, dim=1), torch.cat(self.V_parts, dim=1)
-        pairs = zip(U_ox.split(self.ranks, dim=1), V_ix.split(self.ranks, dim=1), strict=True)
-        return torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])
-
     @staticmethod
     def full(P_qoi: Tensor, scratch: Scratch | None = None, *, bias: bool = False) -> LayerQueries:
         """bias: the last column is a bias's, and is laid apart."""
-        ranks = (0,) * len(P_qoi)
-        if not bias:
-            return LayerQueries(ranks, P_qoi=P_qoi.contiguous(), scratch=scratch)
-        weights_qoi, bias_qo = P_qoi[..., :-1].contiguous(), P_qoi[..., -1].contiguous()
-        return LayerQueries(ranks, P_qoi=weights_qoi, P_qo=bias_qo, scratch=scratch)
+        return LayerQueries.cores(P_qoi, scratch=scratch, bias=bias)
 
     @staticmethod
-    def joint(B_mo: Tensor, B_ni: Tensor, K_qmn: Tensor) -> LayerQueries:
-        return LayerQueries((0,) * len(K_qmn), B_om=B_mo.T.contiguous(), B_in=B_ni.T.contiguous(), K_qmn=K_qmn)
+    def cores(
+        K_qmn: Tensor,
+        B_mo: Tensor | None = None,
+        B_ni: Tensor | None = None,
+        scratch: Scratch | None = None,
+        *,
+        bias: bool = False,
+    ) -> LayerQueries:
+        """From bases in rows, B_O [m, O] and B_I [n, I], where there are any; bias: as of `full`, without a B_I."""
+        ranks, K_qm = (0,) * len(K_qmn), None
+        if bias and B_ni is None:
+            K_qmn, K_qm = K_qmn[..., :-1], K_qmn[..., -1].contiguous()
+        B_om, B_in = (None if basis is None else basis.T.contiguous() for basis in (B_mo, B_ni))
+        return LayerQueries(ranks, (), (), K_qmn.contiguous(), K_qm, B_om, B_in, scratch)
+
+    def multiplied_out(self) -> Tensor:
+        """P of every query, whatever the way they are laid out: [Q, O, I]."""
+        if self.K_qmn is None:
+            U_ox, V_ix = torch.cat(self.U_parts, dim=1), torch.cat(self.V_parts, dim=1)
+            pairs = zip(U_ox.split(self.ranks, dim=1), V_ix.split(self.ranks, dim=1), strict=True)
+            return torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])
+        found = self.K_qmn if self.K_qm is None else torch.cat([self.K_qmn, self.K_qm.unsqueeze(-1)], dim=-1)
+        found = found if self.B_om is None else self.B_om @ found
+        return found if self.B_in is None else found @ self.B_in.T
 
 
 def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
     """One layer's share of every sequence's score against every query: [B, Q], float32 or wider.
 
     s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
-    taken as read. Products per token, R columns in all (`cheapest` compares): low rank: sum_t (U_q^T s_t) . (V_q^T
-    a_t), R (O + I). Full: g = sum_t s_t a_t^T once, O I (1 + Q / T). Joint: the core B_O^T g B_I from projected tokens,
-    m O + n I + m n (1 + Q / T).
+    taken as read. Products per token, R columns in all (`cheapest` compares): columns: sum_t (U_q^T s_t) . (V_q^T
+    a_t), R (O + I). Cores: B_O^T g B_I, g = sum_t s_t a_t^T, once from the projected tokens, and <K_q, it> for every
+    query: m O + n I + m n (1 + Q / T), where a side without a basis is not projected.
     """
+    wide = _wide(s_bto)
+    s_bto, a_bti = s_bto.to(queries.dtype), a_bti.to(queries.dtype)
     B, T, _ = s_bto.shape
     ones = a_bti.shape[-1] == queries.inputs
-    if queries.P_qoi is not None:
-        if queries.P_qo is None:
-            return _against(s_bto, a_bti, queries.P_qoi, queries.scratch)
-        # s is zero on padding, so that a 1 there adds nothing.
-        s_bo = (s_bto.transpose(1, 2) @ a_bti[..., -1:]).squeeze(-1) if ones else s_bto.sum(dim=1)
-        of_bias_bq = s_bo @ queries.P_qo.T.to(s_bo.dtype)
-        a_bti = a_bti[..., :-1] if ones else a_bti
-        return _against(s_bto, a_bti, queries.P_qoi, queries.scratch).add_(of_bias_bq)
     s_xo, a_xi = s_bto.flatten(0, 1), a_bti.flatten(0, 1)
 
     def inputs(V_ic: Tensor) -> Tensor:
-        V_ic = V_ic.to(a_xi.dtype)
         return a_xi @ V_ic if ones else torch.addmm(V_ic[-1], a_xi, V_ic[:-1])
 
-    if queries.K_qmn is not None:
-        assert queries.B_om is not None
-        assert queries.B_in is not None
-        s_xm, a_xn = s_xo @ queries.B_om.to(s_xo.dtype), inputs(queries.B_in)
-        return _against(s_xm.view(B, T, -1), a_xn.view(B, T, -1), queries.K_qmn)
-    shares = [
-        (s_xo @ U_oc.to(s_xo.dtype)).mul_(inputs(V_ic)).view(B, T, -1).sum(dim=1, dtype=_wide(s_bto))
-        for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
-    ]
-    return _by_query(torch.cat(shares, dim=1), queries.ranks)
+    if queries.K_qmn is None:
+        shares = [
+            (s_xo @ U_oc).mul_(inputs(V_ic)).view(B, T, -1).sum(dim=1, dtype=wide)
+            for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
+        ]
+        return _by_query(torch.cat(shares, dim=1), queries.ranks)
+    s_btm = s_bto if queries.B_om is None else (s_xo @ queries.B_om).view(B, T, -1)
+    a_btn = a_bti if queries.B_in is None else inputs(queries.B_in).view(B, T, -1)
+    scores_bq = _against(s_btm, a_btn[..., : queries.K_qmn.shape[-1]], queries.K_qmn, queries.scratch).to(wide)
+    if queries.K_qm is None:
+        return scores_bq
+    # s is zero on padding, so that a 1 there adds nothing.
+    s_bm = (s_btm.transpose(1, 2) @ a_bti[..., -1:]).squeeze(-1) if ones else s_btm.sum(dim=1)
+    return scores_bq.add_(s_bm @ queries.K_qm.T)
 
 
 def _against(s_btm: Tensor, a_btn: Tensor, K_qmn: Tensor, scratch: Scratch | None = None) -> Tensor:
     """<K_q, sum_t s_t a_t^T>: [B, Q]."""
-    K_qx = K_qmn.flatten(1).to(s_btm.dtype)
+    K_qx = K_qmn.flatten(1)
     at_once = formed_at_once(*K_qmn.shape[1:])
     shares = []
     for s_cmt, a_ctn in zip(s_btm.transpose(1, 2).split(at_once), a_btn.split(at_once), strict=True):
@@ -160,7 +167,7 @@ def _against(s_btm: Tensor, a_btn: Tensor, K_qmn: Tensor, scratch: Scratch | Non
         g_cx = torch.bmm(s_cmt, a_ctn, out=out).flatten(1)
         # The other way round it takes half as long again: few rows, few columns and a million products for each entry.
         shares.append((K_qx @ g_cx.T).T)
-    return torch.cat(shares).to(_wide(s_btm))
+    return torch.cat(shares)
 
 
 def formed_at_once(m: int, n: int) -> int:
@@ -179,31 +186,40 @@ def products(
 ) -> dict[str, float]:
     """Multiply-adds per token by the way of scoring: `low`, `full`, `joint` (see `score_layer`).
 
-    columns: of all queries together. joint: (m, n), where there is a basis pair. T: tokens of a sequence. Those of a
-    matrix formed for every sequence count `formed` times.
+    columns: of all queries together. joint: (m, n), where there are joint bases; m = O or n = I says that a side has
+    none. T: tokens of a sequence. Those of a matrix formed for every sequence count `formed` times.
     """
     by_matrix = formed * (1 + Q / T)
     found = {"low": float(columns * (O + I)), "full": O * I * by_matrix}
     if joint:
         m, n = joint
-        found["joint"] = m * O + n * I + m * n * by_matrix
+        found["joint"] = (m * O if m < O else 0) + (n * I if n < I else 0) + m * n * by_matrix
     return found
 
 
 def cheapest(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> str:
     """The way with the fewest `products`, those of a matrix formed for every sequence weighed as measured; ties in
     their order."""
-    costs = products(O, I, T, Q, columns, joint, _FORMED)
+    costs = weighed(O, I, T, Q, columns, joint)
     return min(costs, key=costs.__getitem__)
+
+
+def weighed(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> dict[str, float]:
+    """`products`, those of a matrix formed for every sequence weighed as measured."""
+    return products(O, I, T, Q, columns, joint, _FORMED)
 
 
 def score_tokens(s_bto: Tensor, a_bti: Tensor, P_oi: Tensor) -> Tensor:
     """One layer's and one query's score by input position: s_t^T P a_t, [B, T], float32 or wider.
 
-    P_oi: [O, I], full rank. Sums over t to the sequence's <P, g>.
+    P_oi: [O, I], full rank. a_bti: [B, T, I], or [B, T, I - 1], the 1 that a bias multiplies left out and taken as
+    read. Sums over t to the sequence's <P, g>.
     """
     wide = _wide(s_bto)
-    return ((s_bto.to(wide) @ P_oi.to(wide)) * a_bti.to(wide)).sum(dim=-1)
+    s_bto, a_bti, P_oi = s_bto.to(wide), a_bti.to(wide), P_oi.to(wide)
+    given = a_bti.shape[-1]
+    scores_bt = ((s_bto @ P_oi[:, :given]) * a_bti).sum(dim=-1)
+    return scores_bt if given == P_oi.shape[1] else scores_bt + s_bto @ P_oi[:, -1]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -47,20 +47,21 @@ def _krylov(M_oi: Tensor, rank: int) -> Tensor:
     # Seeded by the shape alone: a query's result depends on nothing else.
     noise = torch.randn(I, columns, generator=torch.Generator().manual_seed(I), dtype=torch.float32)
     block, _ = torch.linalg.qr(M_oi @ noise.to(M_oi))
-    basis, images = block, M_oi.T @ block
+    # Images of the basis, M^T x for each of its columns, in rows: X^T M takes less than half as long as M^T X.
+    basis, images_ci = block, block.T @ M_oi
     captured = 0.0
     while True:
-        squares, W = torch.linalg.eigh((images.T @ images).to(torch.float64))
+        squares, W = torch.linalg.eigh((images_ci @ images_ci.T).to(torch.float64))
         before, captured = captured, float(squares[-rank:].sum())
         if captured - before <= GAIN * max(total - captured, 0.0) + torch.finfo(M_oi.dtype).eps * total:
             break
         if basis.shape[1] + columns > min(O, _MOST_BLOCKS * columns):
             break
-        block = M_oi @ images[:, -columns:]
+        block = M_oi @ images_ci[-columns:].T
         for _ in range(2):
             # Twice: the first projection leaves rounding errors as large as what it removes is near to the block.
             block = block - basis @ (basis.T @ block)
             block, _ = torch.linalg.qr(block)
         basis = torch.cat([basis, block], dim=1)
-        images = torch.cat([images, M_oi.T @ block], dim=1)
+        images_ci = torch.cat([images_ci, block.T @ M_oi])
     return basis @ W[:, -rank:].flip(1).to(M_oi.dtype)

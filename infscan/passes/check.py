@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Attention
+from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.passes.queries import Inverse, preconditioned
@@ -21,7 +21,8 @@ from infscan.storage import Store
 
 @dataclass(frozen=True)
 class CheckTask:
-    """The sample, for a group of queries and of layers. columns: the queries' places in the query batch."""
+    """The sample, for a group of queries and of layers. columns: the queries' places in the query batch,
+    which is laid out in query_dtype."""
 
     corpus: Store
     sequence_ids: np.ndarray
@@ -32,11 +33,12 @@ class CheckTask:
     query_batch: str
     tokens_per_batch: int
     attention: Attention = Attention.across
+    query_dtype: Dtype | None = None
 
 
 def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
-    batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
+    batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
     scratch = Scratch.on(rank.device)
     full = {layer.name: LayerQueries.full(P.pop(layer.name), scratch, bias=layer.bias) for layer in task.layers}

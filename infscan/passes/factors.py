@@ -126,19 +126,26 @@ def covariance_task(rank: Rank, task: FitTask) -> int:
     counted = torch.zeros(1, dtype=torch.int64, device=rank.device)
     targets = _Targets(task, rank, sequences)
     for batch in rank.batches(sequences, task.plan.tokens_per_batch):
-        masked_bt1 = None if batch.loss_bt is None else ~batch.positions()[..., None]
+        positions_bt = batch.positions()
+        masked_bt1 = None if batch.loss_bt is None else ~positions_bt[..., None]
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, masked_bt1: Tensor | None = masked_bt1) -> None:
+        def consume(
+            layer: Layer,
+            s_bto: Tensor,
+            a_bti: Tensor,
+            positions_bt: Tensor = positions_bt,
+            masked_bt1: Tensor | None = masked_bt1,
+        ) -> None:
             if masked_bt1 is not None:
                 s_bto, a_bti = s_bto.masked_fill(masked_bt1, 0), a_bti.masked_fill(masked_bt1, 0)
             add_second_moment(S[layer.name], s_bto)
             if layer.name in A:
-                add_second_moment(A[layer.name], a_bti)
+                add_second_moment(A[layer.name], a_bti, positions_bt if layer.bias else None)
 
         loss = targets.loss(batch)
-        rank.backward(batch, layers, loss, consume)
+        rank.backward(batch, layers, loss, consume, ones=False)
         targets.keep(batch, loss)
-        counted += batch.positions().sum()
+        counted += positions_bt.sum()
     sums = {
         f"{key}|{name}": rank.reduce(block)
         for kind, totals in (("A", A), ("S", S))
@@ -170,7 +177,7 @@ def lambda_task(rank: Rank, task: FitTask) -> int:
 
     targets = _Targets(task, rank, sequences)
     for batch in rank.batches(sequences, task.plan.tokens_per_batch):
-        rank.backward(batch, layers, targets.loss(batch), consume)
+        rank.backward(batch, layers, targets.loss(batch), consume, ones=False)
     sums = {name: rank.reduce(total) for name, total in Lambda.items()}
     if rank.leads:
         path = partial_path("lambda", task.group, task.slice)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infscan.config import Dtype
 from infscan.influence.allot import allot
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, Scratch, cheapest
@@ -63,18 +64,20 @@ def query_weights(arrays: Mapping[str, np.ndarray], layers: Sequence[Layer]) -> 
 
 
 def multiplied_out(
-    arrays: Mapping[str, np.ndarray], layers: Sequence[Layer], tokens: int, max_bytes: int
+    arrays: Mapping[str, np.ndarray], layers: Sequence[Layer], tokens: int, entries: int
 ) -> dict[str, np.ndarray]:
     """The query batch with `<layer>|full` for low-rank layers that are cheaper to scan with as P = U V^T.
 
-    Layer by layer while all those matrices fit `max_bytes` in float32. tokens: T of a sequence.
+    Layer by layer while all those matrices and the joint cores together have so many entries at most. tokens: T of a
+    sequence.
     """
-    chosen, left = dict(arrays), max_bytes
+    chosen = dict(arrays)
+    left = entries - sum(arrays[f"{layer.name}|K"].size for layer in layers if f"{layer.name}|K" in arrays)
     for layer in layers:
         if f"{layer.name}|U" not in arrays:
             continue
         ranks = ranks_of(arrays, layer)
-        size = 4 * len(ranks) * layer.size
+        size = len(ranks) * layer.size
         way = cheapest(layer.outputs, layer.inputs, tokens, len(ranks), sum(ranks))
         if way == "full" and size <= left:
             chosen[f"{layer.name}|full"] = np.asarray(True)
@@ -97,12 +100,21 @@ def ranks_of(arrays: Mapping[str, np.ndarray], layer: Layer) -> list[int]:
     return [rank] * Q
 
 
-def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQueries]:
-    """The query batch laid out for scoring, on this rank's device, in the model's dtype."""
+def in_dtype(dtype: Dtype | None, model: torch.dtype) -> torch.dtype:
+    """What queries are laid out in (`scan.query_dtype`): the model's dtype, where nothing else is asked for."""
+    if dtype is None or dtype is Dtype.auto:
+        return model
+    found: torch.dtype = getattr(torch, dtype.value)
+    return found
+
+
+def on_device(rank: Rank, arrays: Mapping[str, np.ndarray], dtype: Dtype | None = None) -> dict[str, LayerQueries]:
+    """The query batch laid out for scoring, on this rank's device. dtype: as of `in_dtype`."""
+    laid_out_in = in_dtype(dtype, rank.model.dtype)
 
     def tensor(key: str) -> Tensor:
         # The broadcast array is shared and read-only; the layout below copies it, except where P stays as it is.
-        return torch.from_numpy(arrays[key].copy()).to(rank.device, rank.model.dtype)
+        return torch.from_numpy(arrays[key].copy()).to(rank.device, laid_out_in)
 
     def columns(name: str, side: str) -> Tensor:
         found = tensor(f"{name}|{side}")
@@ -115,7 +127,8 @@ def on_device(rank: Rank, arrays: Mapping[str, np.ndarray]) -> dict[str, LayerQu
         if f"{name}|P" in arrays:
             batch[name] = LayerQueries.full(tensor(f"{name}|P"), scratch, bias=layer.bias)
         elif f"{name}|K" in arrays:
-            batch[name] = LayerQueries.joint(*(tensor(f"{name}|{kind}") for kind in ("B_O", "B_I", "K")))
+            B_mo, B_ni = (tensor(key) if key in arrays else None for key in (f"{name}|B_O", f"{name}|B_I"))
+            batch[name] = LayerQueries.cores(tensor(f"{name}|K"), B_mo, B_ni, scratch, bias=layer.bias)
         else:
             batch[name] = LayerQueries.low_rank(columns(name, "U"), columns(name, "V"), ranks_of(arrays, layer))
             if f"{name}|full" in arrays:

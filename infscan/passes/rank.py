@@ -32,7 +32,8 @@ T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
 Span = tuple[str, float, float, dict[str, Any]]
 _MOST_SPANS = 100_000
-# consume(layer, s_bto, a_bti): a with padding zeroed and the bias's 1 appended; neither is to be changed in place.
+# consume(layer, s_bto, a_bti): a with padding zeroed, and the bias's 1 appended unless it is left out; neither is to be
+# changed in place.
 LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
 
 

@@ -107,7 +107,7 @@ def score_pairs(
             for query, (places, pairs_n) in index.items():
                 keep(layer, pairs_n, score_tokens(s_bto[places], a_bti[places], P[layer.name][query]))
 
-        rank.backward(batch, layers, batch.loss(), consume)
+        rank.backward(batch, layers, batch.loss(), consume, ones=False)
 
 
 def _candidates(task: RefineTask) -> list[Sequence]:

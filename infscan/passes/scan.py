@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Attention
+from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
@@ -24,7 +24,7 @@ from infscan.storage import Store
 class ScanTask:
     """One shard. thresholds: of the shard files that were in storage when it was handed out.
 
-    query_batch: the fingerprint of the broadcast arrays, so that a rank lays them out once.
+    query_batch: the fingerprint of the broadcast arrays, so that a rank lays them out once, in query_dtype.
     """
 
     run: Store
@@ -40,6 +40,7 @@ class ScanTask:
     dense: bool
     fingerprint: str
     attention: Attention = Attention.across
+    query_dtype: Dtype | None = None
 
 
 def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> tuple[Hits, ShardCounts] | None:
@@ -47,7 +48,7 @@ def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> t
 
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
     """
-    queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays))
+    queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
     with rank.span("read", shard=task.shard):
         sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=rank.wide, device=rank.device)

@@ -56,6 +56,7 @@ def check(
             query_batch=batch.fingerprint,
             tokens_per_batch=config.scan.tokens_per_batch,
             attention=config.corpus.attention,
+            query_dtype=config.scan.query_dtype,
         )
 
     with run.telemetry.phase("check", len(cells), "groups") as phase:

@@ -212,6 +212,12 @@ class Run:
         """The dtype that candidates are scored again in, `auto` resolved."""
         return self._resolved(self.config.refine_dtype)
 
+    @cached_property
+    def query_dtype(self) -> str:
+        """The dtype that queries are laid out in, `auto` resolved."""
+        asked = self.config.scan.query_dtype
+        return self.dtype if asked is None or asked is Dtype.auto else asked.value
+
     def _resolved(self, dtype: Dtype) -> str:
         if dtype is not Dtype.auto:
             return dtype.value

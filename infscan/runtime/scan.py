@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import numpy as np
 import ray
+import torch
 from numpy.typing import NDArray
 
 from infscan.config import fingerprint, is_intact, sealed
@@ -18,7 +19,7 @@ from infscan.corpus.plan import Plan, Selection, default_shard_sequences, shard_
 from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts, read_tensors
-from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
+from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
 from infscan.passes.queries import QueryTask, query_groups, query_task
 from infscan.passes.query_batch import (
     allotted,
@@ -119,6 +120,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
             "rank": config.scan.rank,
             "energy": config.scan.energy if config.scan.rank == "auto" else None,
             "compression": config.scan.compression,
+            "query_dtype": run.query_dtype,
         }
     )
     groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, config.scan.query_group_bytes)
@@ -151,10 +153,11 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
             run.pool.run(range(len(left)), query_task, task, on_done)
     arrays, layers = read_query_batch(run.store, names), run.architecture.layers
     tokens = run.architecture.sequence_length(config.corpus.sequence_length)
+    entries = config.scan.query_group_bytes // getattr(torch, run.query_dtype).itemsize
     if config.scan.rank == "auto":
-        weights = query_weights(arrays, layers)
-        arrays = _with_joint_bases(run, factors, allotted(arrays, layers, config.scan.energy), weights, tokens, key)
-    arrays = multiplied_out(arrays, layers, tokens, config.scan.query_group_bytes)
+        weights, arrays = query_weights(arrays, layers), allotted(arrays, layers, config.scan.energy)
+        arrays = _with_joint_bases(run, factors, arrays, weights, tokens, entries, key)
+    arrays = multiplied_out(arrays, layers, tokens, entries)
     counted = Counter(layout(arrays, layer) for layer in layers)
     layouts = {way: counted[way] for way in ("low", "full", "joint")}
     # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
@@ -162,7 +165,13 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
 
 
 def _with_joint_bases(
-    run: Run, factors: Factors, arrays: dict[str, np.ndarray], weights: np.ndarray, tokens: int, key: str
+    run: Run,
+    factors: Factors,
+    arrays: dict[str, np.ndarray],
+    weights: np.ndarray,
+    tokens: int,
+    entries: int,
+    key: str,
 ) -> dict[str, np.ndarray]:
     """The query batch with a joint basis pair in every layer where that is cheaper; found once, then read back."""
     names = [
@@ -172,6 +181,7 @@ def _with_joint_bases(
     ]
     left = [(layer, name) for layer, name in names if not _made(run, name, key)]
     if left:
+        rooms = room(arrays, run.architecture.layers, entries)
         with run.telemetry.phase("joint", len(left), "layers") as phase:
 
             def task(unit: int) -> JointTask:
@@ -185,6 +195,7 @@ def _with_joint_bases(
                     weights=weights,
                     kept=run.config.scan.energy,
                     tokens=tokens,
+                    entries=rooms[layer.name],
                     fingerprint=key,
                 )
 
@@ -249,6 +260,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
             dense=run.config.scan.scores.value == "all",
             fingerprint=run_fingerprint,
             attention=attention,
+            query_dtype=run.config.scan.query_dtype,
         )
 
     def on_given_up(number: int, reason: str) -> None:

@@ -20,12 +20,13 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer
+from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer, score_tokens
 from infscan.model.architecture import Architecture, first_line, load_config, model_folder
 from infscan.model.load import Place, resolve_dtype
 from infscan.model.losses import head_is_last
 from infscan.passes.factor_store import layer_groups
 from infscan.passes.queries import query_groups
+from infscan.passes.query_batch import in_dtype
 from infscan.passes.rank import Batch, LayerConsumer, Rank, RankSettings
 from infscan.sizing.dry import Dry, dry
 from infscan.sizing.volume import size
@@ -206,9 +207,9 @@ def _refine(sized: DryRank, queries: int) -> PassCost:
     P = {layer.name: torch.empty(len(groups[0]), layer.outputs, layer.inputs, device="meta") for layer in layers}
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        ((s_bto.float() @ P[layer.name][0]) * a_bti.float()).sum(dim=-1)
+        score_tokens(s_bto, a_bti, P[layer.name][0])
 
-    seen = sized.backward(layers, consume)
+    seen = sized.backward(layers, consume, ones=False)
     return _cost(sized, seen, gradients=sum(P_qoi.nbytes for P_qoi in P.values()))
 
 
@@ -217,14 +218,15 @@ def _covariance(sized: DryRank) -> PassCost:
     group, blocks = _largest_group(sized), sized.config.factors.blocks
     A = {layer.name: _zeros(sized, layer.inputs, blocks) for layer in group if layer.input_of == layer.name}
     S = {layer.name: _zeros(sized, layer.outputs, blocks) for layer in group}
+    ones_bt = torch.empty(sized.B, sized.T, dtype=torch.bool, device="meta")
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         add_second_moment(S[layer.name], s_bto)
         if layer.name in A:
-            add_second_moment(A[layer.name], a_bti)
+            add_second_moment(A[layer.name], a_bti, ones_bt if layer.bias else None)
 
     sampled = sized.config.factors.labels.value == "sampled"
-    seen = sized.backward(group, consume, labels=sampled)
+    seen = sized.backward(group, consume, labels=sampled, ones=False)
     sums = sum(block.nbytes for total in (*A.values(), *S.values()) for block in total.blocks)
     return _cost(sized, seen, factors=sums, at_end=2 * sums)
 
@@ -239,7 +241,7 @@ def _lambda(sized: DryRank) -> PassCost:
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
         add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
 
-    seen = sized.backward(group, consume)
+    seen = sized.backward(group, consume, ones=False)
     sums = sum(total.nbytes for total in Lambda.values())
     held = sum(block.nbytes for pair in bases.values() for basis in pair for block in basis.blocks)
     return _cost(sized, seen, factors=held + sums, at_end=sums)
@@ -258,10 +260,11 @@ def _zeros(sized: DryRank, n: int, blocks: int) -> BlockDiagonal:
 
 
 def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
-    """The query batch as a scan lays it out (`passes.query_batch`); with scan.rank=auto every rank is the largest, and
-    one basis pair for all queries, which is taken where it is cheaper, is not counted on."""
-    rank, dtype = sized.config.most_rank, sized.rank.model.dtype
-    left, scratch = sized.config.scan.query_group_bytes, Scratch.on(sized.device)
+    """The query batch as a scan lays it out (`passes.query_batch`); with scan.rank=auto every rank is the largest,
+    and joint cores, which are taken where whole matrices are cheaper and too large, are as large as they may be."""
+    rank, dtype = sized.config.most_rank, in_dtype(sized.config.scan.query_dtype, sized.rank.model.dtype)
+    auto, scratch = sized.config.scan.rank == "auto", Scratch.on(sized.device)
+    left = sized.config.scan.query_group_bytes // dtype.itemsize
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -272,10 +275,15 @@ def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
         if rank is None or min(O, I) <= rank:
             found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
             continue
-        columns, full_bytes = queries * rank, 4 * queries * layer.size
-        if cheapest(O, I, sized.T, queries, columns) == "full" and full_bytes <= left:
+        columns, entries = queries * rank, queries * layer.size
+        cheaper = cheapest(O, I, sized.T, queries, columns) == "full"
+        if cheaper and entries <= left:
             found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
-            left -= full_bytes
+            left -= entries
+        elif cheaper and auto and left >= queries * O:
+            n = left // (queries * O)
+            found[layer.name] = LayerQueries.cores(empty(queries, O, n), None, empty(n, I), scratch)
+            left -= queries * O * n
         else:
             found[layer.name] = LayerQueries.low_rank(empty(columns, O), empty(columns, I), [rank] * queries)
     return _with_scratch(sized, found)
@@ -296,15 +304,15 @@ def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, L
     """The same, with their scratch as large as it becomes: it stays for all micro-batches, as they do."""
     like = torch.empty(0, dtype=sized.rank.model.dtype, device="meta")
     for one in found.values():
-        if one.scratch is not None and one.P_qoi is not None:
-            _, O, I = one.P_qoi.shape
-            one.scratch.take(like, min(sized.B, formed_at_once(O, I)), O, I)
+        if one.scratch is not None and one.K_qmn is not None:
+            _, m, n = one.K_qmn.shape
+            one.scratch.take(like.to(one.dtype), min(sized.B, formed_at_once(m, n)), m, n)
     return found
 
 
 def _bytes(queries: Iterable[LayerQueries]) -> int:
     found = list(queries)
-    tensors = [(*one.U_parts, *one.V_parts, one.P_qoi, one.P_qo, one.B_om, one.B_in, one.K_qmn) for one in found]
+    tensors = [(*one.U_parts, *one.V_parts, one.K_qmn, one.K_qm, one.B_om, one.B_in) for one in found]
     scratches = {one.scratch for one in found if one.scratch is not None}
     held = sum(tensor.nbytes for parts in tensors for tensor in parts if tensor is not None)
     return held + sum(scratch.nbytes for scratch in scratches)

@@ -25,6 +25,19 @@ def test_second_moment_is_the_sum_over_real_tokens(bias: bool, blocks: int) -> N
         assert mirror(total).dense()[-1, -1] == mask_bt.sum()
 
 
+@pytest.mark.parametrize("n", [2, 4, 401])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_a_1_left_out_is_a_1_appended(n: int, blocks: int) -> None:
+    a_bti = normal(3, 3, 5, n)
+    mask_bt = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    blocks = min(blocks, n + 1)
+    appended, left_out = (BlockDiagonal.zeros(n + 1, blocks, dtype=torch.float64) for _ in range(2))
+    for _ in range(2):
+        add_second_moment(appended, with_ones(a_bti, mask_bt, bias=True))
+        add_second_moment(left_out, with_ones(a_bti, mask_bt, bias=False), mask_bt)
+    torch.testing.assert_close(mirror(left_out).dense(), mirror(appended).dense())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_without_padding_nothing_is_zeroed(bias: bool) -> None:
     a_bti, mask_bt = normal(2, 3, 5, 4), torch.ones(3, 5, dtype=torch.bool)

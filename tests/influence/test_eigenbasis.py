@@ -49,6 +49,20 @@ def test_tokens_first_equals_gradient_first_equals_einsum(
         torch.testing.assert_close(Lambda, expected)
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_a_1_left_out_is_a_1_appended(tokens_first: bool, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "rotate_tokens_first", lambda *_: tokens_first)
+    s_bto, a_bti = normal(1, 3, 5, 4), normal(2, 3, 5, 3)
+    Q_S, Q_A = diagonal_blocks(normal(3, 4, 4), blocks), diagonal_blocks(normal(4, 4, 4), blocks)
+    # Padding: s is zero there, and a 1 is not.
+    s_bto[1, 3:], a_bti[1, 3:] = 0, 0
+    appended, left_out = torch.zeros(2, 4, 4, dtype=torch.float64)
+    add_squared_gradients(appended, s_bto, torch.cat([a_bti, torch.ones_like(a_bti[..., :1])], dim=-1), Q_S, Q_A)
+    add_squared_gradients(left_out, s_bto, a_bti, Q_S, Q_A)
+    torch.testing.assert_close(left_out, appended)
+
+
 def test_chunks_of_a_batch_give_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     s_bto, a_bti = normal(1, 5, 3, 4), normal(2, 5, 3, 6)
     Q_S, Q_A = diagonal_blocks(normal(3, 4, 4), 1), diagonal_blocks(normal(4, 6, 6), 1)

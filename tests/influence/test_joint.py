@@ -11,7 +11,8 @@ from infscan.influence.joint import Joint, joint, smallest
 from infscan.influence.layers import LayerFactors
 from tests.influence.factors import make_factors, normal
 
-O, I = 12, 9
+O, I, T = 12, 9, 64
+ANY = 1 << 40
 
 
 def columns(seed: int, ranks: list[int], decay: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -24,8 +25,10 @@ def products(U_xo: Tensor, V_xi: Tensor, ranks: list[int]) -> Tensor:
     return torch.stack([u.T @ v for u, v in zip(U_xo.split(ranks), V_xi.split(ranks), strict=True)])
 
 
-def rebuilt(found: Joint) -> Tensor:
-    return found.B_mo.T @ found.K_qmn @ found.B_ni
+def rebuilt(found: Joint | None) -> Tensor:
+    assert found is not None
+    P_qoi = found.K_qmn if found.B_mo is None else found.B_mo.T @ found.K_qmn
+    return P_qoi if found.B_ni is None else P_qoi @ found.B_ni
 
 
 def weighted(P_qoi: Tensor, factors: LayerFactors | None) -> Tensor:
@@ -41,7 +44,7 @@ def test_with_everything_kept_nothing_changes(blocks: int | None) -> None:
     ranks = [2, 1, 3]
     factors = None if blocks is None else make_factors(5, O, I, blocks=blocks)
     U_xo, V_xi = columns(0, ranks)
-    found = joint(U_xo, V_xi, ranks, factors, torch.ones(3), 1.0)
+    found = joint(U_xo, V_xi, ranks, factors, torch.ones(3), 1.0, T, ANY)
     torch.testing.assert_close(rebuilt(found), products(U_xo, V_xi, ranks))
 
 
@@ -51,14 +54,17 @@ def test_with_everything_kept_nothing_changes(blocks: int | None) -> None:
     kept=st.floats(0.3, 1.0),
     decay=st.floats(0.0, 3.0),
     bare=st.booleans(),
+    tokens=st.sampled_from([1, 4, 64, 4096]),
     seed=st.integers(0, 99),
 )
-def test_no_more_is_left_out_than_allowed(ranks: list[int], kept: float, decay: float, bare: bool, seed: int) -> None:
+def test_no_more_is_left_out_than_allowed(
+    ranks: list[int], kept: float, decay: float, bare: bool, tokens: int, seed: int
+) -> None:
     factors = None if bare else make_factors(seed + 2, O, I)
     U_xo, V_xi = columns(seed, ranks, decay)
     M_qoi = weighted(products(U_xo, V_xi, ranks), factors)
     squares_q = M_qoi.square().sum(dim=(1, 2))
-    found = joint(U_xo, V_xi, ranks, factors, 1 / squares_q, kept)
+    found = joint(U_xo, V_xi, ranks, factors, 1 / squares_q, kept, tokens, ANY)
     lost_q = (M_qoi - weighted(rebuilt(found), factors)).square().sum(dim=(1, 2))
     assert float((lost_q / squares_q).mean()) <= 1 - kept + 1e-9
 
@@ -68,8 +74,9 @@ def test_a_query_counts_by_its_share_whatever_its_scale() -> None:
     U_xo, V_xi = columns(3, ranks)
     squares_q = products(U_xo, V_xi, ranks).square().sum(dim=(1, 2))
     scale_q = torch.logspace(-3, 3, 6, dtype=torch.float64)
-    plain = joint(U_xo, V_xi, ranks, None, 1 / squares_q, 0.9)
-    scaled = joint(U_xo * scale_q.repeat_interleave(3)[:, None], V_xi, ranks, None, 1 / (squares_q * scale_q**2), 0.9)
+    plain = joint(U_xo, V_xi, ranks, None, 1 / squares_q, 0.9, T, ANY)
+    U_scaled, weights_q = U_xo * scale_q.repeat_interleave(3)[:, None], 1 / (squares_q * scale_q**2)
+    scaled = joint(U_scaled, V_xi, ranks, None, weights_q, 0.9, T, ANY)
     torch.testing.assert_close(rebuilt(scaled), rebuilt(plain) * scale_q[:, None, None])
 
 
@@ -77,6 +84,34 @@ def test_many_queries_with_much_in_common_share_a_small_basis() -> None:
     U, V = normal(1, 4, O), normal(2, 4, I)
     ranks = [2] * 50
     U_xo, V_xi = normal(3, 100, 4) @ U, normal(4, 100, 4) @ V
-    found = joint(U_xo, V_xi, ranks, make_factors(7, O, I), torch.ones(50), 1 - 1e-12)
+    found = joint(U_xo, V_xi, ranks, make_factors(7, O, I), torch.ones(50), 1 - 1e-12, T, ANY)
+    assert found is not None
     assert found.K_qmn.shape == (50, 4, 4)
-    assert smallest(ranks) == (2, 2)
+    assert smallest(ranks, O, I) == [(2, 2), (O, 2), (2, I)]
+
+
+def test_a_side_that_is_not_worth_projecting_keeps_its_coordinates() -> None:
+    """Inputs lie in two directions, outputs everywhere: projecting outputs would cost more than it saves."""
+    ranks = [1] * 3
+    U_xo, V_xi = normal(1, 3, O), normal(2, 3, 2) @ normal(3, 2, I)
+    found = joint(U_xo, V_xi, ranks, make_factors(4, O, I), torch.ones(3), 1 - 1e-12, 4096, ANY)
+    assert found is not None
+    assert found.B_mo is None
+    assert found.K_qmn.shape == (3, O, 2)
+    torch.testing.assert_close(rebuilt(found), products(U_xo, V_xi, ranks))
+
+
+def test_cores_have_the_entries_given_at_most_or_there_are_none() -> None:
+    ranks = [2] * 20
+    U_xo, V_xi = columns(0, ranks, 2.0)
+
+    def size(entries: int, kept: float) -> int | None:
+        found = joint(U_xo, V_xi, ranks, None, torch.ones(20), kept, 4096, entries)
+        return None if found is None else found.K_qmn.numel()
+
+    free = size(ANY, 0.9)
+    assert free is not None
+    assert size(free, 0.9) == free
+    smaller = size(free - 1, 0.9)
+    assert smaller is None or smaller < free
+    assert size(20 * 2, 1.0) is None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from infscan.influence import score
 from infscan.influence.compress import compress
-from infscan.influence.score import LayerQueries, Scratch, cheapest, score_layer, score_tokens
+from infscan.influence.score import LayerQueries, Scratch, cheapest, products, score_layer, score_tokens
 from tests.influence.factors import normal
 
 B, T, O, I, Q = 4, 6, 5, 7, 3
@@ -55,15 +55,21 @@ def test_low_rank_scores_are_those_of_the_truncated_gradients(
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
 
 
-@pytest.mark.parametrize("way", ["low", "full", "joint"])
+@pytest.mark.parametrize("way", ["low", "full", "joint", "outputs projected", "inputs projected"])
 def test_a_biass_1_may_be_left_out(way: str) -> None:
     s_bto, a_bti = tokens()
     a_bti[..., -1] = 1
     s_bto[1, 3:] = 0
     a_bti[1, 3:] = 0
     P_qoi = normal(2, Q, O, I)
-    joint = LayerQueries.joint(normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3))
-    queries = {"low": low_rank(P_qoi, 2), "full": LayerQueries.full(P_qoi, bias=True), "joint": joint}[way]
+    B_mo, B_ni = normal(3, 2, O), normal(4, 3, I)
+    queries = {
+        "low": low_rank(P_qoi, 2),
+        "full": LayerQueries.full(P_qoi, bias=True),
+        "joint": LayerQueries.cores(normal(5, Q, 2, 3), B_mo, B_ni, bias=True),
+        "outputs projected": LayerQueries.cores(normal(5, Q, 2, I), B_mo, None, Scratch(), bias=True),
+        "inputs projected": LayerQueries.cores(normal(5, Q, O, 3), None, B_ni, Scratch(), bias=True),
+    }[way]
     whole = LayerQueries.full(queries.multiplied_out())
     assert (queries.inputs, whole.inputs) == (I, I)
     expected = score_layer(s_bto, a_bti, whole)
@@ -93,8 +99,12 @@ def test_every_way_of_laying_out_multiplies_out_to_what_it_stands_for() -> None:
     B_mo, B_ni, K_qmn = normal(4, 2, O), normal(5, 3, I), normal(6, Q, 2, 3)
     assert LayerQueries.full(P_qoi).multiplied_out() is P_qoi
     torch.testing.assert_close(from_pairs(pairs).multiplied_out(), torch.stack([U @ V.T for U, V in pairs]))
-    joint = LayerQueries.joint(B_mo, B_ni, K_qmn)
+    joint = LayerQueries.cores(K_qmn, B_mo, B_ni)
     torch.testing.assert_close(joint.multiplied_out(), B_mo.T @ K_qmn @ B_ni)
+    for K, B_m, B_n in ((normal(6, Q, 2, I), B_mo, None), (normal(6, Q, O, 3), None, B_ni)):
+        one_sided = LayerQueries.cores(K, B_m, B_n, bias=True)
+        expected = (K if B_m is None else B_m.T @ K) if B_n is None else K @ B_n
+        torch.testing.assert_close(one_sided.multiplied_out(), expected)
 
 
 def test_joint_scores_are_those_of_the_products_they_stand_for() -> None:
@@ -102,7 +112,7 @@ def test_joint_scores_are_those_of_the_products_they_stand_for() -> None:
     B_mo, B_ni, K_qmn = normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3)
     full = LayerQueries.full(B_mo.T @ K_qmn @ B_ni)
     torch.testing.assert_close(
-        score_layer(s_bto, a_bti, LayerQueries.joint(B_mo, B_ni, K_qmn)), score_layer(s_bto, a_bti, full)
+        score_layer(s_bto, a_bti, LayerQueries.cores(K_qmn, B_mo, B_ni)), score_layer(s_bto, a_bti, full)
     )
 
 
@@ -111,8 +121,11 @@ def test_the_cheapest_way_is_low_rank_for_few_queries_and_joint_for_many() -> No
     ways = [cheapest(O, I, T, Q, Q * rank, (128, 128)) for Q in (1, 10, 100, 1000)]
     assert ways == ["low", "joint", "joint", "joint"]
     assert [cheapest(O, I, T, Q, Q * rank) for Q in (1, 10, 100, 1000)] == ["low", "low", "full", "full"]
-    # Where all bases are whole, they only cost more than forming g.
+    # Without a basis on either side it is the same; and with one on one side, only that one projects.
     assert cheapest(O, I, T, 1000, 1000 * rank, (O, I)) == "full"
+    costs = products(O, I, T, 1000, 1000 * rank, (O, 100))
+    assert costs["joint"] == 100 * I + O * 100 * (1 + 1000 / T)
+    assert products(O, I, T, 1000, 1000 * rank, (100, 100))["joint"] == 100 * (O + I) + 100 * 100 * (1 + 1000 / T)
 
 
 def test_token_scores_add_up_to_the_sequences_score() -> None:
@@ -121,6 +134,13 @@ def test_token_scores_add_up_to_the_sequences_score() -> None:
     scores_bq = score_layer(s_bto, a_bti, LayerQueries.full(P_qoi))
     for query in range(Q):
         torch.testing.assert_close(score_tokens(s_bto, a_bti, P_qoi[query]).sum(dim=1), scores_bq[:, query])
+
+
+def test_token_scores_take_a_1_that_is_left_out_as_read() -> None:
+    s_bto, a_bti = tokens()
+    P_oi = normal(2, O, I + 1)
+    appended = torch.cat([a_bti, torch.ones_like(a_bti[..., :1])], dim=-1)
+    torch.testing.assert_close(score_tokens(s_bto, a_bti, P_oi), score_tokens(s_bto, appended, P_oi))
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -147,6 +167,27 @@ def test_a_querys_score_does_not_depend_on_the_other_queries(rank: int | None) -
     together = score_layer(s_bto, a_bti, make(P_qoi))
     alone = torch.cat([score_layer(s_bto, a_bti, make(P_qoi[query : query + 1])) for query in range(Q)], dim=1)
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("way", ["low", "full", "joint"])
+def test_products_are_in_the_queries_dtype_and_scores_in_the_models(way: str) -> None:
+    s_bto, a_bti = (x.float() for x in tokens())
+    P_qoi = normal(2, Q, O, I)
+
+    def laid_out(dtype: torch.dtype) -> LayerQueries:
+        if way == "low":
+            return low_rank(P_qoi.to(dtype), 2)
+        if way == "full":
+            return LayerQueries.full(P_qoi.to(dtype), Scratch(), bias=True)
+        return LayerQueries.cores(*(normal(n, *of).to(dtype) for n, of in ((5, (Q, 2, 3)), (3, (2, O)), (4, (3, I)))))
+
+    narrow, wide = laid_out(torch.bfloat16), laid_out(torch.float64)
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
+    expected = score_layer(s_bto, a_bti, wide)
+    found = score_layer(s_bto, a_bti, narrow)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    assert not torch.equal(found, score_layer(s_bto, a_bti, laid_out(torch.float32)))
 
 
 @pytest.mark.parametrize("rank", [None, 2])

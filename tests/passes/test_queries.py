@@ -295,14 +295,14 @@ def many(rank: Rank, inverse: Inverse, tmp_path: Path) -> dict[str, np.ndarray]:
     return {key: np.concatenate([array] * 30) for key, array in found.items()}
 
 
-def test_multiplied_out_queries_score_the_same_and_fit_the_bytes_given(
+def test_multiplied_out_queries_score_the_same_and_have_the_entries_given_at_most(
     rank: Rank, inverse: Inverse, tmp_path: Path
 ) -> None:
     arrays = many(rank, inverse, tmp_path)
     expected = scores(rank, arrays)
-    sizes = [4 * 120 * layer.size for layer in rank.layers]
-    for max_bytes, layers in ((0, 0), (sizes[0], 1), (sum(sizes), len(sizes))):
-        chosen = multiplied_out(arrays, rank.layers, 512, max_bytes)
+    sizes = [120 * layer.size for layer in rank.layers]
+    for entries, layers in ((0, 0), (sizes[0], 1), (sum(sizes), len(sizes))):
+        chosen = multiplied_out(arrays, rank.layers, 512, entries)
         assert sum(key.endswith("|full") for key in chosen) == layers
         for name, found in scores(rank, chosen).items():
             assert relative(found, expected[name]) < 1e-5
@@ -325,7 +325,9 @@ def test_joint_bases_are_written_where_they_are_cheaper_and_score_as_the_columns
     names = [(layer, f"joint-{number}.safetensors") for number, layer in enumerate(rank.layers)]
     for layer, name in names:
         assert worthwhile(chosen, layer, 512)
-        shape = joint_task(rank, JointTask(store, name, layer, inverse, how, weights, 1 - 1e-6, 512, "print"), chosen)
+        many_entries = 120 * layer.size
+        task = JointTask(store, name, layer, inverse, how, weights, 1 - 1e-6, 512, many_entries, "print")
+        shape = joint_task(rank, task, chosen)
         assert (shape == (0, 0)) is (layer.name == first)
     replaced = with_joint(chosen, store, names)
     for name, found in scores(rank, replaced).items():
