@@ -1,10 +1,10 @@
 """A thousand queries at once: what is kept of full rank, and what a scan with them costs (docs/performance.md).
 
-python benchmarks/many_queries.py [--folder runs/compression] [--queries 1000] [--energies 0.9 0.95] ...
+python benchmarks/many_queries.py [--folder runs/compression] [--queries 1000] [--energies 0.95] ...
 
 On the trained model of `compression.py`. The queries are windows of held-out documents. `scan.rank=auto` lays them out
-as a run would; `--judged` of them are scored at full rank too, against 20,000 sequences, and their strongest are looked
-for. Then scans with all of them take turns with the floor, forward and activation gradients alone.
+as a run would, and scans with all of them take turns with the floor, forward and activation gradients alone. Then
+`--judged` of them are scored against 20,000 sequences, as laid out and at full rank, whose strongest are looked for.
 """
 
 from __future__ import annotations
@@ -55,14 +55,12 @@ def arguments() -> argparse.Namespace:
     asked.add_argument("--queries", type=int, default=1000)
     asked.add_argument("--judged", type=int, default=200, help="queries scored at full rank, to be found again")
     asked.add_argument("--sequences", type=int, default=20_000)
-    asked.add_argument("--lengths", type=int, nargs="+", default=[64, 256], help="T of the timed sequences")
-    asked.add_argument("--query-dtype", type=Dtype, help="scan.query_dtype")
+    asked.add_argument("--timed-length", type=int, default=256, help="T of the timed sequences")
+    asked.add_argument("--query-dtypes", type=Dtype, nargs="+", default=[Dtype.float32, Dtype.bfloat16])
     asked.add_argument("--query-group-bytes", type=int, default=ScanConfig().query_group_bytes)
-    asked.add_argument(
-        "--timed-tokens", type=int, help="tokens of a timed micro-batch; --tokens-per-batch, if not given"
-    )
+    asked.add_argument("--timed-tokens", type=int, nargs="+", default=[4096, 16384], help="of a timed micro-batch")
     asked.add_argument("--repeats", type=int, default=5)
-    asked.set_defaults(energies=[0.9, 0.95])
+    asked.set_defaults(energies=[0.95])
     return asked.parse_args()
 
 
@@ -100,11 +98,12 @@ class Many:
         query_task(self.rank, QueryTask(self.store, name, queries, *how))
         return name
 
-    def laid_out(self, energy: float, tokens: int) -> Arrays:
-        """As the job does it: columns by energy, a basis pair where it is cheaper, or matrices multiplied out."""
+    def laid_out(self, energy: float, tokens: int, dtype: Dtype) -> Arrays:
+        """As the job does it: columns by energy, joint bases where they are cheaper, or matrices multiplied out."""
         arrays = allotted(self.columns, self.layers, energy)
         names = []
-        rooms = room(arrays, self.layers, self.entries)
+        entries = self.options.query_group_bytes // in_dtype(dtype, self.rank.model.dtype).itemsize
+        rooms = room(arrays, self.layers, entries)
         for number, layer in enumerate(self.layers):
             if not worthwhile(arrays, layer, tokens):
                 continue
@@ -122,37 +121,33 @@ class Many:
                 fingerprint="",
             )
             joint_task(self.rank, task, arrays)
-        return multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, self.entries)
+        found = multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, entries)
+        for _, name in names:
+            # Gigabytes, and this storage is in memory.
+            self.store.remove(name)
+        return found
 
-    @property
-    def entries(self) -> int:
-        dtype = in_dtype(self.options.query_dtype, self.rank.model.dtype)
-        return self.options.query_group_bytes // dtype.itemsize
-
-    def full_rank(self, sequences: list[Sequence]) -> np.ndarray:
-        """Scores [judged, N] at full rank, a group of queries after the other."""
-        found = []
-        for start in range(0, self.options.judged, _GROUP):
-            arrays = read_query_batch(self.store, [[self._prepared(start, None)]])
-            found.append(self.fitted.score(sequences, {"": on_device(self.rank, arrays)})[""])
-        return np.concatenate(found)[: self.options.judged]
+    def full_rank(self) -> dict[str, LayerQueries]:
+        """The judged queries at full rank."""
+        groups = [[self._prepared(start, None)] for start in range(0, self.options.judged, _GROUP)]
+        return self.first(on_device(self.rank, read_query_batch(self.store, groups)))
 
     def first(self, batch: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
-        """The judged queries alone, as all of them are laid out."""
+        """The judged queries alone, as all of them are laid out; a copy, that the others need not be held."""
         count, found = self.options.judged, {}
         for name, queries in batch.items():
-            if queries.K_qmn is not None:
-                K_qm = None if queries.K_qm is None else queries.K_qm[:count]
-                found[name] = replace(queries, ranks=queries.ranks[:count], K_qmn=queries.K_qmn[:count], K_qm=K_qm)
+            if queries.K_qmn is None:
+                found[name] = LayerQueries.full(queries.multiplied_out()[:count].clone())
             else:
-                found[name] = LayerQueries.full(queries.multiplied_out()[:count])
+                K_qm = None if queries.K_qm is None else queries.K_qm[:count].clone()
+                cores = {"K_qmn": queries.K_qmn[:count].clone(), "K_qm": K_qm}
+                found[name] = replace(queries, ranks=queries.ranks[:count], **cores)
         return found
 
 
-def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, Any]:
+def timed(many: Many, batch: dict[str, LayerQueries], tokens_per_batch: int) -> dict[str, Any]:
     """Seconds of a scan's scoring pass and of the floor right before it, in turns, on random sequences of T tokens."""
-    rank, options = many.rank, many.options
-    tokens_per_batch = options.timed_tokens or options.tokens_per_batch
+    rank, options, length = many.rank, many.options, many.options.timed_length
     rng, count = np.random.default_rng(0), max(1, tokens_per_batch // length)
     vocabulary = many.fitted.bench.vocab_size
     sequences = [Sequence(n, rng.integers(1, vocabulary, length), (), 0, "") for n in range(count)]
@@ -174,7 +169,8 @@ def timed(many: Many, batch: dict[str, LayerQueries], length: int) -> dict[str, 
             seconds.append(time.perf_counter() - began)
         rounds.append(seconds)
     ratios = [scan_s / floor_s for floor_s, scan_s in rounds[1:]]
-    return {"length": length, "ratio": median(ratios), "min": min(ratios), "max": max(ratios), "rounds": rounds[1:]}
+    found = {"ratio": median(ratios), "min": min(ratios), "max": max(ratios), "rounds": rounds[1:]}
+    return {"tokens_per_batch": tokens_per_batch} | found
 
 
 def shapes(arrays: Arrays, layers: tuple[Layer, ...]) -> dict[str, str]:
@@ -192,43 +188,33 @@ def main() -> None:
     options = arguments()
     disable_progress_bar()
     many = Many(Bench(options), options)
+    rows: dict[str, dict[str, Any]] = {}
+    batches = {"full rank": many.full_rank()}
+    for dtype in options.query_dtypes:
+        for energy in options.energies:
+            arrays = many.laid_out(energy, options.timed_length, dtype)
+            layers, batch = shapes(arrays, many.layers), on_device(many.rank, arrays, dtype)
+            # Gigabytes each: the next layout has no room beside them.
+            del arrays
+            name = f"energy {energy}, {dtype}"
+            times = [timed(many, batch, tokens) for tokens in options.timed_tokens]
+            rows[name] = {"energy": energy, "query_dtype": dtype, "layers": layers, "timed": times}
+            batches[name] = many.first(batch)
+            del batch
+            say(json.dumps(rows[name]))
     ids = Selection.of(many.fitted.bench.corpus.sequences, options.sequences, options.seed + 2).ids()
-    sequences = many.fitted.bench.corpus.read(ids)
-    truth = many.full_rank(sequences)
-    say(f"full rank: {time.perf_counter() - began:.0f} s")
-    rows = []
-    for energy in options.energies:
-        arrays = many.laid_out(energy, options.length)
-        batch = on_device(many.rank, arrays, options.query_dtype)
-        found = many.fitted.score(sequences, {"": many.first(batch)})[""]
-        row: dict[str, Any] = {
-            "energy": energy,
-            "layers": shapes(arrays, many.layers),
-            "pearson": judged(truth, found, options),
-            **recalls(truth, found),
-            "timed": [],
-        }
-        say(json.dumps(row | {"pearson": row["pearson"]["mean"]}))
-        # Gigabytes each: the next layout has no room beside them.
-        del arrays, batch, found
-        for length in options.lengths:
-            there = many.laid_out(energy, length)
-            row["timed"].append(
-                timed(many, on_device(many.rank, there, options.query_dtype), length)
-                | {"layers": shapes(there, many.layers)}
-            )
-            del there
-            say(json.dumps(row["timed"][-1]))
-        rows.append(row)
-    table = Table(title=f"{len(many.queries)} queries, {len(sequences)} sequences, {options.judged} queries judged")
-    for column in ("energy", "layers", "Pearson", "worst", *(f"top {top} in {among}" for top, among in RECALLS)):
+    found = many.fitted.score(many.fitted.bench.corpus.read(ids), batches)
+    truth = found.pop("full rank")
+    table = Table(title=f"{len(many.queries)} queries, {len(ids)} sequences, {options.judged} queries judged")
+    for column in ("", "layers", "Pearson", "worst", *(f"top {top} in {among}" for top, among in RECALLS)):
         table.add_column(column)
-    for length in options.lengths:
-        table.add_column(f"floors, T={length}")
-    for row in rows:
+    for tokens in options.timed_tokens:
+        table.add_column(f"floors, {tokens} tokens")
+    for name, row in rows.items():
+        row |= {"pearson": judged(truth, found[name], options), **recalls(truth, found[name])}
         ways = Counter(way.split()[0] for way in row["layers"].values())
         table.add_row(
-            f"{row['energy']}",
+            name,
             ", ".join(f"{count} {way}" for way, count in ways.items()),
             f"{row['pearson']['mean']:.4f}",
             f"{row['pearson']['min']:.4f}",
@@ -238,12 +224,17 @@ def main() -> None:
             ),
             *(f"{one['ratio']:.2f} ({one['min']:.2f} - {one['max']:.2f})" for one in row["timed"]),
         )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     settings = {name: value for name, value in vars(options).items() if name != "folder"}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "many-queries.json"
-    result = {"settings": settings, "versions": versions, "rows": rows, "seconds": time.perf_counter() - began}
+    result = {
+        "settings": settings,
+        "versions": versions,
+        "rows": list(rows.values()),
+        "seconds": time.perf_counter() - began,
+    }
     path.write_text(json.dumps(result, indent=2) + "\n")
     say(f"written to {path}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from infscan.config import Dtype
 from infscan.influence.allot import allot
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, Scratch, cheapest
+from infscan.influence.score import LayerQueries, Scratch, cheapest, weighed
 from infscan.passes.factor_store import read_tensors
 from infscan.passes.rank import Rank
 from infscan.storage import Store
@@ -83,6 +83,19 @@ def multiplied_out(
             chosen[f"{layer.name}|full"] = np.asarray(True)
             left -= size
     return chosen
+
+
+def without_room(arrays: Mapping[str, np.ndarray], layers: Sequence[Layer], tokens: int) -> tuple[int, float]:
+    """(how many layers, how many times the products) are scored by columns where P = U V^T would have been cheaper."""
+    by_columns = by_matrix = 0.0
+    count = 0
+    for layer in layers:
+        if layout(arrays, layer) == "low":
+            ranks = ranks_of(arrays, layer)
+            costs = weighed(layer.outputs, layer.inputs, tokens, len(ranks), sum(ranks))
+            if costs["full"] < costs["low"]:
+                count, by_columns, by_matrix = count + 1, by_columns + costs["low"], by_matrix + costs["full"]
+    return count, by_columns / by_matrix if count else 1.0
 
 
 def layout(arrays: Mapping[str, np.ndarray], layer: Layer) -> str:

@@ -27,6 +27,7 @@ from infscan.passes.query_batch import (
     multiplied_out,
     query_weights,
     read_query_batch,
+    without_room,
 )
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
@@ -158,6 +159,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
         weights, arrays = query_weights(arrays, layers), allotted(arrays, layers, config.scan.energy)
         arrays = _with_joint_bases(run, factors, arrays, weights, tokens, entries, key)
     arrays = multiplied_out(arrays, layers, tokens, entries)
+    _say_what_has_no_room(run, arrays, tokens)
     counted = Counter(layout(arrays, layer) for layer in layers)
     layouts = {way: counted[way] for way in ("low", "full", "joint")}
     # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
@@ -202,6 +204,19 @@ def _with_joint_bases(
             shared = ray.put(arrays)
             run.pool.run(range(len(left)), joint_task, task, lambda unit, shape: phase.advance(), shared)
     return with_joint(arrays, run.store, names)
+
+
+def _say_what_has_no_room(run: Run, arrays: dict[str, np.ndarray], tokens: int) -> None:
+    count, times = without_room(arrays, run.architecture.layers, tokens)
+    if count:
+        itemsize = getattr(torch, run.query_dtype).itemsize
+        needed = len(run.queries) * sum(layer.size for layer in run.architecture.layers) * itemsize
+        halved = "" if itemsize <= 2 else ", or scan.query_dtype=bfloat16, which halves them"
+        run.telemetry.warn(
+            f"{count} layers are scored by their queries' columns, {times:.1f} times the products that matrices would "
+            f"take: those have no room in scan.query_group_bytes={run.config.scan.query_group_bytes}; give up "
+            f"to {needed} of a rank's memory{halved}."
+        )
 
 
 def _made(run: Run, name: str, key: str) -> bool:

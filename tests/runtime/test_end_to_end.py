@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -336,6 +337,23 @@ def test_many_queries_share_bases_that_are_found_once(base: Config, tmp_path: Pa
     (Path(config.output) / "approximation.json").unlink()
     answer(config)
     assert {file.name: file.read_bytes() for file in files} == written
+
+
+def test_a_run_says_what_has_no_room_and_what_would_do(base: Config, tmp_path: Path) -> None:
+    path = token_queries(tmp_path / "queries.jsonl", 100)
+    many = (f"queries.path={path}", "scan.rank=auto", "scan.energy=1.0")
+    cramped = variant(base, tmp_path / "cramped", *many, "scan.query_group_bytes=50000")
+    answer(cramped)
+    summary = read_summary(cramped.output)
+    [said] = [warning for warning in summary["warnings"] if "have no room" in warning]
+    assert summary["approximation"]["layouts"]["low"] > 0
+    found = re.search(r"query_group_bytes=50000; give up to (\d+)", said)
+    assert found, said
+    roomy = variant(base, tmp_path / "roomy", *many, f"scan.query_group_bytes={found[1]}")
+    answer(roomy)
+    summary = read_summary(roomy.output)
+    assert summary["approximation"]["layouts"]["low"] == 0
+    assert not [warning for warning in summary["warnings"] if "have no room" in warning]
 
 
 def test_token_queries_add_up_to_the_completion(base: Config, tmp_path: Path) -> None:
