@@ -69,6 +69,7 @@ bench-rivals: $(READY) $(RIVALS)/kronfluence/.ready $(RIVALS)/bergson/.ready
 # What docs/truth.md, docs/stages.md and docs/studies.md report, hours on two cores; each keeps what is finished below runs/ and goes on from there.
 bench-truth: $(READY)
 	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/many_queries.py --query-group-bytes 8589934592
 	$(BIN)/python benchmarks/retraining.py
 	$(BIN)/python benchmarks/pbrf.py
 	$(BIN)/python benchmarks/word_order.py

@@ -11,6 +11,8 @@ from infscan.influence.blocks import BlockDiagonal
 
 # Thinner panels save more products and make each slower: below this many rows one matrix product is as quick.
 _PANEL_ROWS, _MOST_PANELS = 192, 8
+# Rows mirrored at a time: few enough that a cache holds the square in their corner.
+_MIRRORED_ROWS = 256
 
 
 def with_ones(a_bti: Tensor, mask_bt: Tensor, *, bias: bool, padded: bool = True) -> Tensor:
@@ -48,8 +50,14 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | Non
 
 
 def mirror(total: BlockDiagonal) -> BlockDiagonal:
-    """The symmetric matrix whose upper triangle `add_second_moment` has summed."""
-    return BlockDiagonal(tuple(block.triu() + block.triu(1).T for block in total.blocks))
+    """Make `total`, whose upper triangle `add_second_moment` has summed, symmetric; in place, and returned."""
+    for block in total.blocks:
+        for start in range(0, len(block), _MIRRORED_ROWS):
+            stop = start + _MIRRORED_ROWS
+            corner = block[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            block[stop:, start:stop] = block[start:stop, stop:].T
+    return total
 
 
 def _panels(n: int) -> list[tuple[int, int]]:

@@ -214,7 +214,7 @@ def _refine(sized: DryRank, queries: int) -> PassCost:
 
 
 def _covariance(sized: DryRank) -> PassCost:
-    """A and S of a layer group are summed; at the end they are mirrored and serialised, three copies at once."""
+    """A and S of a layer group are summed; at the end they are serialised, three copies at once."""
     group, blocks = _largest_group(sized), sized.config.factors.blocks
     A = {layer.name: _zeros(sized, layer.inputs, blocks) for layer in group if layer.input_of == layer.name}
     S = {layer.name: _zeros(sized, layer.outputs, blocks) for layer in group}
@@ -232,7 +232,7 @@ def _covariance(sized: DryRank) -> PassCost:
 
 
 def _lambda(sized: DryRank) -> PassCost:
-    """Eigenbases of a layer group stay, and Lambda is summed; at the end it is serialised."""
+    """Eigenbases of a layer group stay, and Lambda is summed; at the end it is serialised, as above."""
     group, blocks = _largest_group(sized), sized.config.factors.blocks
     bases = {layer.name: (_zeros(sized, layer.outputs, blocks), _zeros(sized, layer.inputs, blocks)) for layer in group}
     with torch.device("meta"):
@@ -244,7 +244,7 @@ def _lambda(sized: DryRank) -> PassCost:
     seen = sized.backward(group, consume, ones=False)
     sums = sum(total.nbytes for total in Lambda.values())
     held = sum(block.nbytes for pair in bases.values() for basis in pair for block in basis.blocks)
-    return _cost(sized, seen, factors=held + sums, at_end=sums)
+    return _cost(sized, seen, factors=held + sums, at_end=2 * sums)
 
 
 def _largest_group(sized: DryRank) -> tuple[Layer, ...]:
