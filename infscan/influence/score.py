@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # A multiply-add of a matrix formed for every sequence takes as long as so many of one long product over all tokens
-# (measured on CPU: d = 512, T = 256, where 10 queries of rank 32 cost 0.19 floors and forming g 0.46).
-_FORMED = 1.7
+# (measured on CPU, d = 256 to 1,024: 1.0 to 1.3 for 10 queries and T of 256 or more, 1.4 to 1.9 for 100 or T = 64).
+_FORMED = 1.4
 # Columns of one matrix product: enough to keep it busy, few enough that a batch's [tokens, columns] stay small.
 _COLUMNS = 1024
 # Entries of the sequences' own matrices g that are formed at once (float32: 128 MiB), however many sequences there are.

@@ -41,7 +41,11 @@ def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) ->
     batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
     scratch = Scratch.on(rank.device)
-    full = {layer.name: LayerQueries.full(P.pop(layer.name), scratch, bias=layer.bias) for layer in task.layers}
+    # In the model's dtype, as a scan at full rank would be.
+    full = {
+        layer.name: LayerQueries.full(P.pop(layer.name).to(rank.model.dtype), scratch, bias=layer.bias)
+        for layer in task.layers
+    }
     sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     columns = rank.to_device(np.asarray(task.columns, np.int64))
     shape = (len(sequences), len(task.queries))
