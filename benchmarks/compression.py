@@ -54,8 +54,9 @@ from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, products, score_layer
 from infscan.model.architecture import describe
 from infscan.model.load import Place
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.factors import FitTask, covariance_task, lambda_task
 from infscan.passes.queries import Inverse, QueryTask, layer_factors, query_task
 from infscan.passes.query_batch import (
     allotted,

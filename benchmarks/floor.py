@@ -54,8 +54,9 @@ from infscan.model.architecture import describe
 from infscan.model.capture import capturing
 from infscan.model.load import Place, load
 from infscan.model.measure import next_tokens, summed_losses
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.factors import FitTask, covariance_task, lambda_task
 from infscan.passes.queries import Inverse, QueryTask, query_task
 from infscan.passes.query_batch import multiplied_out, on_device, read_query_batch
 from infscan.passes.rank import Batch, Rank, RankSettings

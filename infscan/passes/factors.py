@@ -1,12 +1,11 @@
-"""Fit EK-FAC factors in tasks: covariance sums, eigenbases, Lambda sums (METHOD: EK-FAC; DESIGN: guarantee 4).
+"""Sum what EK-FAC factors are made of, in a rank's tasks: covariances and Lambda (METHOD: EK-FAC; DESIGN: guarantee 4).
 
-covariance_task, lambda_task: a rank's work on (layer group, slice). decompose_layer, finish_layer: one layer, no model.
-Partial sums are added in slice order, so the factors do not depend on which worker did what.
+covariance_task, lambda_task: a rank's work on (layer group, slice). What follows, layer by layer and without a model,
+is `infscan.passes.decompose`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,17 +17,17 @@ from infscan.config import Attention, Labels
 from infscan.corpus.sequences import Sequence
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
-from infscan.influence.eigenbasis import add_squared_gradients, check_finite, eigenbasis
+from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
 from infscan.model.losses import Loss
 from infscan.model.measure import uniforms
+from infscan.passes.decompose import eigenbases_digest
 from infscan.passes.factor_store import (
     FactorsPlan,
     block_keys,
     labels_path,
     named_blocks,
     partial_path,
-    read_facts,
     read_tensor,
     read_tensors,
     tensor_bytes,
@@ -195,64 +194,6 @@ def _bases(rank: Rank, task: FitTask) -> tuple[dict[str, tuple[BlockDiagonal, Bl
         Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
         bases[layer.name] = (Q_S, read(f"A/{layer.input_of}.safetensors", "Q_A"))
     return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
-
-
-def eigenbases_digest(factors: Store, layers: tuple[Layer, ...]) -> str:
-    """SHA-256 over the eigenbases' own digests, which stand in their files' headers."""
-    digest = hashlib.sha256()
-    for layer in layers:
-        for name in (f"A/{layer.input_of}.safetensors", f"S/{layer.name}.safetensors"):
-            digest.update(read_facts(factors, name)["digest"].encode())
-    return digest.hexdigest()
-
-
-def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
-    """A, S of one layer from their partial sums, with eigenvalues and eigenvectors; created if absent, never replaced.
-
-    Raises:
-        FactorsError: where a sum is NaN or infinite.
-    """
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    moments = [("S", layer.name)] + ([("A", layer.name)] if layer.input_of == layer.name else [])
-    for kind, name in moments:
-        path = f"{kind}/{name}.safetensors"
-        if factors.exists(path):
-            continue
-        partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
-        tokens = sum(int(read_tensor(factors, partial, "tokens")) for partial in partials)
-        means = [_sum_in_order(factors, partials, f"{key}|{name}") / tokens for key in block_keys(kind, plan.blocks)]
-        moment = BlockDiagonal(tuple((block + block.T) / 2 for block in means))
-        values, vectors = eigenbasis(moment, f"{kind} of {name}")
-        digest = hashlib.sha256()
-        for block in vectors.blocks:
-            digest.update(block.numpy().tobytes())
-        tensors = named_blocks(kind, moment) | named_blocks(f"Q_{kind}", vectors) | {"eigenvalues": values}
-        factors.create(path, tensor_bytes(tensors, {"digest": digest.hexdigest(), "tokens": str(tokens)}))
-
-
-def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
-    """Lambda of one layer: the mean over sequences of its partial sums.
-
-    Raises:
-        RuntimeError: where a partial was made in other eigenbases than those in storage.
-        FactorsError: where a sum is NaN or infinite.
-    """
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
-    expected = eigenbases_digest(factors, plan.group(group))
-    for partial in partials:
-        if read_facts(factors, partial)["eigenbases"] != expected:
-            raise RuntimeError(f"{factors.uri}/{partial} was made in other eigenbases; remove it and fit again")
-    Lambda = _sum_in_order(factors, partials, layer.name) / plan.selection.size
-    check_finite([Lambda], f"Lambda of {layer.name}")
-    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda})
-
-
-def _sum_in_order(factors: Store, partials: list[str], key: str) -> Tensor:
-    total = read_tensor(factors, partials[0], key).clone()
-    for partial in partials[1:]:
-        total += read_tensor(factors, partial, key)
-    return total
 
 
 def slice_bounds(size: int, slices: int) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,7 @@ from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError, UnwritableError
 from infscan.influence.layers import Layer
+from infscan.passes.decompose import decompose_layer, eigenbases_digest, finish_layer
 from infscan.passes.factor_store import (
     COMPLETE,
     PLAN,
@@ -27,15 +28,7 @@ from infscan.passes.factor_store import (
     read_facts,
     read_plan,
 )
-from infscan.passes.factors import (
-    FitTask,
-    covariance_task,
-    decompose_layer,
-    eigenbases_digest,
-    finish_layer,
-    lambda_task,
-    slice_bounds,
-)
+from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
 from infscan.passes.queries import Inverse, Vectors
 from infscan.runtime import preflight
 from infscan.runtime.prepare import prepare

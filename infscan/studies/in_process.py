@@ -17,15 +17,9 @@ from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import COMPLETE, FactorsPlan, check_files, complete, layer_groups
-from infscan.passes.factors import (
-    FitTask,
-    covariance_task,
-    decompose_layer,
-    finish_layer,
-    lambda_task,
-    slice_bounds,
-)
+from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
 from infscan.passes.queries import Inverse
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries

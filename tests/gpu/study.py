@@ -25,8 +25,9 @@ from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.factors import FitTask, covariance_task, lambda_task
 from infscan.passes.queries import Inverse, QueryTask, query_task
 from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings

@@ -11,15 +11,9 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.model.architecture import describe
 from infscan.model.load import Place
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import FactorsPlan, layer_groups
-from infscan.passes.factors import (
-    FitTask,
-    covariance_task,
-    decompose_layer,
-    finish_layer,
-    lambda_task,
-    slice_bounds,
-)
+from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
 from infscan.passes.queries import Inverse
 from infscan.passes.rank import Rank, RankSettings
 from infscan.storage import Store

@@ -32,8 +32,9 @@ from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.model.losses import Loss
 from infscan.passes.check import CheckTask, check_task
+from infscan.passes.decompose import decompose_layer, finish_layer
 from infscan.passes.factor_store import read_layer_factors, read_tensors
-from infscan.passes.factors import covariance_task, decompose_layer, finish_layer, lambda_task
+from infscan.passes.factors import covariance_task, lambda_task
 from infscan.passes.ggn import GaussNewton, damping_vector, join
 from infscan.passes.queries import Inverse, QueryTask, query_gradients, query_task
 from infscan.passes.query_batch import read_query_batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +24,7 @@ from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
 from infscan.model.load import Place
 from infscan.passes.check import CheckTask, check_task
+from infscan.passes.decompose import decompose_layer, eigenbases_digest, finish_layer
 from infscan.passes.factor_store import (
     FactorsPlan,
     labels_path,
@@ -31,14 +34,7 @@ from infscan.passes.factor_store import (
     read_tensors,
     write_tensors,
 )
-from infscan.passes.factors import (
-    covariance_task,
-    decompose_layer,
-    eigenbases_digest,
-    finish_layer,
-    lambda_task,
-    slice_bounds,
-)
+from infscan.passes.factors import covariance_task, lambda_task, slice_bounds
 from infscan.passes.queries import QueryTask, preconditioned, query_gradients, query_task
 from infscan.passes.query_batch import read_query_batch
 from infscan.passes.rank import Rank, RankSettings
@@ -358,3 +354,10 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
     for low, full in zip(scores[Dtype.bfloat16], scores[Dtype.float32], strict=True):
         for query in range(len(queries)):
             assert np.corrcoef(low[:, query], full[:, query])[0, 1] > 0.99
+
+
+def test_what_needs_no_model_imports_none() -> None:
+    """A layer's task has a process of its own: what a model needs would be most of the time that it takes to start."""
+    asked = "import sys, infscan.passes.decompose; print('transformers' in sys.modules, 'ray' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "False"]
