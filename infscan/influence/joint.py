@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.compress import clamped_roots
 from infscan.influence.layers import LayerFactors
 from infscan.influence.score import weighed
@@ -50,11 +51,12 @@ def joint(
     a query's own total makes every query count alike.
     """
     O, I = U_xo.shape[1], V_xi.shape[1]
-    if factors is None:
-        rows_xo, rows_xi = U_xo, V_xi
-    else:
-        S_roots, A_roots = clamped_roots(factors.S_eigenvalues), clamped_roots(factors.A_eigenvalues)
-        rows_xo, rows_xi = (U_xo @ factors.Q_S) * S_roots, (V_xi @ factors.Q_A) * A_roots
+    S = A = None
+    rows_xo, rows_xi = U_xo, V_xi
+    if factors is not None:
+        S = _Weights(factors.Q_S, clamped_roots(factors.S_eigenvalues))
+        A = _Weights(factors.Q_A, clamped_roots(factors.A_eigenvalues))
+        rows_xo, rows_xi = S.weigh(U_xo), A.weigh(V_xi)
     outputs = _Side.of(rows_xo, rows_xi, ranks, weights_q)
     inputs = _Side.of(rows_xi, rows_xo, ranks, weights_q)
     pairs = [
@@ -67,29 +69,29 @@ def joint(
     if not pairs:
         return None
     m, n = min(pairs, key=lambda pair: weighed(O, I, tokens, len(ranks), 0, pair)["joint"])
-    B_om = B_in = None
-    left_xm, right_xn = U_xo, V_xi
-    if m < O:
-        X_om = outputs.leading(m)
-        left_xm = rows_xo @ X_om
-        B_om = X_om if factors is None else factors.Q_S @ (X_om / S_roots[:, None])
-    if n < I:
-        Y_in = inputs.leading(n)
-        right_xn = rows_xi @ Y_in
-        B_in = Y_in if factors is None else factors.Q_A @ (Y_in / A_roots[:, None])
+    (left_xm, B_mo), (right_xn, B_ni) = outputs.projected(U_xo, rows_xo, m, S), inputs.projected(V_xi, rows_xi, n, A)
     pieces = zip(left_xm.split(list(ranks)), right_xn.split(list(ranks)), strict=True)
-    K_qmn = torch.stack([mine.T @ its for mine, its in pieces])
-
-    def in_rows(basis: Tensor | None) -> Tensor | None:
-        return None if basis is None else basis.T.contiguous().to(U_xo.dtype)
-
-    return Joint(in_rows(B_om), in_rows(B_in), K_qmn.to(U_xo.dtype))
+    return Joint(B_mo, B_ni, torch.stack([mine.T @ its for mine, its in pieces]).to(U_xo.dtype))
 
 
 def smallest(ranks: Sequence[int], O: int, I: int) -> list[tuple[int, int]]:
     """(m, n) of the smallest pairs that could keep every query's columns, with a basis on both sides or on one."""
     most = max(ranks)
     return [(min(most, O), min(most, I)), (O, min(most, I)), (min(most, O), I)]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A factor's eigenvectors [k, k] and the roots [k] of its eigenvalues."""
+
+    Q: BlockDiagonal
+    roots_k: Tensor
+
+    def weigh(self, rows_xk: Tensor) -> Tensor:
+        return (rows_xk @ self.Q) * self.roots_k
+
+    def unweighed(self, X_km: Tensor) -> Tensor:
+        return self.Q @ (X_km / self.roots_k[:, None])
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,12 @@ class _Side:
         count = int(torch.searchsorted(held, held[-1] * (1 - left_out))) + 1
         return {min(count, len(held)), len(held)}
 
-    def leading(self, count: int) -> Tensor:
-        """Orthonormal [k, count]."""
-        return self.vectors_kk[:, :count]
+    def projected(
+        self, own_xk: Tensor, rows_xk: Tensor, count: int, weights: _Weights | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows on the leading vectors [x, count], and their basis in rows [count, k]; on all, the own rows and none."""
+        if count == len(self.values_k):
+            return own_xk, None
+        X_km = self.vectors_kk[:, :count]
+        B_km = weights.unweighed(X_km) if weights else X_km
+        return rows_xk @ X_km, B_km.T.contiguous().to(own_xk.dtype)

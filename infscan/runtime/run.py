@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import Any
 
 import ray
+import torch
 
 from infscan.config import Config, Dtype, LogFormat, differences, fingerprint, from_yaml, plain, stage_output, to_yaml
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import ConfigError, RunError
 from infscan.model.architecture import Architecture, check_agree, describe, load_config, model_folder
 from infscan.model.load import resolve_dtype
+from infscan.passes.query_batch import in_dtype
 from infscan.passes.rank import RankSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.results.publish import SUCCESS
@@ -213,10 +215,9 @@ class Run:
         return self._resolved(self.config.refine_dtype)
 
     @cached_property
-    def query_dtype(self) -> str:
-        """The dtype that queries are laid out in, `auto` resolved."""
-        asked = self.config.scan.query_dtype
-        return self.dtype if asked is None or asked is Dtype.auto else asked.value
+    def query_dtype(self) -> torch.dtype:
+        """The dtype that queries are laid out in, as on every rank."""
+        return in_dtype(self.config.scan.query_dtype, getattr(torch, self.dtype))
 
     def _resolved(self, dtype: Dtype) -> str:
         if dtype is not Dtype.auto:

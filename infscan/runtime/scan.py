@@ -10,7 +10,6 @@ from hashlib import sha256
 
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
 
 from infscan.config import fingerprint, is_intact, sealed
@@ -121,7 +120,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
             "rank": config.scan.rank,
             "energy": config.scan.energy if config.scan.rank == "auto" else None,
             "compression": config.scan.compression,
-            "query_dtype": run.query_dtype,
+            "query_dtype": str(run.query_dtype),
         }
     )
     groups, layer_groups = query_groups(len(run.queries), run.architecture.layers, config.scan.query_group_bytes)
@@ -154,7 +153,7 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
             run.pool.run(range(len(left)), query_task, task, on_done)
     arrays, layers = read_query_batch(run.store, names), run.architecture.layers
     tokens = run.architecture.sequence_length(config.corpus.sequence_length)
-    entries = config.scan.query_group_bytes // getattr(torch, run.query_dtype).itemsize
+    entries = config.scan.query_group_bytes // run.query_dtype.itemsize
     if config.scan.rank == "auto":
         weights, arrays = query_weights(arrays, layers), allotted(arrays, layers, config.scan.energy)
         arrays = _with_joint_bases(run, factors, arrays, weights, tokens, entries, key)
@@ -209,7 +208,7 @@ def _with_joint_bases(
 def _say_what_has_no_room(run: Run, arrays: dict[str, np.ndarray], tokens: int) -> None:
     count, times = without_room(arrays, run.architecture.layers, tokens)
     if count:
-        itemsize = getattr(torch, run.query_dtype).itemsize
+        itemsize = run.query_dtype.itemsize
         needed = len(run.queries) * sum(layer.size for layer in run.architecture.layers) * itemsize
         halved = "" if itemsize <= 2 else ", or scan.query_dtype=bfloat16, which halves them"
         run.telemetry.warn(

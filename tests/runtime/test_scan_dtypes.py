@@ -1,4 +1,4 @@
-"""scan.refine_dtype: a scan in bfloat16 finds candidates, and what is published of them is float32's."""
+"""scan.refine_dtype and scan.query_dtype: what finds candidates is in bfloat16, what is published of them float32's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.errors import RunError
 from infscan.results.read import read_layers, read_summary, read_tokens, read_top
 from infscan.runtime.explain import ExplainJob, explain
 from infscan.runtime.finished import reopen
@@ -31,7 +33,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("refined")
+    return tmp_path_factory.mktemp("dtypes")
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,31 @@ def test_a_row_is_explained_as_it_was_scored(mixed: Config) -> None:
     assert rows
     for row in rows:
         assert row["score"] == pytest.approx(scores[row["query_id"], int(row["sequence_id"])], rel=1e-5)
+
+
+def test_products_with_queries_round_and_what_is_published_does_not(folder: Path, wide: Config) -> None:
+    """The model is float32's, the queries are laid out in bfloat16."""
+    rounded = small_run(
+        folder,
+        *EVERY,
+        "scan.refine_dtype=float32",
+        "scan.query_dtype=bfloat16",
+        f"output={folder / 'rounded'}",
+    )
+    answer(rounded)
+    tops = [read_top(config.output) for config in (rounded, wide)]
+    assert tops[0].drop_columns("scan_score").equals(tops[1].drop_columns("scan_score"))
+    for read in (read_layers, read_tokens):
+        assert read(rounded.output).equals(read(wide.output))
+    scanned, exact = (top["scan_score"].to_numpy() for top in tops)
+    assert np.corrcoef(scanned, exact)[0, 1] > 0.999
+    assert (scanned != exact).any()
+    assert read_summary(rounded.output)["approximation"]["pearson"]["mean"] > 0.99
+
+
+def test_a_run_does_not_go_on_with_queries_in_another_dtype(folder: Path, wide: Config) -> None:
+    config = small_run(
+        folder, *EVERY, "scan.refine_dtype=float32", "scan.query_dtype=bfloat16", f"output={wide.output}"
+    )
+    with pytest.raises(RunError, match=r"scan\.query_dtype"):
+        answer(config)
