@@ -1,4 +1,10 @@
-"""Read what infscan wrote: the tables of a run and the factors. Runs themselves are started by jobs/."""
+"""infscan: which pretraining sequences most raised the probability of this completion?
+
+    found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
+
+Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`), and
+the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +13,63 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infscan.api import RunResult, open_run
+    from infscan.config import Config
+    from infscan.errors import InfscanError
     from infscan.passes.factor_store import read_factors
     from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
 
     __version__: str
 
-__all__ = [
-    "__version__",
-    "read_factors",
-    "read_layers",
-    "read_scores",
-    "read_sequences",
-    "read_summary",
-    "read_tokens",
-    "read_top",
-]
+_HOMES = {
+    "Config": "infscan.config",
+    "InfscanError": "infscan.errors",
+    "RunResult": "infscan.api",
+    "open_run": "infscan.api",
+    "read_factors": "infscan.passes.factor_store",
+    "read_layers": "infscan.results.read",
+    "read_scores": "infscan.results.read",
+    "read_sequences": "infscan.results.read",
+    "read_summary": "infscan.results.read",
+    "read_tokens": "infscan.results.read",
+    "read_top": "infscan.results.read",
+}
+# Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
+_COMMANDS = {
+    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status")},
+    **{name: name for name in ("study", "validate")},
+    "write_report": "report",
+}
+__all__ = [*_HOMES, *_COMMANDS, "__version__"]  # noqa: PLE0604 (names, all of them)
 
 
 def __getattr__(name: str) -> Any:
     # On first use, so that `import infscan` stays quick and reading tables brings no torch.
     if name == "__version__":
         value: Any = importlib.metadata.version("infscan")
-    elif name in __all__:
-        home = "infscan.passes.factor_store" if name == "read_factors" else "infscan.results.read"
-        value = getattr(importlib.import_module(home), name)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _COMMANDS:
+        value = _function(_COMMANDS[name])
     else:
         raise AttributeError(f"module 'infscan' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _function(command: str) -> Any:
+    """A command as a function of words and keywords (`infscan.api`)."""
+
+    def run(*words: Any, **settings: Any) -> Any:
+        from infscan.api import call
+
+        return call(command, words, settings)
+
+    from infscan.config.commands import command_of
+
+    run.__name__ = run.__qualname__ = command
+    run.__doc__ = f"{command_of(command).summary}\n\nThe settings are those of `infscan {command} --help`."
+    return run
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from infscan.storage import Store, open_input
 
 # Where a run keeps what it measured.
 MEASURED = "queries/queries.jsonl"
+# The id of a query that is given in the settings.
+ONE = "query"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -61,12 +63,8 @@ def read_queries(
     """
     queries: list[Query] = []
     seen: dict[str, int] = {}
-    with open_input(config.path) as stream:
-        lines = stream.read().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{config.path}, line {number}"
+    for number, line in _lines(config):
+        where = f"{config.path}, line {number}" if config.path else "queries.prompt"
         row = _parse(line, where)
         query_id = _checked_id(row, where)
         if query_id in seen:
@@ -83,6 +81,17 @@ def read_queries(
     if not queries:
         raise QueryError(f"{config.path} holds no query; write one JSON object per line: id, prompt, completion.")
     return queries
+
+
+def _lines(config: QueriesConfig) -> Iterator[tuple[int, bytes]]:
+    """The file's lines with their numbers, blank ones left out; or the one query that the settings hold."""
+    if not config.path:
+        row = {"id": ONE, "prompt": config.prompt, "completion": config.completion, "contrast": config.contrast}
+        yield 1, json.dumps(row).encode()
+        return
+    with open_input(config.path) as stream:
+        lines = stream.read().split(b"\n")
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def queries_fingerprint(queries: Sequence[Query]) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,10 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.text import Text
 
-from infscan.config import check_argument, in_sweep, sweep_cells
-from infscan.errors import InfscanError
 from infscan.secrets import redact
 
 log = logging.getLogger("infscan")
@@ -66,54 +63,6 @@ class _Shown(logging.Filter):
 def console() -> Console:
     """Where people look: standard error, so that standard output stays for results."""
     return Console(stderr=True, soft_wrap=True)
-
-
-@dataclass
-class _Sweep:
-    """The cells of this process's command line, and how many of them failed."""
-
-    cells: int = 0
-    failed: int = 0
-
-
-_sweep = _Sweep()
-
-
-@contextmanager
-def sentences() -> Iterator[None]:
-    """For jobs: an error that a user can mend ends the process with its sentence and status 2, without a traceback.
-
-    In a sweep it ends its cell: the others go on, and `command` ends the process.
-    """
-    try:
-        yield
-    except InfscanError as error:
-        console().print(Text(f"error: {shown(str(error))}", style="bold red"))
-        if not in_sweep():
-            raise SystemExit(2) from None
-        if not _sweep.cells:
-            # A cell that a launcher runs in a process of its own: its end is told to the launcher's.
-            raise
-        _sweep.failed += 1
-    except KeyboardInterrupt:
-        console().print("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
-
-
-def command(main: Callable[[], None]) -> None:
-    """Run a job's main, which Hydra calls with what the command line says; what Hydra must not see is refused first."""
-    # Hydra shows whatever is logged as information under its own name; where credentials were found is none.
-    for library in ("botocore", "aiobotocore"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    with sentences():
-        for argument in sys.argv[1:]:
-            check_argument(argument)
-        _sweep.cells = len(sweep_cells(sys.argv[1:]))
-    main()
-    if _sweep.failed:
-        said = f"error: {_sweep.failed} of {_sweep.cells} cells failed; the same command runs them again, and no other."
-        console().print(Text(said, style="bold red"))
-        raise SystemExit(2)
 
 
 def configure_logs(level: int = logging.INFO, *, run: str | None = None, json_lines: bool = False) -> None:

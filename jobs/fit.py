@@ -1,25 +1,9 @@
-"""Fit EK-FAC factors and put them at factors.path (<output>/factors unless it is given), for scans to reuse.
+"""Fit EK-FAC factors and put them at factors.path, for scans to reuse.
 
 python jobs/fit.py model=pythia-70m corpus.path=s3://bucket/corpus factors.path=s3://bucket/factors/pythia-70m
 """
 
-import hydra
-from omegaconf import DictConfig
-
-from infscan.config import from_hydra
-from infscan.runtime.fit import fit
-from infscan.runtime.run import Run
-from infscan.telemetry import command, sentences
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="fit")
-def main(cfg: DictConfig) -> None:
-    with sentences():
-        config = from_hydra(cfg, unused=("queries.path",))
-        with Run(config, needs_queries=False) as run:
-            factors = fit(run)
-        print(f"factors     {config.factors.path}\nfingerprint {factors.fingerprint}")
-
+from infscan.cli import main
 
 if __name__ == "__main__":
-    command(main)
+    main("fit")

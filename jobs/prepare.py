@@ -1,39 +1,9 @@
-"""Make a corpus addressable: tokenise, pack and number it into <output>/corpus, to be scanned by any number of runs.
+"""Make a corpus addressable: tokenise, pack and number it into <output>/corpus.
 
 python jobs/prepare.py model=pythia-70m corpus.path='data/*.jsonl.zst' output=s3://bucket/pile
-python jobs/prepare.py model=pythia-70m corpus.path=tokens/ corpus.in_place=false corpus.deduplicate=true output=...
 """
 
-import json
-from typing import Any
-
-import hydra
-from omegaconf import DictConfig
-
-from infscan.config import from_hydra
-from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
-from infscan.telemetry import command, sentences
-
-
-def statistics(corpus: AddressableCorpus) -> dict[str, Any]:
-    """What was read and what became of it; of documents also how long they are, and what was left out and why."""
-    if not isinstance(corpus, PreparedCorpus):
-        return corpus.counts
-    manifest = corpus.manifest
-    left_out = {"left_out": manifest.left_out.by_reason} if manifest.left_out.by_reason else {}
-    return corpus.counts | {"document_lengths": manifest.lengths.to_json()} | left_out
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="prepare")
-def main(cfg: DictConfig) -> None:
-    with sentences():
-        with Run(from_hydra(cfg, unused=("queries.path",)), needs_queries=False) as run:
-            corpus = prepare_corpus(run)
-        print(f"corpus      {corpus.store.uri}\nfingerprint {corpus.fingerprint}")
-        print(json.dumps(statistics(corpus), indent=2))
-
+from infscan.cli import main
 
 if __name__ == "__main__":
-    command(main)
+    main("prepare")

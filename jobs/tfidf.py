@@ -1,32 +1,10 @@
-"""G23's TF-IDF filter: the sequences that share rare tokens with a query, from one pass over the whole corpus.
+"""Keep the sequences that share rare tokens with a query, from one pass over the whole corpus.
 
 python jobs/tfidf.py model=pythia-1b corpus.path=s3://bucket/pile queries.path=queries.jsonl output=runs/filter
-python jobs/scan.py  model=pythia-1b corpus=filtered corpus.path=runs/filter queries.path=queries.jsonl output=runs/mine
+python jobs/scan.py model=pythia-1b corpus.path=runs/filter queries.path=queries.jsonl output=runs/mine
 """
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
-
-from infscan.config import from_hydra
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
-from infscan.runtime.tfidf import CANDIDATES, TfidfJob, tfidf_filter
-from infscan.telemetry import command, sentences
-
-ConfigStore.instance().store(name="tfidf_schema", node=TfidfJob)
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="tfidf")
-def main(cfg: DictConfig) -> None:
-    with sentences():
-        config = from_hydra(cfg)
-        assert isinstance(config, TfidfJob)
-        with Run(config) as run:
-            table = tfidf_filter(run, prepare_corpus(run), config.tfidf)
-        print(f"candidates  {config.output}/{CANDIDATES} ({table.num_rows} rows)")
-        print(f"to scan     corpus=filtered corpus.path={config.output}")
-
+from infscan.cli import main
 
 if __name__ == "__main__":
-    command(main)
+    main("tfidf")

@@ -14,7 +14,7 @@ from infscan.results.read import read_top
 from infscan.runtime.pool import connect
 from infscan.studies.facts import Partition
 from infscan.studies.word_order import WordOrder, planted_partitions, word_order
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import compose
 
 DEMO = ("model=demo", "corpus=demo", "queries=demo", "cluster=laptop", "scan.scores=all", "scan.top_k=10")

@@ -12,7 +12,7 @@ from infscan.config import ClusterConfig
 from infscan.results.read import read_summary
 from infscan.runtime.pool import connect
 from jobs.answers import forward_on_top, main
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import compose
 
 pytestmark = pytest.mark.slow

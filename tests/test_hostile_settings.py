@@ -29,7 +29,7 @@ from infscan.errors import ConfigError, InfscanError
 from infscan.results.read import read_summary
 from infscan.runtime.run import Run
 from infscan.telemetry import command, shown
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
 from tests.runtime.builders import CONF, small_run
 

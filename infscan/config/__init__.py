@@ -1,13 +1,13 @@
-"""The typed configuration, its checks, and the fingerprints that tell runs apart. Only this room and jobs/ know
-Hydra."""
+"""Typed settings, their checks, fingerprints and help. `compose`, `commands` and `sweep` know Hydra; nothing else does."""
 
-from infscan.config.checks import check, check_argument
-from infscan.config.compose import absolute, from_hydra, from_yaml, of_finished, stage_output, stored_config, to_yaml
+from infscan.config.checks import check
 from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, sealed, unsealed
+from infscan.config.paths import absolute, stage_output
 from infscan.config.schema import (
     MISSING,
     MOST_RANK,
     Attention,
+    Backend,
     ClusterConfig,
     Compression,
     Config,
@@ -15,7 +15,6 @@ from infscan.config.schema import (
     DampingConfig,
     Dtype,
     FactorsConfig,
-    FactorsCorpusConfig,
     IterationConfig,
     Labels,
     LogFormat,
@@ -31,16 +30,16 @@ from infscan.config.schema import (
     Sides,
     Solver,
     StageConfig,
-    StageCorpusConfig,
     TextRecords,
     ZeroConfig,
 )
-from infscan.config.sweep import in_sweep, sweep_cells
+from infscan.config.stored import from_yaml, stored_config, to_yaml
 
 __all__ = [
     "MISSING",
     "MOST_RANK",
     "Attention",
+    "Backend",
     "ClusterConfig",
     "Compression",
     "Config",
@@ -48,7 +47,6 @@ __all__ = [
     "DampingConfig",
     "Dtype",
     "FactorsConfig",
-    "FactorsCorpusConfig",
     "IterationConfig",
     "Labels",
     "LogFormat",
@@ -64,25 +62,19 @@ __all__ = [
     "Sides",
     "Solver",
     "StageConfig",
-    "StageCorpusConfig",
     "TextRecords",
     "ZeroConfig",
     "absolute",
     "check",
-    "check_argument",
     "differences",
     "fingerprint",
-    "from_hydra",
     "from_yaml",
-    "in_sweep",
     "is_intact",
     "lasting",
-    "of_finished",
     "plain",
     "sealed",
     "stage_output",
     "stored_config",
-    "sweep_cells",
     "to_yaml",
     "unsealed",
 ]

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from omegaconf import MISSING
-
 from infscan.config.identity import at_top, leaves, plain
 from infscan.config.schema import (
+    MISSING,
     ClusterConfig,
     Compression,
     Config,
     CorpusConfig,
     Offload,
+    QueriesConfig,
     ScanConfig,
     Sharding,
     Solver,
@@ -28,7 +28,6 @@ _MOST_INTEGER = 2**63 - 1  # of Parquet, numpy and torch
 _MOST_SECONDS = 1e9  # thirty years; an operating system's timers end at about ten times that
 _MOST_NAME_BYTES, _MOST_BYTES = 255, 4096  # of a name in a path, and of a path; no other text needs more
 
-_DEEPEST = 20  # brackets in an argument; Hydra's parser takes many stack frames for each
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -147,10 +146,23 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
     weighted = config.scan.compression is Compression.weighted and config.scan.rank
     if config.factors.solver is Solver.identity and weighted:
         raise ConfigError(
-            "factors.solver=identity has no factors to weigh a compression by; add scan.compression=plain, "
-            "or scan.rank=null for exact scores."
+            "scan.compression=weighted: factors.solver=identity has no factors to weigh a compression by; leave "
+            "scan.compression out, or give scan.rank=null for exact scores."
         )
+    _check_queries(config.queries)
     _check_stages(config)
+
+
+def _check_queries(queries: QueriesConfig) -> None:
+    given = [key for key in ("prompt", "completion", "contrast") if getattr(queries, key) is not None]
+    if given and queries.path not in ("", MISSING):
+        raise ConfigError(
+            f"queries.{given[0]} and queries.path={_said(queries.path)} are both given: one query, or a file of "
+            "queries; leave one out (queries=null takes a preset away)."
+        )
+    if given and (queries.prompt is None or queries.completion is None):
+        missing = "prompt" if queries.prompt is None else "completion"
+        raise ConfigError(f"queries.{missing}: no value given; one query has a prompt= and a completion=.")
 
 
 def _check_ranks(cluster: ClusterConfig) -> None:
@@ -175,40 +187,17 @@ def _check_ranks(cluster: ClusterConfig) -> None:
             )
 
 
-def check_argument(argument: str) -> None:
-    """Refuse what Hydra would print, write down, or stumble over with a traceback, before it reads the command line.
-
-    It repeats arguments that it does not understand, and writes all of a sweep's to multirun.yaml.
-
-    Raises:
-        ConfigError: for credentials, control characters, bytes that are not UTF-8, and what is too long or too deep.
-    """
-    key = argument.partition("=")[0]
-    if holds_secret(argument):
-        raise ConfigError(f"{redact(key)}=*** carries credentials, {MEND}.")
-    if not all(character.isprintable() or character in "\n\t" for character in argument):
-        raise ConfigError(f"{_said(argument)} holds a control character, or bytes that are not UTF-8; remove it.")
-    if len(argument) > _MOST_BYTES:
-        raise ConfigError(f"{_said(argument)} has {len(argument):,} characters; give at most {_MOST_BYTES:,}.")
-    depth = deepest = 0
-    for character in argument:
-        depth += (character in "[{(") - (character in "]})")
-        deepest = max(deepest, depth)
-    if deepest > _DEEPEST:
-        raise ConfigError(f"{_said(argument)} is nested {deepest} deep; give at most {_DEEPEST}.")
-
-
 def _check_groups(config: Any, prefix: str = "") -> None:
     """Refuse keys that there are not (`+key=` adds them), and a value in a group's place (`stages=${output}`)."""
     for key in vars(config).keys() - {one.name for one in fields(config)}:
         raise ConfigError(f"{prefix}{key}: there is no such key; --cfg job prints those that there are.")
     for one in fields(config):
         key, value = f"{prefix}{one.name}", getattr(config, one.name)
-        group = one.default_factory
-        if group is list and not isinstance(value, list):
+        default = one.default_factory() if callable(one.default_factory) else None
+        if isinstance(default, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={_said(value)}: a list is needed here.")
-        if is_dataclass(group):
-            if not isinstance(value, group):
+        if is_dataclass(default):
+            if not isinstance(value, type(default)):
                 raise ConfigError(f"{key}={_said(value)}: a group of keys is needed here, not a value.")
             _check_groups(value, f"{key}.")
 
@@ -274,6 +263,11 @@ def _corpora(config: Config) -> Iterator[tuple[str, CorpusConfig]]:
 
 def _check_corpora(config: Config) -> None:
     for name, corpus in _corpora(config):
+        if corpus.path and corpus.paths:
+            raise ConfigError(
+                f"{name}.path={_said(corpus.path)} and {name}.paths are both given: one corpus, or several by label; "
+                "leave one out."
+            )
         if corpus.sample is not None and not 0 < corpus.sample <= 1:
             raise ConfigError(f"{name}.sample={corpus.sample}: a share of the sequences, above 0 and up to 1.")
         for label in corpus.paths:
@@ -313,6 +307,6 @@ def _check_stages(config: Config) -> None:
         if number + 1 != config.scan.stage:
             # What a single-stage run at this stage would be refused for.
             try:
-                check(replace(config.at_stage(number + 1), stages=[], scan=ScanConfig(rank=None)))
+                check(replace(config.at_stage(number + 1), stages=[], scan=ScanConfig(rank=None, compression=Compression.weighted)))
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from None

@@ -1,16 +1,20 @@
-"""The typed configuration: every key, its type and its default.
+"""The typed settings of a run: every key with its type, its default and its meaning.
 
-The dataclasses are Hydra's schema: a key they do not have, or a value of another type, is refused while the
-configuration is composed (`compose`). What types cannot say is refused by `checks`.
+The string below a field documents that key: `infscan <command> --help` and docs/configuration.md are made of it.
+Hydra is not imported here; `infscan.config.compose` hands these classes to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
+from typing import Any, TypeVar
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import II, MISSING
+# A value that is not given. Hydra and OmegaConf use the same mark.
+MISSING: Any = "???"
+
+T = TypeVar("T")
 
 
 class Dtype(StrEnum):
@@ -27,7 +31,7 @@ class Sharding(StrEnum):
 
 
 class Offload(StrEnum):
-    """Where a sharded model's parameters lie while they are not used."""
+    """Where a sharded model's parameters are kept while they are not used."""
 
     none = "none"
     cpu = "cpu"
@@ -40,7 +44,7 @@ class Packing(StrEnum):
 
 
 class Attention(StrEnum):
-    """Whether a packed sequence's tokens see the documents before their own (across), as the model was trained."""
+    """Whether a packed sequence's tokens attend to the documents before their own (across), as in training."""
 
     across = "across"
     within = "within"
@@ -65,7 +69,7 @@ class Labels(StrEnum):
 
 
 class Solver(StrEnum):
-    """What stands for (G + lambda)^-1. cg and astra iterate from EK-FAC's solution, query by query."""
+    """How (G + lambda)^-1 is applied. cg and astra iterate from EK-FAC's solution, query by query."""
 
     ekfac = "ekfac"
     identity = "identity"
@@ -100,6 +104,13 @@ class Placement(StrEnum):
     STRICT_SPREAD = "STRICT_SPREAD"
 
 
+class Backend(StrEnum):
+    """What runs the units of work: worker groups on Ray, or this process alone."""
+
+    ray = "ray"
+    in_process = "in_process"
+
+
 class LogFormat(StrEnum):
     text = "text"
     json = "json"
@@ -107,68 +118,94 @@ class LogFormat(StrEnum):
 
 @dataclass
 class ZeroConfig:
-    """ZeRO-3's limits, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole.
-
-    offload: a rank's shard lies on its device (none), in its host's memory (cpu), or in a file on a disk of its host
-    that memory maps (nvme), in the folder offload_path (null: where temporary files go).
-    """
+    """The limits of ZeRO-3, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole."""
 
     max_live_parameters: int = 30_000_000
+    """Parameters that a rank may hold gathered at once."""
     max_reuse_distance: int = 0
+    """A parameter that is used again within this many parameters stays gathered."""
     prefetch_bucket_size: int = 10_000_000
+    """Parameters that are gathered ahead of their use."""
     param_persistence_threshold: int = 10_000
+    """Smaller parameters are never partitioned."""
     offload: Offload = Offload.none
+    """Where a rank's shard is kept while it is not used: on its device, in host memory, or in a memory-mapped file."""
     offload_path: str | None = None
+    """Folder of the memory-mapped file with offload=nvme; null uses the folder of temporary files."""
 
 
 @dataclass
 class ModelConfig:
     path: str = MISSING
+    """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where corpus
+    and queries bring token ids."""
     dtype: Dtype = Dtype.auto
+    """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
     tracked: str = "mlp"
+    """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), or a regular expression
+    over module names."""
     sharding: Sharding = Sharding.auto
+    """How a worker's ranks hold the model: `none` (one rank, whole), `zero3` (partitioned), or `auto` (zero3 where a
+    worker has several ranks)."""
     gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 @dataclass
 class CorpusConfig:
-    """Where a corpus lies and how it becomes sequences.
-
-    dtype: of raw token arrays (null: uint16 where that holds the vocabulary, else uint32). eos_id: what documents end
-    with (null: the tokenizer's, else the model's). in_place: scan token arrays where they lie; false prepares them.
-    attention: across the documents of a sequence, or within each, its positions beginning anew: as training had it.
-    part_bytes: a larger file of documents is cut into several parts. deduplicate: drop documents whose content an
-    earlier one has too. paths: several corpora in place of `path`, by label. sample: a share of the sequences, drawn
-    uniformly with `seed`, as max_sequences is a number of them.
-    """
+    """What the corpus is and how it becomes sequences."""
 
     path: str = MISSING
+    """The corpus: a file, folder, glob or URI of documents or token arrays, or a corpus that was prepared before."""
     paths: dict[str, str] = field(default_factory=dict)
+    """Several corpora in place of `path`, each under a label: `+corpus.paths.web=... +corpus.paths.books=...`."""
     format: str = "auto"
+    """File format; `auto` goes by names and content."""
     text_field: str = "text"
+    """Field of a row that holds its text."""
     id_field: str = "id"
+    """Field of a row that holds its document id; ids are made from file and row where rows have none."""
     source_field: str = "source"
+    """Field of a row that names where the document is from; the file's name where rows have none."""
     tokens_field: str | None = None
+    """Field that holds token ids in place of text; null where rows hold text."""
     text_records: TextRecords = TextRecords.file
+    """What a document is in a plain text file: the whole `file`, or every `line`."""
     dtype: str | None = None
+    """Integer type of raw token arrays; null is uint16 where that holds the vocabulary, else uint32."""
     eos_id: int | None = None
+    """Token id that documents end with; null is the tokenizer's, else the model's."""
     in_place: bool = True
+    """Scan token arrays where they are; false prepares a copy of them first."""
     part_bytes: int = 256 << 20
+    """Bytes of input that become one prepared part; a larger file is cut into several parts."""
     deduplicate: bool = False
-    # Where training had no loss: a row's prompt (text, token ids, or how many of its token ids), or 0 and 1 by token.
+    """Drop documents whose content an earlier document has, too."""
     prompt_field: str | None = None
+    """Field of a row that holds its prompt (text, token ids, or a number of token ids), which training had no loss on."""
     mask_field: str | None = None
+    """Field of a row that holds 0 or 1 for each token id: 1 where training had a loss. Needs tokens_field."""
     sequence_length: int | None = None
+    """T, tokens of a sequence at most; null is the model's context, at most 512 (as Grosse et al. 2023)."""
     packing: Packing = Packing.concat
+    """How documents become sequences: `concat` joins them with EOS and cuts every T tokens; `document` makes one sequence
+    of each, cut off at T tokens."""
     attention: Attention = Attention.across
+    """Whether tokens attend `across` the documents of a sequence or `within` their own: as training had it."""
     bos: bool = False
+    """Put the BOS token before every document and every query."""
     max_sequences: int | None = None
+    """Scan a uniform sample of this many sequences; null scans all. Factors are not fitted on fewer for it."""
     sample: float | None = None
+    """Scan a uniform sample of this share of the sequences, above 0 and up to 1; null scans all. Factors are not fitted on
+    fewer for it."""
     seed: int = 0
-    # Documents, and whole files, that cannot be used and may be left out, counted, before preparing stops.
+    """Seed of the sample."""
     allow_bad_documents: int = 0
+    """Documents that may be unusable: so many are left out and counted before preparing stops."""
     allow_bad_files: int = 0
+    """Files that may be unreadable: so many are left out and counted before preparing stops."""
 
     @property
     def several(self) -> dict[str, CorpusConfig]:
@@ -180,82 +217,95 @@ class CorpusConfig:
         """Whether some tokens carry no loss."""
         return self.prompt_field is not None or self.mask_field is not None
 
+    def same_corpus(self, other: CorpusConfig) -> bool:
+        """Whether both are the same sequences, whatever sample of them is taken."""
+        return replace(self, **_WHOLE) == replace(other, **_WHOLE)
 
-@dataclass
-class FactorsCorpusConfig(CorpusConfig):
-    """What the factors are fitted on: key by key the corpus beside them (the scanned one, or a stage's), unless said
-    otherwise."""
 
-    path: str = II("...corpus.path")
-    paths: dict[str, str] = II("...corpus.paths")
-    format: str = II("...corpus.format")
-    text_field: str = II("...corpus.text_field")
-    id_field: str = II("...corpus.id_field")
-    source_field: str = II("...corpus.source_field")
-    tokens_field: str | None = II("...corpus.tokens_field")
-    text_records: TextRecords = II("...corpus.text_records")
-    prompt_field: str | None = II("...corpus.prompt_field")
-    mask_field: str | None = II("...corpus.mask_field")
-    dtype: str | None = II("...corpus.dtype")
-    eos_id: int | None = II("...corpus.eos_id")
-    in_place: bool = II("...corpus.in_place")
-    part_bytes: int = II("...corpus.part_bytes")
-    deduplicate: bool = II("...corpus.deduplicate")
-    sequence_length: int | None = II("...corpus.sequence_length")
-    packing: Packing = II("...corpus.packing")
-    attention: Attention = II("...corpus.attention")
-    bos: bool = II("...corpus.bos")
-    max_sequences: int | None = II("...corpus.max_sequences")
-    sample: float | None = II("...corpus.sample")
-    seed: int = II("...corpus.seed")
-    allow_bad_documents: int = II("...corpus.allow_bad_documents")
-    allow_bad_files: int = II("...corpus.allow_bad_files")
+# What of a corpus is scanned, as opposed to what the corpus is. Factors do not inherit it.
+SELECTION = ("max_sequences", "sample")
+_WHOLE: dict[str, Any] = {"max_sequences": None, "sample": None, "seed": 0}
+
+
+def not_given(kind: type[T]) -> T:
+    """Settings of a kind, none of which is given: `infscan.config.inherit` fills them from an outer group."""
+    values: dict[str, Any] = {}
+    for one in fields(kind):  # type: ignore[arg-type]
+        default = one.default_factory() if callable(one.default_factory) else None
+        values[one.name] = not_given(type(default)) if is_dataclass(default) else MISSING
+    return kind(**values)
+
+
+def inherited(kind: type[T]) -> Any:
+    """A field whose settings are an outer group's, key by key, where they are not given."""
+    factory: Callable[[], T] = lambda: not_given(kind)  # noqa: E731
+    return field(default_factory=factory)
 
 
 @dataclass
 class QueriesConfig:
     path: str = MISSING
+    """Query file: JSONL rows of `id`, `prompt`, `completion`, or of `id`, `input_ids`, `prompt_len`; optional `contrast`
+    and `measure`."""
     measure: Measure = Measure.completion
+    """What is measured of a completion: all of it (`completion`), its `first` token, or each of its `tokens` apart, as
+    `id#0`, `id#1`, ... A row's own `measure` wins."""
+    prompt: str | None = None
+    """One query's prompt, in place of a file; `prompt=...` for short."""
+    completion: str | None = None
+    """That query's completion; `completion=...` for short."""
+    contrast: str | None = None
+    """Another completion: the difference of the two log-probabilities is measured; `contrast=...` for short."""
 
 
 @dataclass
 class DampingConfig:
-    """lambda_l = relative * mean(Lambda_l) (G23), or one absolute value (B25); `absolute` wins where it is given."""
-
     relative: float = 0.1
+    """lambda of a layer as a multiple of the mean of its Lambda (Grosse et al. 2023)."""
     absolute: float | None = None
+    """lambda of every layer as a value (Bao et al. 2025); it wins over `relative` where it is given."""
 
 
 @dataclass
 class IterationConfig:
-    """How solver=cg and solver=astra iterate; G is of the factors' sequences.
-
-    steps: at most. tolerance: of the relative residual |v - (G + lambda) x| / |v|, where cg stops earlier.
-    batch: sequences that G is of, fixed (cg; null: all that the factors were fitted on) or drawn anew for every step
-    (astra; null: 32). step_size (astra): null for the largest that is stable on a few batches tried first; it falls to
-    zero over the steps. tokens_per_batch: padded tokens in one product.
-    """
+    """How solver=cg and solver=astra iterate."""
 
     steps: int = 50
+    """Steps at most."""
     tolerance: float = 1e-2
+    """cg stops where the relative residual |v - (G + lambda) x| / |v| is this small."""
     batch: int | None = None
+    """Sequences that G is of: fixed ones (cg; null is all that the factors were fitted on), or drawn anew for every step
+    (astra; null is 32)."""
     momentum: float = 0.9
+    """astra's momentum, from 0 to below 1."""
     step_size: float | None = None
+    """astra's first step size, which falls to zero; null is half of the largest stable one on a few batches."""
     tokens_per_batch: int = 1024
+    """Padded tokens in one product with G."""
 
 
 @dataclass
 class FactorsConfig:
     path: str | None = None
-    corpus: FactorsCorpusConfig = field(default_factory=FactorsCorpusConfig)
+    """Folder or URI where factors are, or are put; null is <output>/factors."""
+    corpus: CorpusConfig = inherited(CorpusConfig)
+    """What factors are fitted on: key by key the scanned corpus, except for its sample."""
     labels: Labels = Labels.sampled
+    """Labels of the Fisher: `sampled` from the model, or the true tokens (`empirical`)."""
     num_sequences: int = 10_000
+    """Sequences that factors are fitted on, a uniform sample; all where the corpus has fewer."""
     damping: DampingConfig = field(default_factory=DampingConfig)
     solver: Solver = Solver.ekfac
+    """How (G + lambda)^-1 is applied: `ekfac`; `identity` (the gradient dot product, the baseline); `cg` or `astra`, which
+    iterate from EK-FAC's solution."""
     iteration: IterationConfig = field(default_factory=IterationConfig)
     slices: int = 8
+    """Slices of the fitted sequences: the unit of work and of retry of a fit."""
     blocks: int = 1
+    """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
     max_group_bytes: int = 8 << 30
+    """Bytes of factors that a rank holds at once; layers beyond them take another pass."""
 
 
 # scan.rank=auto: every query and layer may have ranks up to this one.
@@ -263,130 +313,101 @@ MOST_RANK = 32
 
 
 @dataclass
-class StageCorpusConfig(CorpusConfig):
-    """What a stage was trained on. How it is read is as for `corpus`, unless said otherwise."""
-
-    format: str = II("corpus.format")
-    text_field: str = II("corpus.text_field")
-    id_field: str = II("corpus.id_field")
-    source_field: str = II("corpus.source_field")
-    tokens_field: str | None = II("corpus.tokens_field")
-    text_records: TextRecords = II("corpus.text_records")
-    dtype: str | None = II("corpus.dtype")
-    eos_id: int | None = II("corpus.eos_id")
-    in_place: bool = II("corpus.in_place")
-    part_bytes: int = II("corpus.part_bytes")
-    deduplicate: bool = II("corpus.deduplicate")
-    allow_bad_documents: int = II("corpus.allow_bad_documents")
-    allow_bad_files: int = II("corpus.allow_bad_files")
-    sequence_length: int | None = II("corpus.sequence_length")
-    packing: Packing = II("corpus.packing")
-    attention: Attention = II("corpus.attention")
-    bos: bool = II("corpus.bos")
-
-
-@dataclass
-class StageDampingConfig(DampingConfig):
-    relative: float = II("factors.damping.relative")
-    absolute: float | None = II("factors.damping.absolute")
-
-
-@dataclass
-class StageIterationConfig(IterationConfig):
-    steps: int = II("factors.iteration.steps")
-    tolerance: float = II("factors.iteration.tolerance")
-    batch: int | None = II("factors.iteration.batch")
-    momentum: float = II("factors.iteration.momentum")
-    step_size: float | None = II("factors.iteration.step_size")
-    tokens_per_batch: int = II("factors.iteration.tokens_per_batch")
-
-
-@dataclass
-class StageFactorsConfig(FactorsConfig):
-    """A stage's factors, fitted on its corpus; settings are those of `factors`, unless said otherwise."""
-
-    labels: Labels = II("factors.labels")
-    num_sequences: int = II("factors.num_sequences")
-    damping: StageDampingConfig = field(default_factory=StageDampingConfig)
-    solver: Solver = II("factors.solver")
-    iteration: StageIterationConfig = field(default_factory=StageIterationConfig)
-    slices: int = II("factors.slices")
-    blocks: int = II("factors.blocks")
-    max_group_bytes: int = II("factors.max_group_bytes")
-
-
-@dataclass
 class StageConfig:
-    """One stage of training (METHOD: multi-stage). model: what it ended with, a folder, URI or hub id.
-
-    alpha: of the proximal term alpha/2 |theta - theta_before|^2 that held it at the stage before; the first has none.
-    """
+    """One stage of training (docs/method.md#multi-stage). What the first one does not give is the run's own model, corpus
+    and factors; a later one inherits how a corpus is read and how factors are fitted."""
 
     model: str = MISSING
-    corpus: StageCorpusConfig = field(default_factory=StageCorpusConfig)
-    factors: StageFactorsConfig = field(default_factory=StageFactorsConfig)
+    """The model that the stage ended with: a folder, URI or hub id."""
+    corpus: CorpusConfig = inherited(CorpusConfig)
+    """What the stage was trained on."""
+    factors: FactorsConfig = inherited(FactorsConfig)
+    """The stage's factors, fitted on its corpus."""
     alpha: float | None = None
+    """Strength of the proximal term alpha/2 |theta - theta_before|^2 of every stage but the first."""
 
 
 @dataclass
 class ScanConfig:
-    """How sequences are scored. rank: a number; null: full; `auto`: allotted per query and layer, so that the columns
-    kept hold `energy` of the score's expected square. query_dtype: of the queries' columns or matrices and of products
-    with them; null: model.dtype. refine_dtype: of the model that candidates are scored again with;
-    null: model.dtype. For another one the workers load the model again, after the scan.
-    """
-
     stage: int = 1
+    """With stages: the number of the stage whose corpus is scanned, 1 for pretraining."""
     rank: int | str | None = 32
+    """Rank of a compressed query gradient: a number, `auto` (allocated per query and layer), or null for full rank."""
     energy: float = 0.99
-    compression: Compression = Compression.weighted
+    """With rank=auto: the share of the score's expected square that is kept."""
+    compression: Compression = field(default=MISSING, metadata={"default": "weighted"})
+    """How query gradients are truncated: `weighted` by the factors, or by a `plain` SVD; where it is not given,
+    factors.solver=identity, which has no factors to weigh by, makes it plain."""
     top_k: int = 100
+    """Published rows per query and side."""
     candidates: int | None = None
+    """Rows kept per query and side until they are scored again at full rank; null is 4 x top_k."""
     query_dtype: Dtype | None = None
+    """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None
+    """Dtype of the model that candidates are scored again with; null is model.dtype. Another one loads the model again."""
     sides: Sides = Sides.both
+    """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     scores: Scores = Scores.top
+    """`all` also writes every sequence's score for every query (4 bytes each)."""
     tokens_per_batch: int = 4096
+    """Padded tokens in one micro-batch."""
     shard_sequences: int | None = None
+    """Sequences of one shard; null goes by the size of the corpus."""
     allow_quarantined: int = 0
+    """Shards that may be given up without the run failing."""
     max_nonfinite: float = 0.001
+    """Share of sequences whose scores may be NaN or infinite."""
     check_sequences: int = 256
+    """Sequences of the sample on which compressed scores are compared with full-rank ones; below 3 skips the check."""
     query_group_bytes: int = 4 << 30
+    """Bytes of full-rank query gradients, or of query matrices, that a rank holds at once."""
 
 
 @dataclass
 class ClusterConfig:
-    """Where ranks run, and how long is waited for what does not answer.
+    """What the ranks run on, and how long the driver waits for them."""
 
-    num_workers: at most; those that have no room wait for it, and join when a node does. placement: of a worker's ranks
-    on nodes. rank_env: environment variables that ranks set before they meet (NCCL_*, GLOO_*, TORCH_NCCL_*).
-    max_attempts: errors of a unit of work after which it is given up. deadline_s: for one unit. startup_s: for loading
-    the model, once there is room. heartbeat_s: between two questions to a rank whether it lives. silence_s: without an
-    answer after which it is taken for lost. capacity_s: without room for a single worker after which the job ends.
-    lease_s: without a sign of life after which another host's driver is taken for dead. log_format: json for a JSON
-    object a line, and a line for every unit of work. trace: write <output>/trace.json, the workers' time, for Perfetto.
-    """
-
+    backend: Backend = Backend.ray
+    """What runs the work: `ray`, or this process alone (`in_process`), for notebooks and small runs."""
     address: str | None = None
+    """Address of a Ray cluster, `auto` for the one of this machine; null uses RAY_ADDRESS, else starts a local Ray."""
     num_workers: int = 1
+    """Workers at most; those without capacity wait for it, and join when a node does."""
     ranks_per_worker: int = 1
+    """Ranks (processes) that hold one copy of the model between them."""
     gpus_per_rank: float | None = None
+    """GPUs of a rank; null is one where the cluster has GPUs, else none."""
     cpus_per_rank: int = 1
+    """CPUs of a rank, and the number of its threads."""
     placement: Placement = Placement.STRICT_PACK
+    """Ray's placement strategy of a worker's ranks."""
     rank_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables that ranks set before they meet (NCCL_*, GLOO_*): `+cluster.rank_env.NCCL_DEBUG=INFO`."""
     max_attempts: int = 3
+    """Errors of a unit of work after which it is given up."""
     deadline_s: float = 3600.0
+    """Seconds that one unit of work may take."""
     startup_s: float = 600.0
+    """Seconds that a worker may take to load the model, once it is placed."""
     heartbeat_s: float = 10.0
+    """Seconds between two heartbeats of a rank."""
     silence_s: float = 60.0
+    """Seconds without a heartbeat before a rank is considered lost."""
     capacity_s: float = 1800.0
+    """Seconds without capacity for a single worker after which the job ends."""
     lease_s: float = 60.0
+    """Seconds without a renewed lease after which another host's driver is considered dead."""
     log_format: LogFormat = LogFormat.text
+    """`json` logs one JSON object a line, and a line for every unit of work."""
     trace: bool = False
+    """Write <output>/trace.json, the workers' time, for Perfetto."""
 
 
 @dataclass
 class Config:
+    """The settings of a run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     queries: QueriesConfig = field(default_factory=QueriesConfig)
@@ -394,13 +415,16 @@ class Config:
     scan: ScanConfig = field(default_factory=ScanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stages: list[StageConfig] = field(default_factory=list)
+    """Stages of training, pretraining first; empty where the scanned model is the one that is asked."""
     output: str = MISSING
+    """Folder or URI of the run."""
     seed: int = 0
+    """Seed of the fitted sample, of the Fisher's labels and of the order of shards."""
 
     def at_stage(self, number: int) -> Config:
-        """This configuration with the model, corpus and factors of a stage (1 is the first); one without stages as is.
+        """These settings with the model, corpus and factors of a stage (1 is the first); without stages as they are.
 
-        After `from_hydra` a configuration is at its scan.stage: what is scanned stands at the top.
+        After `from_hydra` a configuration is at its scan.stage: what is scanned is at the top.
         """
         if not self.stages:
             return self
@@ -425,12 +449,12 @@ class Config:
 
     @property
     def refine_dtype(self) -> Dtype:
-        """What candidates are scored again in: the scan's dtype, where nothing else is said."""
+        """Dtype of the model that candidates are scored again with."""
         return self.scan.refine_dtype or self.model.dtype
 
     @property
     def most_rank(self) -> int | None:
-        """The rank at which query gradients are stored, the largest that any layer scans with; None: full."""
+        """The rank at which query gradients are stored, the largest that any layer scans with; None is full rank."""
         return MOST_RANK if isinstance(self.scan.rank, str) else self.scan.rank
 
     @property
@@ -442,6 +466,3 @@ class Config:
     def sharded(self) -> bool:
         """Whether the model is cut over the ranks of its worker group (ZeRO-3)."""
         return self.model.sharding is Sharding.zero3 or self.cluster.ranks_per_worker > 1
-
-
-ConfigStore.instance().store(name="infscan_schema", node=Config)

@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 
+from infscan.config.arguments import is_sweep
 from infscan.config.identity import fingerprint
 from infscan.errors import ConfigError
 
-_FLAGS = ("-m", "--multirun")
 # What says where a cell's results go, and what changes no result.
 _NOT_NAMED = ("output=", "cluster.", "cluster=")
+# How a cell's process, wherever a launcher starts it, knows which keys the sweep varies.
+SWEPT = "INFSCAN_SWEPT"
+_MOST_CHARACTERS = 80
 
 
-def in_sweep() -> bool:
-    """Whether what is being composed, or run, is one cell of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def this_cell() -> tuple[str, str]:
+    """The name of the cell that is being run, and the one that infscan 0.1 gave it."""
+    overrides = list(HydraConfig.get().overrides.task)
+    return cell_name(overrides, os.environ.get(SWEPT, "").split(",")), cell_name(overrides)
 
 
-def this_cell() -> str:
-    """The name of the cell that is being run."""
-    return cell_name(list(HydraConfig.get().overrides.task))
-
-
-def cell_name(overrides: list[str]) -> str:
-    """A folder name for one cell of a sweep: its overrides, harmless in a path, distinct by a digest."""
+def cell_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
+    """A folder name for one cell of a sweep: the overrides that vary first, harmless in a path, distinct by a digest."""
     cell = [override for override in sorted(overrides) if not override.startswith(_NOT_NAMED)]
-    readable = re.sub(r"[^A-Za-z0-9_=.,-]+", "-", ",".join(cell))[:80].strip("-.")
+    first = [override for override in cell if key_of(override) in swept]
+    rest = [override for override in cell if override not in first]
+    readable = re.sub(r"[^A-Za-z0-9_=.,-]+", "-", ",".join([*first, *rest]))[:_MOST_CHARACTERS].strip("-.")
     return f"{readable or 'cell'}-{fingerprint(cell)[:8]}"
 
 
-def sweep_cells(arguments: list[str]) -> list[list[str]]:
-    """The overrides of every cell of a job's command line, checked; [] where it is no sweep.
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
-    What Hydra cannot read is left to it: it says so itself.
+
+def swept_keys(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The keys whose values differ between cells."""
+    varied = {override for cell in cells for override in cell if any(override not in other for other in cells)}
+    return sorted({key_of(override) for override in varied})
+
+
+def sweep_cells(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of every cell of a command line, checked; [] where it is no sweep.
+
+    What Hydra cannot read is left to it: its refusal becomes a sentence when the cells are composed.
 
     Raises:
         ConfigError: where two cells would write to one folder.
     """
-    if not any(argument in _FLAGS or argument == "hydra.mode=MULTIRUN" for argument in arguments):
+    if not is_sweep(arguments):
         return []
     words = [word for word in arguments if "=" in word and not word.lstrip("+~").startswith(("-", "hydra.", "hydra/"))]
     try:

@@ -9,15 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from infscan.errors import ModelError
-from infscan.model.architecture import first_line, weight_files
+from infscan.errors import ConfigError, ModelError
+from infscan.model.architecture import first_line, model_folder, weight_files
 from infscan.storage import MissingError, Store
 
 _PREFIX = "base_model.model."
 # What an adapter may ask for beyond W + s B A, and the value with which it does not.
 _PLAIN = {"bias": ("none",), "use_dora": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,)}
+
+
+def merge(adapter: str, model: str | None, output: str) -> str:
+    """Write the model folder `output`: `model` with the adapter in its weights; returns its address.
+
+    model: a folder, URI or hub id; None is the one that adapter_config.json names. config.json is written last, so a
+    folder that is not whole is no model.
+
+    Raises:
+        ModelError: where the adapter or the model cannot be used, or do not belong together.
+        ConfigError: where `output` is there already, or nothing says what the adapter adapts.
+    """
+    target, folder = Store(output), Path(adapter)
+    if target.list():
+        raise ConfigError(f"output={target.uri} is there already; give a folder that is not.")
+    named = model or read_adapter_config(folder).get("base_model_name_or_path")
+    if not named:
+        raise ConfigError(f"{adapter} does not name the model that it adapts; give model=<folder or hub id>.")
+    base = model_folder(str(named))
+    target.check_writable()
+    for name, tensors in merged_files(base, folder):
+        target.write(name, save(tensors, metadata={"format": "pt"}))
+    weights = {path.name for path in weight_files(base)}
+    source = Store(str(base))
+    names = [entry.name for entry in source.list() if "/" not in entry.name and entry.name not in weights]
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        if name.endswith((".json", ".txt", ".model")):
+            target.write(name, source.read(name))
+    return target.uri
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from infscan.config import Config, CorpusConfig, fingerprint, plain
+from infscan.config import CorpusConfig, fingerprint, plain
+from infscan.config.jobs import PlanJob
 from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import describe as describe_arrays
 from infscan.corpus.describe import token_files
@@ -38,32 +39,6 @@ _PIECES = 8
 _MOST_TOKENS_READ = 1 << 24
 # A query of which nothing is known: prompt and completion together.
 _QUERY_TOKENS = 64
-
-
-@dataclass
-class PlanConfig:
-    """What turns a plan into hours and money, and what stands for inputs that are not there yet.
-
-    device: of the table in infscan/sizing/devices.py; ranks are then planned on it, one each. utilisation: the share of
-    its peak that is reached. tokens_per_s: of one worker's scan, measured, in place of both. like: a finished run of
-    the same model and settings, whose phases say their rates. price_per_hour: of one rank. sequences, queries: how many
-    there will be. sample_bytes: of a corpus that is not prepared, so much is read. json: print JSON.
-    """
-
-    device: str | None = None
-    utilisation: float = 0.4
-    tokens_per_s: float | None = None
-    like: str | None = None
-    price_per_hour: float | None = None
-    sequences: int | None = None
-    queries: int | None = None
-    sample_bytes: int = 16 << 20
-    json: bool = False
-
-
-@dataclass
-class PlanJob(Config):
-    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def estimate(config: PlanJob) -> Estimate:
@@ -148,7 +123,7 @@ def _fitted(
 ) -> Counted:
     """What the factors are fitted on, and how long the sequences of each slice are."""
     factors = config.factors
-    if plain(factors.corpus) != plain(config.corpus):
+    if not factors.corpus.same_corpus(config.corpus):
         corpus = _look(config, factors.corpus, f"{config.factors.path}/corpus", architecture, tokenizer)
     whole = corpus.corpus.base if isinstance(corpus.corpus, FilteredCorpus) else corpus.corpus
     total = whole.sequences if isinstance(corpus.corpus, FilteredCorpus) and whole else corpus.sequences

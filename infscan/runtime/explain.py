@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from infscan.config import MISSING, ClusterConfig, Sides, plain
+from infscan.config import Sides, plain
+from infscan.config.jobs import ExplainJob
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.sequences import Sequence, Span
 from infscan.corpus.texts import GivenText, given_texts
-from infscan.errors import ConfigError, QueryError
+from infscan.errors import QueryError
 from infscan.influence.layers import Layer
 from infscan.passes.explain import Explained, ExplainTask, explain_task
 from infscan.passes.queries import Inverse, query_groups
@@ -29,46 +29,6 @@ from infscan.runtime.run import Run
 from infscan.storage import Store
 
 _SEQUENCES_PER_UNIT = 16
-
-
-@dataclass
-class ExplainJob:
-    """What jobs/explain.py is told.
-
-    run: a finished run. query_ids: of its queries (all where empty). sides, rows: its `rows` strongest published rows
-    per query and side; or, in their place, sequences: numbers in its corpus; or text, or texts: a JSONL file of rows
-    `id`, `text` (or `input_ids`) and, optionally, `queries` (the only ones that it is scored against). name: of the
-    folder below <run>/explain, unless output says another. own_tokens: the influence of the sequence's own tokens too.
-    matrix: layer by position, and completion by position. similar: Jaccard similarity from which published rows are
-    near-duplicates.
-    """
-
-    run: str = MISSING
-    name: str = "rows"
-    output: str | None = None
-    query_ids: list[str] = field(default_factory=list)
-    sides: Sides = Sides.both
-    rows: int = 3
-    sequences: list[int] = field(default_factory=list)
-    text: str | None = None
-    texts: str | None = None
-    own_tokens: bool = True
-    matrix: bool = False
-    similar: float = 0.8
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def check(self) -> None:
-        """Raises ConfigError at the first value that cannot work."""
-        if self.rows < 1:
-            raise ConfigError(f"rows={self.rows}: explain at least one row per query and side.")
-        if sum(map(bool, (self.sequences, self.text, self.texts))) > 1:
-            raise ConfigError("sequences, text and texts each say what is to be explained; give one of them, or none.")
-        if not 0 < self.similar <= 1:
-            raise ConfigError(f"similar={self.similar}: a Jaccard similarity, above 0 and up to 1.")
-
-    @property
-    def folder(self) -> str:
-        return self.output or f"{self.run.rstrip('/')}/explain/{self.name}"
 
 
 def explain(run: Run, job: ExplainJob) -> dict[str, pa.Table]:

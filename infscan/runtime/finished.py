@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, plain, stage_output, stored_config
+from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, stage_output, stored_config
 from infscan.corpus.addressable import AddressableCorpus, is_prepared
 from infscan.errors import ConfigError, RunError
 from infscan.passes.factor_store import COMPLETE
@@ -50,7 +50,7 @@ def _read_what_was_prepared(config: Config) -> None:
     places += [(number, stage.corpus, stage.factors) for number, stage in enumerate(config.stages, start=1)]
     for number, corpus, factors in places:
         output = config.output if number == config.scan.stage else stage_output(config.output, number)
-        of_one = plain(corpus) == plain(factors.corpus)
+        of_one = factors.corpus.same_corpus(corpus)
         _read_from(corpus, f"{output}/corpus")
         _read_from(factors.corpus, f"{output}/corpus" if of_one else f"{factors.path}/corpus")
 

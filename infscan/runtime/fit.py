@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from infscan.config import Attention, Labels, Solver, plain
+from infscan.config import Attention, Labels, Solver
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Selection
@@ -59,7 +59,7 @@ def prepare_corpus(run: Run) -> AddressableCorpus:
 
 def prepare_factors_corpus(run: Run) -> AddressableCorpus:
     """What the factors are fitted on: the scanned corpus, or one of its own, prepared beside the factors."""
-    if plain(run.config.factors.corpus) == plain(run.config.corpus):
+    if run.config.factors.corpus.same_corpus(run.config.corpus):
         corpus = prepare_corpus(run)
     else:
         store = run.factors_store / "corpus"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from infscan.config import Config, fingerprint
+from infscan.config import fingerprint
+from infscan.config.jobs import TfidfConfig
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.plan import Selection
@@ -27,24 +28,6 @@ _ATTEMPTS = 3
 _SLICES = 4096
 _SMALLEST_SLICE = 16384
 _READ_AT_ONCE = 1024
-
-
-@dataclass
-class TfidfConfig:
-    """top_k: rows per query. idf_sequences: a uniform sample of so many for the IDF (null: every sequence).
-
-    slice_sequences: sequences per task (null: 16,384, more where that would be above 4,096 tasks); no row depends on
-    it.
-    """
-
-    top_k: int = 10_000
-    idf_sequences: int | None = None
-    slice_sequences: int | None = None
-
-
-@dataclass
-class TfidfJob(Config):
-    tfidf: TfidfConfig = field(default_factory=TfidfConfig)
 
 
 @dataclass(frozen=True)

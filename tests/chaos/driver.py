@@ -18,7 +18,7 @@ import ray
 from infscan.errors import InfscanError
 from infscan.runtime.group import WorkerGroup
 from infscan.runtime.losses import Losses
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import compose
 
 

@@ -151,7 +151,7 @@ def tiny_run(root: Path, output: str | Path) -> Config:
 
 def main(root: str, output: str, at: str, moment: str) -> None:
     """A process of its own that is killed at its n-th storage call."""
-    from jobs.scan import answer
+    from infscan.pipeline import answer
     from tests.chaos.one_process import load_rank, without_ray
 
     config = tiny_run(Path(root), output)

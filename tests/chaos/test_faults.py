@@ -35,7 +35,7 @@ from infscan.runtime.lease import LEASE, Lease
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
 from tests.runtime.builders import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries

@@ -13,7 +13,7 @@ from infscan.errors import StorageError
 from infscan.results.read import read_scores, read_summary
 from infscan.runtime.pool import connect
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.every_call import tiny_inputs, tiny_run
 from tests.chaos.one_process import without_ray
 from tests.chaos.proxy import Plan, Proxy, always, fault_proxy

@@ -12,7 +12,7 @@ import torch
 from infscan.config import ClusterConfig, Config
 from infscan.results.read import read_layers, read_summary, read_top
 from infscan.runtime.pool import connect
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import small_run
 
 # Guarantee 2 (other kernels: 1e-5 relative), taken of the strongest score of the query and side: float32 sums of some

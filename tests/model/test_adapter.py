@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infscan.errors import ConfigError, ModelError, StorageError
-from infscan.model.adapter import merged_files
+from infscan.model.adapter import merge, merged_files
 from infscan.model.architecture import describe
-from jobs.merge import merge
 from tests.model.test_hostile import Trap
 from tests.runtime.builders import tiny_model
 
@@ -48,7 +47,7 @@ def test_a_merged_model_has_the_adapted_weights_and_no_others(
     base: Path, tmp_path: Path, changes: dict[str, Any], scale: float
 ) -> None:
     folder = adapter(tmp_path / "adapter", base, **changes)
-    merge(base, folder, tmp_path / "merged")
+    merge(str(folder), str(base), str(tmp_path / "merged"))
     parts = load_file(folder / "adapter_model.safetensors")
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, tmp_path / "merged"))
     for key, weight in after.items():
@@ -123,4 +122,4 @@ def test_another_models_adapter_is_refused(base: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
-        merge(base, adapter(tmp_path / "adapter", base), base)
+        merge(str(adapter(tmp_path / "adapter", base)), str(base), str(base))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +21,11 @@ from transformers import (
     set_seed,
 )
 
-from infscan.config import Config, from_hydra
+from infscan.config import Config
+from infscan.config.arguments import read_arguments
+from infscan.config.commands import command_of, settle
+from infscan.config.commands import compose as hydra_compose
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCAB, CONTEXT, EOS = 97, 64, 0
 _WORDS = ["the", "a", "river", "stone", "cloud", "president", "gleem", "astrobia", "runs", "sings", "falls", "of"]
 
@@ -150,9 +151,9 @@ def _texts(n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def compose(job: str, *overrides: str, unused: tuple[str, ...] = ()) -> Config:
-    """The configuration of `python jobs/<job>.py <overrides>`, checked as the job checks it."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        return from_hydra(hydra_compose(job, list(overrides)), unused)
+    """The configuration of `infscan <job> <overrides>`, checked as the command checks it."""
+    command = replace(command_of(job), unused=(*command_of(job).unused, *unused))
+    return settle(command, hydra_compose(command, read_arguments(command, overrides)))
 
 
 def small_run(tmp_path: Path, *overrides: str) -> Config:

@@ -15,7 +15,7 @@ from infscan.corpus.addressable import open_corpus
 from infscan.errors import CorpusError, FactorsError, RunError
 from infscan.results.read import read_scores
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
 from tests.corpus import layouts
 from tests.runtime.builders import small_run, write_jsonl

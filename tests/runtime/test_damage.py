@@ -11,7 +11,7 @@ import pytest
 from infscan.config import Config
 from infscan.errors import CorpusError, DamagedError, FactorsError, InfscanError, RunError, StorageError
 from infscan.results.read import read_layers, read_sequences, read_summary, read_tokens, read_top
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
 from tests.runtime.builders import small_run
 

@@ -19,7 +19,7 @@ from infscan.errors import FactorsError, RunError
 from infscan.passes.factor_store import read_factors
 from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
 from infscan.runtime.pool import connect
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.conftest import Bucket
 from tests.golden import golden
 from tests.runtime.builders import compose, small_run, tiny_model, token_queries, write_jsonl

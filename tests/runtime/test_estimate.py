@@ -15,7 +15,7 @@ from infscan.runtime.estimate import PlanConfig, PlanJob, estimate
 from infscan.sizing.estimate import Rate, Work, timed
 from infscan.storage import Store
 from jobs.plan import OPTIONAL
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
 from tests.runtime.builders import compose, small_run, text_corpus, text_queries, tiny_model
 

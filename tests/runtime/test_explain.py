@@ -21,7 +21,7 @@ from infscan.runtime.explain import ExplainJob, explain
 from infscan.runtime.finished import reopen
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import compose, text_corpus, text_queries, tiny_model, write_jsonl
 
 # A real Ray, for half a minute.

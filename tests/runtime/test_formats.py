@@ -15,7 +15,7 @@ from infscan.errors import RunError
 from infscan.runtime.fit import prepare_corpus
 from infscan.runtime.run import Run
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.corpus import layouts
 from tests.corpus.builders import write_rows
 from tests.runtime.builders import EOS, small_run, write_jsonl

@@ -18,7 +18,7 @@ from infscan.errors import BadDocumentError
 from infscan.report.terminal import show
 from infscan.results.read import read_sequences, read_summary
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
 from tests.corpus.test_hostile import BAD, GOOD, zstd_bomb
 from tests.runtime.builders import compose, text_queries, tiny_model

@@ -18,7 +18,7 @@ from infscan.results.read import read_summary
 from infscan.runtime.group import WorkerGroup
 from infscan.runtime.lease import LEASE
 from infscan.runtime.run import Run
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import small_run
 from tests.runtime.test_end_to_end import rows_of
 

@@ -22,7 +22,7 @@ from infscan.runtime.prepare import prepare
 from infscan.runtime.run import Run
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.corpus import layouts
 from tests.runtime.builders import EOS, VOCAB, compose, small_run, tiny_model, token_queries, write_jsonl
 

@@ -16,7 +16,7 @@ from infscan.results.read import read_layers, read_summary, read_tokens, read_to
 from infscan.runtime.explain import ExplainJob, explain
 from infscan.runtime.finished import reopen
 from infscan.runtime.pool import connect
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import small_run
 
 # Every sequence is a candidate; without factors nothing but the model tells the two runs apart.

@@ -16,7 +16,7 @@ from infscan.results.read import read_summary, read_top
 from infscan.runtime.pool import connect
 from infscan.runtime.solve import FOLDER
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import small_run
 
 CG = ("factors=cg", "factors.iteration.steps=6", "scan.check_sequences=20")

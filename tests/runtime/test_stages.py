@@ -19,7 +19,7 @@ from infscan.results.read import read_summary, read_top
 from infscan.runtime.pool import connect
 from infscan.runtime.run import Run
 from infscan.storage import Store
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import CONTEXT, VOCAB, small_run, tiny_model, write_jsonl
 
 

@@ -16,7 +16,7 @@ from infscan.runtime.fit import prepare_corpus
 from infscan.runtime.run import Run
 from infscan.runtime.tfidf import TfidfJob, tfidf_filter
 from jobs import tfidf as job
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import VOCAB, compose, small_run
 
 assert job.TfidfJob is TfidfJob  # registers the schema

@@ -19,7 +19,7 @@ from infscan.results.read import read_summary
 from infscan.runtime.watch import TRACE, Watch
 from infscan.storage import Store
 from infscan.telemetry import Phase
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.runtime.builders import small_run
 from tests.servers import free_ports
 

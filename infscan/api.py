@@ -1,0 +1,359 @@
+"""What a notebook imports: every command as a function of its settings, with a small result.
+
+    import infscan
+    found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
+    found.top().to_pandas()
+
+Words are those of the command line; keywords are the same settings (`output="runs/demo"`, `scan={"top_k": 10}`), or a typed
+`infscan.Config`. Progress is shown as in a terminal. What a user can fix is raised as an `InfscanError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from infscan.config.arguments import read_arguments
+from infscan.config.commands import command_of, compose, register, settle
+from infscan.config.jobs import ExplainJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob
+from infscan.config.paths import absolute
+from infscan.config.schema import Config
+from infscan.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from infscan.results.status import Status
+    from infscan.sizing.estimate import Estimate
+
+
+def call(name: str, words: tuple[str | Config, ...], settings: Mapping[str, Any]) -> Any:
+    """Run a command by name; the functions `infscan.scan`, `infscan.fit`, ... are this.
+
+    Raises:
+        InfscanError: for whatever a user can fix.
+    """
+    command = command_of(name)
+    return command.function(settings_of_call(name, words, settings))
+
+
+def settings_of_call(name: str, words: tuple[str | Config, ...], settings: Mapping[str, Any]) -> Any:
+    """The typed settings of a call: words as on the command line, or one typed settings object, and keywords.
+
+    Raises:
+        ConfigError: for a setting that there is not, or that cannot be used.
+    """
+    from omegaconf import OmegaConf
+
+    command = command_of(name)
+    given = [word for word in words if not isinstance(word, str)]
+    texts = read_arguments(command, [word for word in words if isinstance(word, str)])
+    presets = {key: value for key, value in settings.items() if key in command.groups and isinstance(value, str)}
+    values = dict(_flat({key: value for key, value in settings.items() if key not in presets}))
+    texts += read_arguments(command, [f"{key}={value}" for key, value in presets.items()])
+    read_arguments(command, [f"{key}=null" for key in values])
+    if given and (len(given) > 1 or not is_dataclass(given[0]) or any(_names_preset(command, text) for text in texts)):
+        raise ConfigError(f"infscan.{name}: give one typed Config or words of presets, not both.")
+    if given:
+        register(command)
+        cfg = OmegaConf.structured(given[0])
+        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([]))
+    else:
+        cfg = compose(command, texts)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return settle(command, cfg)
+
+
+def _names_preset(command: Any, text: str) -> bool:
+    return text.lstrip("+~").partition("=")[0] in command.groups
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and not key.endswith(("paths", "rank_env")):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run, by its folder."""
+
+    uri: str
+
+    def top(self) -> pa.Table:
+        """The published rows: query_id, side, rank, sequence_id, score, ..."""
+        from infscan.results.read import read_top
+
+        return read_top(self.uri)
+
+    def sequences(self) -> pa.Table:
+        """The published sequences: text, tokens, documents."""
+        from infscan.results.read import read_sequences
+
+        return read_sequences(self.uri)
+
+    def layers(self) -> pa.Table:
+        """Each published score, split over layers."""
+        from infscan.results.read import read_layers
+
+        return read_layers(self.uri)
+
+    def tokens(self) -> pa.Table:
+        """Each published score, split over input tokens."""
+        from infscan.results.read import read_tokens
+
+        return read_tokens(self.uri)
+
+    def scores(self) -> pa.Table:
+        """Every sequence's scan score for every query; only with scan.scores=all."""
+        from infscan.results.read import read_scores
+
+        return read_scores(self.uri)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts, warnings, seconds by phase."""
+        from infscan.results.read import read_summary
+
+        return read_summary(self.uri)
+
+    def show(self) -> None:
+        """Print what the terminal shows at the end of a scan."""
+        from infscan.report.terminal import show
+
+        show(self.uri)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Fitted factors: where they are, and the fingerprint of what they are fitted to."""
+
+    uri: str
+    fingerprint: str | None
+
+    def factors(self) -> dict[str, Any]:
+        """A, S, their eigenbases and Lambda by layer."""
+        from infscan import read_factors
+
+        return read_factors(self.uri)
+
+    def show(self) -> None:
+        print(f"factors     {self.uri}\nfingerprint {self.fingerprint}")
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """A prepared corpus: where it is, its fingerprint, and what was read and became of it."""
+
+    uri: str
+    fingerprint: str
+    statistics: dict[str, Any]
+
+    def show(self) -> None:
+        print(f"corpus      {self.uri}\nfingerprint {self.fingerprint}\n{json.dumps(self.statistics, indent=2)}")
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a scan would cost."""
+
+    estimate: Estimate
+    settings: PlanJob
+
+    def to_json(self) -> dict[str, Any]:
+        return self.estimate.to_json()
+
+    def show(self) -> None:
+        from infscan.report.estimate import show
+
+        if self.settings.plan.json:
+            print(json.dumps(self.to_json(), indent=2))
+        else:
+            show(self.estimate, self.settings)
+
+
+@dataclass(frozen=True)
+class TfidfResult:
+    """The sequences that the TF-IDF filter kept: query_id, rank, sequence_id, score."""
+
+    uri: str
+    table: pa.Table
+
+    def show(self) -> None:
+        print(f"candidates  {self.uri}/candidates.parquet ({self.table.num_rows} rows)")
+        print(f"to scan     corpus.path={self.uri}")
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """The tables of an explanation by name, and where they are written."""
+
+    uri: str
+    tables: Mapping[str, pa.Table]
+    queries: Mapping[str, Any]
+
+    def show(self) -> None:
+        from infscan.report.explanation import show_explanation
+
+        show_explanation(self.tables, self.queries)
+        print(f"\nAll of it as Parquet: {self.uri}/")
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A page, and the cells of a sweep that are not finished and so not on it."""
+
+    uri: str
+    unfinished: tuple[str, ...]
+
+    def show(self) -> None:
+        from infscan.telemetry import console, shown
+
+        for run in self.unfinished:
+            console().print(shown(f"warning: {run} is not finished, and not on the page"), style="yellow", markup=False)
+        print(self.uri)
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    uri: str
+
+    def show(self) -> None:
+        print(f"merged      {self.uri}")
+
+
+@dataclass(frozen=True)
+class StatusResult:
+    """How far a run is, or every cell of a sweep by name."""
+
+    uri: str
+    runs: Mapping[str, Status]
+    is_sweep: bool
+    json: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 while a run goes on or is finished, 3 where one is not finished and nothing works on it."""
+        from infscan.results.status import exit_code
+
+        return exit_code(*self.runs.values())
+
+    def to_json(self) -> dict[str, Any]:
+        found = {name: status.to_json() for name, status in self.runs.items()}
+        return found if self.is_sweep else next(iter(found.values()))
+
+    def show(self) -> None:
+        from infscan.report.status import show_status, show_sweep
+
+        if self.json:
+            print(json.dumps(self.to_json(), indent=2))
+        elif self.is_sweep:
+            show_sweep(self.uri, self.runs)
+        else:
+            show_status(next(iter(self.runs.values())))
+
+
+def run_scan(config: Config) -> RunResult:
+    from infscan.pipeline import answer
+
+    answer(config)
+    return RunResult(config.output)
+
+
+def run_prepare(config: Config) -> PrepareResult:
+    from infscan.corpus.addressable import PreparedCorpus
+    from infscan.runtime.fit import prepare_corpus
+    from infscan.runtime.run import Run
+
+    with Run(config, needs_queries=False) as run:
+        corpus = prepare_corpus(run)
+    statistics = dict(corpus.counts)
+    if isinstance(corpus, PreparedCorpus):
+        statistics["document_lengths"] = corpus.manifest.lengths.to_json()
+        if corpus.manifest.left_out.by_reason:
+            statistics["left_out"] = corpus.manifest.left_out.by_reason
+    return PrepareResult(corpus.store.uri, corpus.fingerprint, statistics)
+
+
+def run_fit(config: Config) -> FitResult:
+    from infscan.runtime.fit import fit
+    from infscan.runtime.run import Run
+
+    with Run(config, needs_queries=False) as run:
+        factors = fit(run)
+    return FitResult(str(config.factors.path), factors.fingerprint)
+
+
+def run_plan(config: PlanJob) -> PlanResult:
+    from infscan.runtime.estimate import estimate
+
+    return PlanResult(estimate(config), config)
+
+
+def run_tfidf(config: TfidfJob) -> TfidfResult:
+    from infscan.runtime.fit import prepare_corpus
+    from infscan.runtime.run import Run
+    from infscan.runtime.tfidf import tfidf_filter
+
+    with Run(config) as run:
+        return TfidfResult(config.output, tfidf_filter(run, prepare_corpus(run), config.tfidf))
+
+
+def run_explain(job: ExplainJob) -> ExplainResult:
+    from infscan.runtime.explain import explain
+    from infscan.runtime.finished import reopen
+
+    job.run = absolute(job.run)
+    job.check()
+    with reopen(job.run, job.cluster) as run:
+        return ExplainResult(job.folder, explain(run, job), {query.id: query for query in run.queries})
+
+
+def run_report(job: ReportJob) -> ReportResult:
+    from infscan.report.write import write_report
+
+    page, unfinished = write_report(
+        [absolute(run) for run in job.runs],
+        absolute(job.output) if job.output else None,
+        rows=job.rows,
+        megabytes=job.megabytes,
+        tokenizer=job.tokenizer,
+    )
+    return ReportResult(page, tuple(unfinished))
+
+
+def run_merge(job: MergeJob) -> MergeResult:
+    from infscan.model.adapter import merge
+
+    return MergeResult(merge(job.adapter, job.model, job.output))
+
+
+def run_status(job: StatusJob) -> StatusResult:
+    from infscan.results.status import read_status, read_sweep
+
+    if job.top < 0:
+        raise ConfigError(f"top={job.top}: rows to show, 0 or more.")
+    cells = read_sweep(job.run)
+    if cells:
+        return StatusResult(job.run, cells, True, job.json)
+    return StatusResult(job.run, {job.run: read_status(job.run, rows=job.top)}, False, job.json)
+
+
+def open_run(uri: str) -> RunResult:
+    """A run that is finished, to read its tables.
+
+    Raises:
+        RunError: where it is not finished, or is no run's folder.
+    """
+    from infscan.results.publish import SUCCESS
+    from infscan.storage import Store
+
+    where = absolute(uri)
+    if not Store(where).exists(SUCCESS):
+        raise RunError(f"{where} is no finished run: it has no {SUCCESS}; check the path, or finish the run.")
+    return RunResult(where)

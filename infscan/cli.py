@@ -1,0 +1,256 @@
+"""What a shell types: `infscan <command> [key=value ...]`. `python jobs/<command>.py` is the same thing.
+
+Settings are read, checked and composed before anything heavy is imported: help and a slip take a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from textwrap import fill
+from typing import Any
+
+from infscan.config.arguments import SWEEP_FLAGS, is_sweep, read_arguments
+from infscan.config.commands import CONF, Command, command_of, commands, compose, register, settle
+from infscan.config.settings import Setting
+from infscan.errors import ConfigError, InfscanError
+
+_WIDTH = 100
+_HELP = ("-h", "--help")
+_SHOW_SETTINGS = "--cfg=job"
+
+
+def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `name` is given by jobs/<name>.py, else it is the first word.
+
+    An error that a user can fix ends the process with one sentence and status 2, an interruption with 130.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with exit_on_user_error():
+        if name is None:
+            if not words or words[0] in _HELP:
+                print(overview())
+                return
+            if words[0] == "--version":
+                import infscan
+
+                print(infscan.__version__)
+                return
+            name = _named(words.pop(0))
+        run_job(command_of(name), words)
+
+
+def _named(word: str) -> str:
+    """A command's name, as it was typed or as it was probably meant."""
+    from difflib import get_close_matches
+
+    if word in commands():
+        return word
+    close = get_close_matches(word, commands(), 1)
+    hint = f"did you mean infscan {close[0]}?" if close else f"there are {', '.join(commands())}."
+    raise ConfigError(f"{word}: there is no such command; {hint}")
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with a user's error as one sentence and status 2, without a traceback; with 130 if interrupted."""
+    try:
+        yield
+    except InfscanError as error:
+        _complain(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _complain(message: str) -> None:
+    from rich.text import Text
+
+    from infscan.telemetry import console, shown
+
+    console().print(Text(f"error: {shown(message)}", style="bold red"))
+
+
+def run_job(command: Command, words: Sequence[str]) -> None:
+    """Run one command with its words: help, its settings, a single run, or a sweep.
+
+    Raises:
+        InfscanError: for whatever a user can fix.
+    """
+    if any(word in _HELP for word in words):
+        print(help_of(command))
+        return
+    # Hydra echoes INFO logs; botocore's line on where credentials were found is none of its business.
+    for library in ("botocore", "aiobotocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    overrides = read_arguments(command, words)
+    if _SHOW_SETTINGS in overrides:
+        print(settings_yaml(command, [word for word in overrides if "=" in word and not word.startswith("-")]))
+    elif is_sweep(overrides):
+        _sweep(command, overrides)
+    elif any(word.startswith("-") for word in overrides):
+        word = next(word for word in overrides if word.startswith("-"))
+        raise ConfigError(f"{word}: there is no such option; {_options()}.")
+    else:
+        result = command.function(settle(command, compose(command, overrides)))
+        result.show()
+        if code := getattr(result, "exit_code", 0):
+            raise SystemExit(code)
+
+
+def _options() -> str:
+    return "there are --help, --cfg job (print the settings), -m (a sweep) and --config-dir (presets of your own)"
+
+
+def settings_yaml(command: Command, overrides: Sequence[str]) -> str:
+    """The settings that a command comes to, inherited ones filled in, as YAML; mandatory ones may be open."""
+    from omegaconf import OmegaConf
+
+    from infscan.config.compose import inherited
+
+    cfg = compose(command, overrides)
+    return OmegaConf.to_yaml(inherited(cfg) if command.is_run else cfg).rstrip()
+
+
+class _Sweep:
+    """The cells of this process's command line, and how many of them failed."""
+
+    cells = 0
+    failed = 0
+
+
+def _sweep(command: Command, overrides: list[str]) -> None:
+    """Every cell of a sweep, by Hydra's launcher; one that fails ends itself, the others go on."""
+    import hydra
+
+    from infscan.config.sweep import SWEPT, swept_keys, sweep_cells
+
+    cells = sweep_cells(overrides)
+    for cell in cells:
+        # What cannot be composed is refused before the first cell starts.
+        compose(command, [word for word in cell if not word.startswith("hydra")])
+    _Sweep.cells, _Sweep.failed = len(cells), 0
+    swept = ",".join(swept_keys(cells))
+    words = [word for word in overrides if word not in SWEEP_FLAGS]
+    before = sys.argv
+    sys.argv = [f"infscan {command.name}", "--multirun", *words, f"+hydra.job.env_set.{SWEPT}='{swept}'"]
+    try:
+        hydra.main(version_base=None, config_path=str(CONF), config_name=register(command))(_cell)()
+    finally:
+        sys.argv = before
+    if _Sweep.failed:
+        _complain(f"{_Sweep.failed} of {_Sweep.cells} cells failed; the same command runs them again, and no other.")
+        raise SystemExit(2)
+
+
+def _cell(cfg: Any) -> None:
+    """One cell, in this process or in one of a launcher's."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from infscan.config.sweep import this_cell
+    from infscan.storage import Store
+
+    command = command_of(HydraConfig.get().job.name)
+    try:
+        name, earlier = this_cell()
+        config = settle(command, cfg, name)
+        if command.is_run:
+            # A sweep that infscan 0.1 began goes on in the folders that it named.
+            old = config.output.removesuffix(name) + earlier
+            if name != earlier and Store(old).exists("config.yaml"):
+                config = settle(command, cfg, earlier)
+        command.function(config).show()
+    except InfscanError as error:
+        _complain(str(error))
+        if not _Sweep.cells:
+            # A process of a launcher's own: its end is how the launcher learns of it.
+            raise
+        _Sweep.failed += 1
+
+
+def overview() -> str:
+    """`infscan --help`."""
+    width = max(map(len, commands()))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands().items()]
+    return "\n".join(
+        [
+            "infscan: which pretraining sequences most raised the probability of this completion?",
+            "",
+            "usage: infscan <command> [key=value ...]",
+            "",
+            *lines,
+            "",
+            "infscan <command> --help lists every key with its meaning. First: infscan scan model=demo corpus=demo queries=demo",
+        ]
+    )
+
+
+def help_of(command: Command) -> str:
+    """`infscan <command> --help`: what it does, examples, presets, and every key that it reads with its meaning."""
+    width = max(60, min(_WIDTH, _terminal_width()))
+    positional = "".join(f" [{key}]" for key in command.positional)
+    lines = [fill(command.summary, width), "", f"usage: infscan {command.name}{positional} [key=value ...]", ""]
+    lines += [f"  infscan {command.name} {example}" for example in command.examples]
+    groups = {group: command.options(group) for group in (*command.groups, *command.variants)}
+    if any(groups.values()):
+        lines += ["", "Presets:"]
+        lines += [
+            fill(", ".join(options), width, initial_indent=f"  {group}=", subsequent_indent="    ")
+            for group, options in groups.items()
+            if options
+        ]
+    lines += ["", "Keys (default):"]
+    for setting in shown_settings(command):
+        lines.append(f"  {setting.key}  {_type_and_default(setting)}")
+        lines.append(fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      "))
+    lines += ["", f"Options: {_options().removeprefix('there are ')}."]
+    return "\n".join(lines)
+
+
+def shown_settings(command: Command) -> Iterator[Setting]:
+    """The settings of a command's help: its own groups; what is inherited key by key is one line."""
+    folded: set[str] = set()
+    for setting in command.all_settings():
+        if command.shows and not setting.key.startswith(command.shows):
+            continue
+        group = _inherited_group(setting.key)
+        if group is None:
+            yield setting
+        elif group not in folded:
+            folded.add(group)
+            yield _folded(group)
+
+
+def _inherited_group(key: str) -> str | None:
+    for group in ("stages.N.factors.corpus", "stages.N.factors", "stages.N.corpus", "factors.corpus"):
+        if key.startswith(f"{group}."):
+            return group
+    return None
+
+
+def _folded(group: str) -> Setting:
+    outer = {
+        "factors.corpus": "corpus",
+        "stages.N.corpus": "corpus",
+        "stages.N.factors": "factors",
+        "stages.N.factors.corpus": "stages.N.corpus",
+    }[group]
+    exceptions = ", except the sample (max_sequences, sample): factors are of the whole corpus" if group.endswith("factors.corpus") else ""
+    place = ", except where it is stored for every stage but the first" if group in ("stages.N.corpus", "stages.N.factors") else ""
+    meaning = f"Every key of {outer}; one that is not given is {outer}'s{exceptions}{place}."
+    return Setting(key=f"{group}.*", type="", default="inherited", meaning=meaning)
+
+
+def _type_and_default(setting: Setting) -> str:
+    return f"({setting.default})" if not setting.type else f"{setting.type} ({setting.default})"
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size().columns
+    except OSError:
+        return _WIDTH

@@ -1,0 +1,143 @@
+"""The settings of commands that take more than a run's, or look at what is finished. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from infscan.config.schema import MISSING, ClusterConfig, Config, Sides
+from infscan.errors import ConfigError
+
+
+@dataclass
+class TfidfConfig:
+    top_k: int = 10_000
+    """Sequences kept per query (as Grosse et al. 2023)."""
+    idf_sequences: int | None = None
+    """Sequences of a uniform sample that the IDF is computed on; null is every sequence."""
+    slice_sequences: int | None = None
+    """Sequences per task; null is 16,384, more where that would make above 4,096 tasks. No row depends on it."""
+
+
+@dataclass
+class TfidfJob(Config):
+    """A run's settings, and the filter's."""
+
+    tfidf: TfidfConfig = field(default_factory=TfidfConfig)
+
+
+@dataclass
+class PlanConfig:
+    device: str | None = None
+    """A GPU of the table in docs/sizing.md, such as `h100`; ranks are then planned on it, one each."""
+    utilisation: float = 0.4
+    """Share of the device's peak that is reached."""
+    tokens_per_s: float | None = None
+    """Tokens per second that one worker scans, measured; in place of device and utilisation."""
+    like: str | None = None
+    """A finished run of the same model and settings, whose phases give the rates."""
+    price_per_hour: float | None = None
+    """Price of one rank for an hour."""
+    sequences: int | None = None
+    """Sequences of a corpus that is not there yet."""
+    queries: int | None = None
+    """Number of queries that are not written yet."""
+    sample_bytes: int = 16 << 20
+    """Bytes that are read of a corpus that is not prepared."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class PlanJob(Config):
+    """A run's settings, and what turns work into hours and money."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@dataclass
+class ExplainJob:
+    """Rows of a finished run, or any text, taken apart."""
+
+    run: str = MISSING
+    """A finished run: folder or URI."""
+    name: str = "rows"
+    """Name of the folder below <run>/explain that tables are written to."""
+    output: str | None = None
+    """Folder or URI of the tables; null is <run>/explain/<name>."""
+    query_ids: list[str] = field(default_factory=list)
+    """Queries of the run to explain; all where empty."""
+    sides: Sides = Sides.both
+    """Sides whose rows are explained."""
+    rows: int = 3
+    """Strongest published rows per query and side."""
+    sequences: list[int] = field(default_factory=list)
+    """Sequence numbers of the run's corpus, in place of published rows."""
+    text: str | None = None
+    """A text to score, in place of published rows."""
+    texts: str | None = None
+    """JSONL file of texts to score: rows of `id`, `text` (or `input_ids`) and, optionally, `queries`."""
+    own_tokens: bool = True
+    """Compute the influence of the sequence's own tokens, as outputs and as inputs."""
+    matrix: bool = False
+    """Write scores by layer and position, and by completion token and position."""
+    similar: float = 0.8
+    """Jaccard similarity from which published rows count as near-duplicates."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        if self.rows < 1:
+            raise ConfigError(f"rows={self.rows}: explain at least one row per query and side.")
+        if sum(map(bool, (self.sequences, self.text, self.texts))) > 1:
+            raise ConfigError("sequences, text and texts each say what is to be explained; give one of them, or none.")
+        if not 0 < self.similar <= 1:
+            raise ConfigError(f"similar={self.similar}: a Jaccard similarity, above 0 and up to 1.")
+
+    @property
+    def folder(self) -> str:
+        return self.output or f"{self.run.rstrip('/')}/explain/{self.name}"
+
+
+@dataclass
+class ReportJob:
+    """A page of finished runs."""
+
+    run: Any = MISSING
+    """A finished run, a sweep's folder, or a list of them: `run=[runs/a,runs/b]`."""
+    output: str | None = None
+    """Path or URI of the page; null is report.html in the run's (or the sweep's) folder."""
+    rows: int = 100
+    """Rows per query and side at most."""
+    megabytes: int = 64
+    """Megabytes of sequences on the page, compressed; the lowest ranks are left out until they fit."""
+    tokenizer: str | None = None
+    """Tokenizer to decode with: a folder, URI or hub id; null is that of the run's model."""
+
+    @property
+    def runs(self) -> list[str]:
+        return [str(run) for run in self.run] if isinstance(self.run, list) else [str(self.run)]
+
+
+@dataclass
+class MergeJob:
+    """A LoRA adapter merged into the model that it adapts."""
+
+    adapter: str = MISSING
+    """peft's folder: adapter_config.json and adapter_model.safetensors."""
+    model: str | None = None
+    """The model that it adapts: a folder, URI or hub id; null is the one that adapter_config.json names."""
+    output: str = MISSING
+    """Folder of the merged model; it must not exist."""
+
+
+@dataclass
+class StatusJob:
+    """How far a run or a sweep is."""
+
+    run: str = MISSING
+    """The run's folder or URI, or a sweep's."""
+    top: int = 3
+    """Strongest rows to show per query and side; 0 shows none."""
+    json: bool = False
+    """Print JSON."""
