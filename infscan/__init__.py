@@ -2,8 +2,8 @@
 
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
-Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`), and
-the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
+Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`),
+and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infscan.api import RunResult, open_run
-    from infscan.config import Config
-    from infscan.errors import InfscanError
-    from infscan.passes.factor_store import read_factors
-    from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
+    from infscan.api import RunResult as RunResult
+    from infscan.api import open_run as open_run
+    from infscan.config import Config as Config
+    from infscan.errors import InfscanError as InfscanError
+    from infscan.passes.factor_store import read_factors as read_factors
+    from infscan.results.read import read_layers as read_layers
+    from infscan.results.read import read_scores as read_scores
+    from infscan.results.read import read_sequences as read_sequences
+    from infscan.results.read import read_summary as read_summary
+    from infscan.results.read import read_tokens as read_tokens
+    from infscan.results.read import read_top as read_top
 
     __version__: str
 
@@ -40,7 +46,7 @@ _COMMANDS = {
     **{name: name for name in ("study", "validate")},
     "write_report": "report",
 }
-__all__ = [*_HOMES, *_COMMANDS, "__version__"]  # noqa: PLE0604 (names, all of them)
+__all__ = [*_HOMES, *_COMMANDS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,8 +4,8 @@
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
     found.top().to_pandas()
 
-Words are those of the command line; keywords are the same settings (`output="runs/demo"`, `scan={"top_k": 10}`), or a typed
-`infscan.Config`. Progress is shown as in a terminal. What a user can fix is raised as an `InfscanError`.
+Words are those of the command line; keywords are the same settings (`output="runs/demo"`, `scan={"top_k": 10}`), or a
+typed `infscan.Config`. Progress is shown as in a terminal. What a user can fix is raised as an `InfscanError`.
 """
 
 from __future__ import annotations

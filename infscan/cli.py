@@ -10,15 +10,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from textwrap import fill
 from typing import Any
 
 from infscan.config.arguments import SWEEP_FLAGS, is_sweep, read_arguments
 from infscan.config.commands import CONF, Command, command_of, commands, compose, register, settle
-from infscan.config.settings import Setting
+from infscan.config.help import OPTIONS, help_of, overview
 from infscan.errors import ConfigError, InfscanError
 
-_WIDTH = 100
 _HELP = ("-h", "--help")
 _SHOW_SETTINGS = "--cfg=job"
 
@@ -56,7 +54,8 @@ def _named(word: str) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the process with a user's error as one sentence and status 2, without a traceback; with 130 if interrupted."""
+    """End the process with a user's error as one sentence and status 2, without a traceback; with 130 if
+    interrupted."""
     try:
         yield
     except InfscanError as error:
@@ -65,6 +64,10 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # A reader such as `head` has seen enough; what Python flushes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def _complain(message: str) -> None:
@@ -94,16 +97,12 @@ def run_job(command: Command, words: Sequence[str]) -> None:
         _sweep(command, overrides)
     elif any(word.startswith("-") for word in overrides):
         word = next(word for word in overrides if word.startswith("-"))
-        raise ConfigError(f"{word}: there is no such option; {_options()}.")
+        raise ConfigError(f"{word}: there is no such option; there are {OPTIONS}.")
     else:
         result = command.function(settle(command, compose(command, overrides)))
         result.show()
         if code := getattr(result, "exit_code", 0):
             raise SystemExit(code)
-
-
-def _options() -> str:
-    return "there are --help, --cfg job (print the settings), -m (a sweep) and --config-dir (presets of your own)"
 
 
 def settings_yaml(command: Command, overrides: Sequence[str]) -> str:
@@ -127,7 +126,7 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     """Every cell of a sweep, by Hydra's launcher; one that fails ends itself, the others go on."""
     import hydra
 
-    from infscan.config.sweep import SWEPT, swept_keys, sweep_cells
+    from infscan.config.sweep import SWEPT, sweep_cells, swept_keys
 
     cells = sweep_cells(overrides)
     for cell in cells:
@@ -170,87 +169,3 @@ def _cell(cfg: Any) -> None:
             # A process of a launcher's own: its end is how the launcher learns of it.
             raise
         _Sweep.failed += 1
-
-
-def overview() -> str:
-    """`infscan --help`."""
-    width = max(map(len, commands()))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands().items()]
-    return "\n".join(
-        [
-            "infscan: which pretraining sequences most raised the probability of this completion?",
-            "",
-            "usage: infscan <command> [key=value ...]",
-            "",
-            *lines,
-            "",
-            "infscan <command> --help lists every key with its meaning. First: infscan scan model=demo corpus=demo queries=demo",
-        ]
-    )
-
-
-def help_of(command: Command) -> str:
-    """`infscan <command> --help`: what it does, examples, presets, and every key that it reads with its meaning."""
-    width = max(60, min(_WIDTH, _terminal_width()))
-    positional = "".join(f" [{key}]" for key in command.positional)
-    lines = [fill(command.summary, width), "", f"usage: infscan {command.name}{positional} [key=value ...]", ""]
-    lines += [f"  infscan {command.name} {example}" for example in command.examples]
-    groups = {group: command.options(group) for group in (*command.groups, *command.variants)}
-    if any(groups.values()):
-        lines += ["", "Presets:"]
-        lines += [
-            fill(", ".join(options), width, initial_indent=f"  {group}=", subsequent_indent="    ")
-            for group, options in groups.items()
-            if options
-        ]
-    lines += ["", "Keys (default):"]
-    for setting in shown_settings(command):
-        lines.append(f"  {setting.key}  {_type_and_default(setting)}")
-        lines.append(fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      "))
-    lines += ["", f"Options: {_options().removeprefix('there are ')}."]
-    return "\n".join(lines)
-
-
-def shown_settings(command: Command) -> Iterator[Setting]:
-    """The settings of a command's help: its own groups; what is inherited key by key is one line."""
-    folded: set[str] = set()
-    for setting in command.all_settings():
-        if command.shows and not setting.key.startswith(command.shows):
-            continue
-        group = _inherited_group(setting.key)
-        if group is None:
-            yield setting
-        elif group not in folded:
-            folded.add(group)
-            yield _folded(group)
-
-
-def _inherited_group(key: str) -> str | None:
-    for group in ("stages.N.factors.corpus", "stages.N.factors", "stages.N.corpus", "factors.corpus"):
-        if key.startswith(f"{group}."):
-            return group
-    return None
-
-
-def _folded(group: str) -> Setting:
-    outer = {
-        "factors.corpus": "corpus",
-        "stages.N.corpus": "corpus",
-        "stages.N.factors": "factors",
-        "stages.N.factors.corpus": "stages.N.corpus",
-    }[group]
-    exceptions = ", except the sample (max_sequences, sample): factors are of the whole corpus" if group.endswith("factors.corpus") else ""
-    place = ", except where it is stored for every stage but the first" if group in ("stages.N.corpus", "stages.N.factors") else ""
-    meaning = f"Every key of {outer}; one that is not given is {outer}'s{exceptions}{place}."
-    return Setting(key=f"{group}.*", type="", default="inherited", meaning=meaning)
-
-
-def _type_and_default(setting: Setting) -> str:
-    return f"({setting.default})" if not setting.type else f"{setting.type} ({setting.default})"
-
-
-def _terminal_width() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:
-        return _WIDTH

@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
 
 from infscan.config import (
     Compression,
@@ -21,19 +18,20 @@ from infscan.config import (
     Solver,
     differences,
     fingerprint,
-    from_hydra,
     from_yaml,
     plain,
     to_yaml,
 )
+from infscan.config.arguments import read_arguments
+from infscan.config.commands import command_of, compose
+from infscan.config.compose import from_hydra
 from infscan.errors import ConfigError
 
 
 def composed(*overrides: str) -> DictConfig:
-    """The schema alone, as a job composes it."""
-    GlobalHydra.instance().clear()
-    with initialize_config_module("infscan", version_base=None):
-        return compose("infscan_schema", overrides=list(overrides))
+    """What `infscan scan` composes, its output not given."""
+    command = replace(command_of("scan"), values={})
+    return compose(command, read_arguments(command, overrides))
 
 
 NEEDED = ("model.path=m", "corpus.path=c.jsonl", "queries.path=q.jsonl", "output=out")
@@ -139,7 +137,9 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
     ("model.zero.offload", ["model.zero.offload=cpu"]),
     ("model.sharding", ["model.sharding=none", "cluster.ranks_per_worker=2"]),
     ("model.tracked", ["model.tracked='(mlp'"]),
-    ("factors.solver", ["factors.solver=identity"]),
+    ("scan.compression", ["factors.solver=identity", "scan.compression=weighted"]),
+    ("queries.prompt", ["prompt=a", "completion=b"]),
+    ("corpus.path", ["+corpus.paths.web=x"]),
 ]
 
 
@@ -154,6 +154,8 @@ def test_impossible_values_are_refused_by_key(key: str, overrides: list[str]) ->
     "overrides",
     [
         ["factors.solver=identity", "scan.compression=plain"],
+        ["factors.solver=identity"],
+        ["factors=identity"],
         ["factors.solver=identity", "scan.rank=null"],
         ["scan.candidates=100"],
         ["cluster.ranks_per_worker=2"],
@@ -171,7 +173,7 @@ def test_possible_ones_are_not(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("override", ["scan.rnak=3", "scan.top_k=many", "factors.labels=guessed"])
 def test_unknown_keys_and_other_types_are_refused_while_composing(override: str) -> None:
-    with pytest.raises(Exception, match=override.partition("=")[0].rpartition(".")[2]):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].rpartition(".")[2]):
         composed(*NEEDED, override)
 
 
@@ -190,7 +192,7 @@ def test_yaml_round_trip() -> None:
     config = make("factors.damping.absolute=1e-4", "scan.rank=null", r"model.tracked='layers\.(0|1)\..*mlp'")
     assert from_yaml(to_yaml(config)) == plain(config)
     assert differences(from_yaml(to_yaml(config)), config) == []
-    assert OmegaConf.create(to_yaml(config)).scan.compression == "weighted"
+    assert yaml.safe_load(to_yaml(config))["scan"]["compression"] == "weighted"
 
 
 def test_differences_are_named_with_both_values() -> None:
@@ -222,20 +224,18 @@ def test_the_fingerprint_is_of_values_not_of_their_types_or_order() -> None:
     assert fingerprint(make()) != fingerprint(replace(make(), seed=1))
 
 
-def test_each_cell_of_a_sweep_writes_below_the_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sweep:
-        mode = RunMode.MULTIRUN
-
-        class overrides:  # noqa: N801
-            task: tuple[str, ...] = ()
-
-    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(HydraConfig, "get", lambda: Sweep)
+def test_each_cell_of_a_sweep_writes_below_the_output(here: Path) -> None:
     outputs = set()
     for rank in (8, 16):
-        Sweep.overrides.task = (f"scan.rank={rank}",)
-        config = make(f"scan.rank={rank}")
+        config = from_hydra(composed(*NEEDED, f"scan.rank={rank}"), cell=f"rank-{rank}")
         assert Path(config.output).parent == here / "out"
         assert config.factors.path == f"{config.output}/factors"
         outputs.add(config.output)
     assert len(outputs) == 2
+
+
+def test_a_stored_configuration_never_interpolates() -> None:
+    """A run folder may come from somebody else: `${oc.env:...}` in it would send the environment to an address of theirs."""
+    text = to_yaml(make()).replace("path: ", "path: http://127.0.0.1/${oc.env:HOME}/", 1)
+    with pytest.raises(ConfigError, match="holds an interpolation"):
+        from_yaml(text)

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infscan.config import sweep_cells
-from infscan.config.sweep import cell_name
+from infscan.config.sweep import cell_name, sweep_cells, swept_keys
 from infscan.errors import ConfigError
 
 WORDS = st.text("abcXYZ019-_./=, é", min_size=1, max_size=30)
@@ -67,3 +66,14 @@ def test_a_cell_is_named_after_what_it_asks(overrides: list[str], random: Random
 @given(OVERRIDES, OVERRIDES)
 def test_cells_that_ask_for_different_things_have_different_names(one: list[str], other: list[str]) -> None:
     assert (cell_name(one) == cell_name(other)) == (sorted(one) == sorted(other))
+
+
+@given(OVERRIDES, OVERRIDES)
+def test_the_keys_that_a_sweep_varies_are_the_first_of_a_name(fixed: list[str], varied: list[str]) -> None:
+    cells = [[*fixed, f"scan.rank={rank}", *varied] for rank in (8, 32)]
+    assert swept_keys(cells) == ["scan.rank"]
+    for cell in cells:
+        name = cell_name(cell, swept_keys(cells))
+        assert name.startswith("scan.rank=")
+        # The digest is the same, so a sweep that was begun without this order is found again.
+        assert name[-8:] == cell_name(cell)[-8:]

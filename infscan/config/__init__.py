@@ -1,4 +1,5 @@
-"""Typed settings, their checks, fingerprints and help. `compose`, `commands` and `sweep` know Hydra; nothing else does."""
+"""Typed settings, their checks, fingerprints and help. `compose`, `commands` and `sweep` know Hydra; nothing else
+does."""
 
 from infscan.config.checks import check
 from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, sealed, unsealed

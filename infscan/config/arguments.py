@@ -60,13 +60,13 @@ def is_sweep(words: Sequence[str]) -> bool:
 def read_arguments(command: Command, words: Sequence[str]) -> list[str]:
     """The command's words as overrides and flags that Hydra reads as they were meant.
 
-    Every key and preset is looked up; the value of a text is taken as it was typed, whatever it looks like; a word without
-    `=` is a positional argument, and `--name value` is `name=value`.
+    Every key and preset is looked up; the value of a text is taken as it was typed, whatever it looks like; a word
+    without `=` is a positional argument, and `--name value` is `name=value`.
 
     Raises:
         ConfigError: for what there is not, with what was probably meant.
     """
-    known = {setting.key: setting for setting in command.all_settings()}
+    known = command.all_settings
     found, sweep = list(_as_overrides(command, known, words)), is_sweep(words)
     folders = [Path(word.removeprefix(_SEARCH).removesuffix("]")) for word in found if word.startswith(_SEARCH)]
     return [_read(command, known, word, folders, sweep=sweep) for word in found]
@@ -96,14 +96,14 @@ def _as_overrides(command: Command, known: dict[str, Setting], words: Sequence[s
             yield word
 
 
-def _read(
-    command: Command, known: dict[str, Setting], word: str, folders: Sequence[Path], *, sweep: bool
-) -> str:
+def _read(command: Command, known: dict[str, Setting], word: str, folders: Sequence[Path], *, sweep: bool) -> str:
     if word.startswith("-") or word.lstrip("+~").startswith(("hydra.", "hydra/")):
         return word
     match = _OVERRIDE.fullmatch(word)
-    if match is None or match["value"] is None and match["sign"] != "~":
-        raise ConfigError(f"{_shorten(word)}: settings are written key=value; infscan {command.name} --help lists them.")
+    if match is None or (match["value"] is None and match["sign"] != "~"):
+        raise ConfigError(
+            f"{_shorten(word)}: settings are written key=value; infscan {command.name} --help lists them."
+        )
     sign, key, value = match["sign"], match["key"], match["value"]
     key = _SHORT.get(key, key) if "queries.prompt" in known else key
     if key in (*command.groups, *command.variants):
@@ -128,10 +128,10 @@ def _preset(command: Command, group: str, value: str, folders: Sequence[Path]) -
 
 def _no_preset(command: Command, group: str, name: str, options: Sequence[str]) -> str:
     said = f"{group}={_shorten(name)}: there is no such preset"
-    keys = {setting.key for setting in command.all_settings()}
     looks_like_address = any(mark in name for mark in "/.:~") or not get_close_matches(name, options)
-    if f"{group}.path" in keys and looks_like_address:
-        return f"{said}. Is it a folder, a file or a URI? Then say {group}.path={_shorten(name)}; presets are {_listed(options)}."
+    if f"{group}.path" in command.all_settings and looks_like_address:
+        hint = f"Is it a folder, a file or a URI? Then say {group}.path={_shorten(name)}"
+        return f"{said}. {hint}; presets are {_listed(options)}."
     close = get_close_matches(name, options, 1)
     return f"{said}; did you mean {group}={close[0]}?" if close else f"{said}; presets are {_listed(options)}."
 
@@ -141,23 +141,26 @@ def _known(command: Command, known: dict[str, Setting], key: str) -> Setting:
     numbered = _NUMBER.sub("N", key)
     if numbered in known:
         return known[numbered]
-    label = next((setting for setting in known.values() if setting.is_open and numbered.startswith(f"{setting.key}.")), None)
+    label = next(
+        (setting for setting in known.values() if setting.is_open and numbered.startswith(f"{setting.key}.")), None
+    )
     if label is not None:
         return label
     if any(setting.startswith(f"{numbered}.") for setting in known):
         below = [setting for setting in known if setting.startswith(f"{numbered}.")]
         hint = f"{key}.path" if f"{numbered}.path" in known else below[0].replace(".N.", ".0.")
-        raise ConfigError(f"{key}: this is a group of keys, which takes no value; give one of its keys, such as {hint}=...")
+        raise ConfigError(
+            f"{key}: this is a group of keys, which takes no value; give one of its keys, such as {hint}=..."
+        )
     raise ConfigError(f"{_shorten(key)}: there is no such key{_suggestion(key, numbered, known)}")
 
 
 def _suggestion(key: str, numbered: str, known: dict[str, Setting]) -> str:
     names = [name for name in known if ".N." not in name or ".N." in numbered]
-    close = get_close_matches(numbered, names, 1, 0.75)
-    if not close:
-        last = numbered.rpartition(".")[2]
-        leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
-        close = [leaves[leaf] for leaf in get_close_matches(last, leaves, 1, 0.75)]
+    last = numbered.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
+    close = [leaves[last]] if last in leaves else get_close_matches(numbered, names, 1, 0.75)
+    close = close or [leaves[leaf] for leaf in get_close_matches(last, leaves, 1, 0.75)]
     if not close:
         return "; infscan <command> --help lists those that there are."
     number = _NUMBER.search(key)
@@ -185,7 +188,7 @@ def _quoted(text: str) -> str:
 
 def refusal(command: Command, overrides: Sequence[str], error: Exception) -> ConfigError:
     """Hydra's refusal as one sentence: the key, the value, and what the key takes."""
-    known = {setting.key: setting for setting in command.all_settings()}
+    known = command.all_settings
     text = str(error)
     full_key = re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{error.__cause__}")
     if full_key:
@@ -197,7 +200,9 @@ def refusal(command: Command, overrides: Sequence[str], error: Exception) -> Con
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     culprit = next((word for word in overrides if word and word in text), "")
     said = f"{_shorten(culprit)}: " if culprit and culprit not in first else ""
-    return ConfigError(f"{said}the settings cannot be read ({_shorten(first)}); infscan {command.name} --help lists them.")
+    return ConfigError(
+        f"{said}the settings cannot be read ({_shorten(first)}); infscan {command.name} --help lists them."
+    )
 
 
 def _article(setting: Setting) -> str:

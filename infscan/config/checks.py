@@ -307,6 +307,12 @@ def _check_stages(config: Config) -> None:
         if number + 1 != config.scan.stage:
             # What a single-stage run at this stage would be refused for.
             try:
-                check(replace(config.at_stage(number + 1), stages=[], scan=ScanConfig(rank=None, compression=Compression.weighted)))
+                check(
+                    replace(
+                        config.at_stage(number + 1),
+                        stages=[],
+                        scan=ScanConfig(rank=None, compression=Compression.weighted),
+                    )
+                )
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from None

@@ -21,7 +21,7 @@ _PACKAGE = Path(infscan.__file__).parent
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Command:
     """One command: `infscan <name>`, `python jobs/<name>.py`, `infscan.<name>(...)`.
 
@@ -61,16 +61,16 @@ class Command:
     def function(self) -> Callable[[Any], Any]:
         return _load(self.run)
 
-    def all_settings(self) -> Iterator[Setting]:
-        """Every setting that it takes, those of its variants included."""
-        seen = set()
+    @cached_property
+    def all_settings(self) -> dict[str, Setting]:
+        """Every setting that it takes by key, those of its variants included."""
         kinds = [("", self.kind)]
         kinds += [(f"{group}.", _load(kind)) for group, named in self.variants.items() for kind in named.values()]
+        found: dict[str, Setting] = {}
         for prefix, kind in kinds:
             for setting in settings_of(kind, prefix):
-                if setting.key not in seen:
-                    seen.add(setting.key)
-                    yield setting
+                found.setdefault(setting.key, setting)
+        return found
 
     def options(self, group: str, folders: Sequence[Path] = ()) -> list[str]:
         """The presets of a group, those in folders of the user's own included."""
@@ -202,6 +202,7 @@ def command_of(name: str) -> Command:
     return commands()[name]
 
 
+@cache
 def register(command: Command) -> str:
     """Hand the command's settings to Hydra; returns the name of its primary config."""
     from hydra.core.config_store import ConfigStore

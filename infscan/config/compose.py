@@ -1,4 +1,5 @@
-"""From what Hydra composed, or a typed `Config`, to checked settings. With `commands` and `sweep` all that knows Hydra."""
+"""From what Hydra composed, or a typed `Config`, to checked settings. With `commands` and `sweep` all that knows
+Hydra."""
 
 from __future__ import annotations
 
@@ -76,7 +77,10 @@ def inherited(cfg: DictConfig) -> DictConfig:
     try:
         values = cast("dict[str, Any]", plain(OmegaConf.to_container(cfg, resolve=True)))
         inherit(values)
-        return cast(DictConfig, OmegaConf.merge(cfg, values))
+        # Labels of several corpora are the user's own keys.
+        open_cfg = cfg.copy()
+        OmegaConf.set_struct(open_cfg, False)
+        return cast(DictConfig, OmegaConf.merge(open_cfg, values))
     except OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from None
 

@@ -6,7 +6,6 @@ Hydra is not imported here; `infscan.config.compose` hands these classes to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -118,7 +117,8 @@ class LogFormat(StrEnum):
 
 @dataclass
 class ZeroConfig:
-    """The limits of ZeRO-3, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered whole."""
+    """The limits of ZeRO-3, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered
+    whole."""
 
     max_live_parameters: int = 30_000_000
     """Parameters that a rank may hold gathered at once."""
@@ -137,13 +137,13 @@ class ZeroConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING
-    """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where corpus
-    and queries bring token ids."""
+    """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where
+    corpus and queries bring token ids."""
     dtype: Dtype = Dtype.auto
     """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
     tracked: str = "mlp"
-    """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), or a regular expression
-    over module names."""
+    """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), or a regular
+    expression over module names."""
     sharding: Sharding = Sharding.auto
     """How a worker's ranks hold the model: `none` (one rank, whole), `zero3` (partitioned), or `auto` (zero3 where a
     worker has several ranks)."""
@@ -183,14 +183,15 @@ class CorpusConfig:
     deduplicate: bool = False
     """Drop documents whose content an earlier document has, too."""
     prompt_field: str | None = None
-    """Field of a row that holds its prompt (text, token ids, or a number of token ids), which training had no loss on."""
+    """Field of a row that holds its prompt (text, token ids, or a number of token ids), which training had no loss
+    on."""
     mask_field: str | None = None
     """Field of a row that holds 0 or 1 for each token id: 1 where training had a loss. Needs tokens_field."""
     sequence_length: int | None = None
     """T, tokens of a sequence at most; null is the model's context, at most 512 (as Grosse et al. 2023)."""
     packing: Packing = Packing.concat
-    """How documents become sequences: `concat` joins them with EOS and cuts every T tokens; `document` makes one sequence
-    of each, cut off at T tokens."""
+    """How documents become sequences: `concat` joins them with EOS and cuts every T tokens; `document` makes one
+    sequence of each, cut off at T tokens."""
     attention: Attention = Attention.across
     """Whether tokens attend `across` the documents of a sequence or `within` their own: as training had it."""
     bos: bool = False
@@ -198,8 +199,8 @@ class CorpusConfig:
     max_sequences: int | None = None
     """Scan a uniform sample of this many sequences; null scans all. Factors are not fitted on fewer for it."""
     sample: float | None = None
-    """Scan a uniform sample of this share of the sequences, above 0 and up to 1; null scans all. Factors are not fitted on
-    fewer for it."""
+    """Scan a uniform sample of this share of the sequences, above 0 and up to 1; null scans all. Factors are not
+    fitted on fewer for it."""
     seed: int = 0
     """Seed of the sample."""
     allow_bad_documents: int = 0
@@ -232,21 +233,18 @@ def not_given(kind: type[T]) -> T:
     values: dict[str, Any] = {}
     for one in fields(kind):  # type: ignore[arg-type]
         default = one.default_factory() if callable(one.default_factory) else None
-        values[one.name] = not_given(type(default)) if is_dataclass(default) else MISSING
+        if is_dataclass(default):
+            default = not_given(type(default))
+        # Labels are added one by one, so a group of them is empty where none is given.
+        values[one.name] = MISSING if default is None else default
     return kind(**values)
-
-
-def inherited(kind: type[T]) -> Any:
-    """A field whose settings are an outer group's, key by key, where they are not given."""
-    factory: Callable[[], T] = lambda: not_given(kind)  # noqa: E731
-    return field(default_factory=factory)
 
 
 @dataclass
 class QueriesConfig:
     path: str = MISSING
-    """Query file: JSONL rows of `id`, `prompt`, `completion`, or of `id`, `input_ids`, `prompt_len`; optional `contrast`
-    and `measure`."""
+    """Query file: JSONL rows of `id`, `prompt`, `completion`, or of `id`, `input_ids`, `prompt_len`; optional
+    `contrast` and `measure`."""
     measure: Measure = Measure.completion
     """What is measured of a completion: all of it (`completion`), its `first` token, or each of its `tokens` apart, as
     `id#0`, `id#1`, ... A row's own `measure` wins."""
@@ -275,8 +273,8 @@ class IterationConfig:
     tolerance: float = 1e-2
     """cg stops where the relative residual |v - (G + lambda) x| / |v| is this small."""
     batch: int | None = None
-    """Sequences that G is of: fixed ones (cg; null is all that the factors were fitted on), or drawn anew for every step
-    (astra; null is 32)."""
+    """Sequences that G is of: fixed ones (cg; null is all that the factors were fitted on), or drawn anew for every
+    step (astra; null is 32)."""
     momentum: float = 0.9
     """astra's momentum, from 0 to below 1."""
     step_size: float | None = None
@@ -289,7 +287,7 @@ class IterationConfig:
 class FactorsConfig:
     path: str | None = None
     """Folder or URI where factors are, or are put; null is <output>/factors."""
-    corpus: CorpusConfig = inherited(CorpusConfig)
+    corpus: CorpusConfig = field(default_factory=lambda: not_given(CorpusConfig))
     """What factors are fitted on: key by key the scanned corpus, except for its sample."""
     labels: Labels = Labels.sampled
     """Labels of the Fisher: `sampled` from the model, or the true tokens (`empirical`)."""
@@ -297,8 +295,8 @@ class FactorsConfig:
     """Sequences that factors are fitted on, a uniform sample; all where the corpus has fewer."""
     damping: DampingConfig = field(default_factory=DampingConfig)
     solver: Solver = Solver.ekfac
-    """How (G + lambda)^-1 is applied: `ekfac`; `identity` (the gradient dot product, the baseline); `cg` or `astra`, which
-    iterate from EK-FAC's solution."""
+    """How (G + lambda)^-1 is applied: `ekfac`; `identity` (the gradient dot product, the baseline); `cg` or `astra`,
+    which iterate from EK-FAC's solution."""
     iteration: IterationConfig = field(default_factory=IterationConfig)
     slices: int = 8
     """Slices of the fitted sequences: the unit of work and of retry of a fit."""
@@ -314,14 +312,14 @@ MOST_RANK = 32
 
 @dataclass
 class StageConfig:
-    """One stage of training (docs/method.md#multi-stage). What the first one does not give is the run's own model, corpus
-    and factors; a later one inherits how a corpus is read and how factors are fitted."""
+    """One stage of training (docs/method.md#multi-stage). What the first one does not give is the run's own model,
+    corpus and factors; a later one inherits how a corpus is read and how factors are fitted."""
 
     model: str = MISSING
     """The model that the stage ended with: a folder, URI or hub id."""
-    corpus: CorpusConfig = inherited(CorpusConfig)
+    corpus: CorpusConfig = field(default_factory=lambda: not_given(CorpusConfig))
     """What the stage was trained on."""
-    factors: FactorsConfig = inherited(FactorsConfig)
+    factors: FactorsConfig = field(default_factory=lambda: not_given(FactorsConfig))
     """The stage's factors, fitted on its corpus."""
     alpha: float | None = None
     """Strength of the proximal term alpha/2 |theta - theta_before|^2 of every stage but the first."""
@@ -345,7 +343,8 @@ class ScanConfig:
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None
-    """Dtype of the model that candidates are scored again with; null is model.dtype. Another one loads the model again."""
+    """Dtype of the model that candidates are scored again with; null is model.dtype. Another one loads the model
+    again."""
     sides: Sides = Sides.both
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     scores: Scores = Scores.top

@@ -1,4 +1,5 @@
-"""Every setting with its type, default and meaning, read from the classes that define it: for help, docs and suggestions."""
+"""Every setting with its type, default and meaning, read from the classes that define it: for help, docs and
+suggestions."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from infscan.config.schema import MISSING, not_given
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. choices: of an enum. is_text: whether its value is taken as it is typed. is_open: whether keys below it are
-    the user's own (labels)."""
+    """One key. choices: of an enum. is_text: whether its value is taken as it is typed. is_open: whether keys below
+    it are the user's own (labels)."""
 
     key: str
     type: str
@@ -46,7 +47,9 @@ def settings_of(kind: type, prefix: str = "", given: Any = None) -> Iterator[Set
         yield Setting(
             key=key,
             type=_type_name(hint),
-            default="inherited" if own == MISSING and given is not None else _default(default),
+            default="inherited"
+            if own == MISSING and is_inherited
+            else str(one.metadata.get("default", _default(default))),
             meaning=meanings.get(one.name, ""),
             choices=_choices(hint),
             is_text=_is_text(hint),
@@ -77,9 +80,10 @@ def _meanings(kind: type) -> dict[str, str]:
 
 def _documented(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for field_, below in zip(node.body, node.body[1:], strict=False):
-        is_field = isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name)
-        if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield field_.target.id, " ".join(cleandoc(str(below.value.value)).split())  # type: ignore[union-attr]
+        if not isinstance(field_, ast.AnnAssign) or not isinstance(field_.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            yield field_.target.id, " ".join(cleandoc(str(below.value.value)).split())
 
 
 def _is_text(hint: Any) -> bool:

@@ -29,7 +29,8 @@ def this_cell() -> tuple[str, str]:
 
 
 def cell_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
-    """A folder name for one cell of a sweep: the overrides that vary first, harmless in a path, distinct by a digest."""
+    """A folder name for one cell of a sweep: the overrides that vary first, harmless in a path, distinct by a
+    digest."""
     cell = [override for override in sorted(overrides) if not override.startswith(_NOT_NAMED)]
     first = [override for override in cell if key_of(override) in swept]
     rest = [override for override in cell if override not in first]

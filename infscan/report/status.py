@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from infscan.report.terminal import one_line
-from infscan.results.status import Status
+from infscan.results.status import Driver, Status, exit_code
 
 _REASONS = 5
 _QUERIES = 12
+_MEND = "the same command goes on from here"
 
 
 def show_status(found: Status, console: Console | None = None) -> None:
@@ -20,10 +21,9 @@ def show_status(found: Status, console: Console | None = None) -> None:
     out = console or Console(soft_wrap=True, highlight=False)
     out.print(f"run         {escape(one_line(found.uri))}")
     out.print(f"phase       {found.phase}")
-    if found.driver and found.phase != "finished":
-        host = one_line(str(found.driver.get("host", {}).get("name")))
-        since = one_line(str(found.driver.get("since")))
-        out.print(escape(f"driver      process {found.driver.get('pid')} on {host}, since {since}"))
+    if found.phase != "finished":
+        for name, text in _driver(found.driver).items():
+            out.print(escape(f"{name:<12}{one_line(text)}"))
     if found.shards is not None:
         done = f"{found.done:,} of {found.shards:,} done{_given_up(found)}"
         out.print(f"shards      {done}; {found.sequences:,} sequences planned")
@@ -44,10 +44,28 @@ def show_sweep(uri: str, cells: Mapping[str, Status], console: Console | None = 
     """Print a line for each cell."""
     out = console or Console(soft_wrap=True, highlight=False)
     finished = sum(found.phase == "finished" for found in cells.values())
-    out.print(f"sweep       {escape(one_line(uri))}: {finished} of {len(cells)} cells finished")
+    idle = "; nothing works on the others" if exit_code(*cells.values()) else ""
+    out.print(f"sweep       {escape(one_line(uri))}: {finished} of {len(cells)} cells finished{idle}")
     for name, found in cells.items():
         shards = "" if found.shards is None else f"{found.done:,} of {found.shards:,} shards"
-        out.print(escape(f"  {found.phase:<9} {shards}{_left(found)}{_given_up(found)}  {one_line(name)}"))
+        facts = f"{shards}{_left(found)}{_given_up(found)}{_lost(found)}"
+        out.print(escape(f"  {found.phase:<9} {facts}  {one_line(name)}"))
+
+
+def _driver(driver: Driver) -> dict[str, str]:
+    """Lines by their names."""
+    if driver.pid is None:
+        return {"driver": f"none, and the run is not finished; {_MEND}"}
+    lines = {"driver": f"process {driver.pid} on {driver.host}, since {driver.since}"}
+    if driver.killed:
+        lines["driver"] += f": killed; {_MEND}"
+    if driver.alive and driver.state:
+        lines["state"] = driver.state
+    if driver.heartbeat_age_s is not None:
+        lines["heartbeat"] = f"{_clock(driver.heartbeat_age_s)} ago"
+    if not driver.alive and not driver.killed:
+        lines["heartbeat"] += f", more than cluster.lease_s={driver.lease_s:g} s: taken for dead; {_MEND}"
+    return lines
 
 
 def _rows(found: Status, out: Console) -> None:
@@ -66,7 +84,17 @@ def _rows(found: Status, out: Console) -> None:
 
 
 def _left(found: Status) -> str:
-    return f", {_clock(found.eta_s)} left" if found.eta_s else ""
+    """What is left at this rate, while somebody works on it."""
+    return f", {_clock(found.eta_s)} left" if found.eta_s and found.driver.alive else ""
+
+
+def _lost(found: Status) -> str:
+    driver = found.driver
+    if found.phase == "finished" or driver.pid is None:
+        return ""
+    if driver.alive:
+        return f", {driver.state}" if driver.state else ""
+    return ", killed" if driver.killed else ", driver silent"
 
 
 def _given_up(found: Status) -> str:

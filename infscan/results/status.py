@@ -7,6 +7,7 @@ clock, at which shard files appeared.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +22,12 @@ from infscan.results.read import read_cells
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import FOLDER, QUARANTINE, SUFFIX, read_hits
 from infscan.storage import Entry, MissingError, Store
+from infscan.storage.host import process_began, this_host
+from infscan.storage.store import backend_of
 
+DRIVER = "driver.json"
+# What `infscan status` exits with where a run is unfinished and nothing works on it.
+NOTHING_ALIVE = 3
 # A rate is of the last so many shards.
 _WINDOW = 64
 # Rows are provisional: of this many shard files at most, the latest ones.
@@ -37,6 +43,26 @@ class Row:
     rank: int
     sequence_id: int
     score: float
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who drives a run, as its driver.json says and as this machine sees it; pid: None where nobody does.
+
+    alive: its process runs on this machine; or it is another machine's, and renewed driver.json within `lease_s`.
+    killed: it ran on this machine, and ended without giving driver.json back. heartbeat_age_s: since driver.json was
+    last renewed, by the store's clock and this machine's; None where the store tells no times. state: what the driver
+    says that it waits for.
+    """
+
+    alive: bool = False
+    killed: bool = False
+    heartbeat_age_s: float | None = None
+    pid: int | None = None
+    host: str | None = None
+    since: str | None = None
+    lease_s: float | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class Status:
     sequences_per_s: float | None = None
     eta_s: float | None = None
     last: float | None = None
-    driver: Mapping[str, Any] | None = None
+    driver: Driver = Driver()
     warnings: tuple[str, ...] = ()
     top: tuple[Row, ...] = ()
     read: int | None = None
@@ -78,7 +104,8 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     store = Store(uri)
     there = {entry.name for entry in store.list("queries")}
     plan = _json(store, "plan.json")
-    if plan is None and _json(store, "driver.json") is None and not store.exists("config.yaml"):
+    driver = _driver(store)
+    if plan is None and driver.pid is None and not store.exists("config.yaml"):
         raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
     files = store.list(FOLDER, suffix=SUFFIX)
     finished = store.exists(SUCCESS)
@@ -99,7 +126,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         sequences_per_s=rate,
         eta_s=None if finished else eta,
         last=max((entry.modified for entry in files if entry.modified), default=None),
-        driver=_json(store, "driver.json"),
+        driver=driver,
         warnings=tuple((summary or {}).get("warnings", ())),
     )
     if not rows:
@@ -120,11 +147,41 @@ def read_sweep(uri: str) -> dict[str, Status]:
     return {cell: read_status(f"{uri}/{cell}", rows=0) for cell in read_cells(uri)}
 
 
+def exit_code(*found: Status) -> int:
+    """What the command exits with for a run, or a sweep's cells: 3 where some are unfinished and no driver lives."""
+    finished = all(status.phase == "finished" for status in found)
+    return 0 if finished or any(status.driver.alive for status in found) else NOTHING_ALIVE
+
+
 def _json(store: Store, name: str) -> Any:
     try:
         return store.read_json(name)
     except MissingError:
         return None
+
+
+def _driver(store: Store) -> Driver:
+    """Nobody where there is no driver.json, or one that no driver of this version wrote."""
+    told = _json(store, DRIVER)
+    renewed = backend_of(store.uri).stat(f"{store.uri}/{DRIVER}")
+    if told is None or renewed is None:
+        return Driver()
+    age = None if renewed.modified is None else max(0.0, time.time() - renewed.modified)
+    try:
+        here = told["host"] == asdict(this_host())
+        runs = here and process_began(told["pid"]) == told["began"]
+        return Driver(
+            alive=runs if here else age is None or age <= told["lease_s"],
+            killed=here and not runs,
+            heartbeat_age_s=age,
+            pid=told["pid"],
+            host=told["host"]["name"],
+            since=told["since"],
+            lease_s=told["lease_s"],
+            state=told.get("state") or None,
+        )
+    except (KeyError, TypeError):
+        return Driver()
 
 
 def _made(store: Store) -> dict[str, int]:

@@ -6,14 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infscan.__main__ import main
 from infscan.errors import RunError
-from infscan.results.status import read_status
+from infscan.report.status import show_status, show_sweep
+from infscan.results.status import NOTHING_ALIVE, Driver, Status, exit_code, read_status, read_sweep
 from infscan.storage import Store
+from infscan.storage.host import Host, process_began, this_host
 from tests.results.builders import QUERIES, published, put_shard
 
 
@@ -103,7 +108,7 @@ def test_a_fit_says_what_it_has_left_though_the_scan_is_planned(
     store.write_json("plan.json", {"shards": 2, "shard_sequences": 4, "selection": {"size": 8}})
     for slice_index in range(3):
         store.write(f"factors/covariance/group-000-slice-{slice_index:04d}.safetensors", b"")
-    main(["status", str(tmp_path)])
+    show_status(read_status(str(tmp_path)))
     shown = capsys.readouterr().out
     assert "phase       fit" in shown
     assert "made        3 covariance sums" in shown
@@ -116,28 +121,25 @@ def test_a_sweep_shows_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[s
     published(Store(f"{tmp_path}/model=a"))
     plan(Store(f"{tmp_path}/model=b"), 2)
     put_shard(Store(f"{tmp_path}/model=b"), "shard-000000", [0], [])
-    main(["status", str(tmp_path)])
+    cells = read_sweep(str(tmp_path))
+    assert exit_code(*cells.values()) == NOTHING_ALIVE
+    show_sweep(str(tmp_path), cells)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(": 1 of 3 cells finished")
+    assert lines[0].endswith(": 1 of 3 cells finished; nothing works on the others")
     assert [line.split() for line in lines[1:]] == [
         ["finished", "2", "of", "2", "shards", "model=a"],
         ["scan", "1", "of", "2", "shards", "model=b"],
         ["new", "model=c"],
     ]
-    main(["status", str(tmp_path), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert {cell: status["phase"] for cell, status in found.items()} == {
-        "model=a": "finished",
-        "model=b": "scan",
-        "model=c": "new",
-    }
+    phases = {"model=a": "finished", "model=b": "scan", "model=c": "new"}
+    assert {cell: status.phase for cell, status in cells.items()} == phases
 
 
 def test_what_a_run_says_cannot_control_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path))
     plan(store, 2)
     store.write_json("quarantine/shard-000001.json", {"reason": "\x1b[31m[bold]red\r\n"})
-    main(["status", str(tmp_path)])
+    show_status(read_status(str(tmp_path)))
     assert "quarantine  shard-000001: [31m[bold]red" in capsys.readouterr().out.replace(" [31m", "[31m")
 
 
@@ -148,6 +150,122 @@ def test_an_object_store_is_read_the_same_way() -> None:
     found = read_status(store.uri)
     assert (found.phase, found.done, [row.sequence_id for row in found.top]) == ("scan", 1, [5])
     assert found.last is not None
+
+
+ELSEWHERE = Host("node-17", "another-boot", "another-namespace")
+
+
+def drive(store: Store, *, host: Host | None = None, pid: int, began: int, **more: Any) -> None:
+    """driver.json as a driver writes it."""
+    value = {"token": "x", "host": asdict(host or this_host()), "pid": pid, "began": began}
+    store.write_json("driver.json", value | {"since": "2026-11-28T23:06:49+00:00", "lease_s": 60.0, "beat": 3} | more)
+
+
+def driver(store: Store) -> Driver:
+    return read_status(store.uri).driver
+
+
+def test_a_driver_of_this_machine_lives_as_long_as_its_process_however_long_it_is_silent(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        drive(store, pid=child.pid, began=process_began(child.pid))
+        os.utime(tmp_path / "driver.json", (1000.0, 1000.0))
+        found = driver(store)
+        assert (found.alive, found.killed, found.pid) == (True, False, child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    found = driver(store)
+    assert (found.alive, found.killed) == (False, True)
+    assert exit_code(read_status(store.uri)) == NOTHING_ALIVE
+
+
+def test_a_younger_process_of_the_same_number_is_not_the_driver(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    drive(store, pid=os.getpid(), began=process_began(os.getpid()) - 1)
+    assert (driver(store).alive, driver(store).killed) == (False, True)
+
+
+@pytest.mark.parametrize(("age_s", "alive"), [(10.0, True), (50.0, True), (70.0, False), (86400.0, False)])
+def test_a_driver_of_another_machine_lives_as_long_as_it_renews_its_lease(
+    tmp_path: Path, age_s: float, alive: bool
+) -> None:
+    store = Store(str(tmp_path))
+    drive(store, host=ELSEWHERE, pid=os.getpid(), began=process_began(os.getpid()))
+    moment = time.time() - age_s
+    os.utime(tmp_path / "driver.json", (moment, moment))
+    found = driver(store)
+    assert (found.alive, found.killed, found.host) == (alive, False, "node-17")
+    assert found.heartbeat_age_s == pytest.approx(age_s, abs=5.0)
+
+
+def test_a_store_whose_clock_is_ahead_makes_no_age_negative(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    drive(store, host=ELSEWHERE, pid=1, began=1)
+    os.utime(tmp_path / "driver.json", (time.time() + 600.0,) * 2)
+    assert (driver(store).alive, driver(store).heartbeat_age_s) == (True, 0.0)
+
+
+def test_an_object_store_tells_the_heartbeat_too() -> None:
+    store = Store("memory://status-test/driven")
+    drive(store, host=ELSEWHERE, pid=1, began=1)
+    found = driver(store)
+    assert found.alive
+    assert found.heartbeat_age_s is not None
+    assert found.heartbeat_age_s < 60.0
+
+
+def test_what_the_driver_waits_for_is_read_where_it_says_so(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    drive(store, pid=os.getpid(), began=process_began(os.getpid()))
+    assert driver(store).state is None
+    drive(store, pid=os.getpid(), began=process_began(os.getpid()), state="waiting for capacity: none")
+    assert driver(store).state == "waiting for capacity: none"
+    drive(store, pid=os.getpid(), began=process_began(os.getpid()), state="")
+    assert driver(store).state is None
+
+
+@pytest.mark.parametrize("value", [[], {}, {"host": "vm"}, {"pid": 7}, {"host": {"name": "vm"}, "lease_s": None}])
+def test_a_lease_of_another_version_is_nobodys(tmp_path: Path, value: Any) -> None:
+    store = Store(str(tmp_path))
+    store.write("config.yaml", b"seed: 0\n")
+    store.write_json("driver.json", value)
+    assert driver(store) == Driver()
+
+
+NOBODY, LIVES = Driver(), Driver(alive=True)
+
+
+@pytest.mark.parametrize(
+    ("cells", "code"),
+    [
+        ([("finished", NOBODY)], 0),
+        ([("finished", Driver(killed=True))], 0),
+        ([("scan", LIVES)], 0),
+        ([("new", NOBODY)], 3),
+        ([("scan", NOBODY)], 3),
+        ([("refine", Driver(killed=True))], 3),
+        ([("finished", NOBODY), ("finished", NOBODY)], 0),
+        ([("finished", NOBODY), ("scan", NOBODY)], 3),
+        ([("scan", NOBODY), ("scan", LIVES)], 0),
+    ],
+)
+def test_the_status_is_3_where_something_is_unfinished_and_nothing_lives(
+    cells: list[tuple[str, Driver]], code: int
+) -> None:
+    assert exit_code(*(Status("runs/a", phase, driver=driver) for phase, driver in cells)) == code
+
+
+def test_json_says_whether_the_driver_lives_and_since_when_it_is_silent(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("config.yaml", b"seed: 0\n")
+    told = json.loads(json.dumps(read_status(store.uri).to_json()))
+    assert (told["driver"]["alive"], told["driver"]["heartbeat_age_s"]) == (False, None)
+    drive(store, pid=os.getpid(), began=process_began(os.getpid()))
+    told = json.loads(json.dumps(read_status(store.uri).to_json()))
+    assert told["driver"]["alive"]
+    assert 0.0 <= told["driver"]["heartbeat_age_s"] < 60.0
 
 
 def test_the_command_needs_neither_torch_nor_ray(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,10 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 import pytest
 import ray
-from hydra.core.global_hydra import GlobalHydra
 
-import jobs.scan
-from infscan.telemetry import command
+from infscan import cli
 from tests.conftest import Bucket
-from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
+from tests.runtime.builders import tiny_model, token_corpus, token_queries
 
 PLANTED = {
     name: f"hush/{name.lower()}+of=ours"
@@ -72,7 +69,7 @@ def test_a_search_of_every_artefact_and_log_finds_none(
     here.mkdir()
     # A sweep of one cell: Hydra writes its arguments down, too.
     arguments = [
-        *("-m", f"--config-path={CONF}"),
+        "-m",
         f"model.path={tiny_model(inputs / 'model')}",
         f"corpus.path={token_corpus(inputs / 'corpus.jsonl', 16)}",
         "corpus.tokens_field=tokens",
@@ -87,12 +84,10 @@ def test_a_search_of_every_artefact_and_log_finds_none(
     for name, value in (PLANTED | {"RAY_TMPDIR": str(ray_folder)}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(sys, "argv", ["scan.py", *arguments])
-    GlobalHydra.instance().clear()
     # Ray's processes have the environment of when it starts.
     ray.shutdown()
     capfd.readouterr()
-    command(jobs.scan.main)
+    cli.main("scan", arguments)
     ray.shutdown()
     printed = "".join(capfd.readouterr()).encode()
     assert b"error" not in printed
