@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from infscan.config.arguments import read_arguments
-from infscan.config.commands import command_of, compose, register, settle
+from infscan.config.commands import assign, command_of, compose, settle, structured
 from infscan.config.jobs import ExplainJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob
 from infscan.config.paths import absolute
 from infscan.config.schema import Config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from infscan.sizing.estimate import Estimate
 
 
-def call(name: str, words: tuple[str | Config, ...], settings: Mapping[str, Any]) -> Any:
+def call(name: str, words: tuple[Any, ...], settings: Mapping[str, Any]) -> Any:
     """Run a command by name; the functions `infscan.scan`, `infscan.fit`, ... are this.
 
     Raises:
@@ -39,41 +39,34 @@ def call(name: str, words: tuple[str | Config, ...], settings: Mapping[str, Any]
     return command.function(settings_of_call(name, words, settings))
 
 
-def settings_of_call(name: str, words: tuple[str | Config, ...], settings: Mapping[str, Any]) -> Any:
-    """The typed settings of a call: words as on the command line, or one typed settings object, and keywords.
+def settings_of_call(name: str, words: tuple[Any, ...], settings: Mapping[str, Any]) -> Any:
+    """The typed settings of a call: words as on the command line or one typed settings object, and keywords.
 
     Raises:
         ConfigError: for a setting that there is not, or that cannot be used.
     """
-    from omegaconf import OmegaConf
-
     command = command_of(name)
-    given = [word for word in words if not isinstance(word, str)]
-    texts = read_arguments(command, [word for word in words if isinstance(word, str)])
-    presets = {key: value for key, value in settings.items() if key in command.groups and isinstance(value, str)}
-    values = dict(_flat({key: value for key, value in settings.items() if key not in presets}))
-    texts += read_arguments(command, [f"{key}={value}" for key, value in presets.items()])
-    read_arguments(command, [f"{key}=null" for key in values])
-    if given and (len(given) > 1 or not is_dataclass(given[0]) or any(_names_preset(command, text) for text in texts)):
-        raise ConfigError(f"infscan.{name}: give one typed Config or words of presets, not both.")
-    if given:
-        register(command)
-        cfg = OmegaConf.structured(given[0])
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([]))
-    else:
+    presets = [f"{key}={value}" for key, value in settings.items() if key in command.groups and isinstance(value, str)]
+    values = dict(_flat({key: value for key, value in settings.items() if f"{key}={value}" not in presets}))
+    typed = [word for word in words if not isinstance(word, str)]
+    texts = read_arguments(command, [*(word for word in words if isinstance(word, str)), *presets])
+    # Looks keywords up as words are; their values need no text.
+    keys = [word.partition("=")[0] for word in read_arguments(command, [f"{key}=null" for key in values])]
+    if not typed:
         cfg = compose(command, texts)
-    for key, value in values.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
+    elif len(typed) == 1 and isinstance(typed[0], command.kind) and not texts:
+        cfg = structured(typed[0])
+    else:
+        raise ConfigError(f"infscan.{name}: give words, or one {command.kind.__name__}, and keywords beside either.")
+    for key, value in zip(keys, values.values(), strict=True):
+        assign(command, cfg, key, value)
     return settle(command, cfg)
 
 
-def _names_preset(command: Any, text: str) -> bool:
-    return text.lstrip("+~").partition("=")[0] in command.groups
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"scan": {"top_k": 10}}` as `scan.top_k`, 10."""
     for key, value in settings.items():
-        if isinstance(value, Mapping) and not key.endswith(("paths", "rank_env")):
+        if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

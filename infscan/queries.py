@@ -42,13 +42,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """One measurement f, as the parts of -f. `prompt` and `completion` are for people (None where only ids came)."""
+    """One measurement f, as the parts of -f. The texts are for people (None where only ids came)."""
 
     id: str
     parts: tuple[Part, ...]
     prompt: str | None = None
     completion: str | None = None
     measure: str = Measure.completion.value
+    contrast: str | None = None
 
 
 def read_queries(
@@ -101,6 +102,25 @@ def queries_fingerprint(queries: Sequence[Query]) -> str:
     )
 
 
+def spacing_warnings(queries: Sequence[Query]) -> list[str]:
+    """What in the wording of queries is probably a slip: it measures tokens that a corpus seldom has."""
+    found = []
+    for query in queries:
+        prompt, completion = query.prompt, query.completion
+        if prompt is None or completion is None:
+            continue
+        if prompt.endswith(" "):
+            said = "its prompt ends in a space, which tokenizers put before the next word: move it to the completion"
+        elif prompt[-1:].isalnum() and completion[:1].isalnum():
+            said = f"no space between {prompt[-12:]!r} and {completion[:12]!r}: the completion is a part of a word"
+        elif not prompt:
+            said = "it has no prompt, so its first token, which nothing predicts, is not measured"
+        else:
+            continue
+        found.append(f"query {query.id!r}: {said}")
+    return found
+
+
 def by_token(query: Query) -> list[Query]:
     """A query's measurement token by token: `<id>#0`, `<id>#1`, ..., which add up to it; a contrast's keep its sign."""
     parts = [replace(part, positions=(position,)) for part in query.parts for position in part.positions]
@@ -118,6 +138,7 @@ def _plain(query: Query) -> dict[str, Any]:
         "measure": query.measure,
         "prompt": query.prompt,
         "completion": query.completion,
+        **({} if query.contrast is None else {"contrast": query.contrast}),
         "parts": [
             {"input_ids": part.token_ids, "positions": part.positions, "sign": part.sign} for part in query.parts
         ],
@@ -143,6 +164,7 @@ def read_measured(store: Store) -> list[Query]:
                 row["prompt"],
                 row["completion"],
                 row["measure"],
+                row.get("contrast"),
             )
             for row in rows
         ]
@@ -225,10 +247,11 @@ def _check_tokens(tokens: list[int], prompt_length: int, vocab_size: int, contex
 def _expand(
     query_id: str, pairs: list[tuple[list[int], int]], measure: Measure, row: dict[str, Any], where: str
 ) -> list[Query]:
-    texts = {key: row.get(key) if isinstance(row.get(key), str) else None for key in ("prompt", "completion")}
+    keys = ("prompt", "completion", "contrast")
+    prompt, completion, contrast = (row.get(key) if isinstance(row.get(key), str) else None for key in keys)
 
     def query(name: str, parts: list[Part]) -> Query:
-        return Query(name, tuple(parts), texts["prompt"], texts["completion"], measure.value)
+        return Query(name, tuple(parts), prompt, completion, measure.value, contrast)
 
     spans = [range(max(1, prompt_length), len(tokens)) for tokens, prompt_length in pairs]
     if measure is Measure.tokens:

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from infscan.config import Measure, QueriesConfig
 from infscan.errors import QueryError, RunError
-from infscan.queries import MEASURED, Part, Query, measured_jsonl, queries_fingerprint, read_measured, read_queries
+from infscan.queries import (
+    MEASURED,
+    Part,
+    Query,
+    measured_jsonl,
+    queries_fingerprint,
+    read_measured,
+    read_queries,
+    spacing_warnings,
+)
 from infscan.storage import Store
 
 VOCAB, CONTEXT = 128, 16
@@ -199,3 +208,27 @@ def test_what_a_run_measured_reads_back_as_it_was(tmp_path: Path) -> None:
     store.write(MEASURED, b'{"id": "a"}\n')
     with pytest.raises(RunError, match="not what was written"):
         read_measured(store)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "said"),
+    [
+        ("The capital is ", "Paris", "ends in a space"),
+        ("The capital is", "Paris", "a part of a word"),
+        ("", "Paris", "which nothing predicts, is not measured"),
+        ("The capital is", " Paris", None),
+        ("The capital is:", "Paris", None),
+        ("Line.\n", "Next", None),
+    ],
+)
+def test_a_slip_in_the_wording_is_warned_of(prompt: str, completion: str, said: str | None) -> None:
+    warnings = spacing_warnings([Query("q", (Part((1, 2), (1,)),), prompt, completion)])
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+
+
+def test_one_query_is_given_in_the_settings() -> None:
+    settings = QueriesConfig(path="", prompt="ab", completion="cd", contrast="ef")
+    [query] = read_queries(settings, Letters(), vocab_size=200, context=16, bos_id=None)
+    assert (query.id, query.prompt, query.completion, query.contrast) == ("query", "ab", "cd", "ef")
+    assert [part.sign for part in query.parts] == [1.0, -1.0]

@@ -275,6 +275,30 @@ def compose(command: Command, overrides: Sequence[str]) -> Any:
             raise refusal(command, overrides, error) from None
 
 
+def structured(settings: Any) -> Any:
+    """Typed settings as a DictConfig, to be settled as composed ones are."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(settings)
+
+
+def assign(command: Command, cfg: Any, key: str, value: Any) -> None:
+    """Set one key of a DictConfig.
+
+    Raises:
+        ConfigError: for a value that the key cannot have.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from infscan.config.arguments import refusal
+
+    try:
+        OmegaConf.update(cfg, key, value, force_add=True)
+    except OmegaConfBaseException as error:
+        raise refusal(command, [f"{key}={value}"], error) from None
+
+
 def settle(command: Command, cfg: Any, cell: str | None = None) -> Any:
     """Composed settings as the command's typed and checked ones."""
     from infscan.config.compose import from_hydra, parse_job

@@ -136,7 +136,9 @@ def _text(where: str, row: dict[str, Any], config: CorpusConfig) -> str:
         return text
     if config.text_field in row:
         raise BadDocumentError(
-            f"{where}: {config.text_field!r} is {kind_of(text)}, not a text; mend or remove the row.", "not a text"
+            f"{where}: {config.text_field!r} is {kind_of(text)}, not a text; correct or remove the row, or "
+            "leave out up to N such documents with corpus.allow_bad_documents=N.",
+            "not a text",
         )
     fields = ", ".join(repr(name)[:80] for name in list(row)[:10]) or "none"
     neither = f" nor {config.tokens_field!r}" if config.tokens_field else ""

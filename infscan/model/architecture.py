@@ -113,10 +113,13 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
             return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in suffixes]))
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"model.path={path}: no such folder here, and the hub gave none of that id "
-                f"({first_line(error)}); give an existing folder, a URI, or a hub id that can be reached."
+                f"model.path={path}: there is no such folder ({Path(path).absolute()}), and the hub gave none of that "
+                f"id ({first_line(error)}); give an existing folder, a URI, or a hub id that can be reached."
             ) from None
-    raise ModelError(f"model.path={path}: there is no such folder; give an HF-layout folder, a URI or a hub id.")
+    raise ModelError(
+        f"model.path={path}: there is no such folder ({Path(path).expanduser().absolute()}); give a folder in Hugging "
+        "Face layout, a URI or a hub id."
+    )
 
 
 def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:

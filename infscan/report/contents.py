@@ -240,12 +240,13 @@ def _line(question: dict[str, Any], summary: dict[str, Any], asking: Tokenizer |
         start = part["positions"][0]
         decode = asking.decode if asking else lambda ids: " ".join(map(str, ids))
         prompt, completion = decode(part["input_ids"][:start]), decode(part["input_ids"][start:])
+    rather = f" rather than {question['contrast'].strip()}" if question.get("contrast") else ""
     agreement = ((summary.get("approximation") or {}).get("queries") or {}).get(question["id"]) or {}
     return {
         "id": question["id"],
         "measure": question["measure"],
         "prompt": (prompt or "")[-_MOST_ASKED:],
-        "completion": completion[:_MOST_ASKED],
+        "completion": f"{completion}{rather}"[:_MOST_ASKED],
         "agreement": [agreement[key] for key in ("pearson", "low", "high")] if agreement.get("pearson") else None,
     }
 
@@ -280,7 +281,7 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
 
 def _agreement(config: dict[str, Any], summary: dict[str, Any]) -> str:
     if summary.get("approximation"):
-        found = one_line(how_good(summary["approximation"])).removeprefix("How good? ")
+        found = one_line(how_good(summary["approximation"])).removeprefix("Compression: ")
     elif config["scan"]["rank"] is None:
         found = "The scan was at full rank: no sequence was passed over because of a compression."
     else:

@@ -30,7 +30,9 @@ def show_explanation(tables: Mapping[str, pa.Table], queries: Mapping[str, Query
     for query_id in dict.fromkeys(row["query_id"] for row in rows):
         query = queries[query_id]
         prompt, completion = one_line(query.prompt or ""), one_line(query.completion or "its measured tokens")
-        console.print(Text(f"\n{query_id}: {prompt} → {completion}  (measured on: {query.measure})", style="bold"))
+        rather = f" rather than {one_line(query.contrast)}" if query.contrast else ""
+        asked = f"{prompt} → {completion}{rather}"
+        console.print(Text(f"\n{query_id}: {asked}  (measured on: {query.measure})", style="bold"))
         for row in (row for row in rows if row["query_id"] == query_id):
             pair = row["query_id"], row["item"]
             console.print(_head(row))

@@ -72,14 +72,15 @@ def how_good(approximation: dict) -> str:
     """What `infscan.runtime.check` found, in sentences."""
     queries = {name: row for name, row in approximation["queries"].items() if row["pearson"] is not None}
     if not queries:
-        return "\nHow good? No query's scores vary over the sample."
+        return "\nCompression: no query's scores vary over the sample, so nothing is known of it."
     worst = min(queries, key=lambda name: queries[name]["pearson"])
     row, mean = queries[worst], approximation["pearson"]["mean"]
     rank, sampled = approximation["rank"], approximation["sequences"]
     return (
-        f"\nHow good? Published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
+        f"\nCompression: published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
         f"random sequences these correlate with full rank by {mean:.5f} on average, and by {row['pearson']:.5f} "
         f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query, {worst}. {_found_again(approximation['recall'])}"
+        "\nNot measured here: whether EK-FAC is right, and whether the model knows the completion."
     )
 
 
@@ -112,4 +113,5 @@ def asked(question: dict) -> str:
     if question["completion"] is None:
         return f"{len(question['parts'][0]['input_ids'])} tokens, measured on {len(question['parts'][0]['positions'])}"
     what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
-    return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{what}"
+    rather = f" rather than {one_line(question['contrast'])}" if question.get("contrast") else ""
+    return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{rather}{what}"

@@ -48,6 +48,8 @@ _WRITES = 3
 
 def _explain(error: Exception, path: str, *, writing: bool = False) -> StorageError:
     """A StorageError that names the path, the reason and the mend."""
+    if isinstance(error, FileNotFoundError) and writing:
+        return UnwritableError(redact(f"{path}: nothing can be made here; choose a folder on a disk"))
     if isinstance(error, FileNotFoundError):
         return MissingError(redact(f"{path}: there is no such file; check the path"))
     number = getattr(error, "errno", None) or 0
