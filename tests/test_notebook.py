@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import Bucket
 from tests.report.finished import finish, write_hostile
+from tests.test_reading import publish_run
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "ten-questions.ipynb"
 CELLS: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]
@@ -61,3 +62,20 @@ def test_there_are_ten_questions_and_every_answer_is_shown() -> None:
             (output,) = cell["outputs"]
             assert output["output_type"] == "stream"
             assert "".join(output["text"]).strip()
+
+
+def test_it_runs_where_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RUN is relative to the repository's root; the notebook's working folder is docs/."""
+    publish_run(str(tmp_path / "runs" / "demo"))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    names: dict[str, Any] = {}
+    exec(compile(CODE[0], "<cell 0>", "exec"), names)
+    assert names["RUN"] == str(tmp_path / "runs" / "demo")
+    assert names["QUERY"] == "astrobia"
+
+
+def test_a_folder_that_does_not_exist_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/missing: no such folder, nor in a folder above"):
+        exec(compile(CODE[0].replace("runs/demo", "runs/missing"), "<cell 0>", "exec"), {})
