@@ -53,20 +53,14 @@ from infscan.influence.joint import joint
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, products, score_layer
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, layer_factors, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    layout,
-    on_device,
-    query_weights,
-    ranks_of,
-    read_query_batch,
-)
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.eigenbases import decompose_layer, finish_layer
+from infscan.steps.factor_files import FactorsPlan
+from infscan.steps.factors import FitTask, covariance_task, lambda_task
+from infscan.steps.preconditioner import Preconditioner, layer_factors
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import allotted, layout, on_device, query_weights, ranks_of, read_query_batch
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
 from infscan.storage import Store, expand
 from infscan.studies.demo import hold_out
@@ -225,8 +219,8 @@ class Fitted:
     def __init__(self, bench: Bench, dtype: Dtype, label_seed: int) -> None:
         self.bench, self.options, layers = bench, bench.options, bench.architecture.layers
         model = ModelConfig(path=str(bench.folder / "model"), dtype=dtype)
-        place = Place(device=self.options.device, threads=self.options.threads)
-        self.rank = Rank(RankSettings(model, layers, sharded=False), place)
+        place = RankContext(device=self.options.device, threads=self.options.threads)
+        self.rank = ModelWorker(WorkerSettings(model, layers, sharded=False), place)
         sample = Selection.of(bench.corpus.sequences, self.options.factor_sequences, self.options.seed)
         self.plan = FactorsPlan(
             fields={
@@ -242,7 +236,7 @@ class Fitted:
             tokens_per_batch=self.options.tokens_per_batch,
         )
         self.run = Store(f"memory://compression-{self.plan.fingerprint[:12]}")
-        self.inverse = Inverse(self.run / "factors", Solver.ekfac, DampingConfig(relative=self.options.damping))
+        self.inverse = Preconditioner(self.run / "factors", Solver.ekfac, DampingConfig(relative=self.options.damping))
         self._fit(label_seed)
 
     def _fit(self, label_seed: int) -> None:
@@ -258,7 +252,7 @@ class Fitted:
         say(f"factors of {self.plan.selection.size} sequences: {time.perf_counter() - began:.0f} s")
 
     def query_batch(
-        self, rank: int | None, how: Compression = Compression.weighted, inverse: Inverse | None = None
+        self, rank: int | None, how: Compression = Compression.weighted, inverse: Preconditioner | None = None
     ) -> Arrays:
         """What the scan is given: U and V, or P, of every layer, as the library's own task makes them.
 
@@ -320,7 +314,7 @@ class Fitted:
         return {name: scores_nq.T.cpu().numpy() for name, scores_nq in scores.items()}
 
 
-def stacked(rank: Rank, batches: Sequence[Arrays]) -> dict[str, LayerQueries]:
+def stacked(rank: ModelWorker, batches: Sequence[Arrays]) -> dict[str, LayerQueries]:
     """All batches as one of full-rank matrices, U V^T multiplied out.
 
     The scores are those of U and V but for rounding (which `low_rank_difference` measures), and cost one gradient per

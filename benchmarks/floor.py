@@ -52,16 +52,17 @@ from infscan.influence.layers import Layer
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
-from infscan.model.load import Place, load
+from infscan.model.load import RankContext, load
 from infscan.model.measure import next_tokens, summed_losses
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, query_task
-from infscan.passes.query_batch import multiplied_out, on_device, read_query_batch
-from infscan.passes.rank import Batch, Rank, RankSettings
-from infscan.passes.refine import RefineTask, refine_task
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.steps.eigenbases import decompose_layer, finish_layer
+from infscan.steps.factor_files import FactorsPlan
+from infscan.steps.factors import FitTask, covariance_task, lambda_task
+from infscan.steps.preconditioner import Preconditioner
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import multiplied_out, on_device, read_query_batch
+from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.steps.refine import RefineTask, refine_task
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.queries import Part, Query
 from infscan.results.shard_file import shard_path
 from infscan.storage import Store, expand
@@ -158,12 +159,12 @@ class Bench:
         model = save_model(options, folder)
         self.model = ModelConfig(path=str(model), dtype=Dtype(options.dtype))
         architecture = describe(str(model), "mlp")
-        self.place = Place(device=options.device, threads=options.threads)
-        self.rank = Rank(RankSettings(self.model, architecture.layers, sharded=False), self.place)
+        self.place = RankContext(device=options.device, threads=options.threads)
+        self.rank = ModelWorker(WorkerSettings(self.model, architecture.layers, sharded=False), self.place)
         self.floor_rank = self.rank
         if options.floor_dtype != options.dtype:
             model_of_floor = replace(self.model, dtype=Dtype(options.floor_dtype))
-            self.floor_rank = Rank(RankSettings(model_of_floor, (), sharded=False), self.place)
+            self.floor_rank = ModelWorker(WorkerSettings(model_of_floor, (), sharded=False), self.place)
         stores = [Store(f"memory://bench-{folder.name}/{name}") for name in ("corpus", "factors", "run")]
         self.corpus, self.factors, self.run = stores
         prepare_corpus(options, folder, self.corpus)
@@ -179,7 +180,7 @@ class Bench:
             tokens_per_batch=options.tokens_per_batch,
         )
         self.fit = FitTask(self.factors, self.corpus, self.plan, 0, 0, Labels.sampled, options.seed)
-        self.inverse = Inverse(self.factors, Solver.ekfac, DampingConfig())
+        self.inverse = Preconditioner(self.factors, Solver.ekfac, DampingConfig())
         self._compressed: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
 
     def covariance(self) -> None:
@@ -361,13 +362,13 @@ class Bench:
 
 
 def with_targets(
-    rank: Rank, sequences: list[Sequence], tokens_per_batch: int
+    rank: ModelWorker, sequences: list[Sequence], tokens_per_batch: int
 ) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
     for batch in rank.batches(sequences, tokens_per_batch):
         yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
 
 
-def floor(rank: Rank, sequences: list[Sequence], tokens_per_batch: int) -> None:
+def floor(rank: ModelWorker, sequences: list[Sequence], tokens_per_batch: int) -> None:
     """Forward and activation gradients of plain summed losses, and no layer tracked."""
     for batch, targets in with_targets(rank, sequences, tokens_per_batch):
         with capturing(rank.model.module, (), _nothing):

@@ -33,17 +33,9 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
-from infscan.passes.queries import QueryTask, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    in_dtype,
-    layout,
-    multiplied_out,
-    on_device,
-    query_weights,
-    read_query_batch,
-)
+from infscan.steps.queries import JointTask, joint_task, room, with_joint, worthwhile
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import allotted, in_dtype, layout, multiplied_out, on_device, query_weights, read_query_batch
 from infscan.queries import Query
 from infscan.storage import Store
 

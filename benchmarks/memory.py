@@ -27,10 +27,10 @@ from transformers.utils.logging import disable_progress_bar
 from infscan.config import Config, Dtype
 from infscan.influence.standings import Standings
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.query_batch import multiplied_out
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.model.load import RankContext
+from infscan.steps.queries import multiplied_out
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.sizing.memory import DryRank, scan_cost
 from infscan.storage import Store
 
@@ -97,7 +97,7 @@ def measured(folder: Path, setting: tuple) -> int:
         for kind, n in (("U", layer.outputs), ("V", layer.inputs))
     }
     arrays = multiplied_out(arrays, architecture.layers, T, config.scan.query_group_bytes // 4)
-    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place(threads=2))
+    rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),
         corpus=store,

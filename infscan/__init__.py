@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infscan.passes.factor_store import read_factors
+    from infscan.steps.factor_files import read_factors
     from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
 
     __version__: str
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = importlib.metadata.version("infscan")
     elif name in __all__:
-        home = "infscan.passes.factor_store" if name == "read_factors" else "infscan.results.read"
+        home = "infscan.steps.factor_files" if name == "read_factors" else "infscan.results.read"
         value = getattr(importlib.import_module(home), name)
     else:
         raise AttributeError(f"module 'infscan' has no attribute {name!r}")

@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from infscan.config import absolute, of_finished
 from infscan.report.explanation import show_explanation
-from infscan.runtime.explain import ExplainJob, explain
-from infscan.runtime.finished import reopen
+from infscan.steps.explain import ExplainJob, explain
+from infscan.steps.finished import reopen
 from infscan.telemetry import command, sentences
 
 ConfigStore.instance().store(name="explain_schema", node=ExplainJob)

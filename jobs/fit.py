@@ -7,8 +7,8 @@ import hydra
 from omegaconf import DictConfig
 
 from infscan.config import from_hydra
-from infscan.runtime.fit import fit
-from infscan.runtime.run import Run
+from infscan.steps.factors import fit
+from infscan.steps.run import Run
 from infscan.telemetry import command, sentences
 
 

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from infscan.config import from_hydra
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.run import Run
 from infscan.telemetry import command, sentences
 
 

@@ -8,13 +8,16 @@ from omegaconf import DictConfig
 
 from infscan.config import Config, from_hydra
 from infscan.report.terminal import show
-from infscan.runtime.check import check
-from infscan.runtime.fit import fit, prepare_corpus
-from infscan.runtime.publish import publish
-from infscan.runtime.run import Run
-from infscan.runtime.scan import make_plan, query_batch, refine, scan
-from infscan.runtime.solve import solve
-from infscan.runtime.stages import bring_back
+from infscan.steps.check import check
+from infscan.steps.factors import fit
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.publish import publish
+from infscan.steps.run import Run
+from infscan.steps.scan import make_plan, scan
+from infscan.steps.queries import query_batch
+from infscan.steps.refine import refine
+from infscan.steps.solve import solve
+from infscan.steps.stages import bring_back
 from infscan.telemetry import command, sentences
 
 

@@ -9,9 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from infscan.config import from_hydra
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
-from infscan.runtime.tfidf import CANDIDATES, TfidfJob, tfidf_filter
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.run import Run
+from infscan.steps.tfidf import CANDIDATES, TfidfJob, tfidf_filter
 from infscan.telemetry import command, sentences
 
 ConfigStore.instance().store(name="tfidf_schema", node=TfidfJob)

@@ -10,7 +10,7 @@ import ray
 
 from infscan.config import ClusterConfig
 from infscan.results.read import read_summary
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
 from jobs.answers import forward_on_top, main
 from jobs.scan import answer
 from tests.runtime.builders import compose

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import infscan.runtime.run
+import infscan.steps.run
 import jobs.scan
 from infscan.config import Config, from_hydra, plain
 from infscan.config.checks import BOUNDS
 from infscan.config.identity import leaves
 from infscan.errors import ConfigError, InfscanError
 from infscan.results.read import read_summary
-from infscan.runtime.run import Run
+from infscan.steps.run import Run
 from infscan.telemetry import command, shown
 from jobs.scan import answer
 from tests.chaos.one_process import without_ray
@@ -91,9 +91,9 @@ def possible(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DictConfig]:
     cfg = OmegaConf.create(plain(small_run(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(infscan.runtime.run, "connect", lambda cluster: None)
-        patch.setattr(infscan.runtime.run, "gpus_per_rank", lambda cluster: 0.0)
-        patch.setattr(infscan.runtime.run.preflight, "check_capacity", lambda cluster, gpus: None)
+        patch.setattr(infscan.steps.run, "connect", lambda cluster: None)
+        patch.setattr(infscan.steps.run, "gpus_per_rank", lambda cluster: 0.0)
+        patch.setattr(infscan.steps.run.preflight, "check_capacity", lambda cluster, gpus: None)
         yield OmegaConf.merge(OmegaConf.structured(Config), cfg)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, Scratch, score_layer
-from infscan.passes.queries import Inverse, preconditioned
-from infscan.passes.query_batch import on_device
-from infscan.passes.rank import Rank
+from infscan.steps.preconditioner import Preconditioner, preconditioned
+from infscan.steps.queries import on_device
+from infscan.model.worker import ModelWorker
 from infscan.queries import Query
 from infscan.storage import Store
 
@@ -29,14 +29,14 @@ class CheckTask:
     queries: tuple[Query, ...]
     columns: tuple[int, ...]
     layers: tuple[Layer, ...]
-    inverse: Inverse
+    inverse: Preconditioner
     query_batch: str
     tokens_per_batch: int
     attention: Attention = Attention.across
     query_dtype: Dtype | None = None
 
 
-def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+def check_task(rank: ModelWorker, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
     batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)

@@ -13,10 +13,10 @@ from infscan.config import Compression
 from infscan.influence.joint import joint, smallest
 from infscan.influence.layers import Layer
 from infscan.influence.score import cheapest, weighed
-from infscan.passes.factor_store import read_tensors, write_tensors
-from infscan.passes.queries import Inverse, layer_factors
-from infscan.passes.query_batch import ranks_of
-from infscan.passes.rank import Rank
+from infscan.results.tensor_files import read_tensors, write_tensors
+from infscan.steps.preconditioner import Preconditioner, layer_factors
+from infscan.steps.queries import ranks_of
+from infscan.model.worker import ModelWorker
 from infscan.storage import Store
 
 
@@ -31,7 +31,7 @@ class JointTask:
     store: Store
     name: str
     layer: Layer
-    inverse: Inverse
+    inverse: Preconditioner
     compression: Compression
     weights: np.ndarray
     kept: float
@@ -55,7 +55,7 @@ def worthwhile(arrays: Mapping[str, np.ndarray], layer: Layer, tokens: int) -> b
     return any(cheapest(O, I, tokens, len(ranks), sum(ranks), pair) == "joint" for pair in smallest(ranks, O, I))
 
 
-def joint_task(rank: Rank, task: JointTask, arrays: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
+def joint_task(rank: ModelWorker, task: JointTask, arrays: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
     """Write K [Q, m, n] of the layer, with B_O [m, O] and B_I [n, I] where the side has a basis; or an empty file,
     where its columns or its whole matrices are cheaper, or nothing is small enough.
 

@@ -12,8 +12,8 @@ from infscan.config import Dtype
 from infscan.influence.allot import allot
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, Scratch, cheapest, weighed
-from infscan.passes.factor_store import read_tensors
-from infscan.passes.rank import Rank
+from infscan.results.tensor_files import read_tensors
+from infscan.model.worker import ModelWorker
 from infscan.storage import Store
 
 
@@ -121,7 +121,7 @@ def in_dtype(dtype: Dtype | None, model: torch.dtype) -> torch.dtype:
     return found
 
 
-def on_device(rank: Rank, arrays: Mapping[str, np.ndarray], dtype: Dtype | None = None) -> dict[str, LayerQueries]:
+def on_device(rank: ModelWorker, arrays: Mapping[str, np.ndarray], dtype: Dtype | None = None) -> dict[str, LayerQueries]:
     """The query batch laid out for scoring, on this rank's device. dtype: as of `in_dtype`."""
     laid_out_in = in_dtype(dtype, rank.model.dtype)
 

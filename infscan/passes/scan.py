@@ -13,8 +13,8 @@ from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
-from infscan.passes.query_batch import on_device
-from infscan.passes.rank import Rank
+from infscan.steps.queries import on_device
+from infscan.model.worker import ModelWorker
 from infscan.results.dense import write_scores
 from infscan.results.shard_file import ShardCounts, read_hits, shard_path, write_shard
 from infscan.storage import Store
@@ -43,7 +43,7 @@ class ScanTask:
     query_dtype: Dtype | None = None
 
 
-def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> tuple[Hits, ShardCounts] | None:
+def scan_task(rank: ModelWorker, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> tuple[Hits, ShardCounts] | None:
     """Score every sequence of the shard and write its file; returns what was written, on rank 0.
 
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.queries import query_groups
-from infscan.runtime.fit import Factors
-from infscan.runtime.run import Run
-from infscan.runtime.scan import QueryBatch
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.factors import Factors
+from infscan.steps.run import Run
+from infscan.steps.queries import QueryBatch
 
 REPORT = "approximation.json"
 # Recall is of the strongest ten among forty, or in that proportion of as many as a smaller sample allows.

@@ -11,17 +11,17 @@ import ray
 
 from infscan.config import ClusterConfig, Placement, Scores
 from infscan.errors import ConfigError, ModelError, StorageError
-from infscan.passes.factor_store import COMPLETE, FactorsPlan
+from infscan.steps.factor_files import COMPLETE, FactorsPlan
 from infscan.results.shard_file import finished_shards
-from infscan.runtime.pool import missing_room
+from infscan.engine.cluster import missing_capacity
 from infscan.sizing.memory import PassMemory, memory_line, scan_memory
-from infscan.sizing.volume import factor_files, scan_bytes, size
+from infscan.steps.volume import factor_files, scan_bytes, size
 from infscan.storage import Store
 
 if TYPE_CHECKING:
     from infscan.corpus.addressable import AddressableCorpus
     from infscan.corpus.plan import Plan
-    from infscan.runtime.run import Run
+    from infscan.steps.run import Run
 
 log = logging.getLogger("infscan")
 
@@ -65,7 +65,7 @@ def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
     apart = cluster.placement is Placement.STRICT_SPREAD and ranks > len(ray.nodes())
     if not short and not apart:
         return
-    missing = missing_room(cluster, gpus)
+    missing = missing_capacity(cluster, gpus)
     if not cluster.address and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             f"cluster: this machine has no room for a worker: {missing}. Lower cluster.ranks_per_worker, "

@@ -17,27 +17,21 @@ from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences, shard_name
 from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits, Standings
-from infscan.passes.factor_store import read_facts, read_tensors
-from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
-from infscan.passes.queries import QueryTask, query_groups, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    layout,
-    multiplied_out,
-    query_weights,
-    read_query_batch,
-    without_room,
-)
-from infscan.passes.refine import RefineTask, refine_task, refine_units
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.results.tensor_files import read_facts, read_tensors
+from infscan.steps.queries import JointTask, joint_task, room, with_joint, worthwhile
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.queries import allotted, layout, multiplied_out, query_weights, read_query_batch, without_room
+from infscan.steps.refine import RefineTask, refine_task, refine_units
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.publish import SUCCESS
 from infscan.results.refined import unit_path
 from infscan.results.schema import to_parquet
 from infscan.results.shard_file import QUARANTINE, ScanCounts, ShardCounts, finished_shards, read_hits, shard_path
 from infscan.runtime import preflight
-from infscan.runtime.fit import Factors
-from infscan.runtime.run import Run
+from infscan.steps.factors import Factors
+from infscan.steps.run import Run
 from infscan.secrets import redact
 from infscan.storage.ahead import ahead
 

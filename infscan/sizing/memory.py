@@ -22,14 +22,14 @@ from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer, score_tokens
 from infscan.model.architecture import Architecture, first_line, load_config, model_folder
-from infscan.model.load import Place, resolve_dtype
+from infscan.model.load import RankContext, resolve_dtype
 from infscan.model.losses import head_is_last
-from infscan.passes.factor_store import layer_groups
-from infscan.passes.queries import query_groups
-from infscan.passes.query_batch import in_dtype
-from infscan.passes.rank import Batch, LayerConsumer, Rank, RankSettings
+from infscan.steps.factor_files import layer_groups
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.queries import in_dtype
+from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry, dry
-from infscan.sizing.volume import size
+from infscan.steps.volume import size
 
 # glibc's heap keeps freed buffers, and they leave holes: so many buffers of the widest layer's width, for every token
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one
@@ -84,7 +84,7 @@ class DryRank:
         # Two bytes are two bytes.
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
         model = replace(config.model, path=architecture.folder, dtype=Dtype(str(dtype).removeprefix("torch.")))
-        self.rank = Rank(RankSettings(model, self.layers, sharded=False), Place(device="meta"))
+        self.rank = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
         self.B, self.T = max(1, config.scan.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker
 

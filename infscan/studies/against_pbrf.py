@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from infscan.config import fingerprint, plain
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.influence.agreement import pearson
-from infscan.passes.ggn import damping_vector
-from infscan.passes.solve import ekfac_factors
+from infscan.model.gauss_newton import damping_vector
+from infscan.steps.solve import ekfac_factors
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
 from infscan.studies.against_cg import against_cg, cg_facts

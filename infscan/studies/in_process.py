@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from infscan.config import Attention, Labels, Solver
-from infscan.corpus.addressable import AddressableCorpus, check_told_apart, is_prepared, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, require_document_boundaries, is_prepared, open_corpus
 from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
@@ -16,14 +16,14 @@ from infscan.corpus.sequences import Sequence
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import COMPLETE, FactorsPlan, check_files, complete, layer_groups
-from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
-from infscan.passes.queries import Inverse
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.eigenbases import decompose_layer, finish_layer
+from infscan.steps.factor_files import COMPLETE, FactorsPlan, check_files, complete, layer_groups
+from infscan.steps.factors import FitTask, covariance_task, lambda_task, slice_bounds
+from infscan.steps.preconditioner import Preconditioner
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, queries_fingerprint, read_queries
-from infscan.runtime.prepare import settings_for
+from infscan.steps.prepare import settings_for
 from infscan.storage import Store
 from infscan.studies.validation import ValidateJob
 
@@ -35,11 +35,11 @@ class Study:
     fit_seconds: what fitting took, now or when the factors were first fitted.
     """
 
-    rank: Rank
+    rank: ModelWorker
     queries: list[Query]
     curvature: list[Sequence]
     candidates: list[Sequence]
-    inverse: Inverse
+    inverse: Preconditioner
     fit_seconds: float
     fingerprints: dict[str, str]
 
@@ -67,9 +67,9 @@ def open_study(config: ValidateJob) -> Study:
     chosen = [queries[row] for row in Selection.of(len(queries), config.validate.queries, config.seed).ids()]
     corpus = prepare_here(config, architecture, tokenizer, store / "corpus")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank = Rank(
-        RankSettings(config.model, architecture.layers, sharded=False),
-        Place(device=device, threads=config.cluster.cpus_per_rank),
+    rank = ModelWorker(
+        WorkerSettings(config.model, architecture.layers, sharded=False),
+        RankContext(device=device, threads=config.cluster.cpus_per_rank),
     )
     plan = _plan(config, architecture, corpus, rank)
     factors = store / f"validate/factors-{plan.fingerprint[:16]}"
@@ -81,7 +81,7 @@ def open_study(config: ValidateJob) -> Study:
         chosen,
         rank.read(corpus.store, plan.selection.ids(), config.corpus.attention),
         rank.read(corpus.store, candidates.ids(), config.corpus.attention),
-        Inverse(factors, Solver.ekfac, config.factors.damping),
+        Preconditioner(factors, Solver.ekfac, config.factors.damping),
         fit_seconds,
         {
             "model": architecture.fingerprint,
@@ -122,7 +122,7 @@ def prepare_here(
     if is_prepared(config.corpus.path):
         corpus = open_corpus(Store(config.corpus.path))
         if config.corpus.attention is Attention.within:
-            check_told_apart(corpus)
+            require_document_boundaries(corpus)
         return corpus
     pack = settings_for(config.corpus, architecture, tokenizer)
     pieces = document_pieces(document_files(config.corpus), config.corpus)
@@ -131,7 +131,7 @@ def prepare_here(
     return open_corpus(store)
 
 
-def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCorpus, rank: Rank) -> FactorsPlan:
+def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCorpus, rank: ModelWorker) -> FactorsPlan:
     selection = Selection.of(corpus.sequences, config.validate.curvature_sequences, config.seed)
     return FactorsPlan(
         fields={
@@ -153,7 +153,7 @@ def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCo
     )
 
 
-def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
+def fit_here(rank: ModelWorker, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
     """Every task of a fit in turn, or nothing where `store` has the finished factors; the seconds the fit took."""
     if store.exists(COMPLETE):
         return float(check_files(store)["seconds"])

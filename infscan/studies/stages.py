@@ -18,9 +18,9 @@ from torch import Tensor
 
 from infscan.influence.agreement import INTERVAL
 from infscan.influence.cg import Operator
-from infscan.passes.ggn import join
-from infscan.passes.queries import query_gradients
-from infscan.passes.solve import ekfac_factors, ekfac_inverse
+from infscan.model.gauss_newton import join
+from infscan.steps.preconditioner import query_gradients
+from infscan.steps.solve import ekfac_factors, ekfac_inverse
 from infscan.studies.against_cg import score_solutions
 from infscan.studies.in_process import Study
 

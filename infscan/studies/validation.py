@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infscan.config import Config, Dtype
 from infscan.errors import ConfigError
-from infscan.passes.ggn import GaussNewton
+from infscan.model.gauss_newton import GaussNewton
 from infscan.truth.minimise import Optimiser, PbrfSettings
 
 T = TypeVar("T")

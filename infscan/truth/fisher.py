@@ -13,7 +13,7 @@ from infscan.errors import ConfigError
 from infscan.influence.layers import Layer
 from infscan.model.losses import Loss
 from infscan.model.measure import next_tokens, uniforms
-from infscan.passes.rank import Rank
+from infscan.model.worker import ModelWorker
 
 # Pseudo-gradients multiplied at once: enough to keep a matrix product busy.
 _ROWS = 2048
@@ -31,7 +31,7 @@ def check_size(parameters: int, max_bytes: int) -> None:
 
 
 def sampled_fisher(
-    rank: Rank, sequences: Sequence[corpus.Sequence], *, draws: int, seed: int, tokens_per_batch: int
+    rank: ModelWorker, sequences: Sequence[corpus.Sequence], *, draws: int, seed: int, tokens_per_batch: int
 ) -> Tensor:
     """(1 / (N draws)) sum of g g^T over sequences and draws, g [P] a summed pseudo-gradient: [P, P], float64.
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import ray
 
-from infscan.passes.scan import ScanTask
-from infscan.runtime.group import WorkerGroup
+from infscan.steps.scan import ScanTask
+from infscan.engine.worker_group import WorkerGroup
 
 
 @dataclass

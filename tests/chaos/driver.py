@@ -16,8 +16,8 @@ from typing import Any
 import ray
 
 from infscan.errors import InfscanError
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.losses import Losses
+from infscan.engine.worker_group import WorkerGroup
+from infscan.engine.recovery import RecoveryLog
 from jobs.scan import answer
 from tests.runtime.builders import compose
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     handed_out = 0
     pids: dict[Any, int] = {}
     progress = open(order["progress"], "a")  # noqa: SIM115 (a driver that is killed closes nothing)
-    submit, done = WorkerGroup.submit, Losses.done
+    submit, done = WorkerGroup.submit, RecoveryLog.done
 
     def note(what: str, worker: int, pid: int = 0) -> None:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
         if handed_out == order["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def noted(self: Losses, worker: int) -> None:
+    def noted(self: RecoveryLog, worker: int) -> None:
         note("done", worker)
         done(self, worker)
 
     WorkerGroup.submit = counted  # type: ignore[method-assign]
-    Losses.done = noted  # type: ignore[method-assign]
+    RecoveryLog.done = noted  # type: ignore[method-assign]
     try:
         answer(compose("scan", *order["overrides"]))
     except InfscanError as error:

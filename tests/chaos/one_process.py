@@ -17,11 +17,11 @@ import pytest
 from infscan.config import ClusterConfig, Config
 from infscan.corpus.pieces import Piece
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.rank import Rank, RankSettings
-from infscan.runtime import fit, prepare, run, scan
-from infscan.runtime import pool as pool_module
-from infscan.runtime.group import Outcome, State
+from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps import factors as fit, prepare, run, scan
+from infscan.engine import pool as pool_module
+from infscan.engine.worker_group import Outcome, State
 
 T = TypeVar("T")
 # Of a task between passes, as Ray has it.
@@ -63,9 +63,9 @@ def _as_task(work: Callable[[], T]) -> T:
 class HereGroup:
     """A worker group of one rank in this process, with the interface that the pool knows."""
 
-    _ranks: dict[str, Rank] = {}  # noqa: RUF012 - by settings, for all groups
+    _ranks: dict[str, ModelWorker] = {}  # noqa: RUF012 - by settings, for all groups
 
-    def __init__(self, index: int, settings: RankSettings, cluster: ClusterConfig, gpus: float) -> None:
+    def __init__(self, index: int, settings: WorkerSettings, cluster: ClusterConfig, gpus: float) -> None:
         self.index, self.settings = index, settings
         self.running: list[object] = []
         self.facts: list[Any] = []
@@ -77,7 +77,7 @@ class HereGroup:
         self.state, self.unit = State.starting, None
         key = repr(self.settings)
         if key not in self._ranks:
-            self._ranks[key] = Rank(self.settings, Place())
+            self._ranks[key] = ModelWorker(self.settings, RankContext())
         self.rank = self._ranks[key]
         self.rank.forget()
 
@@ -131,7 +131,7 @@ def _pieces_here(
 def load_rank(config: Config) -> None:
     """Have the model loaded that a run of this configuration will use."""
     layers = describe(config.model.path, config.model.tracked).layers
-    HereGroup(0, RankSettings(config.model, layers, config.sharded), config.cluster, 0.0)
+    HereGroup(0, WorkerSettings(config.model, layers, config.sharded), config.cluster, 0.0)
 
 
 def _wait_here(pool: pool_module.Pool) -> list[Any]:

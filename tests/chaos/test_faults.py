@@ -23,17 +23,17 @@ from infscan.config import ClusterConfig, Config, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.packing import pack_settings
 from infscan.errors import FactorsError, InfscanError, RunError
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.rank import Batch, Rank
-from infscan.passes.scan import ScanTask
+from infscan.steps.factor_files import FactorsPlan
+from infscan.model.worker import Batch, ModelWorker
+from infscan.steps.scan import ScanTask
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
-from infscan.runtime import fit
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.lease import LEASE, Lease
-from infscan.runtime.pool import connect
-from infscan.runtime.run import Run
+from infscan.steps import factors as fit
+from infscan.engine.worker_group import WorkerGroup
+from infscan.engine.lease import LEASE, Lease
+from infscan.engine.cluster import connect
+from infscan.steps.run import Run
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.chaos.conftest import Trouble
@@ -160,11 +160,11 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     ) -> None:
         tokens = room.tokens
 
-        def in_little_memory(rank: Rank, *arguments: Any) -> Any:
+        def in_little_memory(rank: ModelWorker, *arguments: Any) -> Any:
             def backward(batch: Batch, *rest: Any, **named: Any) -> Tensor:
                 if batch.ids_bt.numel() > tokens:
                     raise MemoryError("no room")
-                return Rank.backward(rank, batch, *rest, **named)
+                return ModelWorker.backward(rank, batch, *rest, **named)
 
             rank.backward = backward  # type: ignore[method-assign]
             try:

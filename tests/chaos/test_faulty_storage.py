@@ -11,7 +11,7 @@ import ray
 from infscan.config import ClusterConfig, Config
 from infscan.errors import StorageError
 from infscan.results.read import read_scores, read_summary
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.chaos.every_call import tiny_inputs, tiny_run

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infscan.config import Attention, Packing
 from infscan.corpus import arrays, describe, in_place, megatron
-from infscan.corpus.addressable import AddressableCorpus, check_told_apart
+from infscan.corpus.addressable import AddressableCorpus, require_document_boundaries
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError
@@ -120,7 +120,7 @@ def test_megatron_documents_without_eos_are_told_apart_by_the_index() -> None:
     corpus = layouts.described(store, corpus_config(store.uri), pack)
     found = corpus.read(np.arange(2), Attention.within)
     assert [sequence.starts.tolist() for sequence in found if sequence.starts is not None] == [[0, 3, 5], [0]]
-    check_told_apart(corpus)
+    require_document_boundaries(corpus)
 
 
 @pytest.mark.parametrize("kind", ["npy", "mds"])
@@ -133,12 +133,12 @@ def test_arrays_without_an_eos_are_refused_where_documents_are_kept_apart(kind: 
         layouts.mds(store, [{"tokens": np.array(flat[at : at + T])} for at in range(0, 400, T)], {"tokens": "ndarray"})
     pack = settings(Packing.concat, T)
     with pytest.raises(CorpusError, match=r"nothing says where they begin: none of [\d,]+ token ids is EOS \(0\)"):
-        check_told_apart(layouts.described(store, corpus_config(store.uri), pack))
+        require_document_boundaries(layouts.described(store, corpus_config(store.uri), pack))
     # Told what documents end with, it is read; and so are samples that are documents.
-    check_told_apart(layouts.described(store, corpus_config(store.uri), replace(pack, eos_id=flat[0])))
+    require_document_boundaries(layouts.described(store, corpus_config(store.uri), replace(pack, eos_id=flat[0])))
     if kind == "mds":
         alone = settings(Packing.document, T)
-        check_told_apart(layouts.described(store, corpus_config(store.uri, packing=Packing.document), alone))
+        require_document_boundaries(layouts.described(store, corpus_config(store.uri, packing=Packing.document), alone))
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))

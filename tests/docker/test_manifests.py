@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from infscan.runtime.group import _ACTOR
+from infscan.engine.worker_group import _ACTOR
 from tests.runtime.builders import compose
 
 ROOT = Path(__file__).resolve().parents[2]

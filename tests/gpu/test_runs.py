@@ -11,7 +11,7 @@ import torch
 
 from infscan.config import ClusterConfig, Config
 from infscan.results.read import read_layers, read_summary, read_top
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
 from jobs.scan import answer
 from tests.runtime.builders import small_run
 

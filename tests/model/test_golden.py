@@ -17,7 +17,8 @@ from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.score import LayerQueries, score_layer, score_tokens
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
+from infscan.model.loaded import LoadedModel
+from infscan.model.load import RankContext, load
 from infscan.model.measure import next_tokens, summed_losses
 from tests.golden import Golden, golden
 
@@ -44,7 +45,7 @@ class Reproduction:
     def __init__(self, truth: Golden) -> None:
         self.truth = truth
         self.layers = describe(str(truth.model), "mlp").layers
-        model = load(ModelConfig(str(truth.model), Dtype.float64), Place(), sharded=False)
+        model = load(ModelConfig(str(truth.model), Dtype.float64), RankContext(), sharded=False)
         ids_bt = torch.tensor(truth.train)
         _, weights_bt = next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool))
         self.train = capture(model, self.layers, ids_bt, weights_bt)

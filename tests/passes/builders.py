@@ -10,12 +10,12 @@ from infscan.config import Attention, DampingConfig, Labels, ModelConfig, Packin
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan, layer_groups
-from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
-from infscan.passes.queries import Inverse
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.eigenbases import decompose_layer, finish_layer
+from infscan.steps.factor_files import FactorsPlan, layer_groups
+from infscan.steps.factors import FitTask, covariance_task, lambda_task, slice_bounds
+from infscan.steps.preconditioner import Preconditioner
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, token_rows, write_rows
 from tests.runtime.builders import CONTEXT, tiny_model
@@ -23,14 +23,14 @@ from tests.runtime.builders import CONTEXT, tiny_model
 SEED = 5
 
 
-def one_rank(folder: Path, family: str = "gpt_neox", tracked: str = "mlp") -> Rank:
+def one_rank(folder: Path, family: str = "gpt_neox", tracked: str = "mlp") -> ModelWorker:
     """The only rank of its group, with a tiny model."""
     architecture = describe(str(tiny_model(folder, family=family)), tracked)
     model = ModelConfig(path=str(folder), tracked=tracked)
-    return Rank(RankSettings(model, architecture.layers, sharded=False), Place())
+    return ModelWorker(WorkerSettings(model, architecture.layers, sharded=False), RankContext())
 
 
-def as_rank(rank: Rank, number: int, world: int) -> Rank:
+def as_rank(rank: ModelWorker, number: int, world: int) -> ModelWorker:
     """The same model in another place; it deals as in a group, and cannot reduce."""
     other = copy.copy(rank)
     other.place = replace(rank.place, rank=number, world=world)
@@ -46,7 +46,7 @@ def small_corpus(folder: Path, count: int = 24) -> PreparedCorpus:
 
 
 def fit_plan(
-    rank: Rank,
+    rank: ModelWorker,
     corpus: PreparedCorpus,
     *,
     slices: int = 1,
@@ -82,8 +82,8 @@ def fit_tasks(
 
 
 def fit(
-    rank: Rank, store: Store, corpus: PreparedCorpus, plan: FactorsPlan, labels: Labels = Labels.sampled
-) -> Inverse:
+    rank: ModelWorker, store: Store, corpus: PreparedCorpus, plan: FactorsPlan, labels: Labels = Labels.sampled
+) -> Preconditioner:
     """All of it: covariance, eigenbases, Lambda."""
     rank.forget()
     for task in fit_tasks(store, corpus, plan, labels, draw=labels is Labels.sampled):
@@ -94,4 +94,4 @@ def fit(
         lambda_task(rank, task)
     for layer in plan.layers:
         finish_layer(store, plan, layer)
-    return Inverse(store, Solver.ekfac, DampingConfig())
+    return Preconditioner(store, Solver.ekfac, DampingConfig())

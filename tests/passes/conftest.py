@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from infscan.corpus.addressable import PreparedCorpus
-from infscan.passes.queries import Inverse
-from infscan.passes.rank import Rank
+from infscan.steps.preconditioner import Preconditioner
+from infscan.model.worker import ModelWorker
 from infscan.storage import Store
 from tests.passes.builders import fit, fit_plan, one_rank, small_corpus
 
 
 @pytest.fixture(scope="package")
-def rank(tmp_path_factory: pytest.TempPathFactory) -> Rank:
+def rank(tmp_path_factory: pytest.TempPathFactory) -> ModelWorker:
     return one_rank(tmp_path_factory.mktemp("model"))
 
 
@@ -22,6 +22,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 
 
 @pytest.fixture(scope="package")
-def inverse(tmp_path_factory: pytest.TempPathFactory, rank: Rank, corpus: PreparedCorpus) -> Inverse:
+def inverse(tmp_path_factory: pytest.TempPathFactory, rank: ModelWorker, corpus: PreparedCorpus) -> Preconditioner:
     """Factors of the whole corpus, in one slice and one layer group."""
     return fit(rank, Store(str(tmp_path_factory.mktemp("factors"))), corpus, fit_plan(rank, corpus))

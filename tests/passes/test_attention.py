@@ -29,19 +29,21 @@ from infscan.influence.layers import Layer
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
-from infscan.model.load import Place
+from infscan.model.load import RankContext
 from infscan.model.losses import Loss
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import read_layer_factors, read_tensors
-from infscan.passes.factors import covariance_task, lambda_task
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import Inverse, QueryTask, query_gradients, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Batch, Rank, RankSettings
-from infscan.passes.refine import RefineTask, refine_task
-from infscan.passes.scan import ScanTask, scan_task
-from infscan.passes.solve import SolveTask, ekfac_factors, solve_task
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.eigenbases import decompose_layer, finish_layer
+from infscan.steps.factor_files import read_layer_factors
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.factors import covariance_task, lambda_task
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import Preconditioner, query_gradients
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import read_query_batch
+from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.steps.refine import RefineTask, refine_task
+from infscan.steps.scan import ScanTask, scan_task
+from infscan.steps.solve import SolveTask, ekfac_factors, solve_task
 from infscan.queries import Part, Query
 from infscan.results.refined import read_unit
 from infscan.storage import Store
@@ -60,7 +62,7 @@ class Case:
     """packed: sequences of several documents. apart: the stretches of each between its starts, the token after each
     included; `rows[n]` are those of sequence n, as numbers in `apart`."""
 
-    rank: Rank
+    rank: ModelWorker
     packed: PreparedCorpus
     apart: PreparedCorpus
     rows: list[list[int]]
@@ -79,7 +81,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     path = str(tiny_model(folder / "model", width=8, vocab=VOCAB))
     tracked = r"layers\.\d+\.(mlp|attention\.dense)"
     layers = describe(path, tracked).layers
-    rank = Rank(RankSettings(ModelConfig(path, Dtype.float64, tracked), layers, sharded=False), Place())
+    rank = ModelWorker(WorkerSettings(ModelConfig(path, Dtype.float64, tracked), layers, sharded=False), RankContext())
     rng = np.random.default_rng(0)
     documents = [{"id": f"d{n}", "tokens": rng.integers(2, VOCAB, length).tolist()} for n, length in enumerate(LENGTHS)]
     write_rows(folder / "in.jsonl", documents)
@@ -102,12 +104,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def inverse(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Inverse:
+def inverse(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Preconditioner:
     """Any factors: what is compared is what the sequences give."""
     return fit(case.rank, Store(str(tmp_path_factory.mktemp("factors"))), case.apart, fit_plan(case.rank, case.apart))
 
 
-def by_hand(rank: Rank, sequence: Sequence, labels: dict[int, int]) -> dict[str, tuple[Tensor, Tensor]]:
+def by_hand(rank: ModelWorker, sequence: Sequence, labels: dict[int, int]) -> dict[str, tuple[Tensor, Tensor]]:
     """(s [T, O], a [T, I]) by layer of the sum of -log p(label) over positions, its documents run one by one."""
     assert sequence.starts is not None
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in rank.layers}
@@ -177,7 +179,7 @@ def test_curvature_is_the_sum_of_the_documents(case: Case) -> None:
 
 
 def scores(
-    case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Attention, arrays: dict[str, np.ndarray]
+    case: Case, inverse: Preconditioner, corpus: PreparedCorpus, attention: Attention, arrays: dict[str, np.ndarray]
 ) -> np.ndarray:
     found = check_task(
         case.rank,
@@ -199,7 +201,7 @@ def scores(
     return found[1]
 
 
-def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Inverse, tmp_path: Path) -> None:
+def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Preconditioner, tmp_path: Path) -> None:
     """In check, scan and refine alike; across documents they are others."""
     store, rank = Store(str(tmp_path)), case.rank
     rank.forget()
@@ -248,7 +250,7 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Invers
             assert refined[name, number] == expected
 
 
-def test_an_iterated_inverse_solves_the_system_of_documents_apart(case: Case, inverse: Inverse, tmp_path: Path) -> None:
+def test_an_iterated_inverse_solves_the_system_of_documents_apart(case: Case, inverse: Preconditioner, tmp_path: Path) -> None:
     rank, store = case.rank, Store(str(tmp_path))
     rank.forget()
     strong = replace(inverse, damping=DampingConfig(relative=1.0))

@@ -21,13 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from infscan.config import Compression, Dtype, Labels, ModelConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.model.architecture import describe
-from infscan.model.load import Place
+from infscan.model.load import RankContext
 from infscan.model.measure import uniforms
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.factor_store import labels_path, read_layer_factors, read_tensors
-from infscan.passes.queries import QueryTask, preconditioned, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Rank, RankSettings
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.factor_files import labels_path, read_layer_factors
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.preconditioner import preconditioned
+from infscan.steps.queries import read_query_batch
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, write_rows
@@ -197,11 +199,11 @@ class Subject:
     """One family: what the passes run on, and the other side's results by kind of label."""
 
     folder: Path
-    rank: Rank
+    rank: ModelWorker
     corpus: PreparedCorpus
     truth: dict[Labels, Truth]
 
-    def tracking(self, tracked: str) -> Rank:
+    def tracking(self, tracked: str) -> ModelWorker:
         rank = copy.copy(self.rank)
         rank.layers = describe(str(self.folder), tracked).layers
         rank._cache = {}
@@ -222,7 +224,7 @@ def subject(
 ) -> Subject:
     folder = save(request.param, tmp_path_factory.mktemp("model"))
     layers = describe(str(folder), "linear").layers
-    rank = Rank(RankSettings(ModelConfig(str(folder), Dtype.float64), layers, sharded=False), Place())
+    rank = ModelWorker(WorkerSettings(ModelConfig(str(folder), Dtype.float64), layers, sharded=False), RankContext())
     widen(rank.model.module)
     plain = Plain(folder)
     assert {layer.name for layer in layers} == set(plain.linears)

@@ -15,10 +15,10 @@ from infscan.config import Dtype, ModelConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.explain import Explained, ExplainTask, explain_task
-from infscan.passes.queries import Inverse, preconditioned
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.explain import Explained, ExplainTask, explain_task
+from infscan.steps.preconditioner import Preconditioner, preconditioned
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
@@ -37,23 +37,23 @@ QUERIES = (
 
 # GPT-2 adds positions to the embedding and keeps its weights transposed; llama has no bias and three layers to an MLP.
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rank, PreparedCorpus]:
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelWorker, PreparedCorpus]:
     folder = str(save(request.param, tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
-    rank = Rank(RankSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), Place())
+    rank = ModelWorker(WorkerSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), RankContext())
     root = tmp_path_factory.mktemp("corpus")
     write_rows(root / "in.jsonl", [{"id": f"d{n}", "tokens": tokens} for n, tokens in enumerate(DOCUMENTS)])
     return rank, prepare(root / "in.jsonl", root / "out", pack_settings(Packing.document, CONTEXT))[1]
 
 
 @pytest.fixture(scope="module")
-def inverse(opened: tuple[Rank, PreparedCorpus], tmp_path_factory: pytest.TempPathFactory) -> Inverse:
+def inverse(opened: tuple[ModelWorker, PreparedCorpus], tmp_path_factory: pytest.TempPathFactory) -> Preconditioner:
     rank, corpus = opened
     return fit(rank, Store(str(tmp_path_factory.mktemp("factors"))), corpus, fit_plan(rank, corpus))
 
 
 def explained(
-    rank: Rank, inverse: Inverse, sequences: list[Sequence], queries: tuple[Query, ...] = QUERIES, **changes: Any
+    rank: ModelWorker, inverse: Preconditioner, sequences: list[Sequence], queries: tuple[Query, ...] = QUERIES, **changes: Any
 ) -> list[list[Explained]]:
     """By sequence, then by query."""
     rank.forget()
@@ -78,7 +78,7 @@ def masked(sequence: Sequence, counted: np.ndarray) -> Sequence:
     return replace(sequence, loss=counted)
 
 
-def test_output_tokens_add_up_to_the_score(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_output_tokens_add_up_to_the_score(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     rank, corpus = opened
     for by_query in explained(rank, inverse, sequences_of(corpus)):
         for one in by_query:
@@ -86,7 +86,7 @@ def test_output_tokens_add_up_to_the_score(opened: tuple[Rank, PreparedCorpus], 
             assert float(one.output_t.sum()) == pytest.approx(one.score, rel=1e-5, abs=1e-5)
 
 
-def test_an_output_token_is_worth_what_its_loss_adds(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_an_output_token_is_worth_what_its_loss_adds(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     """Brute force: the score with every token's loss, less the score with every one but this token's."""
     rank, corpus = opened
     sequence = sequences_of(corpus)[0]
@@ -101,7 +101,7 @@ def test_an_output_token_is_worth_what_its_loss_adds(opened: tuple[Rank, Prepare
 
 
 @contextmanager
-def moved(rank: Rank, P: dict[str, torch.Tensor], by: float) -> Iterator[None]:
+def moved(rank: ModelWorker, P: dict[str, torch.Tensor], by: float) -> Iterator[None]:
     """The model with its tracked weights at theta + by * P."""
     modules = dict(rank.model.module.named_modules())
     for sign in (1.0, -1.0):
@@ -116,13 +116,13 @@ def moved(rank: Rank, P: dict[str, torch.Tensor], by: float) -> Iterator[None]:
             yield
 
 
-def log_probabilities(rank: Rank, ids: np.ndarray) -> torch.Tensor:
+def log_probabilities(rank: ModelWorker, ids: np.ndarray) -> torch.Tensor:
     """log p(x_t | x_<t) for t >= 1."""
     logits = rank.model.logits(torch.from_numpy(ids)[None])[0]
     return torch.log_softmax(logits[:-1], -1)[torch.arange(len(ids) - 1), torch.from_numpy(ids)[1:]]
 
 
-def scaled_gradient(rank: Rank, ids: np.ndarray) -> torch.Tensor:
+def scaled_gradient(rank: ModelWorker, ids: np.ndarray) -> torch.Tensor:
     """<e_t, grad_{e_t} log p(z)>, by autograd through the embedding's output."""
     held: list[torch.Tensor] = []
     embedding = rank.model.module.get_input_embeddings()
@@ -133,7 +133,7 @@ def scaled_gradient(rank: Rank, ids: np.ndarray) -> torch.Tensor:
 
 
 def test_token_influences_are_the_papers_difference_quotients(
-    opened: tuple[Rank, PreparedCorpus], inverse: Inverse
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
 ) -> None:
     """G23 appendix B: between theta' = theta + eps (G + lambda)^-1 grad f and theta (here: theta less as much)."""
     rank, corpus = opened
@@ -158,7 +158,7 @@ def test_token_influences_are_the_papers_difference_quotients(
             np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max() / 10)
 
 
-def test_a_masked_token_has_no_influence_as_an_output(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_a_masked_token_has_no_influence_as_an_output(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     rank, corpus = opened
     sequence = sequences_of(corpus)[4]
     counted = np.arange(len(sequence)) % 3 == 1
@@ -168,7 +168,7 @@ def test_a_masked_token_has_no_influence_as_an_output(opened: tuple[Rank, Prepar
     assert float(one.output_t.sum()) == pytest.approx(one.score, rel=1e-5)
 
 
-def test_a_queries_tokens_add_up_to_it(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_a_queries_tokens_add_up_to_it(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     """Also where a contrast counts against it."""
     rank, corpus = opened
     sequences = sequences_of(corpus)
@@ -182,7 +182,7 @@ def test_a_queries_tokens_add_up_to_it(opened: tuple[Rank, PreparedCorpus], inve
             close(summed, by_query[number].matrix_lt)
 
 
-def test_what_stands_beside_it_changes_no_explanation(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_what_stands_beside_it_changes_no_explanation(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     rank, corpus = opened
     sequences = sequences_of(corpus)
     together = explained(rank, inverse, sequences)
@@ -193,7 +193,7 @@ def test_what_stands_beside_it_changes_no_explanation(opened: tuple[Rank, Prepar
             close(one.input_t, other.input_t)
 
 
-def test_groups_of_layers_add_up(opened: tuple[Rank, PreparedCorpus], inverse: Inverse) -> None:
+def test_groups_of_layers_add_up(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
     rank, corpus = opened
     sequence = sequences_of(corpus)[2]
     [[whole, _]] = explained(rank, inverse, [sequence])

@@ -22,22 +22,16 @@ from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError
 from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.decompose import decompose_layer, eigenbases_digest, finish_layer
-from infscan.passes.factor_store import (
-    FactorsPlan,
-    labels_path,
-    partial_path,
-    read_facts,
-    read_layer_factors,
-    read_tensors,
-    write_tensors,
-)
-from infscan.passes.factors import covariance_task, lambda_task, slice_bounds
-from infscan.passes.queries import QueryTask, preconditioned, query_gradients, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
+from infscan.steps.factor_files import FactorsPlan, labels_path, partial_path, read_layer_factors
+from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
+from infscan.steps.factors import covariance_task, lambda_task, slice_bounds
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.preconditioner import preconditioned, query_gradients
+from infscan.steps.queries import read_query_batch
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.storage import MissingError, Store
 from tests.influence.factors import diagonal_blocks
@@ -56,7 +50,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def draw(rank: Rank, store: Store, corpus: PreparedCorpus, plan: FactorsPlan) -> None:
+def draw(rank: ModelWorker, store: Store, corpus: PreparedCorpus, plan: FactorsPlan) -> None:
     for task in fit_tasks(store, corpus, plan, Labels.sampled, draw=True):
         covariance_task(rank, task)
 
@@ -85,7 +79,7 @@ def test_slices_cut_everything_into_near_equal_pieces(size: int, slices: int) ->
         assert max(sizes) - min(sizes) <= 2
 
 
-def test_labels_are_stored_and_drawn_alike_again(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_labels_are_stored_and_drawn_alike_again(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan = fit_plan(rank, corpus, slices=2)
     draw(rank, at("a"), corpus, plan)
     first = [at("a").read(labels_path(index)) for index in range(2)]
@@ -100,7 +94,7 @@ def test_labels_are_stored_and_drawn_alike_again(rank: Rank, corpus: PreparedCor
 
 @pytest.mark.parametrize("cut", [{"tokens_per_batch": 64}, {"slices": 3}, {"slices": 5, "tokens_per_batch": 1000}])
 def test_labels_belong_to_sequences_not_to_the_cut(
-    rank: Rank, corpus: PreparedCorpus, at: Stores, cut: dict[str, int]
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, cut: dict[str, int]
 ) -> None:
     whole, other = fit_plan(rank, corpus), fit_plan(rank, corpus, **cut)
     draw(rank, at("whole"), corpus, whole)
@@ -108,7 +102,7 @@ def test_labels_belong_to_sequences_not_to_the_cut(
     assert labels(at("other"), other, corpus) == labels(at("whole"), whole, corpus)
 
 
-def test_labels_of_another_attempt_void_this_one(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_labels_of_another_attempt_void_this_one(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     """The sums must belong to the labels in storage, so a partial made with others is not written."""
     plan = fit_plan(rank, corpus)
     write_tensors(at("a"), labels_path(0), {"labels": torch.ones(corpus.sequences, 64, dtype=torch.int32)})
@@ -117,7 +111,7 @@ def test_labels_of_another_attempt_void_this_one(rank: Rank, corpus: PreparedCor
     assert at("a").list("covariance") == []
 
 
-def test_stored_labels_are_read_where_none_are_drawn(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_stored_labels_are_read_where_none_are_drawn(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan = fit_plan(rank, corpus)
     draw(rank, at("a"), corpus, plan)
     drawn = at("a").read(partial_path("covariance", 0, 0))
@@ -129,7 +123,7 @@ def test_stored_labels_are_read_where_none_are_drawn(rank: Rank, corpus: Prepare
         covariance_task(rank, task)
 
 
-def test_labels_depend_on_the_seed_and_the_sequence_alone(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_labels_depend_on_the_seed_and_the_sequence_alone(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     """Not on which other sequences the factors are fitted on, nor on which layers are tracked."""
     whole = fit_plan(rank, corpus)
     draw(rank, at("whole"), corpus, whole)
@@ -148,7 +142,7 @@ def test_labels_depend_on_the_seed_and_the_sequence_alone(rank: Rank, corpus: Pr
 @pytest.mark.parametrize("kind", list(Labels))
 @pytest.mark.parametrize("cut", [{"slices": 3}, {"slices": 3, "group_bytes": 60_000}])
 def test_slices_and_layer_groups_add_up_to_the_whole(
-    rank: Rank, corpus: PreparedCorpus, at: Stores, kind: Labels, cut: dict[str, int]
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, kind: Labels, cut: dict[str, int]
 ) -> None:
     whole, pieces = fit_plan(rank, corpus), fit_plan(rank, corpus, **cut)
     assert (len(pieces.groups) > 1) == ("group_bytes" in cut)
@@ -174,7 +168,7 @@ def test_slices_and_layer_groups_add_up_to_the_whole(
         assert relative(ours, theirs) < 1e-6
 
 
-def test_tasks_report_and_record_their_tokens(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_tasks_report_and_record_their_tokens(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan = fit_plan(rank, corpus, slices=3)
     tokens = [covariance_task(rank, task) for task in fit_tasks(at("a"), corpus, plan, Labels.empirical)]
     assert sum(tokens) == corpus.tokens
@@ -182,7 +176,7 @@ def test_tasks_report_and_record_their_tokens(rank: Rank, corpus: PreparedCorpus
     assert recorded == tokens
 
 
-def test_a_partial_of_other_eigenbases_is_refused(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_a_partial_of_other_eigenbases_is_refused(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan, store, layer = fit_plan(rank, corpus, slices=2), at("a"), rank.layers[0]
     fit(rank, store, corpus, plan)
     path = partial_path("lambda", 0, 1)
@@ -194,7 +188,7 @@ def test_a_partial_of_other_eigenbases_is_refused(rank: Rank, corpus: PreparedCo
     assert not store.exists(f"Lambda/{layer.name}.safetensors")
 
 
-def test_eigenbases_are_created_once(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_eigenbases_are_created_once(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     """A second decomposition, of other sums, changes nothing: Lambda belongs to the first."""
     plan, layer = fit_plan(rank, corpus), rank.layers[0]
     fit(rank, at("a"), corpus, plan)
@@ -226,7 +220,7 @@ def test_layers_with_one_input_share_one_a(corpus: PreparedCorpus, at: Stores, t
 
 @pytest.mark.parametrize("blocks", [2, 3])
 def test_blocks_are_cut_out_of_the_whole_and_drop_no_gradient(
-    rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int
 ) -> None:
     """A and S are the whole ones' diagonal blocks; Lambda, in any orthonormal basis, adds up to the mean of |g|^2."""
     whole, cut = fit_plan(rank, corpus), fit_plan(rank, corpus, slices=2, group_bytes=60_000, blocks=blocks)
@@ -248,7 +242,7 @@ def test_blocks_are_cut_out_of_the_whole_and_drop_no_gradient(
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_a_plan_knows_what_its_partial_sums_take(rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int) -> None:
+def test_a_plan_knows_what_its_partial_sums_take(rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int) -> None:
     plan = fit_plan(rank, corpus, slices=2, blocks=blocks)
     fit(rank, at("a"), corpus, plan)
     stored = [read_tensors(at("a"), entry.name) for kind in ("covariance", "lambda") for entry in at("a").list(kind)]
@@ -259,7 +253,7 @@ def test_a_plan_knows_what_its_partial_sums_take(rank: Rank, corpus: PreparedCor
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_queries_are_preconditioned_by_the_dense_inverse_of_the_stored_blocks(
-    rank: Rank, corpus: PreparedCorpus, at: Stores, blocks: int
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int
 ) -> None:
     inverse = fit(rank, at("a"), corpus, fit_plan(rank, corpus, blocks=blocks))
     queries = [Query("a", (Part((5, 9, 33, 4), (2, 3)),))]
@@ -272,7 +266,7 @@ def test_queries_are_preconditioned_by_the_dense_inverse_of_the_stored_blocks(
         assert relative(P[layer.name], expected) < 1e-5
 
 
-def test_a_moment_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: Stores) -> None:
+def test_a_moment_that_is_none_is_named(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan, layer = fit_plan(rank, corpus), rank.layers[1]
     draw(rank, at("a"), corpus, plan)
     path = partial_path("covariance", 0, 0)
@@ -284,7 +278,7 @@ def test_a_moment_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_lambda_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: Stores, value: float) -> None:
+def test_a_lambda_that_is_none_is_named(rank: ModelWorker, corpus: PreparedCorpus, at: Stores, value: float) -> None:
     """Squares overflow where their roots did not. An absolute damping would let them through to the scores."""
     plan, layer = fit_plan(rank, corpus), rank.layers[1]
     fit(rank, at("a"), corpus, plan)
@@ -299,7 +293,7 @@ def test_a_lambda_that_is_none_is_named(rank: Rank, corpus: PreparedCorpus, at: 
 @pytest.mark.parametrize("kind", ["A", "S", "Lambda"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_stored_factors_that_are_none_are_never_multiplied_with(
-    rank: Rank, corpus: PreparedCorpus, at: Stores, kind: str, value: float
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, kind: str, value: float
 ) -> None:
     """A file of whole bytes and right digests whose numbers are none, as another program might put there."""
     layer = rank.layers[1]
@@ -339,7 +333,7 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
     queries = tuple(Query(f"q{n}", (Part(ids, (2, 3)),)) for n, ids in enumerate([(5, 9, 33, 4), (7, 60, 12, 90)]))
     layers = describe(str(folder), "mlp").layers
     for dtype in (Dtype.float32, Dtype.bfloat16):
-        rank = Rank(RankSettings(ModelConfig(str(folder), dtype), layers, sharded=False), Place())
+        rank = ModelWorker(WorkerSettings(ModelConfig(str(folder), dtype), layers, sharded=False), RankContext())
         inverse = fit(rank, at(dtype), corpus, fit_plan(rank, corpus, slices=2), kind)
         for partial in at(dtype).list("covariance") + at(dtype).list("lambda"):
             sums = read_tensors(at(dtype), partial.name)
@@ -358,6 +352,6 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
 
 def test_what_needs_no_model_imports_none() -> None:
     """A layer's task has a process of its own: what a model needs would be most of the time that it takes to start."""
-    asked = "import sys, infscan.passes.decompose; print('transformers' in sys.modules, 'ray' in sys.modules)"
+    asked = "import sys, infscan.steps.eigenbases; print('transformers' in sys.modules, 'ray' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", "False"]

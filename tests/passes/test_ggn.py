@@ -15,18 +15,18 @@ from transformers.pytorch_utils import Conv1D
 from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.ggn import GaussNewton, damping_vector, join, split
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
+from infscan.model.worker import ModelWorker, WorkerSettings
 from tests.model.families import VOCAB, save
 
 LENGTHS = (5, 3, 2)
 
 
-def double_rank(folder: Path, family: str, tracked: str) -> Rank:
+def double_rank(folder: Path, family: str, tracked: str) -> ModelWorker:
     path = str(save(family, folder))
     config = ModelConfig(path=path, tracked=tracked, dtype=Dtype.float64)
-    return Rank(RankSettings(config, describe(path, tracked).layers, sharded=False), Place())
+    return ModelWorker(WorkerSettings(config, describe(path, tracked).layers, sharded=False), RankContext())
 
 
 def some_sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Sequence]:
@@ -34,7 +34,7 @@ def some_sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Sequence]:
     return [Sequence(n, rng.integers(1, VOCAB, length), (), 0, "") for n, length in enumerate(lengths)]
 
 
-def dense(rank: Rank, sequences: list[Sequence], tied: str | None = None) -> Tensor:
+def dense(rank: ModelWorker, sequences: list[Sequence], tied: str | None = None) -> Tensor:
     """G [P, P] written out: J by reverse mode from the parameters, one sequence at a time.
 
     tied: a tracked layer whose weight is an embedding's too; it is perturbed in the layer alone.

@@ -18,12 +18,13 @@ from infscan.influence.layers import Layer
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.queries import Inverse, QueryTask, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.model.load import RankContext
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.preconditioner import Preconditioner
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import read_query_batch
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
@@ -60,10 +61,10 @@ def corpus_of(folder: Path, documents: list[list[int]]) -> PreparedCorpus:
 
 
 @pytest.fixture(scope="module")
-def rank(tmp_path_factory: pytest.TempPathFactory) -> Rank:
+def rank(tmp_path_factory: pytest.TempPathFactory) -> ModelWorker:
     folder = str(save("gpt_neox", tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
-    return Rank(RankSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), Place())
+    return ModelWorker(WorkerSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), RankContext())
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +73,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 
 
 @pytest.fixture(scope="module")
-def inverse(rank: Rank, corpus: PreparedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Inverse:
+def inverse(rank: ModelWorker, corpus: PreparedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Preconditioner:
     return fit(rank, Store(str(tmp_path_factory.mktemp("factors"))), corpus, fit_plan(rank, corpus))
 
 
 @pytest.fixture
-def identity(inverse: Inverse) -> Inverse:
-    return Inverse(inverse.factors, Solver.identity, DampingConfig())
+def identity(inverse: Preconditioner) -> Preconditioner:
+    return Preconditioner(inverse.factors, Solver.identity, DampingConfig())
 
 
 class Scorer:
     """Scores [n, Q] of sequences at full rank, by any inverse, from any cut."""
 
-    def __init__(self, rank: Rank, corpus: PreparedCorpus, inverse: Inverse, folder: Path) -> None:
+    def __init__(self, rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, folder: Path) -> None:
         self.rank, self.corpus, self.inverse, self.folder = rank, corpus, inverse, folder
         self.runs = 0
 
@@ -124,7 +125,7 @@ class Scorer:
 
 
 @pytest.fixture
-def score(rank: Rank, corpus: PreparedCorpus, inverse: Inverse, tmp_path: Path) -> Scorer:
+def score(rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path) -> Scorer:
     return Scorer(rank, corpus, inverse, tmp_path)
 
 
@@ -237,7 +238,7 @@ def test_layers_add_up_to_the_score(score: Scorer) -> None:
 
 
 def test_a_texts_score_with_itself_is_its_squared_gradient(
-    rank: Rank, corpus: PreparedCorpus, identity: Inverse, tmp_path: Path
+    rank: ModelWorker, corpus: PreparedCorpus, identity: Preconditioner, tmp_path: Path
 ) -> None:
     """-grad log p of the whole text is the training loss's gradient, so that identity gives |grad L|^2."""
     found = Scorer(rank, corpus, identity, tmp_path)(*[text(ids) for ids in DOCUMENTS if len(ids) > 1])
@@ -247,7 +248,7 @@ def test_a_texts_score_with_itself_is_its_squared_gradient(
     np.testing.assert_allclose(found[longer].diagonal(), squares, rtol=1e-10)
 
 
-def squared_gradient(rank: Rank, ids: list[int]) -> float:
+def squared_gradient(rank: ModelWorker, ids: list[int]) -> float:
     """|grad L|^2 over the tracked weights and biases, by autograd."""
     module = rank.model.module
     tracked = [p for layer in rank.layers for p in module.get_submodule(layer.name).parameters()]
@@ -262,10 +263,10 @@ def squared_gradient(rank: Rank, ids: list[int]) -> float:
 
 @pytest.mark.parametrize("solver", [Solver.identity, Solver.ekfac])
 def test_texts_explain_each_other_alike(
-    rank: Rank, corpus: PreparedCorpus, inverse: Inverse, tmp_path: Path, solver: Solver
+    rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path, solver: Solver
 ) -> None:
     """The score of text i with sequence j is that of j with i: the inverse is symmetric, and positive."""
-    how = Inverse(inverse.factors, solver, inverse.damping)
+    how = Preconditioner(inverse.factors, solver, inverse.damping)
     longer = np.array([n for n, ids in enumerate(DOCUMENTS) if len(ids) > 1])
     K = Scorer(rank, corpus, how, tmp_path)(*[text(DOCUMENTS[n]) for n in longer])[longer]
     same(K, K.T)

@@ -15,9 +15,10 @@ from infscan.corpus.addressable import PreparedCorpus, open_corpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
 from infscan.model.losses import Loss
-from infscan.passes.factor_store import read_layer_factors, read_tensors
-from infscan.passes.ggn import GaussNewton
-from infscan.passes.rank import Batch, Rank
+from infscan.steps.factor_files import read_layer_factors
+from infscan.results.tensor_files import read_tensors
+from infscan.model.gauss_newton import GaussNewton
+from infscan.model.worker import Batch, ModelWorker
 from infscan.storage import Store
 from tests.corpus.builders import VOCAB, prepare, settings, write_rows
 from tests.passes.builders import fit, fit_plan
@@ -59,7 +60,7 @@ def masks() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("labels", list(Labels))
-def test_a_mask_of_ones_changes_no_bit(rank: Rank, tmp_path: Path, labels: Labels) -> None:
+def test_a_mask_of_ones_changes_no_bit(rank: ModelWorker, tmp_path: Path, labels: Labels) -> None:
     ones = [[1] * length for length in LENGTHS]
     found = []
     for name, mask in (("plain", None), ("ones", ones)):
@@ -71,7 +72,7 @@ def test_a_mask_of_ones_changes_no_bit(rank: Rank, tmp_path: Path, labels: Label
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
-def by_hand(rank: Rank, sequence: Sequence, terms: list[tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
+def by_hand(rank: ModelWorker, sequence: Sequence, terms: list[tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
     """(s [T, O], a [T, I]) by layer, of the sum of -log p(label) over terms (position, label); no mask anywhere."""
     ids = torch.from_numpy(sequence.token_ids)[None]
     batch = Batch(np.arange(1), ids, torch.ones_like(ids, dtype=torch.bool))
@@ -90,7 +91,7 @@ def by_hand(rank: Rank, sequence: Sequence, terms: list[tuple[int, int]]) -> dic
 
 @pytest.mark.parametrize("labels", list(Labels))
 def test_factors_are_those_of_the_positions_that_predict_a_token_with_a_loss(
-    rank: Rank, tmp_path: Path, masks: list[list[int]], labels: Labels
+    rank: ModelWorker, tmp_path: Path, masks: list[list[int]], labels: Labels
 ) -> None:
     corpus, store = corpus_of(tmp_path / "corpus", masks), Store(str(tmp_path / "factors"))
     fit(rank, store, corpus, fit_plan(rank, corpus, tokens_per_batch=40), labels)
@@ -120,7 +121,7 @@ def test_factors_are_those_of_the_positions_that_predict_a_token_with_a_loss(
         torch.testing.assert_close(factors.Lambda.sum(), energy[layer.name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_sequences_gradient_is_of_its_loss_alone(rank: Rank, tmp_path: Path, masks: list[list[int]]) -> None:
+def test_a_sequences_gradient_is_of_its_loss_alone(rank: ModelWorker, tmp_path: Path, masks: list[list[int]]) -> None:
     corpus = corpus_of(tmp_path / "corpus", masks)
     sequences = corpus.read(np.arange(corpus.sequences))
     found: dict[tuple[int, str], Tensor] = {}
@@ -140,7 +141,7 @@ def test_a_sequences_gradient_is_of_its_loss_alone(rank: Rank, tmp_path: Path, m
     assert losses[4] > 0
 
 
-def test_the_curvature_is_of_the_same_positions(rank: Rank, tmp_path: Path, masks: list[list[int]]) -> None:
+def test_the_curvature_is_of_the_same_positions(rank: ModelWorker, tmp_path: Path, masks: list[list[int]]) -> None:
     """G of a masked corpus is that of EK-FAC's pseudo-gradients: a sequence without a loss has none."""
     corpus = corpus_of(tmp_path / "corpus", masks)
     sequences = corpus.read(np.arange(corpus.sequences))

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infscan.passes.memory import RankMemoryError, is_out_of_memory
-from infscan.passes.rank import Rank
+from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
+from infscan.model.worker import ModelWorker
 from tests.passes.builders import as_rank
 from tests.passes.test_rank import content, sequences
 
@@ -60,7 +60,7 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     world=st.integers(1, 3),
 )
 def test_k_halvings_deal_as_a_2_to_the_k_th_of_the_tokens_does(
-    rank: Rank, lengths: list[int], tokens: int, halvings: int, world: int
+    rank: ModelWorker, lengths: list[int], tokens: int, halvings: int, world: int
 ) -> None:
     """By the sequences and k alone, on every rank of the group alike; in the end every sequence is alone."""
     taken = sequences(lengths)
@@ -73,8 +73,8 @@ def test_k_halvings_deal_as_a_2_to_the_k_th_of_the_tokens_does(
     assert all(len(rows) <= 1 for batches in dealt(7, tokens) for rows, _, _ in batches)
 
 
-def test_what_did_not_fit_is_said(rank: Rank) -> None:
-    def run_out(rank: Rank) -> NoReturn:
+def test_what_did_not_fit_is_said(rank: ModelWorker) -> None:
+    def run_out(rank: ModelWorker) -> NoReturn:
         for batch in rank.batches(sequences([3, 4, 5, 5]), 10):
             if len(batch.ids_bt) == 2 and batch.ids_bt.shape[1] == 5:
                 raise torch.OutOfMemoryError("CUDA out of memory.\nmore about it")
@@ -87,8 +87,8 @@ def test_what_did_not_fit_is_said(rank: Rank) -> None:
     assert (back.rows, back.tokens, str(back)) == (2, 10, str(caught.value))
 
 
-def test_memory_that_runs_out_elsewhere_is_no_batchs_fault(rank: Rank) -> None:
-    def run_out(rank: Rank) -> NoReturn:
+def test_memory_that_runs_out_elsewhere_is_no_batchs_fault(rank: ModelWorker) -> None:
+    def run_out(rank: ModelWorker) -> NoReturn:
         list(rank.batches(sequences([3, 4]), 10))
         raise MemoryError
 
@@ -97,14 +97,14 @@ def test_memory_that_runs_out_elsewhere_is_no_batchs_fault(rank: Rank) -> None:
     assert caught.value.rows is None
 
 
-def test_the_batch_is_let_go_before_the_error_travels(rank: Rank) -> None:
+def test_the_batch_is_let_go_before_the_error_travels(rank: ModelWorker) -> None:
     kept: list[object] = []
 
     class Batch:
         def __del__(self) -> None:
             kept.append("let go")
 
-    def run_out(rank: Rank) -> NoReturn:
+    def run_out(rank: ModelWorker) -> NoReturn:
         batch = Batch()
         kept.clear()
         raise MemoryError(f"no room for {batch}")
@@ -114,8 +114,8 @@ def test_the_batch_is_let_go_before_the_error_travels(rank: Rank) -> None:
     assert kept == ["let go"]
 
 
-def test_other_errors_pass_as_they_are(rank: Rank) -> None:
-    def fail(rank: Rank) -> NoReturn:
+def test_other_errors_pass_as_they_are(rank: ModelWorker) -> None:
+    def fail(rank: ModelWorker) -> NoReturn:
         raise KeyError("x")
 
     with pytest.raises(KeyError):

@@ -20,25 +20,12 @@ from infscan.errors import QueryError
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
-from infscan.passes.factor_store import read_tensors
-from infscan.passes.joint import JointTask, joint_task, with_joint, worthwhile
-from infscan.passes.queries import (
-    Inverse,
-    QueryTask,
-    layer_factors,
-    preconditioned,
-    query_gradients,
-    query_groups,
-    query_task,
-)
-from infscan.passes.query_batch import (
-    allotted,
-    multiplied_out,
-    on_device,
-    query_weights,
-    read_query_batch,
-)
-from infscan.passes.rank import Rank
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.queries import JointTask, joint_task, with_joint, worthwhile
+from infscan.steps.preconditioner import Preconditioner, layer_factors, preconditioned, query_gradients, query_groups
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import allotted, multiplied_out, on_device, query_weights, read_query_batch
+from infscan.model.worker import ModelWorker
 from infscan.queries import Query, read_queries
 from infscan.storage import Store
 from tests.passes.builders import as_rank, one_rank
@@ -82,12 +69,12 @@ def product(tensors: dict[str, Tensor], layer: Layer) -> Tensor:
     return tensors[f"{layer.name}|U"] @ tensors[f"{layer.name}|V"].transpose(1, 2)
 
 
-def folder_of(rank: Rank) -> Path:
+def folder_of(rank: ModelWorker) -> Path:
     return Path(rank.model.module.config._name_or_path)
 
 
 @pytest.mark.parametrize("measure", list(Measure))
-def test_gradients_are_those_of_autograd(rank: Rank, tmp_path: Path, measure: Measure) -> None:
+def test_gradients_are_those_of_autograd(rank: ModelWorker, tmp_path: Path, measure: Measure) -> None:
     queries = read(tmp_path, ROWS[:3], measure)
     wanted = []
     for row in ROWS[:3]:
@@ -103,7 +90,7 @@ def test_gradients_are_those_of_autograd(rank: Rank, tmp_path: Path, measure: Me
             assert relative(found[name][index], gradient) < 1e-5, (queries[index].id, name)
 
 
-def test_a_contrast_is_the_difference_of_two_gradients(rank: Rank, tmp_path: Path) -> None:
+def test_a_contrast_is_the_difference_of_two_gradients(rank: ModelWorker, tmp_path: Path) -> None:
     [query] = read(tmp_path, [ROWS[0] | {"contrast": [9, 9, 50]}])
     found = query_gradients(rank, [query], rank.layers)
     terms = [([5, 9, 33, 4, 71, 8], [4, 5], 1.0), ([5, 9, 33, 4, 9, 9, 50], [4, 5, 6], -1.0)]
@@ -111,7 +98,7 @@ def test_a_contrast_is_the_difference_of_two_gradients(rank: Rank, tmp_path: Pat
         assert relative(found[name][0], gradient) < 1e-5
 
 
-def test_token_queries_add_up_to_the_completion(rank: Rank, tmp_path: Path) -> None:
+def test_token_queries_add_up_to_the_completion(rank: ModelWorker, tmp_path: Path) -> None:
     whole = query_gradients(rank, read(tmp_path, ROWS[:1]), rank.layers)
     parts = query_gradients(rank, read(tmp_path, ROWS[:1], Measure.tokens), rank.layers)
     for layer in rank.layers:
@@ -128,11 +115,11 @@ def test_token_queries_add_up_to_the_completion(rank: Rank, tmp_path: Path) -> N
     ],
 )
 def test_another_query_changes_no_bit_of_the_others(
-    rank: Rank, inverse: Inverse, tmp_path: Path, width: int | None, compression: Compression, solver: Solver
+    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, width: int | None, compression: Compression, solver: Solver
 ) -> None:
     """Longer and shorter ones, before and behind: a query's compressed gradient is its own."""
     store = Store(str(tmp_path / "batch"))
-    how = Inverse(inverse.factors, solver, inverse.damping)
+    how = Preconditioner(inverse.factors, solver, inverse.damping)
 
     def batch(rows: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
         queries = tuple(read(tmp_path, rows))
@@ -151,7 +138,7 @@ def test_another_query_changes_no_bit_of_the_others(
                     assert torch.equal(together[row["id"]][key], value), (row["id"], key)
 
 
-def test_low_rank_only_where_it_is_lower(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_low_rank_only_where_it_is_lower(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     """At a rank that reaches the smaller side, P is kept whole; below, U V^T comes near it."""
     store, queries = Store(str(tmp_path)), tuple(read(tmp_path, ROWS[:2]))
     full = preconditioned(rank, queries, rank.layers, inverse)
@@ -167,14 +154,14 @@ def test_low_rank_only_where_it_is_lower(rank: Rank, inverse: Inverse, tmp_path:
             assert relative(product(tensors, layer), full[layer.name]) < (1e-5 if whole else 0.1)
 
 
-def test_only_the_first_rank_writes(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_only_the_first_rank_writes(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     store, queries = Store(str(tmp_path / "batch")), tuple(read(tmp_path, ROWS[:1]))
     second = as_rank(rank, 1, 2)
     query_task(second, QueryTask(store, "one", queries, rank.layers, inverse, 4, Compression.weighted, "print"))
     assert store.list() == []
 
 
-def test_groups_are_joined_along_the_queries(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_groups_are_joined_along_the_queries(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     store, queries = Store(str(tmp_path / "batch")), tuple(read(tmp_path, ROWS))
 
     def put(name: str, queries: tuple[Query, ...], layers: tuple[Layer, ...]) -> str:
@@ -204,9 +191,9 @@ def test_a_gradient_that_is_none_names_query_and_layer(tmp_path: Path) -> None:
         query_gradients(broken, read(tmp_path, ROWS[:2]), broken.layers)
 
 
-def test_the_identity_leaves_gradients_alone(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_the_identity_leaves_gradients_alone(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     queries = read(tmp_path, ROWS)
-    identity = Inverse(inverse.factors, Solver.identity, DampingConfig())
+    identity = Preconditioner(inverse.factors, Solver.identity, DampingConfig())
     plain = query_gradients(rank, queries, rank.layers)
     for name, value in preconditioned(rank, queries, rank.layers, identity).items():
         assert torch.equal(value, plain[name])
@@ -234,7 +221,7 @@ def test_groups_cover_everything_in_order_and_within_bounds(
 
 
 def stored(
-    rank: Rank, inverse: Inverse, store: Store, queries: list[Query], how: Compression = Compression.weighted
+    rank: ModelWorker, inverse: Preconditioner, store: Store, queries: list[Query], how: Compression = Compression.weighted
 ) -> dict[str, np.ndarray]:
     """The query batch at rank 6, as it comes from storage."""
     name = f"{len(queries)}-{how.value}"
@@ -242,7 +229,7 @@ def stored(
     return read_query_batch(store, [[name]])
 
 
-def products(rank: Rank, arrays: dict[str, np.ndarray], Q: int) -> dict[str, Tensor]:
+def products(rank: ModelWorker, arrays: dict[str, np.ndarray], Q: int) -> dict[str, Tensor]:
     """What every query's columns multiply out to, by layer: [Q, O, I]."""
     found = {}
     for layer in rank.layers:
@@ -258,7 +245,7 @@ def products(rank: Rank, arrays: dict[str, np.ndarray], Q: int) -> dict[str, Ten
 
 @pytest.mark.parametrize("how", list(Compression))
 def test_allotted_ranks_keep_the_energy_asked_for_and_the_leading_columns(
-    rank: Rank, inverse: Inverse, tmp_path: Path, how: Compression
+    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, how: Compression
 ) -> None:
     queries = read(tmp_path, ROWS)
     arrays = stored(rank, inverse, Store(str(tmp_path / "batch")), queries, how)
@@ -277,7 +264,7 @@ def test_allotted_ranks_keep_the_energy_asked_for_and_the_leading_columns(
         torch.testing.assert_close(everything[name], whole)
 
 
-def scores(rank: Rank, arrays: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Tensor]:
+def scores(rank: ModelWorker, arrays: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Tensor]:
     """Every layer's scores of a few made-up tokens, [B, Q]."""
     queries = on_device(rank, arrays)
     made = torch.Generator().manual_seed(seed)
@@ -289,14 +276,14 @@ def scores(rank: Rank, arrays: Mapping[str, np.ndarray], seed: int = 0) -> dict[
     }
 
 
-def many(rank: Rank, inverse: Inverse, tmp_path: Path) -> dict[str, np.ndarray]:
+def many(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> dict[str, np.ndarray]:
     """A query batch of the same four queries 30 times over, which is more than its columns are good for."""
     found = stored(rank, inverse, Store(str(tmp_path / "batch")), read(tmp_path, ROWS))
     return {key: np.concatenate([array] * 30) for key, array in found.items()}
 
 
 def test_multiplied_out_queries_score_the_same_and_have_the_entries_given_at_most(
-    rank: Rank, inverse: Inverse, tmp_path: Path
+    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path
 ) -> None:
     arrays = many(rank, inverse, tmp_path)
     expected = scores(rank, arrays)
@@ -313,7 +300,7 @@ def test_multiplied_out_queries_score_the_same_and_have_the_entries_given_at_mos
 
 @pytest.mark.parametrize("how", list(Compression))
 def test_joint_bases_are_written_where_they_are_cheaper_and_score_as_the_columns(
-    rank: Rank, inverse: Inverse, tmp_path: Path, how: Compression
+    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, how: Compression
 ) -> None:
     arrays = many(rank, inverse, tmp_path)
     weights, chosen = query_weights(arrays, rank.layers), allotted(arrays, rank.layers, 1.0)
@@ -335,7 +322,7 @@ def test_joint_bases_are_written_where_they_are_cheaper_and_score_as_the_columns
         assert relative(found, expected[name]) < 5e-3
 
 
-def test_a_querys_ranks_do_not_depend_on_the_others(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_a_querys_ranks_do_not_depend_on_the_others(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     queries, store = read(tmp_path, ROWS), Store(str(tmp_path / "batch"))
     together = products(rank, allotted(stored(rank, inverse, store, queries), rank.layers, 0.9), len(queries))
     for index, query in enumerate(queries):
@@ -344,7 +331,7 @@ def test_a_querys_ranks_do_not_depend_on_the_others(rank: Rank, inverse: Inverse
             assert torch.equal(together[name][index], matrix[0])
 
 
-def test_a_query_of_many_tokens_has_the_gradient_of_its_matrix(rank: Rank, inverse: Inverse, tmp_path: Path) -> None:
+def test_a_query_of_many_tokens_has_the_gradient_of_its_matrix(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     """Rotating tokens or the gradient, whichever is cheaper, comes to the same."""
     [short, long] = read(tmp_path, [ROWS[1], ROWS[3]])
     for query in (short, long):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
-from infscan.passes.rank import Batch, Rank
+from infscan.model.worker import Batch, ModelWorker
 from tests.passes.builders import as_rank
 
 
@@ -26,7 +26,7 @@ def content(batch: Batch) -> tuple[list[int], list[list[int]], list[list[bool]]]
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 20), max_size=12), tokens=st.integers(1, 60), world=st.integers(1, 4))
-def test_ranks_share_the_batches_of_a_single_rank(rank: Rank, lengths: list[int], tokens: int, world: int) -> None:
+def test_ranks_share_the_batches_of_a_single_rank(rank: ModelWorker, lengths: list[int], tokens: int, world: int) -> None:
     taken = sequences(lengths)
     alone = [content(batch) for batch in rank.batches(taken, tokens)]
     assert sorted(row for rows, _, _ in alone for row in rows) == list(range(len(lengths)))
@@ -42,7 +42,7 @@ def test_ranks_share_the_batches_of_a_single_rank(rank: Rank, lengths: list[int]
         assert not dummy.mask_bt.any()
 
 
-def test_a_dummy_runs_and_counts_for_nothing(rank: Rank) -> None:
+def test_a_dummy_runs_and_counts_for_nothing(rank: ModelWorker) -> None:
     last = as_rank(rank, 1, 2)
     [dummy] = last.batches(sequences([5]), 60)
     assert not dummy.scored
@@ -54,12 +54,12 @@ def test_a_dummy_runs_and_counts_for_nothing(rank: Rank) -> None:
 
 
 @pytest.mark.parametrize(("lengths", "padded"), [([5, 5], False), ([5], False), ([4, 5], True)])
-def test_a_batch_knows_whether_it_is_padded(rank: Rank, lengths: list[int], padded: bool) -> None:
+def test_a_batch_knows_whether_it_is_padded(rank: ModelWorker, lengths: list[int], padded: bool) -> None:
     [batch] = rank.batches(sequences(lengths), 60)
     assert batch.padded == padded == (not batch.mask_bt.all())
 
 
-def test_padding_is_zero_in_what_is_consumed(rank: Rank) -> None:
+def test_padding_is_zero_in_what_is_consumed(rank: ModelWorker) -> None:
     [batch] = rank.batches(sequences([3, 5]), 60)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -77,7 +77,7 @@ def test_padding_is_zero_in_what_is_consumed(rank: Rank) -> None:
         torch.testing.assert_close(a_bti[..., -1], batch.mask_bt.to(a_bti.dtype), rtol=0, atol=0)
 
 
-def test_one_object_per_kind_is_kept(rank: Rank) -> None:
+def test_one_object_per_kind_is_kept(rank: ModelWorker) -> None:
     mine = as_rank(rank, 0, 1)
     made: list[str] = []
 

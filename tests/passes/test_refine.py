@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.standings import Hits
-from infscan.passes.queries import Inverse, preconditioned, query_gradients
-from infscan.passes.rank import Rank
-from infscan.passes.refine import RefineTask, refine_task, refine_units
+from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
+from infscan.model.worker import ModelWorker
+from infscan.steps.refine import RefineTask, refine_task, refine_units
 from infscan.queries import Part, Query
 from infscan.results.refined import read_unit
 from infscan.results.shard_file import ShardCounts, write_shard
@@ -67,7 +67,7 @@ def test_units_partition_the_candidates_whatever_their_order(
 
 
 def test_a_refined_score_is_the_product_of_two_gradients(
-    rank: Rank, corpus: PreparedCorpus, inverse: Inverse, tmp_path: Path
+    rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path
 ) -> None:
     """<P_q, grad L(z)> by layer, from the tokens in shard files; the margins over tokens add up to the same."""
     store = Store(str(tmp_path))

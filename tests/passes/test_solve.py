@@ -13,20 +13,13 @@ from torch import Tensor
 from infscan.config import Compression, Dtype, IterationConfig, ModelConfig, Solver
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.factor_store import read_facts, read_tensors
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import (
-    Inverse,
-    QueryTask,
-    Vectors,
-    layer_factors,
-    preconditioned,
-    query_gradients,
-    query_task,
-)
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.solve import Solved, SolveTask, falling, solve_task, solved_before
+from infscan.model.load import RankContext
+from infscan.results.tensor_files import read_facts, read_tensors
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import Preconditioner, StoredGradients, layer_factors, preconditioned, query_gradients
+from infscan.steps.queries import QueryTask, query_task
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.solve import Solved, SolveTask, falling, solve_task, solved_before
 from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.passes.builders import SEED, fit, fit_plan
@@ -44,20 +37,20 @@ QUERIES = (a_query("first", 5, 9, 3, 7, 11), a_query("second", 2, 4, 8, 16), a_q
 
 
 @pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Rank:
+def double(tmp_path_factory: pytest.TempPathFactory) -> ModelWorker:
     """A small model in float64, one MLP tracked: G is small enough to be written out."""
     folder = tiny_model(tmp_path_factory.mktemp("double"), width=8)
     model = ModelConfig(path=str(folder), tracked=TRACKED, dtype=Dtype.float64)
-    return Rank(RankSettings(model, describe(str(folder), TRACKED).layers, sharded=False), Place())
+    return ModelWorker(WorkerSettings(model, describe(str(folder), TRACKED).layers, sharded=False), RankContext())
 
 
 @pytest.fixture(scope="module")
-def ekfac(tmp_path_factory: pytest.TempPathFactory, double: Rank, corpus: PreparedCorpus) -> Inverse:
+def ekfac(tmp_path_factory: pytest.TempPathFactory, double: ModelWorker, corpus: PreparedCorpus) -> Preconditioner:
     return fit(double, Store(str(tmp_path_factory.mktemp("factors"))), corpus, fit_plan(double, corpus))
 
 
 def solve(
-    rank: Rank, ekfac: Inverse, corpus: PreparedCorpus, store: Store, query: Query, solver: Solver, **settings: float
+    rank: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, store: Store, query: Query, solver: Solver, **settings: float
 ) -> Solved:
     iteration = IterationConfig(**{"steps": 400, "tolerance": 1e-8, **settings})
     task = SolveTask(
@@ -66,7 +59,7 @@ def solve(
     return solve_task(rank, task)
 
 
-def dense_solution(rank: Rank, ekfac: Inverse, corpus: PreparedCorpus, queries: tuple[Query, ...]) -> Tensor:
+def dense_solution(rank: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, queries: tuple[Query, ...]) -> Tensor:
     """(G + lambda)^-1 grad(-f), [Q, P], with G written out column by column."""
     sequences = corpus.read(np.arange(CURVATURE))
     ggn = GaussNewton(rank, sequences, tokens_per_batch=1024)
@@ -81,12 +74,12 @@ def dense_solution(rank: Rank, ekfac: Inverse, corpus: PreparedCorpus, queries: 
     return torch.linalg.solve(system, join(rank.layers, query_gradients(rank, queries, rank.layers)).T).T
 
 
-def read_solution(rank: Rank, store: Store, query: Query) -> Tensor:
+def read_solution(rank: ModelWorker, store: Store, query: Query) -> Tensor:
     tensors = read_tensors(store, query.id)
     return join(rank.layers, {name: matrix[None] for name, matrix in tensors.items()})[0]
 
 
-def test_cg_finds_the_dense_solution(double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path) -> None:
+def test_cg_finds_the_dense_solution(double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     expected = dense_solution(double, ekfac, corpus, QUERIES)
     for query, x_p in zip(QUERIES, expected, strict=True):
@@ -98,7 +91,7 @@ def test_cg_finds_the_dense_solution(double: Rank, ekfac: Inverse, corpus: Prepa
 
 
 def test_astra_on_all_sequences_goes_there_too(
-    double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
 ) -> None:
     solved = solve(double, ekfac, corpus, Store(str(tmp_path)), QUERIES[0], Solver.astra, batch=CURVATURE, steps=150)
     assert solved.residual < 0.01 * solved.ekfac_residual
@@ -108,7 +101,7 @@ def test_astra_on_all_sequences_goes_there_too(
 
 
 def test_random_batches_come_nearer_than_ekfac(
-    double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
 ) -> None:
     solved = solve(double, ekfac, corpus, Store(str(tmp_path)), QUERIES[0], Solver.astra, batch=4, steps=150)
     found = read_solution(double, Store(str(tmp_path)), QUERIES[0])
@@ -119,7 +112,7 @@ def test_random_batches_come_nearer_than_ekfac(
 
 
 def test_fewer_steps_leave_a_larger_residual(
-    double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
 ) -> None:
     few, more = (
         solve(double, ekfac, corpus, Store(str(tmp_path / str(steps))), QUERIES[1], Solver.cg, steps=steps)
@@ -131,7 +124,7 @@ def test_fewer_steps_leave_a_larger_residual(
 
 @pytest.mark.parametrize("solver", [Solver.cg, Solver.astra])
 def test_a_solution_is_the_same_whatever_was_solved_before(
-    double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path, solver: Solver
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path, solver: Solver
 ) -> None:
     after, alone = Store(str(tmp_path / "after")), Store(str(tmp_path / "alone"))
     for query in QUERIES:
@@ -141,11 +134,11 @@ def test_a_solution_is_the_same_whatever_was_solved_before(
     assert torch.equal(read_solution(double, after, QUERIES[2]), read_solution(double, alone, QUERIES[2]))
 
 
-def test_what_follows_reads_the_solutions(double: Rank, ekfac: Inverse, corpus: PreparedCorpus, tmp_path: Path) -> None:
+def test_what_follows_reads_the_solutions(double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for query in QUERIES:
         solve(double, ekfac, corpus, store, query, Solver.cg, steps=20)
-    inverse = replace(ekfac, solver=Solver.cg, solutions=Vectors(store, {query.id: query.id for query in QUERIES}))
+    inverse = replace(ekfac, solver=Solver.cg, solutions=StoredGradients(store, {query.id: query.id for query in QUERIES}))
     P = preconditioned(double, QUERIES, double.layers, inverse)
     for row, query in enumerate(QUERIES):
         assert torch.equal(join(double.layers, P)[row], read_solution(double, store, query))
@@ -160,8 +153,8 @@ def test_what_follows_reads_the_solutions(double: Rank, ekfac: Inverse, corpus: 
         assert float((near - P[layer.name]).norm()) < 0.2 * float(P[layer.name].norm())
 
 
-def test_what_an_inverse_does_has_a_fingerprint(ekfac: Inverse, tmp_path: Path) -> None:
-    solutions = Vectors(Store(str(tmp_path)), {"first": "solutions/1"})
+def test_what_an_inverse_does_has_a_fingerprint(ekfac: Preconditioner, tmp_path: Path) -> None:
+    solutions = StoredGradients(Store(str(tmp_path)), {"first": "solutions/1"})
     others = [ekfac, replace(ekfac, solver=Solver.cg), replace(ekfac, solver=Solver.cg, solutions=solutions)]
     others.append(replace(others[2], solutions=replace(solutions, names={"first": "solutions/2"})))
     assert len({inverse.fingerprint for inverse in others}) == 4

@@ -16,23 +16,17 @@ from infscan.config import Compression, DampingConfig, Dtype, IterationConfig, L
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.inverse import inverse_core
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.check import CheckTask, check_task
-from infscan.passes.factor_store import read_layer_factors, read_tensors
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import (
-    Inverse,
-    QueryTask,
-    Vectors,
-    layer_factors,
-    preconditioned,
-    query_gradients,
-    query_task,
-)
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.solve import SolveTask, solve_task
-from infscan.passes.stages import StageTask, stage_task
+from infscan.model.load import RankContext
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.factor_files import read_layer_factors
+from infscan.results.tensor_files import read_tensors
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import Preconditioner, StoredGradients, layer_factors, preconditioned, query_gradients
+from infscan.steps.queries import QueryTask, query_task
+from infscan.steps.queries import read_query_batch
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.solve import SolveTask, solve_task
+from infscan.steps.stages import StageTask, stage_task
 from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.passes.builders import SEED, fit, fit_plan, small_corpus
@@ -52,15 +46,15 @@ CLOSE = 1e-6
 class Trained:
     """A stage: a rank with its model, in float64, its corpus, and factors of it."""
 
-    rank: Rank
+    rank: ModelWorker
     corpus: PreparedCorpus
-    inverse: Inverse
+    inverse: Preconditioner
 
 
 def stage(folder: Path, seed: int, damping: DampingConfig) -> Trained:
     model = tiny_model(folder / "model", width=8, seed=seed)
     settings = ModelConfig(path=str(model), tracked=TRACKED, dtype=Dtype.float64)
-    rank = Rank(RankSettings(settings, describe(str(model), TRACKED).layers, sharded=False), Place())
+    rank = ModelWorker(WorkerSettings(settings, describe(str(model), TRACKED).layers, sharded=False), RankContext())
     corpus = small_corpus(folder / "corpus", count=8 + 4 * seed)
     plan = fit_plan(rank, corpus, slices=2)
     inverse = fit(rank, Store(str(folder / "factors")), corpus, plan, Labels.empirical)
@@ -77,13 +71,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
     return [stage(folder / str(seed), seed, damping) for seed, damping in enumerate(dampings)]
 
 
-def through(trained: Trained, alpha: float, vectors: Vectors | None, store: Store, name: str) -> Vectors:
+def through(trained: Trained, alpha: float, vectors: StoredGradients | None, store: Store, name: str) -> StoredGradients:
     """One stage's task, layers in two files; an infinite alpha is solver=identity."""
     inverse = replace(trained.inverse, alpha=alpha, vectors=vectors)
     if alpha == float("inf"):
         inverse = replace(inverse, solver=Solver.identity)
     layers = trained.rank.layers
-    found = Vectors(
+    found = StoredGradients(
         store,
         {query.id: f"{name}-{query.id}-{{part:02d}}" for query in QUERIES},
         {layer.name: number % 2 for number, layer in enumerate(layers)},
@@ -95,9 +89,9 @@ def through(trained: Trained, alpha: float, vectors: Vectors | None, store: Stor
     return found
 
 
-def brought_back(stages: Sequence[Trained], alphas: Sequence[float], store: Store) -> Vectors:
+def brought_back(stages: Sequence[Trained], alphas: Sequence[float], store: Store) -> StoredGradients:
     """Through every stage but the first, the last one first. alphas: of stages 2, 3, ..."""
-    vectors: Vectors | None = None
+    vectors: StoredGradients | None = None
     for number in range(len(stages) - 1, 0, -1):
         vectors = through(stages[number], alphas[number - 1], vectors, store, f"x{number}")
     assert vectors is not None
@@ -238,7 +232,7 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
     last, store = stages[1], Store(str(tmp_path))
     rank, alpha = last.rank, 0.5
     layers = tuple(layer for layer in rank.layers if ".0." in layer.name)
-    narrow = Rank.__new__(Rank)
+    narrow = ModelWorker.__new__(ModelWorker)
     narrow.__dict__ = {**rank.__dict__, "layers": layers, "_cache": {}}
     inverse = replace(last.inverse, alpha=alpha)
     iteration = IterationConfig(steps=400, tolerance=1e-8)
@@ -248,7 +242,7 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
             store, f"s-{query.id}", query, Solver.cg, iteration, inverse, last.corpus.store, ids, "c", "key", SEED
         )
         solve_task(narrow, task)
-    solved = replace(inverse, solver=Solver.cg, solutions=Vectors(store, {q.id: f"s-{q.id}" for q in QUERIES}))
+    solved = replace(inverse, solver=Solver.cg, solutions=StoredGradients(store, {q.id: f"s-{q.id}" for q in QUERIES}))
     stage_task(narrow, StageTask(store, ("a", "b"), QUERIES, layers, solved))
 
     ggn = GaussNewton(narrow, last.corpus.read(ids), tokens_per_batch=1024)
@@ -266,7 +260,7 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
         assert float((found - x_p).norm() / x_p.norm()) < CLOSE
     # The first stage iterates on what the last one left, whatever its own model's gradients are.
     first = stages[0]
-    vectors = Vectors(store, {"first": "a", "second": "b"})
+    vectors = StoredGradients(store, {"first": "a", "second": "b"})
     narrow.__dict__ |= {**first.rank.__dict__, "layers": layers, "_cache": {}}
     start = replace(first.inverse, vectors=vectors)
     task = SolveTask(store, "end", QUERIES[0], Solver.cg, iteration, start, first.corpus.store, ids, "d", "key", SEED)

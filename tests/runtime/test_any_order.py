@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.influence.topk import SIDES, best_rows
-from infscan.runtime.schedule import Schedule
+from infscan.engine.schedule import Schedule
 
 QUERIES, SHARD, CAPACITY = 2, 4, 3
 

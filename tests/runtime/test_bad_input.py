@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import ray
 
-import infscan.runtime.run
+import infscan.steps.run
 from infscan.config import Config
 from infscan.errors import ConfigError, CorpusError, InfscanError, ModelError, QueryError, RunError, StorageError
-from infscan.runtime.prepare import prepare
-from infscan.runtime.run import Run
+from infscan.steps.prepare import prepare
+from infscan.steps.run import Run
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 from tests.conftest import Bucket
@@ -36,7 +36,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*_: object) -> None:
         pytest.fail("Ray was reached before the input was refused")
 
-    monkeypatch.setattr(infscan.runtime.run, "connect", connect)
+    monkeypatch.setattr(infscan.steps.run, "connect", connect)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_an_unknown_format_setting_is_refused(folder: Path, no_ray: None) -> Non
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     from infscan.config import ClusterConfig
-    from infscan.runtime.pool import connect
+    from infscan.engine.cluster import connect
 
     started = not ray.is_initialized()
     connect(ClusterConfig())
@@ -253,8 +253,8 @@ def test_a_missing_query_file_is_named(folder: Path, no_ray: None) -> None:
 def claim(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open and leave a run without Ray."""
     with monkeypatch.context() as patch:
-        patch.setattr(infscan.runtime.run, "connect", lambda cluster: None)
-        patch.setattr(infscan.runtime.run, "gpus_per_rank", lambda cluster: 0.0)
+        patch.setattr(infscan.steps.run, "connect", lambda cluster: None)
+        patch.setattr(infscan.steps.run, "gpus_per_rank", lambda cluster: 0.0)
         with Run(config):
             pass
 
@@ -313,7 +313,7 @@ def test_wrong_s3_credentials_end_before_the_model_is_looked_at(
     folder: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch, no_ray: None
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
-    monkeypatch.setattr(infscan.runtime.run, "describe", lambda *_: pytest.fail("the model was looked at first"))
+    monkeypatch.setattr(infscan.steps.run, "describe", lambda *_: pytest.fail("the model was looked at first"))
     said = refusal(small_run(folder, f"output={s3.uri()}"), StorageError)
     assert_says(said, f"s3://{s3.name}", "refused access", "check the credentials")
     assert "not-the-secret-at-all" not in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infscan.runtime.check import judged
+from infscan.steps.check import judged
 
 
 def scores(Q: int, N: int) -> tuple[np.ndarray, np.ndarray]:

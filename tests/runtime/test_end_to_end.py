@@ -16,9 +16,9 @@ import torch
 
 from infscan.config import ClusterConfig, Config
 from infscan.errors import FactorsError, RunError
-from infscan.passes.factor_store import read_factors
+from infscan.steps.factor_files import read_factors
 from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
 from jobs.scan import answer
 from tests.conftest import Bucket
 from tests.golden import golden

@@ -9,9 +9,9 @@ import pytest
 
 from infscan.config import Config
 from infscan.errors import ConfigError
-from infscan.passes.factor_store import check_files
+from infscan.steps.factor_files import check_files
 from infscan.results.read import read_summary
-from infscan.runtime.estimate import PlanConfig, PlanJob, estimate
+from infscan.sizing.plan import PlanConfig, PlanJob, estimate
 from infscan.sizing.estimate import Rate, Work, timed
 from infscan.storage import Store
 from jobs.plan import OPTIONAL

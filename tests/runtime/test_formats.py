@@ -12,8 +12,8 @@ import pytest
 
 from infscan.corpus.addressable import open_corpus
 from infscan.errors import RunError
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.run import Run
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.corpus import layouts

@@ -10,11 +10,11 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from infscan.errors import CorpusError
-from infscan.passes.memory import RankMemoryError
-from infscan.runtime import group as module
-from infscan.runtime import pulse
-from infscan.runtime.group import Outcome, State, WorkerGroup, gpu_index
-from infscan.runtime.pulse import Pulse
+from infscan.model.out_of_memory import RankMemoryError
+from infscan.engine import worker_group as module
+from infscan.engine import heartbeat as pulse
+from infscan.engine.worker_group import Outcome, State, WorkerGroup, gpu_index
+from infscan.engine.heartbeat import Heartbeats
 
 
 class Answers:
@@ -66,7 +66,7 @@ def busy(answers: Answers, monkeypatch: pytest.MonkeyPatch, state: State = State
     monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": answers.placement})
     group = WorkerGroup.__new__(WorkerGroup)
     group.refs = list(answers.ranks)
-    group.pulse = Pulse([answers.actor(rank) for rank in answers.ranks], heartbeat_s=10.0, silence_s=60.0)
+    group.pulse = Heartbeats([answers.actor(rank) for rank in answers.ranks], heartbeat_s=10.0, silence_s=60.0)
     group.placement = object()
     group._placed, group._ask_place_at = False, 0.0
     group._began(state, 7, limit_s=1000.0)

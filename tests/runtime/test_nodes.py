@@ -13,11 +13,11 @@ from ray.cluster_utils import Cluster
 
 from infscan.config import Config
 from infscan.errors import ConfigError
-from infscan.passes.scan import ScanTask
+from infscan.steps.scan import ScanTask
 from infscan.results.read import read_summary
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.lease import LEASE
-from infscan.runtime.run import Run
+from infscan.engine.worker_group import WorkerGroup
+from infscan.engine.lease import LEASE
+from infscan.steps.run import Run
 from jobs.scan import answer
 from tests.runtime.builders import small_run
 from tests.runtime.test_end_to_end import rows_of

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from infscan.config import ClusterConfig
 from infscan.errors import CorpusError
-from infscan.runtime import pool as module
-from infscan.runtime.group import Outcome, State
-from infscan.runtime.losses import Losses
-from infscan.runtime.pool import Pool
-from infscan.runtime.schedule import Schedule
+from infscan.engine import pool as module
+from infscan.engine.worker_group import Outcome, State
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.pool import Pool
+from infscan.engine.schedule import Schedule
 
 MAX_ATTEMPTS = 2
 NEVER = 10**9
@@ -32,7 +32,7 @@ class World:
         # (turn, what, worker): `handed`, `done`, `failed`, `lost`, `started`.
         self.trace: list[tuple[int, str, int]] = []
 
-    def pool(self, patch: pytest.MonkeyPatch, losses: Losses) -> Pool:
+    def pool(self, patch: pytest.MonkeyPatch, losses: RecoveryLog) -> Pool:
         patch.setattr(module, "WorkerGroup", lambda index, *_: Group(self, index))
         patch.setattr(module, "Schedule", self.schedule)
         patch.setattr(Pool, "wait", lambda pool: self.turn())
@@ -106,7 +106,7 @@ def test_no_worker_is_idle_while_a_unit_waits_and_every_unit_ends(
 ) -> None:
     """Whatever the others are at: `World.turn` looks whenever the loop goes to sleep."""
     world = World(data.draw, workers)
-    losses = Losses(clock=lambda: float(world.now))
+    losses = RecoveryLog(clock=lambda: float(world.now))
     ended: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         pool = world.pool(patch, losses)
@@ -117,7 +117,7 @@ def test_no_worker_is_idle_while_a_unit_waits_and_every_unit_ends(
     assert_ledger_is_the_trace(losses, world)
 
 
-def assert_ledger_is_the_trace(losses: Losses, world: World) -> None:
+def assert_ledger_is_the_trace(losses: RecoveryLog, world: World) -> None:
     """Every loss that the workers saw is there, with the turns and the units between their events."""
     handed = [at for at, what, _ in world.trace if what == "handed"]
     assert losses.first_unit_s == (handed[0] if handed else None)
@@ -138,7 +138,7 @@ def assert_ledger_is_the_trace(losses: Losses, world: World) -> None:
 
 def test_a_driver_that_follows_a_dead_one_says_when_it_is_at_work(caplog: pytest.LogCaptureFixture) -> None:
     now = 10.0
-    losses = Losses(clock=lambda: now, followed="process 7 on elsewhere")
+    losses = RecoveryLog(clock=lambda: now, followed="process 7 on elsewhere")
     now = 14.25
     with caplog.at_level("INFO", logger="infscan"):
         losses.handed(0)
@@ -149,7 +149,7 @@ def test_a_driver_that_follows_a_dead_one_says_when_it_is_at_work(caplog: pytest
 def test_a_loss_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
     """Worker 1 dies 3 s into a unit, is back 5 s later and lost again 2 s after, while worker 0 does a unit of 4 s."""
     now = 0.0
-    losses = Losses(clock=lambda: now)
+    losses = RecoveryLog(clock=lambda: now)
     losses.next_pass()
     losses.handed(1)
     losses.handed(0)

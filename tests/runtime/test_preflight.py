@@ -12,10 +12,11 @@ from infscan.config import ClusterConfig, Placement
 from infscan.corpus.plan import Plan, Selection
 from infscan.errors import ConfigError, StorageError
 from infscan.influence.layers import Layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.runtime import pool, preflight
-from infscan.runtime.run import Run
-from infscan.sizing.volume import factor_files, scan_bytes
+from infscan.steps.factor_files import FactorsPlan
+from infscan.engine import pool
+from infscan.runtime import preflight
+from infscan.steps.run import Run
+from infscan.steps.volume import factor_files, scan_bytes
 from infscan.storage import Store
 from tests.runtime.builders import small_run
 

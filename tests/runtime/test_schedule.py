@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from infscan.runtime.schedule import LOSSES_PER_ATTEMPT, MOST_HALVINGS, Schedule
+from infscan.engine.schedule import LOSSES_PER_ATTEMPT, MOST_HALVINGS, Schedule
 
 _UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
 

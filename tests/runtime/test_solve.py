@@ -10,11 +10,11 @@ import ray
 
 from infscan.config import ClusterConfig, Config
 from infscan.errors import ConfigError
-from infscan.passes.factor_store import read_tensors
+from infscan.results.tensor_files import read_tensors
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
-from infscan.runtime.pool import connect
-from infscan.runtime.solve import FOLDER
+from infscan.engine.cluster import connect
+from infscan.steps.solve import FOLDER
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.runtime.builders import small_run

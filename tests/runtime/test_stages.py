@@ -16,8 +16,8 @@ from infscan.corpus.addressable import open_corpus
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
-from infscan.runtime.pool import connect
-from infscan.runtime.run import Run
+from infscan.engine.cluster import connect
+from infscan.steps.run import Run
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.runtime.builders import CONTEXT, VOCAB, small_run, tiny_model, write_jsonl

@@ -11,10 +11,10 @@ import pytest
 
 from infscan.corpus.tfidf import document_frequencies, top_matches
 from infscan.errors import ConfigError
-from infscan.runtime import tfidf
-from infscan.runtime.fit import prepare_corpus
-from infscan.runtime.run import Run
-from infscan.runtime.tfidf import TfidfJob, tfidf_filter
+from infscan.steps import tfidf
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.run import Run
+from infscan.steps.tfidf import TfidfJob, tfidf_filter
 from jobs import tfidf as job
 from jobs.scan import answer
 from tests.runtime.builders import VOCAB, compose, small_run

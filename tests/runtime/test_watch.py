@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from infscan.config import Config
 from infscan.results.read import read_summary
-from infscan.runtime.watch import TRACE, Watch
+from infscan.engine.metrics import TRACE, RunMetrics
 from infscan.storage import Store
 from infscan.telemetry import Phase
 from jobs.scan import answer
@@ -168,7 +168,7 @@ def test_the_trace_holds_every_unit_and_what_its_rank_did_within_it(watched: Wat
 
 
 def test_a_phase_within_another_gives_it_back() -> None:
-    watch, outer, inner = Watch("runs/one"), Phase("covariance", 8, "slices"), Phase("workers", 2, "workers")
+    watch, outer, inner = RunMetrics("runs/one"), Phase("covariance", 8, "slices"), Phase("workers", 2, "workers")
     watch.began(outer)
     watch.began(inner)
     assert watch.phase == "workers"
@@ -180,7 +180,7 @@ def test_a_phase_within_another_gives_it_back() -> None:
 
 def test_an_ended_unit_is_told_once_with_its_attempt_and_outcome(tmp_path: Path) -> None:
     clock = Clock()
-    watch = Watch("runs/one", traced=True, clock=clock)
+    watch = RunMetrics("runs/one", traced=True, clock=clock)
     watch.began(Phase("scan", 2, "shards"))
     watch.handed(0, 7, 1)
     clock.now += 2
@@ -206,5 +206,5 @@ def test_an_ended_unit_is_told_once_with_its_attempt_and_outcome(tmp_path: Path)
     events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
     reads = [(event["tid"], event["ts"]) for event in events if event["name"] == "read"]
     assert reads == [(0, 100_500_000), (0, 105_000_000), (1, 105_000_000)]
-    Watch("runs/two").write_trace(Store(str(tmp_path / "empty")), [])
+    RunMetrics("runs/two").write_trace(Store(str(tmp_path / "empty")), [])
     assert not (tmp_path / "empty").exists()

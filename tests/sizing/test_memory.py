@@ -11,9 +11,9 @@ import torch
 from infscan.config import Config, Dtype, Sharding
 from infscan.errors import ModelError
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import Place
-from infscan.passes.query_batch import on_device
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.load import RankContext
+from infscan.steps.queries import on_device
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
 from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory
 from tests.runtime.builders import CONTEXT, tiny_model
@@ -53,7 +53,7 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
     """2 N and 2 N for every weight that is multiplied with, 4 and 8 T d for attention, 2 R (O + I) for the queries."""
     architecture = models[family]
     found = scan_cost(DryRank(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
-    rank = Rank(RankSettings(config_for(architecture).model, architecture.layers, sharded=False), Place(device="meta"))
+    rank = ModelWorker(WorkerSettings(config_for(architecture).model, architecture.layers, sharded=False), RankContext(device="meta"))
     weights = [p for name, p in rank.model.module.named_parameters() if p.dim() == 2]
     embeddings = [m.weight for m in rank.model.module.modules() if isinstance(m, torch.nn.Embedding)]
     tied = rank.model.module.get_output_embeddings().weight is rank.model.module.get_input_embeddings().weight
@@ -68,7 +68,7 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
 def test_what_a_dry_rank_holds_is_what_a_rank_holds(models: dict[str, Architecture]) -> None:
     architecture = models["gpt_neox"]
     config = config_for(architecture)
-    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place())
+    rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext())
     arrays = {
         f"{layer.name}|{kind}": torch.randn(3, n, 4).numpy()
         for layer in architecture.layers

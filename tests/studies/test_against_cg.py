@@ -17,9 +17,9 @@ from hydra import initialize_config_dir
 from infscan.config import from_hydra
 from infscan.errors import ConfigError
 from infscan.influence.cg import conjugate_gradients, damped
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import layer_factors, query_gradients
-from infscan.passes.solve import ekfac_inverse
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import layer_factors, query_gradients
+from infscan.steps.solve import ekfac_inverse
 from infscan.results.schema import footer_of
 from infscan.studies.against_cg import Findings, against_cg, validate
 from infscan.studies.comparison import AVERAGE, EKFAC

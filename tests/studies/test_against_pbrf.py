@@ -16,7 +16,7 @@ from torch.func import functional_call, jacrev
 from infscan.config import from_hydra
 from infscan.errors import ConfigError, RunError
 from infscan.influence.inverse import from_core, inverse_core
-from infscan.passes.ggn import damping_vector, join, split
+from infscan.model.gauss_newton import damping_vector, join, split
 from infscan.report.validation import lines
 from infscan.results.schema import footer_of
 from infscan.storage import Store

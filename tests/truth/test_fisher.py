@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infscan.errors import ConfigError
-from infscan.passes.ggn import GaussNewton
+from infscan.model.gauss_newton import GaussNewton
 from infscan.truth.fisher import check_size, sampled_fisher
 from tests.passes.test_ggn import double_rank, some_sequences
 
