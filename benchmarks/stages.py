@@ -398,7 +398,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
             dense=False,
             fingerprint="cost",
         )
-        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]))
+        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]).batch)
 
     for number in range(repeats + 1):
         order = ("one", "two") if number % 2 else ("two", "one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
 from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.passes.queries import Inverse, preconditioned
 from infscan.passes.query_batch import on_device
@@ -36,14 +36,14 @@ class CheckTask:
     query_dtype: Dtype | None = None
 
 
-def check_task(rank: Rank, task: CheckTask, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+def check_task(rank: Rank, task: CheckTask, query_batch: QueryBatch) -> tuple[np.ndarray, np.ndarray] | None:
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
-    batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
+    batch_queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, query_batch, task.query_dtype))
     P = preconditioned(rank, task.queries, task.layers, task.inverse)
     scratch = Scratch.on(rank.device)
     # In the model's dtype, as a scan at full rank would be.
     full = {
-        layer.name: LayerQueries.full(P.pop(layer.name).to(rank.model.dtype), scratch, bias=layer.bias)
+        layer.name: LayerQueries.dense(P.pop(layer.name).to(rank.model.dtype), scratch, bias=layer.bias)
         for layer in task.layers
     }
     sequences = rank.read(task.corpus, task.sequence_ids, task.attention)

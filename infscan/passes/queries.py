@@ -16,10 +16,11 @@ from torch import Tensor
 
 from infscan.config import Compression, DampingConfig, Solver, fingerprint, plain
 from infscan.errors import QueryError
-from infscan.influence.compress import compress, compress_weighted
+from infscan.influence.compress import Compressed, compress, compress_weighted
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.layout import stored_dense, to_arrays
 from infscan.model.losses import Loss
 from infscan.passes.factor_store import read_layer_factors, read_tensor, write_tensors
 from infscan.passes.rank import Batch, Rank
@@ -234,8 +235,7 @@ def _full(C_oi: Tensor, known: Known) -> Tensor:
 def query_task(rank: Rank, task: QueryTask) -> int:
     """Gradients, inverse and compression of a group of queries for a group of layers; rank 0 writes one file.
 
-    Per layer: U [Q, O, r], V [Q, I, r], with values [Q, r] and totals [Q] (`Compressed`); or P [Q, O, I] where
-    min(O, I) is at most r. Returns the tokens measured.
+    Returns the tokens measured.
     """
     V = _sources(rank, task.queries, task.layers, task.inverse)
     solved = task.inverse.solutions is not None
@@ -244,25 +244,21 @@ def query_task(rank: Rank, task: QueryTask) -> int:
         known = layer_factors(task.inverse, layer, rank.device, rank.wide)
         # One query at a time: within a product of all of them a query's bits could depend on the others.
         by_query = [_compressed(task, layer, _core(one, layer, known, solved=solved), known) for one in V[layer.name]]
-        for kind in by_query[0]:
-            tensors[f"{layer.name}|{kind}"] = torch.stack([one[kind] for one in by_query])
-        finite = torch.stack([torch.isfinite(next(iter(one.values()))).all() for one in by_query])
-        _check_finite(layer.name, task.queries, finite)
+        tensors |= to_arrays(layer.name, by_query)
+        finite = [torch.isfinite(one if isinstance(one, Tensor) else one.U_or).all() for one in by_query]
+        _check_finite(layer.name, task.queries, torch.stack(finite))
     if rank.leads:
         write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
     return sum(len(part.token_ids) for query in task.queries for part in query.parts)
 
 
-def _compressed(task: QueryTask, layer: Layer, C_oi: Tensor, known: Known) -> dict[str, Tensor]:
-    """One query and layer. C: its core in the eigenbases, or (without factors) its gradient."""
-    if task.rank is None or min(layer.outputs, layer.inputs) <= task.rank:
-        return {"P": _full(C_oi, known)}
+def _compressed(task: QueryTask, layer: Layer, C_oi: Tensor, known: Known) -> Compressed | Tensor:
+    """One query and layer: its columns, or P. C: its core in the eigenbases, or (without factors) its gradient."""
+    if task.rank is None or stored_dense(layer, task.rank):
+        return _full(C_oi, known)
     if known and task.compression is Compression.weighted:
-        found = compress_weighted(C_oi, known[0], task.rank)
-    else:
-        found = compress(_full(C_oi, known), task.rank)
-    total = torch.tensor(found.total, dtype=torch.float64)
-    return {"U": found.U_or, "V": found.V_ir, "values": found.values_r, "totals": total}
+        return compress_weighted(C_oi, known[0], task.rank)
+    return compress(_full(C_oi, known), task.rank)
 
 
 def query_groups(count: int, layers: Sequence[Layer], max_bytes: int) -> tuple[list[range], list[tuple[Layer, ...]]]:

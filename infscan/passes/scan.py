@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from infscan.config import Attention, Dtype
 from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
 from infscan.influence.score import score_layer
 from infscan.influence.standings import Hits, Thresholds, shard_hits
 from infscan.passes.query_batch import on_device
@@ -24,7 +24,7 @@ from infscan.storage import Store
 class ScanTask:
     """One shard. thresholds: of the shard files that were in storage when it was handed out.
 
-    query_batch: the fingerprint of the broadcast arrays, so that a rank lays them out once, in query_dtype.
+    query_batch: the fingerprint of the broadcast batch, so that a rank lays them out once, in query_dtype.
     """
 
     run: Store
@@ -43,12 +43,12 @@ class ScanTask:
     query_dtype: Dtype | None = None
 
 
-def scan_task(rank: Rank, task: ScanTask, arrays: Mapping[str, np.ndarray]) -> tuple[Hits, ShardCounts] | None:
+def scan_task(rank: Rank, task: ScanTask, query_batch: QueryBatch) -> tuple[Hits, ShardCounts] | None:
     """Score every sequence of the shard and write its file; returns what was written, on rank 0.
 
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
     """
-    queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, arrays, task.query_dtype))
+    queries = rank.cached("queries", task.query_batch, lambda: on_device(rank, query_batch, task.query_dtype))
     with rank.span("read", shard=task.shard):
         sequences = rank.read(task.corpus, task.sequence_ids, task.attention)
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=rank.wide, device=rank.device)

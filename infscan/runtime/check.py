@@ -14,7 +14,7 @@ from infscan.passes.check import CheckTask, check_task
 from infscan.passes.queries import query_groups
 from infscan.runtime.fit import Factors
 from infscan.runtime.run import Run
-from infscan.runtime.scan import QueryBatch
+from infscan.runtime.scan import BroadcastQueries
 
 REPORT = "approximation.json"
 # Recall is of the strongest ten among forty, or in that proportion of as many as a smaller sample allows.
@@ -23,7 +23,7 @@ _RESAMPLES = 500
 
 
 def check(
-    run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch, factors: Factors
+    run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries, factors: Factors
 ) -> dict[str, Any] | None:
     """Agreement of the scan's scores with full-rank ones over a uniform sample of the planned sequences, per query.
 
@@ -71,7 +71,7 @@ def check(
             # The shard that cannot be read is the scan's to quarantine; a sample without it would not be uniform.
             run.telemetry.warn(f"the scan's approximation could not be measured: {reason}")
 
-        given_up = run.pool.run(range(len(cells)), check_task, task, on_done, batch.arrays, on_given_up=on_given_up)
+        given_up = run.pool.run(range(len(cells)), check_task, task, on_done, batch.batch, on_given_up=on_given_up)
     if given_up:
         return None
     finite = np.isfinite(approximate).all(axis=1) & np.isfinite(exact).all(axis=1)

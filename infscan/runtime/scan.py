@@ -16,18 +16,21 @@ from infscan.config import fingerprint, is_intact, sealed
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences, shard_name
 from infscan.errors import DamagedError, RunError
+from infscan.influence.layout import (
+    Array,
+    LayoutPlan,
+    QueryBatch,
+    SharedBasis,
+    Way,
+    lay_out,
+    plan_layouts,
+    query_weights,
+)
 from infscan.influence.standings import Hits, Standings
 from infscan.passes.factor_store import read_facts, read_tensors
-from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
+from infscan.passes.joint import SharedBasisTask, read_shared_bases, shared_basis_task
 from infscan.passes.queries import QueryTask, query_groups, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    layout,
-    multiplied_out,
-    query_weights,
-    read_query_batch,
-    without_room,
-)
+from infscan.passes.query_batch import read_query_batch
 from infscan.passes.refine import RefineTask, refine_task, refine_units
 from infscan.passes.scan import ScanTask, scan_task
 from infscan.queries import MEASURED, measured_jsonl
@@ -45,18 +48,17 @@ PLAN = "plan.json"
 _SEQUENCES_PER_UNIT = 256
 # A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
 _PAIRS_PER_UNIT = 1 << 14
+# The ways of scoring a layer as approximation.json has always named them.
+_PUBLISHED: dict[Way, str] = {"factored": "low", "dense": "full", "shared_basis": "joint"}
 
 
 @dataclass(frozen=True)
-class QueryBatch:
-    """All queries' compressed gradients: their files, and the broadcast copy that every rank reads.
-
-    layouts: how many layers are scored in which way (`infscan.influence.score`): low, full, joint.
-    """
+class BroadcastQueries:
+    """All queries' compressed gradients, laid out for scoring, as every rank reads them."""
 
     fingerprint: str
-    arrays: ray.ObjectRef
-    layouts: dict[str, int]
+    batch: ray.ObjectRef  # a `QueryBatch`
+    layouts: dict[str, int]  # how many layers are scored in each way, as approximation.json names them
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     return plan
 
 
-def query_batch(run: Run, factors: Factors) -> QueryBatch:
+def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
     """Gradients, inverse and compression of all queries; stored in <output>/queries, then broadcast."""
     config = run.config
     key = fingerprint(
@@ -151,70 +153,69 @@ def query_batch(run: Run, factors: Factors) -> QueryBatch:
                 phase.advance(sequences=len(groups[left[unit][0]]), tokens=tokens)
 
             run.pool.run(range(len(left)), query_task, task, on_done)
-    arrays, layers = read_query_batch(run.store, names), run.architecture.layers
-    tokens = run.architecture.sequence_length(config.corpus.sequence_length)
-    entries = config.scan.query_group_bytes // run.query_dtype.itemsize
-    if config.scan.rank == "auto":
-        weights, arrays = query_weights(arrays, layers), allotted(arrays, layers, config.scan.energy)
-        arrays = _with_joint_bases(run, factors, arrays, weights, tokens, entries, key)
-    arrays = multiplied_out(arrays, layers, tokens, entries)
-    _say_what_has_no_room(run, arrays, tokens)
-    counted = Counter(layout(arrays, layer) for layer in layers)
-    layouts = {way: counted[way] for way in ("low", "full", "joint")}
-    # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
-    return QueryBatch(key, ray.put(arrays), layouts)
+    stored, layers, auto = read_query_batch(run.store, names), run.architecture.layers, config.scan.rank == "auto"
+    plan = plan_layouts(
+        stored.spectra,
+        layers,
+        run.architecture.sequence_length(config.corpus.sequence_length),
+        config.scan.query_group_bytes // run.query_dtype.itemsize,
+        config.scan.energy if auto else None,
+        share=auto,
+    )
+    batch = lay_out(stored.batch, plan)
+    if plan.candidates:
+        bases = _shared_bases(run, factors, batch, plan, query_weights(stored.spectra, layers), key)
+        plan = plan.with_bases({name: found.basis for name, found in bases.items()})
+        batch = lay_out({**batch, **bases}, plan)
+    _warn_over_budget(run, plan)
+    counted = Counter(plan.ways.values())
+    layouts = {name: counted[way] for way, name in _PUBLISHED.items()}
+    # Its arrays are numpy's, not tensors: Ray hands them to every rank of a node without a copy.
+    return BroadcastQueries(key, ray.put(batch), layouts)
 
 
-def _with_joint_bases(
-    run: Run,
-    factors: Factors,
-    arrays: dict[str, np.ndarray],
-    weights: np.ndarray,
-    tokens: int,
-    entries: int,
-    key: str,
-) -> dict[str, np.ndarray]:
-    """The query batch with a joint basis pair in every layer where that is cheaper; found once, then read back."""
+def _shared_bases(
+    run: Run, factors: Factors, batch: QueryBatch, plan: LayoutPlan, weights: np.ndarray, key: str
+) -> dict[str, SharedBasis[Array]]:
+    """A shared basis for every candidate of the plan where that is cheaper; found once, then read back."""
     names = [
         (layer, f"queries/joint-{number:04d}.safetensors")
-        for number, layer in enumerate(run.architecture.layers)
-        if worthwhile(arrays, layer, tokens)
+        for number, layer in enumerate(plan.layers)
+        if layer.name in plan.candidates
     ]
     left = [(layer, name) for layer, name in names if not _made(run, name, key)]
     if left:
-        rooms = room(arrays, run.architecture.layers, entries)
         with run.telemetry.phase("joint", len(left), "layers") as phase:
 
-            def task(unit: int) -> JointTask:
+            def task(unit: int) -> SharedBasisTask:
                 layer, name = left[unit]
-                return JointTask(
+                return SharedBasisTask(
                     store=run.store,
                     name=name,
                     layer=layer,
                     inverse=factors.inverse,
                     compression=run.config.scan.compression,
                     weights=weights,
-                    kept=run.config.scan.energy,
-                    tokens=tokens,
-                    entries=rooms[layer.name],
+                    energy=run.config.scan.energy,
+                    tokens=plan.tokens,
+                    entries=plan.candidates[layer.name],
                     fingerprint=key,
                 )
 
-            shared = ray.put(arrays)
-            run.pool.run(range(len(left)), joint_task, task, lambda unit, shape: phase.advance(), shared)
-    return with_joint(arrays, run.store, names)
+            shared = ray.put(batch)
+            run.pool.run(range(len(left)), shared_basis_task, task, lambda unit, basis: phase.advance(), shared)
+    return read_shared_bases(run.store, names)
 
 
-def _say_what_has_no_room(run: Run, arrays: dict[str, np.ndarray], tokens: int) -> None:
-    count, times = without_room(arrays, run.architecture.layers, tokens)
-    if count:
+def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
+    if plan.over_budget:
         itemsize = run.query_dtype.itemsize
-        needed = len(run.queries) * sum(layer.size for layer in run.architecture.layers) * itemsize
+        needed = len(run.queries) * sum(layer.size for layer in plan.layers) * itemsize
         halved = "" if itemsize <= 2 else ", or scan.query_dtype=bfloat16, which halves them"
         run.telemetry.warn(
-            f"{count} layers are scored by their queries' columns, {times:.1f} times the products that matrices would "
-            f"take: those have no room in scan.query_group_bytes={run.config.scan.query_group_bytes}; give up "
-            f"to {needed} of a rank's memory{halved}."
+            f"{len(plan.over_budget)} layers are scored by their queries' columns, {plan.times:.1f} times the products "
+            f"that matrices would take: those have no room in scan.query_group_bytes="
+            f"{run.config.scan.query_group_bytes}; give up to {needed} of a rank's memory{halved}."
         )
 
 
@@ -232,7 +233,7 @@ def _made(run: Run, name: str, key: str) -> bool:
     return True
 
 
-def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> Scanned:
+def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries) -> Scanned:
     """Scan every shard whose file is not there yet; thresholds come from the files that are.
 
     Raises:
@@ -301,7 +302,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: QueryBatch) -> 
                 phase.advance(sequences=shard_counts.sequences, tokens=shard_counts.tokens)
                 _check_nonfinite(run, plan, counts)
 
-            run.pool.run(left, scan_task, task, on_done, batch.arrays, on_given_up=on_given_up)
+            run.pool.run(left, scan_task, task, on_done, batch.batch, on_given_up=on_given_up)
             run.pool.forget()
     _check_nonfinite(run, plan, counts)
     return Scanned(standings.best(), counts, quarantined)

@@ -20,7 +20,8 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer, score_tokens
+from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
+from infscan.influence.score import LayerQueries, Scratch, formed_at_once, score_layer, score_tokens
 from infscan.model.architecture import Architecture, first_line, load_config, model_folder
 from infscan.model.load import Place, resolve_dtype
 from infscan.model.losses import head_is_last
@@ -260,39 +261,30 @@ def _zeros(sized: DryRank, n: int, blocks: int) -> BlockDiagonal:
 
 
 def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
-    """The query batch as a scan lays it out (`passes.query_batch`); with scan.rank=auto every rank is the largest,
-    and joint cores, which are taken where whole matrices are cheaper and too large, are as large as they may be."""
-    rank, dtype = sized.config.most_rank, in_dtype(sized.config.scan.query_dtype, sized.rank.model.dtype)
-    auto, scratch = sized.config.scan.rank == "auto", Scratch.on(sized.device)
-    left = sized.config.scan.query_group_bytes // dtype.itemsize
+    """The query batch as a scan lays it out at the largest ranks.
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    found: dict[str, LayerQueries] = {}
-    for layer in sized.layers:
-        O, I = layer.outputs, layer.inputs
-        if rank is None or min(O, I) <= rank:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
-            continue
-        columns, entries = queries * rank, queries * layer.size
-        cheaper = cheapest(O, I, sized.T, queries, columns) == "full"
-        if cheaper and entries <= left:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
-            left -= entries
-        elif cheaper and auto and left >= queries * O:
-            n = left // (queries * O)
-            found[layer.name] = LayerQueries.cores(empty(queries, O, n), None, empty(n, I), scratch)
-            left -= queries * O * n
-        else:
-            found[layer.name] = LayerQueries.low_rank(empty(columns, O), empty(columns, I), [rank] * queries)
-    return _with_scratch(sized, found)
+    With scan.rank=auto it is not known yet which layers will have a shared basis: none, or all, whichever takes more.
+    """
+    config, rank, layers = sized.config.scan, sized.config.most_rank, sized.layers
+    dtype = in_dtype(config.query_dtype, sized.rank.model.dtype)
+    spectra = {
+        layer.name: Spectrum.largest(queries, rank)
+        for layer in layers
+        if rank is not None and not stored_dense(layer, rank)
+    }
+    entries = config.query_group_bytes // dtype.itemsize
+    plan = plan_layouts(spectra, layers, sized.T, entries, share=config.rank == "auto")
+    found = []
+    for one in (plan, plan.with_largest_bases()) if plan.candidates else (plan,):
+        batch = without_content(one, queries, dtype)
+        found.append(_with_scratch(sized, on_device(batch, layers, "meta", dtype, Scratch.on(sized.device))))
+    return max(found, key=lambda batch: _bytes(batch.values()))
 
 
 def _full(sized: DryRank, layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
     scratch = Scratch.on(sized.device)
     found = {
-        layer.name: LayerQueries.full(
+        layer.name: LayerQueries.dense(
             torch.empty(queries, layer.outputs, layer.inputs, device="meta"), scratch, bias=layer.bias
         )
         for layer in layers
@@ -312,10 +304,8 @@ def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, L
 
 def _bytes(queries: Iterable[LayerQueries]) -> int:
     found = list(queries)
-    tensors = [(*one.U_parts, *one.V_parts, one.K_qmn, one.K_qm, one.B_om, one.B_in) for one in found]
     scratches = {one.scratch for one in found if one.scratch is not None}
-    held = sum(tensor.nbytes for parts in tensors for tensor in parts if tensor is not None)
-    return held + sum(scratch.nbytes for scratch in scratches)
+    return sum(one.nbytes for one in found) + sum(scratch.nbytes for scratch in scratches)
 
 
 def _cost(

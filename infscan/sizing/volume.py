@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from infscan.config import Config, Labels, Scores, Solver, sealed
 from infscan.influence.blocks import block_sizes
 from infscan.influence.layers import Layer
+from infscan.influence.layout import stored_dense
 from infscan.passes.factor_store import block_keys, layer_groups, partial_bytes
 from infscan.passes.queries import query_groups
 
@@ -97,7 +98,7 @@ def query_files(config: Config, layers: Sequence[Layer], queries: int) -> list[i
             shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
             for layer in some:
                 O, I = layer.outputs, layer.inputs
-                if rank is None or min(O, I) <= rank:
+                if rank is None or stored_dense(layer, rank):
                     shapes[f"{layer.name}|P"] = ("F32", (count, O, I))
                     continue
                 shapes[f"{layer.name}|U"] = ("F32", (count, O, rank))

@@ -120,7 +120,7 @@ def score_solutions(
     """<x, grad L(z)> for every method's x [Q, P] in one pass over the sequences: [Q, N] each, at full rank."""
     stacked_kp = torch.cat(list(solutions.values()))
     P = {
-        name: LayerQueries.full(matrix.to(rank.model.dtype)) for name, matrix in split(rank.layers, stacked_kp).items()
+        name: LayerQueries.dense(matrix.to(rank.model.dtype)) for name, matrix in split(rank.layers, stacked_kp).items()
     }
     scores_nk = torch.zeros(len(sequences), len(stacked_kp), dtype=rank.wide, device=rank.device)
     for batch in rank.batches(sequences, tokens_per_batch):

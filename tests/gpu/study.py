@@ -22,6 +22,7 @@ from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import Place
@@ -98,12 +99,12 @@ class Study:
         for layer in task.plan.layers:
             finish_layer(task.factors, task.plan, layer)
 
-    def query_arrays(self, rank: Rank, factors: str, compressed: int | None) -> dict[str, np.ndarray]:
+    def query_batch(self, rank: Rank, factors: str, compressed: int | None) -> QueryBatch:
         run, name = self.run(rank, compressed), "queries.safetensors"
         inverse = Inverse(self.factors(factors), Solver.ekfac, DampingConfig())
         how = (compressed, Compression.weighted, "study")
         query_task(rank, QueryTask(run, name, self.queries, self.architecture.layers, inverse, *how))
-        return read_query_batch(run, [[name]])
+        return read_query_batch(run, [[name]]).batch
 
     def scan_task(self, rank: Rank, compressed: int | None) -> ScanTask:
         """The whole corpus as one shard, every row kept."""
@@ -138,7 +139,7 @@ class Study:
 
     def scores(self, rank: Rank, factors: str, compressed: int | None) -> np.ndarray:
         """[queries, sequences], as the scan wrote them."""
-        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_arrays(rank, factors, compressed))
+        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_batch(rank, factors, compressed))
         assert answer is not None
         hits, counts = answer
         assert counts.nonfinite == 0

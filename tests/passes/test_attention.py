@@ -26,6 +26,7 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
@@ -176,9 +177,7 @@ def test_curvature_is_the_sum_of_the_documents(case: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
 
 
-def scores(
-    case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Attention, arrays: dict[str, np.ndarray]
-) -> np.ndarray:
+def scores(case: Case, inverse: Inverse, corpus: PreparedCorpus, attention: Attention, batch: QueryBatch) -> np.ndarray:
     found = check_task(
         case.rank,
         CheckTask(
@@ -192,7 +191,7 @@ def scores(
             64,
             attention,
         ),
-        arrays,
+        batch,
     )
     assert found is not None
     np.testing.assert_allclose(*found, rtol=0, atol=1e-9 * np.abs(found[1]).max())
@@ -204,13 +203,13 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Invers
     store, rank = Store(str(tmp_path)), case.rank
     rank.forget()
     query_task(rank, QueryTask(store, "all", QUERIES, rank.layers, inverse, None, Compression.weighted, "x"))
-    arrays = read_query_batch(store, [["all"]])
-    alone_nq = scores(case, inverse, case.apart, Attention.across, arrays)
+    queries = read_query_batch(store, [["all"]]).batch
+    alone_nq = scores(case, inverse, case.apart, Attention.across, queries)
     expected_nq = np.stack([alone_nq[rows].sum(axis=0) for rows in case.rows])
     largest = np.abs(expected_nq).max()
-    within_nq = scores(case, inverse, case.packed, Attention.within, arrays)
+    within_nq = scores(case, inverse, case.packed, Attention.within, queries)
     np.testing.assert_allclose(within_nq, expected_nq, rtol=0, atol=CLOSE * largest)
-    across_nq = scores(case, inverse, case.packed, Attention.across, arrays)
+    across_nq = scores(case, inverse, case.packed, Attention.across, queries)
     for row, parts in enumerate(case.rows):
         assert (np.abs(across_nq[row] - expected_nq[row]).max() < 1e-6 * largest) == (len(parts) == 1)
 
@@ -230,7 +229,7 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Invers
         fingerprint="print",
         attention=Attention.within,
     )
-    hits = scan_task(rank, task, arrays)
+    hits = scan_task(rank, task, queries)
     assert hits is not None
     scanned = {(query, sequence_id): score for query, _, sequence_id, score in hits[0].rows()}
     wanted = dict.fromkeys(range(count), (0, 1))

@@ -278,7 +278,7 @@ def test_scores_are_those_of_autograd_and_dense_algebra(
         query_batch="print",
         tokens_per_batch=40,
     )
-    found = check_task(rank, task, read_query_batch(batch, [["all"]]))
+    found = check_task(rank, task, read_query_batch(batch, [["all"]]).batch)
     assert found is not None
     expected = sum(truth.scores[layer.name] for layer in rank.layers)
     for scores_nq in found:  # with the stored query batch, and with gradients kept in memory

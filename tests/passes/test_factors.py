@@ -350,7 +350,7 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
             assert {moment.dense().dtype for moment in moments} == {found.Lambda.dtype} == {torch.float32}
         query_task(rank, QueryTask(at(dtype), "queries", queries, layers, inverse, 8, Compression.weighted, "print"))
         task = CheckTask(corpus.store, np.arange(corpus.sequences), queries, (0, 1), layers, inverse, "print", 256)
-        scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]))
+        scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]).batch)
     for low, full in zip(scores[Dtype.bfloat16], scores[Dtype.float32], strict=True):
         for query in range(len(queries)):
             assert np.corrcoef(low[:, query], full[:, query])[0, 1] > 0.99

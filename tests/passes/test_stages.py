@@ -149,7 +149,7 @@ def test_the_chain_is_the_dense_one(
     query_task(first, QueryTask(store, "batch", QUERIES, first.layers, inverse, None, Compression.weighted, print_))
     ids = np.arange(stages[0].corpus.sequences)
     task = CheckTask(stages[0].corpus.store, ids, QUERIES, (0, 1), first.layers, inverse, print_, 256)
-    found = check_task(first, task, read_query_batch(store, [["batch"]]))
+    found = check_task(first, task, read_query_batch(store, [["batch"]]).batch)
     assert found is not None
     wanted = np.zeros((len(ids), len(QUERIES)))
     for batch in first.batches(stages[0].corpus.read(ids), 256):
