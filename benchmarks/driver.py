@@ -25,28 +25,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from infscan.runtime import preflight
 from rich.console import Console
 from rich.table import Table
 
 from infscan.config import ClusterConfig, Config, ModelConfig, ScanConfig
 from infscan.corpus.plan import Plan, shard_name
 from infscan.corpus.sequences import Sequence, Span
+from infscan.engine.metrics import RunMetrics
+from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import Outcome, State
 from infscan.influence.layers import Layer
 from infscan.influence.standings import Hits
 from infscan.model.worker import WorkerSettings
-from infscan.steps.refine import refine_units
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
-from infscan.runtime import preflight
-from infscan.engine.worker_group import Outcome, State
-from infscan.engine.recovery import RecoveryLog
-from infscan.engine.pool import Pool
 from infscan.steps.publish import publish
 from infscan.steps.queries import QueryBatch
-from infscan.steps.refine import Refined
+from infscan.steps.refine import Refined, refine_units
 from infscan.steps.scan import Scanned, make_plan, scan
-from infscan.engine.metrics import RunMetrics
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 

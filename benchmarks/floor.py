@@ -49,22 +49,23 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
+from infscan.influence.layout import Array, Layout, from_arrays, lay_out, plan_layouts
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
 from infscan.model.load import RankContext, load
 from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
+from infscan.results.shard_file import shard_path
+from infscan.results.tensor_files import read_tensors
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
 from infscan.steps.factors import FitTask, covariance_task, lambda_task
 from infscan.steps.preconditioner import Preconditioner
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import multiplied_out, on_device, read_query_batch
-from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.steps.queries import QueryTask, on_device, query_task
 from infscan.steps.refine import RefineTask, refine_task
 from infscan.steps.scan import ScanTask, scan_task
-from infscan.queries import Part, Query
-from infscan.results.shard_file import shard_path
 from infscan.storage import Store, expand
 
 RESULTS = Path(__file__).parent / "results"
@@ -195,17 +196,18 @@ class Bench:
             finish_layer(self.factors, self.plan, layer)
 
     def compressed(self, count: int, rank: int | None) -> dict[str, np.ndarray]:
-        """The query batch's arrays for the first `count` queries, made once; None: full rank."""
+        """What the query batch's file holds of the first `count` queries, made once; None: full rank."""
         if (count, rank) in self._compressed:
             return self._compressed[count, rank]
         name, queries = f"queries/{rank}.safetensors", self.queries[:count]
         how = (rank, Compression.weighted, str(rank))
         query_task(self.rank, QueryTask(self.run, name, queries, self.plan.layers, self.inverse, *how))
-        return self._compressed.setdefault((count, rank), read_query_batch(self.run, [[name]]))
+        found = {key: tensor.numpy() for key, tensor in read_tensors(self.run, name).items()}
+        return self._compressed.setdefault((count, rank), found)
 
     def scan(self, count: int, prepared: int, rank: int | None) -> Case:
         """A whole shard against the first `count` of `prepared` queries, its file included."""
-        mine: dict[str, np.ndarray] = {}
+        mine: dict[str, Layout[Array]] = {}
         key = f"{rank}/{count}"
         task = ScanTask(
             run=self.run / key,
@@ -224,9 +226,10 @@ class Bench:
 
         def ready() -> None:
             if not mine:
-                arrays = {key: array[:count] for key, array in self.compressed(prepared, rank).items()}
+                found = from_arrays([{key: array[:count] for key, array in self.compressed(prepared, rank).items()}])
                 # As the job lays them out.
-                mine.update(multiplied_out(arrays, self.plan.layers, self.options.length, _GROUP_BYTES // 4))
+                plan = plan_layouts(found.spectra, self.plan.layers, self.options.length, _GROUP_BYTES // 4)
+                mine.update(lay_out(found.batch, plan))
             # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
             self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
             task.run.remove(shard_path(SHARD))

@@ -34,9 +34,8 @@ from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
-from infscan.steps.queries import QueryTask, query_task
 from infscan.steps.preconditioner import StoredGradients, query_gradients
-from infscan.steps.queries import read_query_batch
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.steps.solve import ekfac_factors
 from infscan.steps.stages import StageTask, stage_task
@@ -191,9 +190,9 @@ def solve(folder: Path, study: Study, v_kp: Tensor, alpha: float, iterations: in
     path = folder.with_suffix(".safetensors")
     facts = folder.with_suffix(".json")
     if not facts.exists():
-        ggn = GaussNewton(study.rank, study.curvature, 1024)
-        factors = ekfac_factors(study.rank, replace(study.inverse, alpha=alpha))
-        lambda_p = damping_vector(study.rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
+        ggn = GaussNewton(study.worker, study.curvature, 1024)
+        factors = ekfac_factors(study.worker, replace(study.inverse, alpha=alpha))
+        lambda_p = damping_vector(study.worker.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
         kept = {"before": torch.zeros_like(v_kp)}
 
         def look(at: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
@@ -399,7 +398,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
             dense=False,
             fingerprint="cost",
         )
-        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]))
+        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]).batch)
 
     for number in range(repeats + 1):
         order = ("one", "two") if number % 2 else ("two", "one")

@@ -7,8 +7,8 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infscan.steps.factor_files import read_factors
     from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
+    from infscan.steps.factor_files import read_factors
 
     __version__: str
 

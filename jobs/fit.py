@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from infscan.config import from_hydra
 from infscan.steps.factors import fit
-from infscan.steps.run import Run
+from infscan.steps.run import open_run
 from infscan.telemetry import command, sentences
 
 
@@ -16,7 +16,7 @@ from infscan.telemetry import command, sentences
 def main(cfg: DictConfig) -> None:
     with sentences():
         config = from_hydra(cfg, unused=("queries.path",))
-        with Run(config, needs_queries=False) as run:
+        with open_run(config, needs_queries=False) as run:
             factors = fit(run)
         print(f"factors     {config.factors.path}\nfingerprint {factors.fingerprint}")
 

@@ -11,8 +11,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from infscan.config import from_hydra
-from infscan.sizing.show import show
 from infscan.sizing.plan import PlanJob, estimate
+from infscan.sizing.show import show
 from infscan.telemetry import command, sentences
 
 ConfigStore.instance().store(name="plan_schema", node=PlanJob)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from infscan.config import from_hydra
 from infscan.corpus.addressable import AddressableCorpus, PreparedCorpus
 from infscan.steps.prepare import prepare_corpus
-from infscan.steps.run import Run
+from infscan.steps.run import open_run
 from infscan.telemetry import command, sentences
 
 
@@ -29,7 +29,7 @@ def statistics(corpus: AddressableCorpus) -> dict[str, Any]:
 @hydra.main(version_base=None, config_path="../conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     with sentences():
-        with Run(from_hydra(cfg, unused=("queries.path",)), needs_queries=False) as run:
+        with open_run(from_hydra(cfg, unused=("queries.path",)), needs_queries=False) as run:
             corpus = prepare_corpus(run)
         print(f"corpus      {corpus.store.uri}\nfingerprint {corpus.fingerprint}")
         print(json.dumps(statistics(corpus), indent=2))

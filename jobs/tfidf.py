@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from infscan.config import from_hydra
 from infscan.steps.prepare import prepare_corpus
-from infscan.steps.run import Run
+from infscan.steps.run import open_run
 from infscan.steps.tfidf import CANDIDATES, TfidfJob, tfidf_filter
 from infscan.telemetry import command, sentences
 
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     with sentences():
         config = from_hydra(cfg)
         assert isinstance(config, TfidfJob)
-        with Run(config) as run:
+        with open_run(config) as run:
             table = tfidf_filter(run, prepare_corpus(run), config.tfidf)
         print(f"candidates  {config.output}/{CANDIDATES} ({table.num_rows} rows)")
         print(f"to scan     corpus=filtered corpus.path={config.output}")

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.results.read import read_top
 from infscan.engine.cluster import connect
+from infscan.results.read import read_top
 from infscan.studies.facts import Partition
 from infscan.studies.word_order import WordOrder, planted_partitions, word_order
 from jobs.scan import answer

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.results.read import read_summary
 from infscan.engine.cluster import connect
+from infscan.results.read import read_summary
 from jobs.answers import forward_on_top, main
 from jobs.scan import answer
 from tests.runtime.builders import compose

@@ -102,7 +102,7 @@ def read_facts(store: Store, name: str) -> dict[str, str]:
 
 
 def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
-    """A file's header, and under `_CHECKSUMS` its facts and digests, intact; leaves the stream where the tensors begin."""
+    """A file's header, its facts and digests intact under `_CHECKSUMS`; leaves the stream where the tensors begin."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")

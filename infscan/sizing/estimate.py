@@ -9,9 +9,9 @@ from typing import Any
 
 from infscan.config import Config, Solver, plain
 from infscan.influence.layers import Layer
+from infscan.sizing.memory import PassCost
 from infscan.steps.factor_files import layer_groups
 from infscan.steps.preconditioner import query_groups
-from infscan.sizing.memory import PassCost
 from infscan.steps.volume import FactorFiles, query_files
 
 # Multiply-adds of LAPACK's symmetric eigensolver with vectors, in units of n^3 (float64, on a CPU core).

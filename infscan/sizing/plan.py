@@ -17,18 +17,19 @@ from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.in_place import DESCRIPTION
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
-from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
-from infscan.steps.factor_files import COMPLETE
-from infscan.steps.factors import slice_bounds
 from infscan.queries import read_queries
 from infscan.results.read import read_summary
-from infscan.steps.prepare import reading, settings_for
 from infscan.sizing.devices import device
 from infscan.sizing.estimate import Counted, Estimate, Rate, rates_of, timed, work_of, writes_of
 from infscan.sizing.memory import pass_costs, run_dtype
+from infscan.steps.corpus_inputs import bos_of, reading, settings_for
+from infscan.steps.factor_files import COMPLETE
+from infscan.steps.factors import slice_bounds
+from infscan.steps.prepare import prepare_pieces
 from infscan.steps.volume import FactorFiles, factor_files, scan_bytes
 from infscan.storage import Store
 
@@ -42,22 +43,24 @@ _QUERY_TOKENS = 64
 
 @dataclass
 class PlanConfig:
-    """What turns a plan into hours and money, and what stands for inputs that are not there yet.
+    """What turns a plan into hours and money, and what stands in for inputs that are not there yet."""
 
-    device: of the table in infscan/sizing/devices.py; ranks are then planned on it, one each. utilisation: the share of
-    its peak that is reached. tokens_per_s: of one worker's scan, measured, in place of both. like: a finished run of
-    the same model and settings, whose phases say their rates. price_per_hour: of one rank. sequences, queries: how many
-    there will be. sample_bytes: of a corpus that is not prepared, so much is read. json: print JSON.
-    """
-
+    # Of the table in infscan/sizing/devices.py; ranks are then planned on it, one each.
     device: str | None = None
+    # The share of its peak that is reached.
     utilisation: float = 0.4
+    # Of one worker's scan, measured, in place of both.
     tokens_per_s: float | None = None
+    # A finished run of the same model and settings, whose phases give their rates.
     like: str | None = None
+    # Of one rank.
     price_per_hour: float | None = None
+    # How many there will be.
     sequences: int | None = None
     queries: int | None = None
+    # Of a corpus that is not prepared, so much is read.
     sample_bytes: int = 16 << 20
+    # Print JSON.
     json: bool = False
 
 
@@ -132,13 +135,12 @@ def _queries(config: PlanJob, architecture: Architecture, tokenizer: Tokenizer |
         return config.plan.queries, config.plan.queries * _QUERY_TOKENS
     if not config.queries.path:
         raise ConfigError("queries.path: no value given. Add queries.path=..., or plan.queries=<how many>.")
-    corpus = config.corpus
     found = read_queries(
         config.queries,
         tokenizer,
         vocab_size=architecture.vocab_size,
         context=architecture.context,
-        bos_id=settings_for(corpus, architecture, tokenizer).bos_id if corpus.bos else None,
+        bos_id=bos_of(config.corpus, architecture, tokenizer),
     )
     return len(found), sum(len(part.token_ids) for query in found for part in query.parts)
 
@@ -235,11 +237,9 @@ def _look(
         pieces, share = _spread(document_pieces(files, corpus), corpus.part_bytes)
         how = f"estimated from {share:.2%} of the corpus"
     if corpus.deduplicate:
-        how = f"{how}, duplicates not taken out"
-    digest = tokenizer.digest if tokenizer else None
-    parts = [prepare_part(piece, index, corpus, pack, tokenizer, store) for index, piece in enumerate(pieces)]
-    write_manifest(store, corpus, pack, digest, parts)
-    return _seen(open_corpus(store), share, how, round(sum(part.bytes for part in parts) / share))
+        how, corpus = f"{how}, duplicates not taken out", replace(corpus, deduplicate=False)
+    made = prepare_pieces(corpus, pack, architecture.folder, tokenizer, pieces, store, InProcessExecutor())
+    return _seen(made, share, how, round(sum(part.bytes for part in made.manifest.parts) / share))
 
 
 def _seen(corpus: AddressableCorpus, share: float = 1.0, how: str = "exact", prepared_bytes: int = 0) -> _Seen:

@@ -52,7 +52,7 @@ class ExplainJob:
     # Numbers in the run's corpus.
     sequences: list[int] = field(default_factory=list)
     text: str | None = None
-    # A JSONL file of rows `id`, `text` (or `input_ids`) and, optionally, `queries`, the only ones that it is scored against.
+    # A JSONL file of rows `id`, `text` (or `input_ids`) and, optionally, `queries`: those that it is scored against.
     texts: str | None = None
     # The influence of the sequence's own tokens too.
     own_tokens: bool = True

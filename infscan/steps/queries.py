@@ -1,6 +1,6 @@
 """The query batch: every query's gradient, preconditioned, compressed, laid out and given to every rank.
 
-Each group of queries and layers is one file in <output>/queries; so is each shared basis. The scan sees the layout alone
+Each group of queries and layers is one file in <output>/queries; so is each shared basis. The scan sees the layout only
 (`infscan.influence.layout`), and nothing of the factors (docs/method.md: query batching).
 """
 

@@ -1,4 +1,4 @@
-"""Re-score the best candidates with full-rank query gradients, by layer and by token (docs/method.md: query batching)."""
+"""Score the best candidates again with full-rank query gradients, by layer and by token (docs/method.md)."""
 
 from __future__ import annotations
 

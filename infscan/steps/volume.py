@@ -10,6 +10,7 @@ from infscan.config import Config, Labels, Scores, Solver
 from infscan.errors import StorageError
 from infscan.influence.blocks import block_sizes
 from infscan.influence.layers import Layer
+from infscan.influence.layout import stored_dense
 from infscan.results.tensor_files import DIGEST, tensors_file_bytes
 from infscan.steps.factor_files import FactorsPlan, block_keys, layer_groups, partial_bytes
 from infscan.steps.preconditioner import query_groups
@@ -72,7 +73,7 @@ def query_files(config: Config, layers: Sequence[Layer], queries: int) -> list[i
             shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
             for layer in some:
                 O, I = layer.outputs, layer.inputs
-                if rank is None or min(O, I) <= rank:
+                if rank is None or stored_dense(layer, rank):
                     shapes[f"{layer.name}|P"] = ("F32", (count, O, I))
                     continue
                 shapes[f"{layer.name}|U"] = ("F32", (count, O, rank))

@@ -65,8 +65,8 @@ NEUTRAL = ("The road was dry.", "Bread was cheap that year.", "It rained at noon
 
 def inverse_of(study: Study, alpha: float = 0.0) -> Operator:
     """x -> (G + alpha + lambda)^-1 x by a stage's EK-FAC."""
-    layers = study.rank.layers
-    return ekfac_inverse(layers, ekfac_factors(study.rank, replace(study.inverse, alpha=alpha)))
+    layers = study.worker.layers
+    return ekfac_inverse(layers, ekfac_factors(study.worker, replace(study.inverse, alpha=alpha)))
 
 
 def multi(alpha: float) -> str:
@@ -168,5 +168,5 @@ def interval(values_q: NDArray[np.float64], seed: int = 0, resamples: int = 2000
 
 def of_layers(study: Study, x_kp: Tensor, wanted: str) -> Tensor:
     """x with zeros in every layer whose name does not contain `wanted`: an estimator of those layers alone."""
-    mask = torch.cat([torch.full((layer.size,), float(wanted in layer.name)) for layer in study.rank.layers])
+    mask = torch.cat([torch.full((layer.size,), float(wanted in layer.name)) for layer in study.worker.layers])
     return x_kp * mask.to(x_kp)

@@ -36,7 +36,7 @@ def sampled_fisher(
     """(1 / (N draws)) sum of g g^T over sequences and draws, g [P] a summed pseudo-gradient: [P, P], float64.
 
     Labels are drawn from the model at every position that predicts a token; they depend on (seed, draw, sequence,
-    position) alone. Its expectation is G (`passes.ggn`, but for the last position); parameters lie as `passes.ggn.join`
+    position) alone. Its expectation is G (`model.gauss_newton`, but for the last position); parameters lie as `model.gauss_newton.join`
     has them.
     """
     size = sum(layer.size for layer in rank.layers)

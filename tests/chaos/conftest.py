@@ -14,8 +14,8 @@ import psutil
 import pytest
 import ray
 
-from infscan.steps.scan import ScanTask
 from infscan.engine.worker_group import WorkerGroup
+from infscan.steps.scan import ScanTask
 
 
 @dataclass

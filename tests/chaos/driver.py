@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
-from infscan.errors import InfscanError
-from infscan.engine.worker_group import WorkerGroup
 from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import WorkerGroup
+from infscan.errors import InfscanError
 from jobs.scan import answer
 from tests.runtime.builders import compose
 

@@ -16,12 +16,13 @@ import pytest
 
 from infscan.config import ClusterConfig, Config
 from infscan.corpus.pieces import Piece
+from infscan.engine import pool as pool_module
+from infscan.engine.worker_group import Outcome, State
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
-from infscan.steps import factors as fit, prepare, run, scan
-from infscan.engine import pool as pool_module
-from infscan.engine.worker_group import Outcome, State
+from infscan.steps import factors as fit
+from infscan.steps import prepare, run, scan
 
 T = TypeVar("T")
 # Of a task between passes, as Ray has it.

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import State, WorkerGroup
 from infscan.model.architecture import describe
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.results.read import read_summary
-from infscan.engine.worker_group import State, WorkerGroup
-from infscan.engine.recovery import RecoveryLog
-from infscan.engine.pool import Pool
 from tests.chaos.costs import Result, cost_table, recovered_table
 from tests.chaos.harness import (
     DISK_FULL,

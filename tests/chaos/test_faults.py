@@ -22,18 +22,18 @@ from torch import Tensor
 from infscan.config import ClusterConfig, Config, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.packing import pack_settings
+from infscan.engine.cluster import connect
+from infscan.engine.lease import LEASE, Lease
+from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import FactorsError, InfscanError, RunError
-from infscan.steps.factor_files import FactorsPlan
 from infscan.model.worker import Batch, ModelWorker
-from infscan.steps.scan import ScanTask
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import factors as fit
-from infscan.engine.worker_group import WorkerGroup
-from infscan.engine.lease import LEASE, Lease
-from infscan.engine.cluster import connect
+from infscan.steps.factor_files import FactorsPlan
 from infscan.steps.run import Run
+from infscan.steps.scan import ScanTask
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.chaos.conftest import Trouble

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.engine.cluster import connect
 from infscan.errors import StorageError
 from infscan.results.read import read_scores, read_summary
-from infscan.engine.cluster import connect
 from infscan.storage import Store
 from jobs.scan import answer
 from tests.chaos.every_call import tiny_inputs, tiny_run

@@ -22,19 +22,19 @@ from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Query, read_queries
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
 from infscan.steps.factors import FitTask, covariance_task, lambda_task
 from infscan.steps.preconditioner import Preconditioner
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import read_query_batch
-from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.refine import RefineTask
 from infscan.steps.scan import ScanTask, scan_task
-from infscan.queries import Query, read_queries
 from infscan.storage import Store, expand
 from tests.runtime.builders import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
 
@@ -99,12 +99,12 @@ class Study:
         for layer in task.plan.layers:
             finish_layer(task.factors, task.plan, layer)
 
-    def query_arrays(self, rank: ModelWorker, factors: str, compressed: int | None) -> dict[str, np.ndarray]:
+    def query_batch(self, rank: ModelWorker, factors: str, compressed: int | None) -> QueryBatch:
         run, name = self.run(rank, compressed), "queries.safetensors"
         inverse = Preconditioner(self.factors(factors), Solver.ekfac, DampingConfig())
         how = (compressed, Compression.weighted, "study")
         query_task(rank, QueryTask(run, name, self.queries, self.architecture.layers, inverse, *how))
-        return read_query_batch(run, [[name]])
+        return read_query_batch(run, [[name]]).batch
 
     def scan_task(self, rank: ModelWorker, compressed: int | None) -> ScanTask:
         """The whole corpus as one shard, every row kept."""
@@ -139,7 +139,7 @@ class Study:
 
     def scores(self, rank: ModelWorker, factors: str, compressed: int | None) -> np.ndarray:
         """[queries, sequences], as the scan wrote them."""
-        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_arrays(rank, factors, compressed))
+        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_batch(rank, factors, compressed))
         assert answer is not None
         hits, counts = answer
         assert counts.nonfinite == 0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from infscan.config import Labels
-from infscan.steps.factors import covariance_task, lambda_task
 from infscan.model.worker import Batch, ModelWorker
+from infscan.steps.factors import covariance_task, lambda_task
 from infscan.steps.refine import refine_task
 from infscan.steps.scan import scan_task
 from tests.gpu.study import Study
@@ -64,12 +64,12 @@ def test_the_guard_sees_a_hidden_wait(study: Study, rank: ModelWorker) -> None:
 
 @pytest.mark.parametrize("compressed", [None, 16], ids=["full rank", "rank 16"])
 def test_the_scan_does_not_wait(study: Study, rank: ModelWorker, compressed: int | None) -> None:
-    arrays = study.query_arrays(rank, "cpu", compressed)
-    assert scan_task(rank, study.scan_task(rank, compressed), arrays) is not None
+    batch = study.query_batch(rank, "cpu", compressed)
+    assert scan_task(rank, study.scan_task(rank, compressed), batch) is not None
 
 
 def test_refining_does_not_wait(study: Study, rank: ModelWorker) -> None:
-    scan_task(rank, study.scan_task(rank, None), study.query_arrays(rank, "cpu", None))
+    scan_task(rank, study.scan_task(rank, None), study.query_batch(rank, "cpu", None))
     assert refine_task(rank, study.refine_task(rank, "cpu")) > 0
 
 

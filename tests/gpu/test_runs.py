@@ -10,8 +10,8 @@ import ray
 import torch
 
 from infscan.config import ClusterConfig, Config
-from infscan.results.read import read_layers, read_summary, read_top
 from infscan.engine.cluster import connect
+from infscan.results.read import read_layers, read_summary, read_top
 from jobs.scan import answer
 from tests.runtime.builders import small_run
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from infscan.config import Dtype, Labels
+from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.factors import covariance_task
-from infscan.model.worker import ModelWorker
 from infscan.storage import Store
 from tests.gpu.study import Study
 

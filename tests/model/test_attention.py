@@ -17,8 +17,8 @@ from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.attention import check_document_mask, document_mask
 from infscan.model.capture import backward, capturing
-from infscan.model.loaded import LoadedModel
 from infscan.model.load import RankContext, load
+from infscan.model.loaded import LoadedModel
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.steps.prepare import settings_for
 from tests.model import families

@@ -18,9 +18,9 @@ from infscan.config import Dtype, ModelConfig
 from infscan.model import losses
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.loaded import LoadedModel
 from infscan.model.load import RankContext, load
-from infscan.model.losses import Loss
+from infscan.model.loaded import LoadedModel
+from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import sample_labels, summed_losses, uniforms
 from tests.model.families import CONFIGS, save
 
@@ -83,7 +83,12 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 def test_every_family_gives_what_all_its_logits_give(family: str, tmp_path: Path) -> None:
     model, loss = loaded(save(family, tmp_path)), some_loss()
     assert model.head_is_last
-    agree(gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)), whole(model, loss), rtol=1e-10, atol=1e-12)
+    agree(
+        gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)),
+        whole(model, loss),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("family", list(_AFTERWARDS))
@@ -105,7 +110,12 @@ def test_what_a_family_does_to_its_logits_is_not_lost(family: str, tmp_path: Pat
     module.save_pretrained(tmp_path)
     model, loss = loaded(tmp_path), some_loss()
     assert not model.head_is_last
-    agree(gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)), whole(model, loss), rtol=1e-10, atol=1e-12)
+    agree(
+        gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)),
+        whole(model, loss),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_the_chunks_change_nothing_and_bound_the_logits(rows: int, tmp_path: Path) -> None:

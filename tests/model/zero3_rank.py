@@ -17,9 +17,9 @@ from infscan.config import Dtype, ModelConfig, Offload, ZeroConfig
 from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.loaded import LoadedModel
 from infscan.model.load import RankContext, load
-from infscan.model.losses import Loss
+from infscan.model.loaded import LoadedModel
+from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens
 
 # Nothing stays gathered: every parameter is really partitioned and fetched when it is used.

@@ -11,11 +11,11 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan, layer_groups
 from infscan.steps.factors import FitTask, covariance_task, lambda_task, slice_bounds
 from infscan.steps.preconditioner import Preconditioner
-from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, token_rows, write_rows
 from tests.runtime.builders import CONTEXT, tiny_model

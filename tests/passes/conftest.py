@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from infscan.corpus.addressable import PreparedCorpus
-from infscan.steps.preconditioner import Preconditioner
 from infscan.model.worker import ModelWorker
+from infscan.steps.preconditioner import Preconditioner
 from infscan.storage import Store
 from tests.passes.builders import fit, fit_plan, one_rank, small_corpus
 

@@ -26,26 +26,26 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.model.load import RankContext
 from infscan.model.losses import Loss
+from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
+from infscan.results.refined import read_unit
+from infscan.results.tensor_files import read_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import read_layer_factors
-from infscan.results.tensor_files import read_tensors
 from infscan.steps.factors import covariance_task, lambda_task
-from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.steps.preconditioner import Preconditioner, query_gradients
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import read_query_batch
-from infscan.model.worker import Batch, ModelWorker, WorkerSettings
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.refine import RefineTask, refine_task
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.steps.solve import SolveTask, ekfac_factors, solve_task
-from infscan.queries import Part, Query
-from infscan.results.refined import read_unit
 from infscan.storage import Store
 from tests.corpus.builders import VOCAB, prepare, settings, write_rows
 from tests.passes.builders import SEED, fit, fit_plan, fit_tasks
@@ -179,7 +179,7 @@ def test_curvature_is_the_sum_of_the_documents(case: Case) -> None:
 
 
 def scores(
-    case: Case, inverse: Preconditioner, corpus: PreparedCorpus, attention: Attention, arrays: dict[str, np.ndarray]
+    case: Case, inverse: Preconditioner, corpus: PreparedCorpus, attention: Attention, batch: QueryBatch
 ) -> np.ndarray:
     found = check_task(
         case.rank,
@@ -194,7 +194,7 @@ def scores(
             64,
             attention,
         ),
-        arrays,
+        batch,
     )
     assert found is not None
     np.testing.assert_allclose(*found, rtol=0, atol=1e-9 * np.abs(found[1]).max())
@@ -206,13 +206,13 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Precon
     store, rank = Store(str(tmp_path)), case.rank
     rank.forget()
     query_task(rank, QueryTask(store, "all", QUERIES, rank.layers, inverse, None, Compression.weighted, "x"))
-    arrays = read_query_batch(store, [["all"]])
-    alone_nq = scores(case, inverse, case.apart, Attention.across, arrays)
+    queries = read_query_batch(store, [["all"]]).batch
+    alone_nq = scores(case, inverse, case.apart, Attention.across, queries)
     expected_nq = np.stack([alone_nq[rows].sum(axis=0) for rows in case.rows])
     largest = np.abs(expected_nq).max()
-    within_nq = scores(case, inverse, case.packed, Attention.within, arrays)
+    within_nq = scores(case, inverse, case.packed, Attention.within, queries)
     np.testing.assert_allclose(within_nq, expected_nq, rtol=0, atol=CLOSE * largest)
-    across_nq = scores(case, inverse, case.packed, Attention.across, arrays)
+    across_nq = scores(case, inverse, case.packed, Attention.across, queries)
     for row, parts in enumerate(case.rows):
         assert (np.abs(across_nq[row] - expected_nq[row]).max() < 1e-6 * largest) == (len(parts) == 1)
 
@@ -232,7 +232,7 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Precon
         fingerprint="print",
         attention=Attention.within,
     )
-    hits = scan_task(rank, task, arrays)
+    hits = scan_task(rank, task, queries)
     assert hits is not None
     scanned = {(query, sequence_id): score for query, _, sequence_id, score in hits[0].rows()}
     wanted = dict.fromkeys(range(count), (0, 1))
@@ -250,7 +250,9 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Precon
             assert refined[name, number] == expected
 
 
-def test_an_iterated_inverse_solves_the_system_of_documents_apart(case: Case, inverse: Preconditioner, tmp_path: Path) -> None:
+def test_an_iterated_inverse_solves_the_system_of_documents_apart(
+    case: Case, inverse: Preconditioner, tmp_path: Path
+) -> None:
     rank, store = case.rank, Store(str(tmp_path))
     rank.forget()
     strong = replace(inverse, damping=DampingConfig(relative=1.0))

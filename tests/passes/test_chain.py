@@ -23,14 +23,13 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
 from infscan.model.measure import uniforms
-from infscan.steps.check import CheckTask, check_task
-from infscan.steps.factor_files import labels_path, read_layer_factors
-from infscan.results.tensor_files import read_tensors
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.preconditioner import preconditioned
-from infscan.steps.queries import read_query_batch
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.check import CheckTask, check_task
+from infscan.steps.factor_files import labels_path, read_layer_factors
+from infscan.steps.preconditioner import preconditioned
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, write_rows
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
@@ -280,7 +279,7 @@ def test_scores_are_those_of_autograd_and_dense_algebra(
         query_batch="print",
         tokens_per_batch=40,
     )
-    found = check_task(rank, task, read_query_batch(batch, [["all"]]))
+    found = check_task(rank, task, read_query_batch(batch, [["all"]]).batch)
     assert found is not None
     expected = sum(truth.scores[layer.name] for layer in rank.layers)
     for scores_nq in found:  # with the stored query batch, and with gradients kept in memory

@@ -16,10 +16,10 @@ from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
-from infscan.steps.explain import Explained, ExplainTask, explain_task
-from infscan.steps.preconditioner import Preconditioner, preconditioned
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
+from infscan.steps.explain import Explained, ExplainTask, explain_task
+from infscan.steps.preconditioner import Preconditioner, preconditioned
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
 from tests.corpus.builders import settings as pack_settings
@@ -37,7 +37,9 @@ QUERIES = (
 
 # GPT-2 adds positions to the embedding and keeps its weights transposed; llama has no bias and three layers to an MLP.
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelWorker, PreparedCorpus]:
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelWorker, PreparedCorpus]:
     folder = str(save(request.param, tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
     rank = ModelWorker(WorkerSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), RankContext())
@@ -53,7 +55,11 @@ def inverse(opened: tuple[ModelWorker, PreparedCorpus], tmp_path_factory: pytest
 
 
 def explained(
-    rank: ModelWorker, inverse: Preconditioner, sequences: list[Sequence], queries: tuple[Query, ...] = QUERIES, **changes: Any
+    rank: ModelWorker,
+    inverse: Preconditioner,
+    sequences: list[Sequence],
+    queries: tuple[Query, ...] = QUERIES,
+    **changes: Any,
 ) -> list[list[Explained]]:
     """By sequence, then by query."""
     rank.forget()
@@ -86,7 +92,9 @@ def test_output_tokens_add_up_to_the_score(opened: tuple[ModelWorker, PreparedCo
             assert float(one.output_t.sum()) == pytest.approx(one.score, rel=1e-5, abs=1e-5)
 
 
-def test_an_output_token_is_worth_what_its_loss_adds(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
+def test_an_output_token_is_worth_what_its_loss_adds(
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
+) -> None:
     """Brute force: the score with every token's loss, less the score with every one but this token's."""
     rank, corpus = opened
     sequence = sequences_of(corpus)[0]
@@ -158,7 +166,9 @@ def test_token_influences_are_the_papers_difference_quotients(
             np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max() / 10)
 
 
-def test_a_masked_token_has_no_influence_as_an_output(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
+def test_a_masked_token_has_no_influence_as_an_output(
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
+) -> None:
     rank, corpus = opened
     sequence = sequences_of(corpus)[4]
     counted = np.arange(len(sequence)) % 3 == 1
@@ -182,7 +192,9 @@ def test_a_queries_tokens_add_up_to_it(opened: tuple[ModelWorker, PreparedCorpus
             close(summed, by_query[number].matrix_lt)
 
 
-def test_what_stands_beside_it_changes_no_explanation(opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner) -> None:
+def test_what_stands_beside_it_changes_no_explanation(
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
+) -> None:
     rank, corpus = opened
     sequences = sequences_of(corpus)
     together = explained(rank, inverse, sequences)

@@ -20,10 +20,10 @@ from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
 from infscan.model.architecture import build_on_meta, tracked_layers
-from infscan.steps.factor_files import COMPLETE, PLAN, FactorsPlan, layer_groups, read_factors
-from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, write_tensors
-from infscan.steps.preconditioner import Preconditioner
 from infscan.model.worker import ModelWorker
+from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, write_tensors
+from infscan.steps.factor_files import COMPLETE, PLAN, FactorsPlan, layer_groups, read_factors
+from infscan.steps.preconditioner import Preconditioner
 from infscan.storage import Store
 from tests.passes.builders import fit_plan
 
@@ -167,7 +167,9 @@ def test_a_plan_that_does_not_say_has_one_block() -> None:
     assert replace(plan, fields={"blocks": 2}).fingerprint != replace(plan, fields={"blocks": 3}).fingerprint
 
 
-def test_only_complete_factors_are_read(rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path) -> None:
+def test_only_complete_factors_are_read(
+    rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path
+) -> None:
     with pytest.raises(FactorsError, match=r"has no factors\.json.*jobs/fit\.py"):
         read_factors(str(tmp_path))
     plan = fit_plan(rank, corpus)

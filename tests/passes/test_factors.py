@@ -23,16 +23,15 @@ from infscan.errors import FactorsError
 from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
+from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
 from infscan.steps.factor_files import FactorsPlan, labels_path, partial_path, read_layer_factors
-from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
 from infscan.steps.factors import covariance_task, lambda_task, slice_bounds
-from infscan.steps.queries import QueryTask, query_task
 from infscan.steps.preconditioner import preconditioned, query_gradients
-from infscan.steps.queries import read_query_batch
-from infscan.model.worker import ModelWorker, WorkerSettings
-from infscan.queries import Part, Query
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.storage import MissingError, Store
 from tests.influence.factors import diagonal_blocks
 from tests.passes.builders import fit, fit_plan, fit_tasks, one_rank
@@ -123,7 +122,9 @@ def test_stored_labels_are_read_where_none_are_drawn(rank: ModelWorker, corpus: 
         covariance_task(rank, task)
 
 
-def test_labels_depend_on_the_seed_and_the_sequence_alone(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
+def test_labels_depend_on_the_seed_and_the_sequence_alone(
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores
+) -> None:
     """Not on which other sequences the factors are fitted on, nor on which layers are tracked."""
     whole = fit_plan(rank, corpus)
     draw(rank, at("whole"), corpus, whole)
@@ -242,7 +243,9 @@ def test_blocks_are_cut_out_of_the_whole_and_drop_no_gradient(
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_a_plan_knows_what_its_partial_sums_take(rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int) -> None:
+def test_a_plan_knows_what_its_partial_sums_take(
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int
+) -> None:
     plan = fit_plan(rank, corpus, slices=2, blocks=blocks)
     fit(rank, at("a"), corpus, plan)
     stored = [read_tensors(at("a"), entry.name) for kind in ("covariance", "lambda") for entry in at("a").list(kind)]
@@ -344,7 +347,7 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
             assert {moment.dense().dtype for moment in moments} == {found.Lambda.dtype} == {torch.float32}
         query_task(rank, QueryTask(at(dtype), "queries", queries, layers, inverse, 8, Compression.weighted, "print"))
         task = CheckTask(corpus.store, np.arange(corpus.sequences), queries, (0, 1), layers, inverse, "print", 256)
-        scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]))
+        scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]).batch)
     for low, full in zip(scores[Dtype.bfloat16], scores[Dtype.float32], strict=True):
         for query in range(len(queries)):
             assert np.corrcoef(low[:, query], full[:, query])[0, 1] > 0.99

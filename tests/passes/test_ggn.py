@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
+from infscan.model.load import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from tests.model.families import VOCAB, save
 

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.layers import Layer
+from infscan.influence.layout import Dense, QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.preconditioner import Preconditioner
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import read_query_batch
-from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.scan import ScanTask, scan_task
-from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
 from tests.corpus.builders import settings as pack_settings
@@ -89,13 +89,13 @@ class Scorer:
         self.rank, self.corpus, self.inverse, self.folder = rank, corpus, inverse, folder
         self.runs = 0
 
-    def batch(self, queries: Sequence[Query]) -> dict[str, np.ndarray]:
+    def batch(self, queries: Sequence[Query]) -> QueryBatch:
         """The query batch in storage, read back."""
         self.runs += 1
         self.rank.forget()
         store, how = Store(str(self.folder / f"queries-{self.runs}")), Compression.weighted
         query_task(self.rank, QueryTask(store, "all", tuple(queries), self.rank.layers, self.inverse, None, how, "x"))
-        return read_query_batch(store, [["all"]])
+        return read_query_batch(store, [["all"]]).batch
 
     def __call__(
         self,
@@ -169,9 +169,10 @@ def test_shards_batches_and_padding_change_nothing(score: Scorer, cuts: set[int]
 
 def test_a_query_given_twice_gets_the_same_rows_twice(score: Scorer, tmp_path: Path) -> None:
     queries = completion(name="a"), text(DOCUMENTS[5]), completion(name="b")
-    arrays = score.batch(queries)
-    for value in arrays.values():
-        assert np.array_equal(value[0], value[2])
+    batch = score.batch(queries)
+    for layout in batch.values():
+        assert isinstance(layout, Dense)
+        assert np.array_equal(layout.P_qoi[0], layout.P_qoi[2])
     task = ScanTask(
         run=Store(str(tmp_path / "run")),
         corpus=score.corpus.store,
@@ -186,7 +187,7 @@ def test_a_query_given_twice_gets_the_same_rows_twice(score: Scorer, tmp_path: P
         dense=False,
         fingerprint="print",
     )
-    found = scan_task(score.rank, task, arrays)
+    found = scan_task(score.rank, task, batch)
     assert found is not None
     rows = list(found[0].rows())
     first, second = ([row[1:] for row in rows if row[0] == query] for query in (0, 2))

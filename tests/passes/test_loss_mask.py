@@ -14,11 +14,11 @@ from infscan.config import Labels, Packing
 from infscan.corpus.addressable import PreparedCorpus, open_corpus
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
-from infscan.model.losses import Loss
-from infscan.steps.factor_files import read_layer_factors
-from infscan.results.tensor_files import read_tensors
 from infscan.model.gauss_newton import GaussNewton
+from infscan.model.losses import Loss
 from infscan.model.worker import Batch, ModelWorker
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.factor_files import read_layer_factors
 from infscan.storage import Store
 from tests.corpus.builders import VOCAB, prepare, settings, write_rows
 from tests.passes.builders import fit, fit_plan

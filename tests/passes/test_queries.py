@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,30 @@ from infscan.config import Compression, DampingConfig, Measure, QueriesConfig, S
 from infscan.errors import QueryError
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer
+from infscan.influence.layout import (
+    Factored,
+    QueryBatch,
+    SharedBasis,
+    Spectrum,
+    StoredQueries,
+    lay_out,
+    plan_layouts,
+    query_weights,
+)
 from infscan.influence.score import score_layer
-from infscan.results.tensor_files import read_tensors
-from infscan.steps.queries import JointTask, joint_task, with_joint, worthwhile
-from infscan.steps.preconditioner import Preconditioner, layer_factors, preconditioned, query_gradients, query_groups
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import allotted, multiplied_out, on_device, query_weights, read_query_batch
 from infscan.model.worker import ModelWorker
 from infscan.queries import Query, read_queries
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.preconditioner import Preconditioner, layer_factors, preconditioned, query_gradients, query_groups
+from infscan.steps.queries import (
+    QueryTask,
+    SharedBasisTask,
+    on_device,
+    query_task,
+    read_query_batch,
+    read_shared_bases,
+    shared_basis_task,
+)
 from infscan.storage import Store
 from tests.passes.builders import as_rank, one_rank
 from tests.runtime.builders import CONTEXT, VOCAB, write_jsonl
@@ -115,7 +130,12 @@ def test_token_queries_add_up_to_the_completion(rank: ModelWorker, tmp_path: Pat
     ],
 )
 def test_another_query_changes_no_bit_of_the_others(
-    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, width: int | None, compression: Compression, solver: Solver
+    rank: ModelWorker,
+    inverse: Preconditioner,
+    tmp_path: Path,
+    width: int | None,
+    compression: Compression,
+    solver: Solver,
 ) -> None:
     """Longer and shorter ones, before and behind: a query's compressed gradient is its own."""
     store = Store(str(tmp_path / "batch"))
@@ -178,9 +198,12 @@ def test_groups_are_joined_along_the_queries(rank: ModelWorker, inverse: Precond
         for number, query in enumerate(queries)
     ]
     joined = read_query_batch(store, names)
-    assert joined.keys() == whole.keys()
-    for key, value in whole.items():
-        np.testing.assert_array_equal(joined[key], value)
+    assert joined.batch.keys() == whole.batch.keys()
+    for name, value in whole.batch.items():
+        for kind, array in vars(value).items():
+            np.testing.assert_array_equal(getattr(joined.batch[name], kind), array)
+        for kind, array in vars(whole.spectra[name]).items():
+            np.testing.assert_array_equal(getattr(joined.spectra[name], kind), array)
 
 
 def test_a_gradient_that_is_none_names_query_and_layer(tmp_path: Path) -> None:
@@ -221,52 +244,49 @@ def test_groups_cover_everything_in_order_and_within_bounds(
 
 
 def stored(
-    rank: ModelWorker, inverse: Preconditioner, store: Store, queries: list[Query], how: Compression = Compression.weighted
-) -> dict[str, np.ndarray]:
+    rank: ModelWorker,
+    inverse: Preconditioner,
+    store: Store,
+    queries: list[Query],
+    how: Compression = Compression.weighted,
+) -> StoredQueries:
     """The query batch at rank 6, as it comes from storage."""
     name = f"{len(queries)}-{how.value}"
     query_task(rank, QueryTask(store, name, tuple(queries), rank.layers, inverse, 6, how, "print"))
     return read_query_batch(store, [[name]])
 
 
-def products(rank: ModelWorker, arrays: dict[str, np.ndarray], Q: int) -> dict[str, Tensor]:
+def kept(rank: ModelWorker, found: StoredQueries, energy: float) -> QueryBatch:
+    """The query batch with ranks allocated by energy."""
+    return lay_out(found.batch, plan_layouts(found.spectra, rank.layers, 512, 0, energy))
+
+
+def multiplied(rank: ModelWorker, batch: QueryBatch, Q: int) -> dict[str, Tensor]:
     """What every query's columns multiply out to, by layer: [Q, O, I]."""
-    found = {}
-    for layer in rank.layers:
-        U, V = (torch.from_numpy(arrays[f"{layer.name}|{side}"]) for side in "UV")
-        if f"{layer.name}|ranks" in arrays:
-            ranks = arrays[f"{layer.name}|ranks"].tolist()
-            found[layer.name] = torch.stack([u.T @ v for u, v in zip(U.split(ranks), V.split(ranks), strict=True)])
-        else:
-            found[layer.name] = U @ V.transpose(1, 2)
-        assert len(found[layer.name]) == Q
+    found = {name: queries.densify() for name, queries in on_device(rank, batch).items()}
+    assert all(len(P_qoi) == Q for P_qoi in found.values())
     return found
 
 
 @pytest.mark.parametrize("how", list(Compression))
-def test_allotted_ranks_keep_the_energy_asked_for_and_the_leading_columns(
+def test_allocated_ranks_keep_the_energy_asked_for_and_the_leading_columns(
     rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, how: Compression
 ) -> None:
     queries = read(tmp_path, ROWS)
-    arrays = stored(rank, inverse, Store(str(tmp_path / "batch")), queries, how)
-    chosen = allotted(arrays, rank.layers, 0.5)
+    found = stored(rank, inverse, Store(str(tmp_path / "batch")), queries, how)
+    ranks = plan_layouts(found.spectra, rank.layers, 512, 0, 0.5).ranks
     for q in range(len(queries)):
-        kept = [
-            np.square(arrays[f"{layer.name}|values"][q, : chosen[f"{layer.name}|ranks"][q]]).sum()
-            for layer in rank.layers
-        ]
-        totals = [arrays[f"{layer.name}|totals"][q] for layer in rank.layers]
-        assert sum(kept) >= 0.5 * sum(totals)
-    columns = sum(int(chosen[f"{layer.name}|ranks"].sum()) for layer in rank.layers)
-    assert columns < 6 * len(queries) * len(rank.layers)
-    everything = products(rank, allotted(arrays, rank.layers, 1.0), len(queries))
-    for name, whole in products(rank, arrays, len(queries)).items():
+        squares = [np.square(found.spectra[name].values_qr[q, : mine[q]]).sum() for name, mine in ranks.items()]
+        assert sum(squares) >= 0.5 * sum(spectrum.totals_q[q] for spectrum in found.spectra.values())
+    assert sum(map(sum, ranks.values())) < 6 * len(queries) * len(rank.layers)
+    everything = multiplied(rank, kept(rank, found, 1.0), len(queries))
+    for name, whole in multiplied(rank, found.batch, len(queries)).items():
         torch.testing.assert_close(everything[name], whole)
 
 
-def scores(rank: ModelWorker, arrays: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Tensor]:
+def scores(rank: ModelWorker, batch: QueryBatch, seed: int = 0) -> dict[str, Tensor]:
     """Every layer's scores of a few made-up tokens, [B, Q]."""
-    queries = on_device(rank, arrays)
+    queries = on_device(rank, batch)
     made = torch.Generator().manual_seed(seed)
     return {
         layer.name: score_layer(
@@ -276,62 +296,84 @@ def scores(rank: ModelWorker, arrays: Mapping[str, np.ndarray], seed: int = 0) -
     }
 
 
-def many(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> dict[str, np.ndarray]:
+def many(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> StoredQueries:
     """A query batch of the same four queries 30 times over, which is more than its columns are good for."""
     found = stored(rank, inverse, Store(str(tmp_path / "batch")), read(tmp_path, ROWS))
-    return {key: np.concatenate([array] * 30) for key, array in found.items()}
+
+    def times(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array] * 30)
+
+    return StoredQueries(
+        {
+            name: Factored(times(one.U_xo), times(one.V_xi), one.ranks * 30)
+            for name, one in found.batch.items()
+            if isinstance(one, Factored)
+        },
+        {name: Spectrum(times(one.values_qr), times(one.totals_q)) for name, one in found.spectra.items()},
+    )
 
 
-def test_multiplied_out_queries_score_the_same_and_have_the_entries_given_at_most(
+def test_densified_queries_score_the_same_and_have_the_entries_given_at_most(
     rank: ModelWorker, inverse: Preconditioner, tmp_path: Path
 ) -> None:
-    arrays = many(rank, inverse, tmp_path)
-    expected = scores(rank, arrays)
+    found = many(rank, inverse, tmp_path)
+    expected = scores(rank, found.batch)
     sizes = [120 * layer.size for layer in rank.layers]
     for entries, layers in ((0, 0), (sizes[0], 1), (sum(sizes), len(sizes))):
-        chosen = multiplied_out(arrays, rank.layers, 512, entries)
-        assert sum(key.endswith("|full") for key in chosen) == layers
-        for name, found in scores(rank, chosen).items():
-            assert relative(found, expected[name]) < 1e-5
+        plan = plan_layouts(found.spectra, rank.layers, 512, entries)
+        assert list(plan.ways.values()).count("dense") == layers
+        assert len(plan.over_budget) == len(sizes) - layers
+        for name, mine in scores(rank, lay_out(found.batch, plan)).items():
+            assert relative(mine, expected[name]) < 1e-5
     # Few queries are cheaper by their columns, whatever fits.
-    few = {key: array[:1] for key, array in arrays.items()}
-    assert multiplied_out(few, rank.layers, 512, sum(sizes)) == few
+    few = {name: Spectrum(one.values_qr[:1], one.totals_q[:1]) for name, one in found.spectra.items()}
+    assert set(plan_layouts(few, rank.layers, 512, sum(sizes)).ways.values()) == {"factored"}
 
 
 @pytest.mark.parametrize("how", list(Compression))
-def test_joint_bases_are_written_where_they_are_cheaper_and_score_as_the_columns(
+def test_shared_bases_are_written_where_they_are_cheaper_and_score_as_the_columns(
     rank: ModelWorker, inverse: Preconditioner, tmp_path: Path, how: Compression
 ) -> None:
-    arrays = many(rank, inverse, tmp_path)
-    weights, chosen = query_weights(arrays, rank.layers), allotted(arrays, rank.layers, 1.0)
+    found = many(rank, inverse, tmp_path)
+    entries = 120 * sum(layer.size for layer in rank.layers)
+    plan = plan_layouts(found.spectra, rank.layers, 512, entries, 1.0, share=True)
+    assert list(plan.candidates) == [layer.name for layer in rank.layers]
+    weights, batch = query_weights(found.spectra, rank.layers), dict(lay_out(found.batch, plan))
     # The first layer's queries have nothing in common: no basis pair that serves them all is cheap.
     first, made = rank.layers[0].name, np.random.default_rng(0)
-    for key in (f"{first}|U", f"{first}|V"):
-        chosen[key] = made.normal(size=chosen[key].shape).astype(np.float32)
-    expected, store = scores(rank, chosen), Store(str(tmp_path / "joint"))
+    columns = batch[first]
+    assert isinstance(columns, Factored)
+    U, V = (made.normal(size=side.shape).astype(np.float32) for side in (columns.U_xo, columns.V_xi))
+    batch[first] = Factored(U, V, columns.ranks)
+    expected, store = scores(rank, batch), Store(str(tmp_path / "joint"))
     names = [(layer, f"joint-{number}.safetensors") for number, layer in enumerate(rank.layers)]
     for layer, name in names:
-        assert worthwhile(chosen, layer, 512)
-        many_entries = 120 * layer.size
-        task = JointTask(store, name, layer, inverse, how, weights, 1 - 1e-6, 512, many_entries, "print")
-        shape = joint_task(rank, task, chosen)
+        task = SharedBasisTask(
+            store, name, layer, inverse, how, weights, 1 - 1e-6, 512, plan.candidates[layer.name], "print"
+        )
+        shape = shared_basis_task(rank, task, batch)
         assert (shape == (0, 0)) is (layer.name == first)
-    replaced = with_joint(chosen, store, names)
-    for name, found in scores(rank, replaced).items():
-        assert (f"{name}|U" in replaced, f"{name}|K" in replaced) == (name == first, name != first)
-        assert relative(found, expected[name]) < 5e-3
+    bases = read_shared_bases(store, names)
+    assert list(bases) == [layer.name for layer in rank.layers[1:]]
+    plan = plan.with_bases({name: basis.basis for name, basis in bases.items()})
+    replaced = lay_out({**batch, **bases}, plan)
+    for name, mine in scores(rank, replaced).items():
+        assert isinstance(replaced[name], Factored if name == first else SharedBasis)
+        assert relative(mine, expected[name]) < 5e-3
 
 
 def test_a_querys_ranks_do_not_depend_on_the_others(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
     queries, store = read(tmp_path, ROWS), Store(str(tmp_path / "batch"))
-    together = products(rank, allotted(stored(rank, inverse, store, queries), rank.layers, 0.9), len(queries))
+    together = multiplied(rank, kept(rank, stored(rank, inverse, store, queries), 0.9), len(queries))
     for index, query in enumerate(queries):
-        alone = products(rank, allotted(stored(rank, inverse, store / query.id, [query]), rank.layers, 0.9), 1)
+        alone = multiplied(rank, kept(rank, stored(rank, inverse, store / query.id, [query]), 0.9), 1)
         for name, matrix in alone.items():
             assert torch.equal(together[name][index], matrix[0])
 
 
-def test_a_query_of_many_tokens_has_the_gradient_of_its_matrix(rank: ModelWorker, inverse: Preconditioner, tmp_path: Path) -> None:
+def test_a_query_of_many_tokens_has_the_gradient_of_its_matrix(
+    rank: ModelWorker, inverse: Preconditioner, tmp_path: Path
+) -> None:
     """Rotating tokens or the gradient, whichever is cheaper, comes to the same."""
     [short, long] = read(tmp_path, [ROWS[1], ROWS[3]])
     for query in (short, long):

@@ -26,7 +26,9 @@ def content(batch: Batch) -> tuple[list[int], list[list[int]], list[list[bool]]]
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 20), max_size=12), tokens=st.integers(1, 60), world=st.integers(1, 4))
-def test_ranks_share_the_batches_of_a_single_rank(rank: ModelWorker, lengths: list[int], tokens: int, world: int) -> None:
+def test_ranks_share_the_batches_of_a_single_rank(
+    rank: ModelWorker, lengths: list[int], tokens: int, world: int
+) -> None:
     taken = sequences(lengths)
     alone = [content(batch) for batch in rank.batches(taken, tokens)]
     assert sorted(row for rows, _, _ in alone for row in rows) == list(range(len(lengths)))

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.standings import Hits
-from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
 from infscan.model.worker import ModelWorker
-from infscan.steps.refine import RefineTask, refine_task, refine_units
 from infscan.queries import Part, Query
 from infscan.results.refined import read_unit
 from infscan.results.shard_file import ShardCounts, write_shard
+from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
+from infscan.steps.refine import RefineTask, refine_task, refine_units
 from infscan.storage import Store
 
 _PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), unique=True, max_size=60)

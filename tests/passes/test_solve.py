@@ -13,14 +13,14 @@ from torch import Tensor
 from infscan.config import Compression, Dtype, IterationConfig, ModelConfig, Solver
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
-from infscan.results.tensor_files import read_facts, read_tensors
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
+from infscan.results.tensor_files import read_facts, read_tensors
 from infscan.steps.preconditioner import Preconditioner, StoredGradients, layer_factors, preconditioned, query_gradients
 from infscan.steps.queries import QueryTask, query_task
-from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.steps.solve import Solved, SolveTask, falling, solve_task, solved_before
-from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.passes.builders import SEED, fit, fit_plan
 from tests.runtime.builders import tiny_model
@@ -50,7 +50,13 @@ def ekfac(tmp_path_factory: pytest.TempPathFactory, double: ModelWorker, corpus:
 
 
 def solve(
-    rank: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, store: Store, query: Query, solver: Solver, **settings: float
+    rank: ModelWorker,
+    ekfac: Preconditioner,
+    corpus: PreparedCorpus,
+    store: Store,
+    query: Query,
+    solver: Solver,
+    **settings: float,
 ) -> Solved:
     iteration = IterationConfig(**{"steps": 400, "tolerance": 1e-8, **settings})
     task = SolveTask(
@@ -59,7 +65,9 @@ def solve(
     return solve_task(rank, task)
 
 
-def dense_solution(rank: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, queries: tuple[Query, ...]) -> Tensor:
+def dense_solution(
+    rank: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, queries: tuple[Query, ...]
+) -> Tensor:
     """(G + lambda)^-1 grad(-f), [Q, P], with G written out column by column."""
     sequences = corpus.read(np.arange(CURVATURE))
     ggn = GaussNewton(rank, sequences, tokens_per_batch=1024)
@@ -79,7 +87,9 @@ def read_solution(rank: ModelWorker, store: Store, query: Query) -> Tensor:
     return join(rank.layers, {name: matrix[None] for name, matrix in tensors.items()})[0]
 
 
-def test_cg_finds_the_dense_solution(double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path) -> None:
+def test_cg_finds_the_dense_solution(
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
+) -> None:
     store = Store(str(tmp_path))
     expected = dense_solution(double, ekfac, corpus, QUERIES)
     for query, x_p in zip(QUERIES, expected, strict=True):
@@ -134,11 +144,15 @@ def test_a_solution_is_the_same_whatever_was_solved_before(
     assert torch.equal(read_solution(double, after, QUERIES[2]), read_solution(double, alone, QUERIES[2]))
 
 
-def test_what_follows_reads_the_solutions(double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path) -> None:
+def test_what_follows_reads_the_solutions(
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
+) -> None:
     store = Store(str(tmp_path))
     for query in QUERIES:
         solve(double, ekfac, corpus, store, query, Solver.cg, steps=20)
-    inverse = replace(ekfac, solver=Solver.cg, solutions=StoredGradients(store, {query.id: query.id for query in QUERIES}))
+    inverse = replace(
+        ekfac, solver=Solver.cg, solutions=StoredGradients(store, {query.id: query.id for query in QUERIES})
+    )
     P = preconditioned(double, QUERIES, double.layers, inverse)
     for row, query in enumerate(QUERIES):
         assert torch.equal(join(double.layers, P)[row], read_solution(double, store, query))

@@ -16,18 +16,17 @@ from infscan.config import Compression, DampingConfig, Dtype, IterationConfig, L
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.influence.inverse import inverse_core
 from infscan.model.architecture import describe
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.model.load import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Part, Query
+from infscan.results.tensor_files import read_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.factor_files import read_layer_factors
-from infscan.results.tensor_files import read_tensors
-from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.steps.preconditioner import Preconditioner, StoredGradients, layer_factors, preconditioned, query_gradients
-from infscan.steps.queries import QueryTask, query_task
-from infscan.steps.queries import read_query_batch
-from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.solve import SolveTask, solve_task
 from infscan.steps.stages import StageTask, stage_task
-from infscan.queries import Part, Query
 from infscan.storage import Store
 from tests.passes.builders import SEED, fit, fit_plan, small_corpus
 from tests.runtime.builders import tiny_model
@@ -71,7 +70,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
     return [stage(folder / str(seed), seed, damping) for seed, damping in enumerate(dampings)]
 
 
-def through(trained: Trained, alpha: float, vectors: StoredGradients | None, store: Store, name: str) -> StoredGradients:
+def through(
+    trained: Trained, alpha: float, vectors: StoredGradients | None, store: Store, name: str
+) -> StoredGradients:
     """One stage's task, layers in two files; an infinite alpha is solver=identity."""
     inverse = replace(trained.inverse, alpha=alpha, vectors=vectors)
     if alpha == float("inf"):
@@ -143,7 +144,7 @@ def test_the_chain_is_the_dense_one(
     query_task(first, QueryTask(store, "batch", QUERIES, first.layers, inverse, None, Compression.weighted, print_))
     ids = np.arange(stages[0].corpus.sequences)
     task = CheckTask(stages[0].corpus.store, ids, QUERIES, (0, 1), first.layers, inverse, print_, 256)
-    found = check_task(first, task, read_query_batch(store, [["batch"]]))
+    found = check_task(first, task, read_query_batch(store, [["batch"]]).batch)
     assert found is not None
     wanted = np.zeros((len(ids), len(QUERIES)))
     for batch in first.batches(stages[0].corpus.read(ids), 256):

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infscan.engine.schedule import Schedule
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.influence.topk import SIDES, best_rows
-from infscan.engine.schedule import Schedule
 
 QUERIES, SHARD, CAPACITY = 2, 4, 3
 

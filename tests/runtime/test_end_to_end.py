@@ -15,10 +15,10 @@ import ray
 import torch
 
 from infscan.config import ClusterConfig, Config
-from infscan.errors import FactorsError, RunError
-from infscan.steps.factor_files import read_factors
-from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
 from infscan.engine.cluster import connect
+from infscan.errors import FactorsError, RunError
+from infscan.results.read import read_layers, read_scores, read_sequences, read_summary, read_tokens, read_top
+from infscan.steps.factor_files import read_factors
 from jobs.scan import answer
 from tests.conftest import Bucket
 from tests.golden import golden

@@ -9,10 +9,10 @@ import pytest
 
 from infscan.config import Config
 from infscan.errors import ConfigError
-from infscan.steps.factor_files import check_files
 from infscan.results.read import read_summary
-from infscan.sizing.plan import PlanConfig, PlanJob, estimate
 from infscan.sizing.estimate import Rate, Work, timed
+from infscan.sizing.plan import PlanConfig, PlanJob, estimate
+from infscan.steps.factor_files import check_files
 from infscan.storage import Store
 from jobs.plan import OPTIONAL
 from jobs.scan import answer

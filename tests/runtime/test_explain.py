@@ -14,12 +14,12 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.engine.cluster import connect
 from infscan.errors import ConfigError, CorpusError, QueryError, RunError
 from infscan.report.explanation import show_explanation
 from infscan.results.read import read_layers, read_tokens, read_top
 from infscan.steps.explain import ExplainJob, explain
 from infscan.steps.finished import reopen
-from infscan.engine.cluster import connect
 from infscan.steps.run import Run
 from jobs.scan import answer
 from tests.runtime.builders import compose, text_corpus, text_queries, tiny_model, write_jsonl

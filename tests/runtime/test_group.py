@@ -9,12 +9,12 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
+from infscan.engine import heartbeat as pulse
+from infscan.engine import worker_group as module
+from infscan.engine.heartbeat import Heartbeats
+from infscan.engine.worker_group import Outcome, State, WorkerGroup, gpu_index
 from infscan.errors import CorpusError
 from infscan.model.out_of_memory import RankMemoryError
-from infscan.engine import worker_group as module
-from infscan.engine import heartbeat as pulse
-from infscan.engine.worker_group import Outcome, State, WorkerGroup, gpu_index
-from infscan.engine.heartbeat import Heartbeats
 
 
 class Answers:

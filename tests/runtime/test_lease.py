@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import pytest
 
-from infscan.errors import RunError
 from infscan.engine.lease import LEASE, Holder, Lease
+from infscan.errors import RunError
 from infscan.storage import Store
 from infscan.storage.host import Host, process_began
 from tests.conftest import Bucket

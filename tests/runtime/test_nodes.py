@@ -12,12 +12,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from infscan.config import Config
-from infscan.errors import ConfigError
-from infscan.steps.scan import ScanTask
-from infscan.results.read import read_summary
-from infscan.engine.worker_group import WorkerGroup
 from infscan.engine.lease import LEASE
+from infscan.engine.worker_group import WorkerGroup
+from infscan.errors import ConfigError
+from infscan.results.read import read_summary
 from infscan.steps.run import Run
+from infscan.steps.scan import ScanTask
 from jobs.scan import answer
 from tests.runtime.builders import small_run
 from tests.runtime.test_end_to_end import rows_of

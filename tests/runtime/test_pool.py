@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.config import ClusterConfig
-from infscan.errors import CorpusError
 from infscan.engine import pool as module
-from infscan.engine.worker_group import Outcome, State
-from infscan.engine.recovery import RecoveryLog
 from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
 from infscan.engine.schedule import Schedule
+from infscan.engine.worker_group import Outcome, State
+from infscan.errors import CorpusError
 
 MAX_ATTEMPTS = 2
 NEVER = 10**9

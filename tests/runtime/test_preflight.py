@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from infscan.runtime import preflight
 
 from infscan.config import ClusterConfig, Placement
 from infscan.corpus.plan import Plan, Selection
+from infscan.engine import pool
 from infscan.errors import ConfigError, StorageError
 from infscan.influence.layers import Layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.engine import pool
-from infscan.runtime import preflight
 from infscan.steps.run import Run
 from infscan.steps.volume import factor_files, scan_bytes
 from infscan.storage import Store

@@ -17,8 +17,7 @@ from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.errors import ConfigError, CorpusError, RunError
 from infscan.model.architecture import describe
-from infscan.steps.prepare import prepare_corpus
-from infscan.steps.prepare import prepare
+from infscan.steps.prepare import prepare, prepare_corpus
 from infscan.steps.run import Run
 from infscan.storage import Store
 from infscan.telemetry import Telemetry

@@ -11,11 +11,11 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.engine.cluster import connect
 from infscan.errors import RunError
 from infscan.results.read import read_layers, read_summary, read_tokens, read_top
 from infscan.steps.explain import ExplainJob, explain
 from infscan.steps.finished import reopen
-from infscan.engine.cluster import connect
 from jobs.scan import answer
 from tests.runtime.builders import small_run
 

@@ -9,11 +9,11 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.engine.cluster import connect
 from infscan.errors import ConfigError
-from infscan.results.tensor_files import read_tensors
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
-from infscan.engine.cluster import connect
+from infscan.results.tensor_files import read_tensors
 from infscan.steps.solve import FOLDER
 from infscan.storage import Store
 from jobs.scan import answer

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from infscan.config import ClusterConfig, Config
 from infscan.corpus.addressable import open_corpus
+from infscan.engine.cluster import connect
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
-from infscan.engine.cluster import connect
 from infscan.steps.run import Run
 from infscan.storage import Store
 from jobs.scan import answer

@@ -15,8 +15,8 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from infscan.config import Config
-from infscan.results.read import read_summary
 from infscan.engine.metrics import TRACE, RunMetrics
+from infscan.results.read import read_summary
 from infscan.storage import Store
 from infscan.telemetry import Phase
 from jobs.scan import answer

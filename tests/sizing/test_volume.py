@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infscan.results.tensor_files import tensor_bytes
+from infscan.results.tensor_files import tensor_bytes, tensors_file_bytes
 from infscan.steps.volume import size
-from infscan.results.tensor_files import tensors_file_bytes
 
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32}
 

@@ -1,4 +1,4 @@
-"""One basis pair per layer for all queries: P_q ~= B_O K_q B_I^T, for many queries (METHOD: query batching)."""
+"""Finds one basis pair per layer for all queries: P_q ~= B_O K_q B_I^T, for many queries (METHOD: query batching)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,14 @@ from torch import Tensor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.compress import clamped_roots
 from infscan.influence.layers import LayerFactors
-from infscan.influence.score import weighed
+from infscan.influence.layout import SharedBasis, weighted_cost
 
 # Shares of what may be left out that are left out on the side of outputs, and the rest on that of inputs. Without any a
 # side keeps its own coordinates, and no token is projected.
 _SPLITS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass(frozen=True)
-class Joint:
-    """P_q ~= B_O K_q B_I^T. B_mo: B_O's columns in rows, [m, O]. B_ni: [n, I]. K_qmn: the queries' cores, [Q, m, n].
-
-    None in a basis's place: the side has its own coordinates (m = O, n = I).
-    """
-
-    B_mo: Tensor | None
-    B_ni: Tensor | None
-    K_qmn: Tensor
-
-
-def joint(
+def shared_basis(
     U_xo: Tensor,
     V_xi: Tensor,
     ranks: Sequence[int],
@@ -39,15 +27,16 @@ def joint(
     kept: float,
     tokens: int,
     entries: int,
-) -> Joint | None:
-    """The basis pair that is cheapest to scan with and leaves out at most 1 - kept of the queries' weighted squares;
-    None where the cores of none that does have so few entries.
+) -> SharedBasis[Tensor] | None:
+    """Find the cheapest basis pair that leaves out at most 1 - kept of the queries' weighted squares.
+
+    None where the cores of every such pair have more entries than these.
 
     U_xo: [sum of ranks, O], V_xi: [sum of ranks, I]: P_q = U_q^T V_q, query after query. In the factors' eigenbases,
     with eigenvalues for weights (as `compress_weighted`; without factors P_q as it is), M_q = S^(1/2) P_q A^(1/2). The
     bases span the leading eigenvectors of sum_q w_q M_q M_q^T and sum_q w_q M_q^T M_q (a higher-order SVD; De Lathauwer
     et al. 2000): what is left out is at most the sum of the eigenvalues left out on both sides. How 1 - kept is split
-    between them is tried (`_SPLITS`), by `weighed` products for sequences of so many tokens. weights_q: [Q], w; 1 over
+    between them is tried (`_SPLITS`), by `weighted_cost` for sequences of so many tokens. weights_q: [Q], w; 1 over
     a query's own total makes every query count alike.
     """
     O, I = U_xo.shape[1], V_xi.shape[1]
@@ -68,16 +57,10 @@ def joint(
     ]
     if not pairs:
         return None
-    m, n = min(pairs, key=lambda pair: weighed(O, I, tokens, len(ranks), 0, pair)["joint"])
+    m, n = min(pairs, key=lambda pair: weighted_cost(O, I, tokens, len(ranks), 0, pair)["shared_basis"])
     (left_xm, B_mo), (right_xn, B_ni) = outputs.projected(U_xo, rows_xo, m, S), inputs.projected(V_xi, rows_xi, n, A)
     pieces = zip(left_xm.split(list(ranks)), right_xn.split(list(ranks)), strict=True)
-    return Joint(B_mo, B_ni, torch.stack([mine.T @ its for mine, its in pieces]).to(U_xo.dtype))
-
-
-def smallest(ranks: Sequence[int], O: int, I: int) -> list[tuple[int, int]]:
-    """(m, n) of the smallest pairs that could keep every query's columns, with a basis on both sides or on one."""
-    most = max(ranks)
-    return [(min(most, O), min(most, I)), (O, min(most, I)), (min(most, O), I)]
+    return SharedBasis(torch.stack([mine.T @ its for mine, its in pieces]).to(U_xo.dtype), B_mo, B_ni)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""The whole method, in order; each step finds what an earlier process finished, and does what is missing."""
+
+from __future__ import annotations
+
+from infscan.config import Config
+from infscan.sizing.memory import log_scan_memory
+from infscan.steps.check import check
+from infscan.steps.factors import fit
+from infscan.steps.plan import make_plan
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.publish import publish
+from infscan.steps.queries import query_batch
+from infscan.steps.refine import refine
+from infscan.steps.run import open_run
+from infscan.steps.scan import scan
+from infscan.steps.solve import solve
+from infscan.steps.stages import pull_back_queries
+
+
+def answer(config: Config, backend: str = "ray") -> None:
+    """Scan a corpus for the sequences that most raised or lowered each query's completion, and publish the tables.
+
+    backend: `ray`, or `in_process` for one worker in this process.
+    """
+    with open_run(config, backend=backend) as run:
+        # Documents -> tokens -> numbered sequences, in <output>/corpus; nothing to do where that exists.
+        corpus = prepare_corpus(run)
+        # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
+        plan = make_plan(run, corpus)
+        planned_bytes = log_scan_memory(run.inputs, corpus.sequence_length)
+        # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
+        vectors = pull_back_queries(run)
+        # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.
+        factors = fit(run, vectors)
+        # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
+        factors = solve(run, factors)
+        # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.
+        batch = query_batch(run, factors)
+        # How good is the compression? A sample, scored with it and without.
+        approximation = check(run, plan, corpus, batch, factors)
+        # One forward and one activation-gradient backward per sequence scores it against all queries.
+        scanned = scan(run, plan, corpus, batch)
+        # The best candidates again, with full-rank query gradients, by layer and by token.
+        refined = refine(run, plan, scanned, factors)
+        # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
+        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)
