@@ -68,7 +68,8 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import FitTask, covariance_task, lambda_task
+from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner, layer_factors
 from infscan.steps.queries import QueryTask, on_device, query_task, read_query_batch
 from infscan.storage import Store, expand

@@ -61,7 +61,8 @@ from infscan.results.shard_file import shard_path
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import FitTask, covariance_task, lambda_task
+from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, on_device, query_task
 from infscan.steps.refine import RefineTask, refine_task

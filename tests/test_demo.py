@@ -11,11 +11,11 @@ import ray
 
 from infscan.config import ClusterConfig
 from infscan.engine.cluster import connect
+from infscan.pipeline import answer
 from infscan.results.read import read_top
 from infscan.studies.facts import Partition
 from infscan.studies.word_order import WordOrder, planted_partitions, word_order
-from jobs.scan import answer
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 DEMO = ("model=demo", "corpus=demo", "queries=demo", "cluster=laptop", "scan.scores=all", "scan.top_k=10")
 PLANTED = "infscan://demo/planted.jsonl"

@@ -10,10 +10,10 @@ import ray
 
 from infscan.config import ClusterConfig
 from infscan.engine.cluster import connect
+from infscan.pipeline import answer
 from infscan.results.read import read_summary
 from jobs.answers import forward_on_top, main
-from jobs.scan import answer
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 pytestmark = pytest.mark.slow
 

@@ -26,12 +26,12 @@ from infscan.config import Config, from_hydra, plain
 from infscan.config.checks import BOUNDS
 from infscan.config.identity import leaves
 from infscan.errors import ConfigError, InfscanError
+from infscan.pipeline import answer
 from infscan.results.read import read_summary
-from infscan.steps.run import Run
+from infscan.steps.run import open_run
 from infscan.telemetry import command, shown
-from jobs.scan import answer
 from tests.chaos.one_process import without_ray
-from tests.runtime.builders import CONF, small_run
+from tests.steps.runs import CONF, small_run
 
 INTEGERS = [-(2**70), -(2**63) - 1, -(2**63), -1, 0, 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
 FLOATS = [float("nan"), float("inf"), -float("inf"), -0.0, 5e-324, 1e308, -1.5]
@@ -108,7 +108,7 @@ def opened(possible: DictConfig, key: str, value: Any) -> None:
     if key != "output":
         config.output = str(Path(config.output).with_name(f"run-{next(_outputs)}"))
     try:
-        with Run(config):
+        with open_run(config):
             pass
     except InfscanError as error:
         is_a_sentence(error)

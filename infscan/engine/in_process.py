@@ -63,6 +63,13 @@ class InProcessExecutor:
         self._bytes = (0, 0)
         self._ended: list[list[RankFacts]] = []
 
+    @classmethod
+    def on(cls, worker: ModelWorker) -> InProcessExecutor:
+        """An executor whose model is loaded already."""
+        made = cls(context=worker.context)
+        made._worker = worker
+        return made
+
     @property
     def settings(self) -> WorkerSettings:
         assert self._settings is not None, "this executor was made without a model"

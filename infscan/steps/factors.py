@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Config, Labels, Solver
+from infscan.config import Labels, Solver
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Selection
 from infscan.engine.executor import Executor, Step, TaskMap
@@ -84,7 +84,7 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
     plan = store_plan(store, plan_factors(run.inputs, corpus))
     if not store.exists(COMPLETE):
         check_disk_for_factors(config, plan, store)
-    fit_factors(run.executor, config, store, corpus, plan)
+    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed)
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
 
@@ -116,7 +116,9 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
     )
 
 
-def fit_factors(executor: Executor, config: Config, store: Store, corpus: AddressableCorpus, plan: FactorsPlan) -> None:
+def fit_factors(
+    executor: Executor, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, labels: Labels, seed: int
+) -> None:
     """Fit what the plan says into `store`, or check what is complete there."""
     if store.exists(COMPLETE):
         check_files(store)
@@ -127,7 +129,7 @@ def fit_factors(executor: Executor, config: Config, store: Store, corpus: Addres
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
         len(plan.layers), plan.selection.size, len(plan.slices), len(plan.groups), plan.partial_bytes() / 2**20,
     )  # fmt: skip
-    fitting = _Fitting(store, CorpusAddress.of(corpus), plan, config.factors.labels, config.seed)
+    fitting = _Fitting(store, CorpusAddress.of(corpus), plan, labels, seed)
     try:
         fitting.sum_covariances(executor)
         executor.map_tasks(fitting.on_layers("eigenbasis", decompose_layer))

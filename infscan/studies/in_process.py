@@ -16,7 +16,7 @@ from infscan.errors import ConfigError
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, queries_fingerprint
-from infscan.steps.factor_files import COMPLETE, FactorsPlan, store_plan
+from infscan.steps.factor_files import COMPLETE, store_plan
 from infscan.steps.factors import fit_factors, plan_factors
 from infscan.steps.inputs import open_inputs, read_measured_queries
 from infscan.steps.preconditioner import Preconditioner
@@ -67,7 +67,7 @@ def open_study(config: ValidateJob) -> Study:
     factors = store / f"validate/factors-{made.fingerprint[:16]}"
     plan = store_plan(factors, made)
     started, fitted_before = time.perf_counter(), factors.exists(COMPLETE)
-    fit_factors(executor, config, factors, corpus, plan)
+    fit_factors(executor, factors, corpus, plan, config.factors.labels, config.seed)
     if not fitted_before:
         factors.write_json(_FIT, {"seconds": time.perf_counter() - started})
     # Another seed than the factors' sample: two samples of one seed would be one inside the other.
@@ -91,7 +91,7 @@ def open_study(config: ValidateJob) -> Study:
 
 def _fitted_on_the_corpus(config: ValidateJob) -> ValidateJob:
     """The configuration of a fit on as many of the corpus's sequences as the curvature is of."""
-    whole = replace(config.corpus, max_sequences=None, sample=None)
+    whole = type(config.factors.corpus)(**(vars(config.corpus) | {"max_sequences": None, "sample": None}))
     size = config.validate.curvature_sequences
     return replace(config, factors=replace(config.factors, corpus=whole, num_sequences=size, slices=1))
 

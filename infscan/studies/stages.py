@@ -81,14 +81,14 @@ def arms(
     pretrained, finetuned: each stage's model with factors of its own corpus. at_finetuned: the fine-tuned model with
     factors of the pretraining corpus. All with the queries of `finetuned`.
     """
-    v_qp = join(finetuned.rank.layers, query_gradients(finetuned.rank, finetuned.queries, finetuned.rank.layers))
+    v_qp = join(finetuned.worker.layers, query_gradients(finetuned.worker, finetuned.queries, finetuned.worker.layers))
     first = inverse_of(pretrained)
     solutions: dict[str, Tensor] = {DOT: v_qp, PRETRAINED: first(v_qp)}
     for alpha in alphas:
         solutions[multi(alpha)] = first(alpha * inverse_of(finetuned, alpha)(v_qp))
-    scores = score_solutions(pretrained.rank, pretrained.candidates, solutions)
+    scores = score_solutions(pretrained.worker, pretrained.candidates, solutions)
     single = {SINGLE: inverse_of(at_finetuned)(v_qp)}
-    return scores | score_solutions(at_finetuned.rank, at_finetuned.candidates, single)
+    return scores | score_solutions(at_finetuned.worker, at_finetuned.candidates, single)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ def sampled_fisher(
     """(1 / (N draws)) sum of g g^T over sequences and draws, g [P] a summed pseudo-gradient: [P, P], float64.
 
     Labels are drawn from the model at every position that predicts a token; they depend on (seed, draw, sequence,
-    position) alone. Its expectation is G (`model.gauss_newton`, but for the last position); parameters lie as `model.gauss_newton.join`
-    has them.
+    position) alone. Its expectation is G (`gauss_newton`, but for the last position); parameters are in the order of
+    `gauss_newton.join`.
     """
     size = sum(layer.size for layer in rank.layers)
     # Summed in the model's own width: what this matrix is for needs no more, and its products are most of the time.

@@ -18,8 +18,8 @@ import ray
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import InfscanError
-from jobs.scan import answer
-from tests.runtime.builders import compose
+from infscan.pipeline import answer
+from tests.steps.runs import compose
 
 
 def main(argv: list[str]) -> int:

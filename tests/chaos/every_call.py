@@ -18,7 +18,7 @@ from infscan.storage.local import LocalDisk
 from infscan.storage.remote import ObjectStore
 from infscan.storage.writers import temporary_name
 from tests.chaos.one_process import RankKilled, on_rank
-from tests.runtime.builders import small_run, tiny_model, token_corpus, token_queries
+from tests.steps.runs import small_run, tiny_model, token_corpus, token_queries
 
 OPERATIONS = ("read", "open", "write", "create", "stat", "find", "names", "remove", "sweep", "check_space")
 CHANGING = ("write", "create", "remove")
@@ -151,7 +151,7 @@ def tiny_run(root: Path, output: str | Path) -> Config:
 
 def main(root: str, output: str, at: str, moment: str) -> None:
     """A process of its own that is killed at its n-th storage call."""
-    from jobs.scan import answer
+    from infscan.pipeline import answer
     from tests.chaos.one_process import load_rank, without_ray
 
     config = tiny_run(Path(root), output)

@@ -30,7 +30,7 @@ from tests.chaos.harness import (
     STORAGE,
     Harness,
 )
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 LONG = {RANK_KILLED: 30, RANK_STOPPED: 20, NODE_KILLED: 15, DRIVER_KILLED: 25, STORAGE: 12, DISK_FULL: 12}
 # So many of each have an undisturbed twin right before them.

@@ -13,9 +13,9 @@ import ray
 from infscan.config import ClusterConfig
 from infscan.engine.cluster import connect
 from infscan.engine.worker_group import WorkerGroup
+from infscan.pipeline import answer
 from infscan.results.read import read_summary
 from infscan.steps.scan import ScanTask
-from jobs.scan import answer
 from tests.chaos.every_call import Crash, crash_driver, tiny_inputs, tiny_run, watched
 from tests.chaos.test_every_call import SEED, Twin, content, some
 

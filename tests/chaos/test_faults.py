@@ -27,19 +27,18 @@ from infscan.engine.lease import LEASE, Lease
 from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import FactorsError, InfscanError, RunError
 from infscan.model.worker import Batch, ModelWorker
+from infscan.pipeline import answer
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import factors as fit
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.run import Run
 from infscan.steps.scan import ScanTask
 from infscan.storage import Store
-from jobs.scan import answer
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
-from tests.runtime.builders import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
-from tests.runtime.test_end_to_end import assert_close_rows, rows_of
+from tests.steps.runs import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
+from tests.steps.test_end_to_end import assert_close_rows, rows_of
 
 SHARDS, PER_SHARD = 30, 8
 SEQUENCES = SHARDS * PER_SHARD

@@ -16,7 +16,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infscan.engine.worker_group import _ACTOR
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

@@ -30,13 +30,14 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import FitTask, covariance_task, lambda_task
+from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.refine import RefineTask
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store, expand
-from tests.runtime.builders import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
 
 SHARD = "shard-000000"
 SEQUENCES, QUERIES = 48, 3

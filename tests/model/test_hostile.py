@@ -16,7 +16,7 @@ from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ModelError
 from infscan.model.architecture import describe, weight_files
 from infscan.model.load import RankContext, load
-from tests.runtime.builders import tiny_model
+from tests.steps.runs import tiny_model
 
 
 class Trap:

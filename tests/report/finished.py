@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from infscan.config import Config
-from jobs.scan import answer
+from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
-from tests.runtime.builders import small_run, text_corpus, tiny_model, write_jsonl
+from tests.steps.runs import small_run, text_corpus, tiny_model, write_jsonl
 
 CONTEXT = 128
 HOSTILE = {

@@ -19,7 +19,7 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
 from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory
 from infscan.steps.queries import on_device
-from tests.runtime.builders import CONTEXT, tiny_model
+from tests.steps.runs import CONTEXT, tiny_model
 
 FAMILIES = ("gpt_neox", "gpt2", "llama")
 

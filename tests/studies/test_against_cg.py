@@ -26,7 +26,7 @@ from infscan.studies.comparison import AVERAGE, EKFAC
 from infscan.studies.in_process import Study, open_study
 from infscan.studies.validation import Cost, ValidateJob
 from jobs import validate as job
-from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONF, tiny_model, token_corpus, token_queries
 
 CG_ITERATES = [1, 3]
 DEPTHS = [2, 6]

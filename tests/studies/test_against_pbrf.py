@@ -26,7 +26,7 @@ from infscan.studies.regression import FEATURES
 from infscan.studies.validation import PbrfConfig, RegressionConfig, ResponseConfig, Truth, ValidateJob
 from infscan.truth.pbrf import dampings_of
 from jobs import validate as job
-from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONF, tiny_model, token_corpus, token_queries
 
 SMALL = [
     "truth=pbrf_regression",
