@@ -63,7 +63,7 @@ from infscan.influence.layout import (
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.shared_basis import shared_basis
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
 from infscan.steps.eigenbases import decompose_layer, finish_layer

@@ -42,10 +42,11 @@ from infscan.model.worker import WorkerSettings
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
+from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
 from infscan.steps.queries import QueryBatch
 from infscan.steps.refine import Refined, refine_units
-from infscan.steps.scan import Scanned, make_plan, scan
+from infscan.steps.scan import Scanned, scan
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 

@@ -53,7 +53,8 @@ from infscan.influence.layout import Array, Layout, from_arrays, lay_out, plan_l
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
-from infscan.model.load import RankContext, load
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query

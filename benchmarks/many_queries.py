@@ -35,10 +35,10 @@ from infscan.influence.layers import Layer
 from infscan.influence.layout import LayoutPlan, QueryBatch, lay_out, plan_layouts, query_weights
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.queries import Query
+from infscan.steps.inputs import in_dtype
 from infscan.steps.queries import (
     QueryTask,
     SharedBasisTask,
-    in_dtype,
     on_device,
     query_task,
     read_query_batch,

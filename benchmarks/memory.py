@@ -28,7 +28,7 @@ from infscan.config import Config, Dtype
 from infscan.influence.layout import Factored, Spectrum, lay_out, plan_layouts
 from infscan.influence.standings import Standings
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.memory import DryRank, scan_cost
 from infscan.steps.scan import ScanTask, scan_task

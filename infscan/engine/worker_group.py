@@ -32,7 +32,7 @@ from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.lease import LEASE
 from infscan.errors import ConfigError
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import RankMemoryError
 from infscan.model.worker import ModelWorker, Span, WorkerSettings
 from infscan.storage import Store, storage_faults

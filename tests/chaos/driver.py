@@ -41,14 +41,22 @@ def main(argv: list[str]) -> int:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
         progress.flush()
 
-    def counted(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
+    def counted(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+    ) -> None:
         nonlocal handed_out
         handed_out += 1
         actor = self.actors[-1]
         if actor not in pids:
             # It is idle, and says at once which process it is. Asked once: by the next time it may be stopped.
             pids[actor] = ray.get(actor.run.remote(lambda _: os.getpid(), 0))
-        submit(self, unit, timed(function, self.index, order["pause_s"], order["spans"]), *arguments, halvings=halvings)
+        submit(
+            self,
+            unit,
+            timed(function, self.index, order["pause_s"], order["spans"]),
+            *arguments,
+            oom_retries=oom_retries,
+        )
         note("handed", self.index, pids[actor])
         if handed_out == order["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -155,7 +155,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     room, submit = Room(), WorkerGroup.submit
 
     def submit_cramped(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
     ) -> None:
         tokens = room.tokens
 
@@ -172,7 +172,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
                 del rank.backward
 
         chosen = in_little_memory if tokens and isinstance(arguments[0], ScanTask) else function
-        submit(self, unit, chosen, *arguments, halvings=halvings)
+        submit(self, unit, chosen, *arguments, oom_retries=oom_retries)
 
     monkeypatch.setattr(WorkerGroup, "submit", submit_cramped)
     return room

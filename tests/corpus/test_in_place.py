@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infscan.config import Attention, Packing
 from infscan.corpus import arrays, describe, in_place, megatron
-from infscan.corpus.addressable import AddressableCorpus, require_document_boundaries
+from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError
@@ -107,7 +107,7 @@ def after_eos(sequence: Sequence) -> list[int]:
 @given(docs=with_empty, length=st.integers(2, 12))
 def test_every_layout_tells_where_attention_begins_anew(kind: str, docs: list[list[int]], length: int) -> None:
     corpus = FORMATS[kind](docs, settings(Packing.concat, length))
-    for sequence in corpus.read(np.arange(corpus.sequences), Attention.within):
+    for sequence in open_corpus(corpus.store, Attention.within).read(np.arange(corpus.sequences)):
         assert sequence.starts is not None
         assert sequence.starts.tolist() == after_eos(sequence)
     assert all(sequence.starts is None for sequence in everything(corpus))
@@ -118,7 +118,7 @@ def test_megatron_documents_without_eos_are_told_apart_by_the_index() -> None:
     layouts.megatron(store, "a", [[5, 6, 7], [8, 9], [4] * 6])
     pack = settings(Packing.concat, T)
     corpus = layouts.described(store, corpus_config(store.uri), pack)
-    found = corpus.read(np.arange(2), Attention.within)
+    found = open_corpus(corpus.store, Attention.within).read(np.arange(2))
     assert [sequence.starts.tolist() for sequence in found if sequence.starts is not None] == [[0, 3, 5], [0]]
     require_document_boundaries(corpus)
 

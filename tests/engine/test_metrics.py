@@ -1,4 +1,4 @@
-"""What a run tells those who watch it: metrics that a real Ray offers to Prometheus, JSON lines, a trace."""
+"""What a run tells those who metrics it: metrics that a real Ray offers to Prometheus, JSON lines, a trace."""
 
 from __future__ import annotations
 
@@ -168,33 +168,33 @@ def test_the_trace_holds_every_unit_and_what_its_rank_did_within_it(watched: Wat
 
 
 def test_a_phase_within_another_gives_it_back() -> None:
-    watch, outer, inner = RunMetrics("runs/one"), Phase("covariance", 8, "slices"), Phase("workers", 2, "workers")
-    watch.began(outer)
-    watch.began(inner)
-    assert watch.phase == "workers"
-    watch.ended(inner)
-    assert watch.phase == "covariance"
-    watch.ended(outer)
-    assert watch.phase == ""
+    metrics, outer, inner = RunMetrics("runs/one"), Phase("covariance", 8, "slices"), Phase("workers", 2, "workers")
+    metrics.began(outer)
+    metrics.began(inner)
+    assert metrics.phase == "workers"
+    metrics.ended(inner)
+    assert metrics.phase == "covariance"
+    metrics.ended(outer)
+    assert metrics.phase == ""
 
 
 def test_an_ended_unit_is_told_once_with_its_attempt_and_outcome(tmp_path: Path) -> None:
     clock = Clock()
-    watch = RunMetrics("runs/one", traced=True, clock=clock)
-    watch.began(Phase("scan", 2, "shards"))
-    watch.handed(0, 7, 1)
+    metrics = RunMetrics("runs/one", traced=True, clock=clock)
+    metrics.began(Phase("scan", 2, "shards"))
+    metrics.unit_started(0, 7, 1)
     clock.now += 2
-    watch.over(0, "lost")
-    watch.over(0, "lost")
-    watch.handed(1, 7, 2)
+    metrics.unit_finished(0, "lost")
+    metrics.unit_finished(0, "lost")
+    metrics.unit_started(1, 7, 2)
     clock.now += 3
-    watch.over(1, "done")
+    metrics.unit_finished(1, "done")
     facts = {"run": "runs/one", "phase": "scan", "unit": 7, "shard": "shard-000007"}
-    assert watch.spans == [
+    assert metrics.spans == [
         (0, ("scan", 100.0, 102.0, facts | {"worker": 0, "attempt": 1, "outcome": "lost"})),
         (1, ("scan", 102.0, 105.0, facts | {"worker": 1, "attempt": 2, "outcome": "done"})),
     ]
-    watch.write_trace(Store(str(tmp_path)), [[("read", 100.5, 101.0, {})]])
+    metrics.write_trace(Store(str(tmp_path)), [[("read", 100.5, 101.0, {})]])
     events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
     assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [
         ("scan", 0, 100_000_000, 2_000_000),
@@ -202,7 +202,7 @@ def test_an_ended_unit_is_told_once_with_its_attempt_and_outcome(tmp_path: Path)
         ("read", 0, 100_500_000, 500_000),
     ]
     # The ranks of workers that started anew come beside those before them.
-    watch.write_trace(Store(str(tmp_path)), [[("read", 105.0, 105.5, {})], [("read", 105.0, 106.0, {})]])
+    metrics.write_trace(Store(str(tmp_path)), [[("read", 105.0, 105.5, {})], [("read", 105.0, 106.0, {})]])
     events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
     reads = [(event["tid"], event["ts"]) for event in events if event["name"] == "read"]
     assert reads == [(0, 100_500_000), (0, 105_000_000), (1, 105_000_000)]

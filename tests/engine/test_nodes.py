@@ -90,8 +90,10 @@ def test_a_worker_without_room_joins_when_a_node_does(
     submit, handed, joined = WorkerGroup.submit, [], []
     added = threading.Event()
 
-    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
-        submit(self, unit, function, *arguments, halvings=halvings)
+    def watched(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+    ) -> None:
+        submit(self, unit, function, *arguments, oom_retries=oom_retries)
         if isinstance(arguments[0], ScanTask):
             handed.append(self.index)
             if not added.is_set():
@@ -115,6 +117,6 @@ def test_a_folder_that_another_node_does_not_share_is_refused(
     """Here every raylet shares this machine's disks: the ranks look for the lease where there is none."""
     config = small_run(root, f"cluster.address={cluster.address}", f"output={root / 'apart'}")
     with open_run(config) as run:
-        run.lease.store.remove(LEASE)
+        run.folder.lease.store.remove(LEASE)
         with pytest.raises(ConfigError, match=r"is not the same folder on the node .* object storage"):
-            _ = run.pool
+            _ = run.executor.pool

@@ -1,4 +1,4 @@
-"""The pool's loop over workers that work, fail, die and return as drawn: nobody waits, and losses are recorded."""
+"""The pool's loop over workers that work, fail, die and return as drawn: nobody waits, and recovery are recorded."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class World:
         # (turn, what, worker): `handed`, `done`, `failed`, `lost`, `started`.
         self.trace: list[tuple[int, str, int]] = []
 
-    def pool(self, patch: pytest.MonkeyPatch, losses: RecoveryLog) -> Pool:
+    def pool(self, patch: pytest.MonkeyPatch, recovery: RecoveryLog) -> Pool:
         patch.setattr(module, "WorkerGroup", lambda index, *_: Group(self, index))
         patch.setattr(module, "Schedule", self.schedule)
         patch.setattr(Pool, "wait", lambda pool: self.turn())
         cluster = ClusterConfig(num_workers=self.workers, max_attempts=MAX_ATTEMPTS)
-        return Pool(cluster, SimpleNamespace(sharded=False), 0.0, losses)  # type: ignore[arg-type]
+        return Pool(cluster, SimpleNamespace(sharded=False), 0.0, recovery)  # type: ignore[arg-type]
 
     def schedule(self, *arguments: Any) -> Schedule:
         self.schedules.append(Schedule(*arguments))
@@ -71,7 +71,7 @@ class Group:
         turns = st.integers(1, 9) if self.index == 0 else st.integers(1, 9) | st.just(NEVER)
         self._ends(self.world.draw(turns))
 
-    def submit(self, unit: int, *arguments: Any, halvings: int = 0) -> None:
+    def submit(self, unit: int, *arguments: Any, oom_retries: int = 0) -> None:
         assert self.state is State.idle
         self.state, self.unit = State.busy, unit
         self.outcome = self.world.draw(st.sampled_from([Outcome.done, Outcome.done, Outcome.failed, Outcome.lost]))
@@ -106,64 +106,64 @@ def test_no_worker_is_idle_while_a_unit_waits_and_every_unit_ends(
 ) -> None:
     """Whatever the others are at: `World.turn` looks whenever the loop goes to sleep."""
     world = World(data.draw, workers)
-    losses = RecoveryLog(clock=lambda: float(world.now))
+    recovery = RecoveryLog(clock=lambda: float(world.now))
     ended: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        pool = world.pool(patch, losses)
+        pool = world.pool(patch, recovery)
         for units in passes:
             ended.clear()
             pool.run(range(units), print, str, lambda u, _: ended.append(u), on_given_up=lambda u, _: ended.append(u))
             assert sorted(ended) == list(range(units))
-    assert_ledger_is_the_trace(losses, world)
+    assert_log_is_the_trace(recovery, world)
 
 
-def assert_ledger_is_the_trace(losses: RecoveryLog, world: World) -> None:
-    """Every loss that the workers saw is there, with the turns and the units between their events."""
+def assert_log_is_the_trace(recovery: RecoveryLog, world: World) -> None:
+    """Every failure that the workers saw is there, with the turns and the units between their events."""
     handed = [at for at, what, _ in world.trace if what == "handed"]
-    assert losses.first_unit_s == (handed[0] if handed else None)
+    assert recovery.first_unit_s == (handed[0] if handed else None)
     at_loss = [place for place, (_, what, _) in enumerate(world.trace) if what == "lost"]
-    assert [(world.trace[place][2]) for place in at_loss] == [loss.worker for loss in losses.all]
-    for place, loss in zip(at_loss, losses.all, strict=True):
+    assert [(world.trace[place][2]) for place in at_loss] == [failure.worker for failure in recovery.failures]
+    for place, failure in zip(at_loss, recovery.failures, strict=True):
         lost_at, _, worker = world.trace[place]
         before_at, before, _ = next(event for event in reversed(world.trace[:place]) if event[2] == worker)
-        assert loss.unit_s == (lost_at - before_at if before == "handed" else 0)
+        assert failure.lost_work_s == (lost_at - before_at if before == "handed" else 0)
         after = world.trace[place + 1 :]
         ends = [("handed", worker), ("lost", worker)]
         back = next((index for index, event in enumerate(after) if event[1:] in ends), None)
-        assert loss.back_s == (None if back is None else after[back][0] - lost_at)
-        assert loss.meanwhile == sum(what == "handed" for _, what, _ in after[:back])
+        assert failure.recovery_s == (None if back is None else after[back][0] - lost_at)
+        assert failure.units_by_others == sum(what == "handed" for _, what, _ in after[:back])
         started = next((at for at, what, who in after[:back] if (what, who) == ("started", worker)), None)
-        assert loss.start_s == (None if started is None else started - lost_at)
+        assert failure.restart_s == (None if started is None else started - lost_at)
 
 
 def test_a_driver_that_follows_a_dead_one_says_when_it_is_at_work(caplog: pytest.LogCaptureFixture) -> None:
     now = 10.0
-    losses = RecoveryLog(clock=lambda: now, followed="process 7 on elsewhere")
+    recovery = RecoveryLog(clock=lambda: now, followed="process 7 on elsewhere")
     now = 14.25
     with caplog.at_level("INFO", logger="infscan"):
-        losses.handed(0)
-    assert losses.driver() == {"followed": "process 7 on elsewhere", "first_unit_s": 4.25}
+        recovery.unit_started(0)
+    assert recovery.driver() == {"followed": "process 7 on elsewhere", "first_unit_s": 4.25}
     assert caplog.messages == ["driver      at work 4.2 s after its start, in place of process 7 on elsewhere"]
 
 
 def test_a_loss_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
     """Worker 1 dies 3 s into a unit, is back 5 s later and lost again 2 s after, while worker 0 does a unit of 4 s."""
     now = 0.0
-    losses = RecoveryLog(clock=lambda: now)
-    losses.next_pass()
-    losses.handed(1)
-    losses.handed(0)
+    recovery = RecoveryLog(clock=lambda: now)
+    recovery.start_step()
+    recovery.unit_started(1)
+    recovery.unit_started(0)
     now = 3.0
-    losses.lost(1, "ActorDiedError: gone")
+    recovery.worker_lost(1, "ActorDiedError: gone")
     now = 4.0
-    losses.done(0)
-    losses.handed(0)
+    recovery.unit_finished(0)
+    recovery.unit_started(0)
     now = 8.0
     with caplog.at_level("INFO", logger="infscan"):
-        losses.started(1)
+        recovery.worker_started(1)
     now = 10.0
-    losses.lost(1, "ActorDiedError: again")
-    first, second = (loss.to_json() for loss in losses.all)
+    recovery.worker_lost(1, "ActorDiedError: again")
+    first, second = (failure.to_json() for failure in recovery.failures)
     said = {"worker": 1, "reason": "ActorDiedError: gone", "usual_unit_s": 4.0, "meanwhile": 1}
     assert first == said | {"unit_s": 3.0, "start_s": 5.0, "back_s": 7.0}
     said = {"worker": 1, "reason": "ActorDiedError: again", "usual_unit_s": 4.0, "meanwhile": 0}

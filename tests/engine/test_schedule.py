@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from infscan.engine.schedule import LOSSES_PER_ATTEMPT, MOST_HALVINGS, Schedule
+from infscan.engine.schedule import LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, Schedule
 
 _UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
 
@@ -18,7 +18,7 @@ class AnyTrace(RuleBasedStateMachine):
     def start(self, units: list[int], max_attempts: int) -> None:
         self.units, self.max_attempts = units, max_attempts
         self.schedule = Schedule(iter(units), max_attempts)
-        self.errors, self.losses, self.halvings = (dict.fromkeys(units, 0) for _ in range(3))
+        self.errors, self.losses, self.oom_retries = (dict.fromkeys(units, 0) for _ in range(3))
         self.ended: set[int] = set()
         self.ran_out: set[int] = set()
         self.queue = list(units)
@@ -58,18 +58,18 @@ class AnyTrace(RuleBasedStateMachine):
             self._take_until(unit)
 
     @precondition(lambda self: self.schedule.running)
-    @rule(data=st.data(), times=st.sampled_from([1, MOST_HALVINGS - 1]))
-    def shrink(self, data: st.DataObject, times: int) -> None:
+    @rule(data=st.data(), times=st.sampled_from([1, MOST_OOM_RETRIES - 1]))
+    def retry_smaller(self, data: st.DataObject, times: int) -> None:
         """One unit's memory runs out, some times in a row."""
         unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
         for _ in range(times):
-            last = self.schedule.shrink(unit, "memory")
-            assert last == (self.halvings[unit] == MOST_HALVINGS)
+            last = self.schedule.retry_smaller(unit, "memory")
+            assert last == (self.oom_retries[unit] == MOST_OOM_RETRIES)
             self._again(unit, last, "memory")
             if last:
                 self.ran_out.add(unit)
                 return
-            self.halvings[unit] += 1
+            self.oom_retries[unit] += 1
             self._take_until(unit)
 
     @precondition(lambda self: self.units)
@@ -77,9 +77,9 @@ class AnyTrace(RuleBasedStateMachine):
     def halve(self, data: st.DataObject) -> None:
         """It shows later that it was memory: wherever the unit is, it stays, and what has ended is left alone."""
         unit = data.draw(st.sampled_from(self.units))
-        halved = self.schedule.halve(unit)
-        assert halved == (unit not in self.ended and self.halvings[unit] < MOST_HALVINGS)
-        self.halvings[unit] += halved
+        halved = self.schedule.allow_smaller(unit)
+        assert halved == (unit not in self.ended and self.oom_retries[unit] < MOST_OOM_RETRIES)
+        self.oom_retries[unit] += halved
 
     def _take_until(self, unit: int) -> None:
         while self.schedule.take() != unit:
@@ -115,7 +115,7 @@ class AnyTrace(RuleBasedStateMachine):
                 or unit in self.ran_out
             )
             assert (unit in self.schedule.given_up) == spent
-            assert self.schedule.halvings.get(unit, 0) == self.halvings[unit]
+            assert self.schedule.oom_retries.get(unit, 0) == self.oom_retries[unit]
 
     @invariant()
     def finished_is_when_nothing_waits_or_runs(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from infscan.engine import heartbeat as pulse
+from infscan.engine import heartbeat
 from infscan.engine import worker_group as module
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.worker_group import Outcome, State, WorkerGroup, gpu_index
@@ -33,7 +33,7 @@ class Answers:
 
     def actor(self, rank: int) -> SimpleNamespace:
         self.beats[f"beat {rank}"] = True
-        return SimpleNamespace(beat=SimpleNamespace(remote=lambda: f"beat {rank}"))
+        return SimpleNamespace(ping=SimpleNamespace(remote=lambda: f"beat {rank}"))
 
     def wait(self, refs: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
         said = self.ranks | self.beats
@@ -60,13 +60,13 @@ LOST = [ActorDiedError(), ActorUnavailableError("unavailable", None), WorkerCras
 
 def busy(answers: Answers, monkeypatch: pytest.MonkeyPatch, state: State = State.busy) -> WorkerGroup:
     """A group in a step of 1,000 seconds; heartbeats every 10, silent after 60."""
-    for place in (module, pulse):
+    for place in (module, heartbeat):
         monkeypatch.setattr(place, "ray", answers)
         monkeypatch.setattr(place, "time", answers)
     monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": answers.placement})
     group = WorkerGroup.__new__(WorkerGroup)
     group.refs = list(answers.ranks)
-    group.pulse = Heartbeats([answers.actor(rank) for rank in answers.ranks], heartbeat_s=10.0, silence_s=60.0)
+    group.heartbeats = Heartbeats([answers.actor(rank) for rank in answers.ranks], heartbeat_s=10.0, silence_s=60.0)
     group.placement = object()
     group._placed, group._ask_place_at = False, 0.0
     group._began(state, 7, limit_s=1000.0)

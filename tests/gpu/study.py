@@ -25,7 +25,7 @@ from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
 from infscan.steps.eigenbases import decompose_layer, finish_layer

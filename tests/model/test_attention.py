@@ -15,12 +15,12 @@ from infscan.corpus.batches import pad, pad_positions
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
-from infscan.model.attention import check_document_mask, document_mask
+from infscan.model.attention import document_mask
 from infscan.model.capture import backward, capturing
-from infscan.model.load import RankContext, load
-from infscan.model.loaded import LoadedModel
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.measure import next_tokens, summed_losses
-from infscan.steps.prepare import settings_for
+from infscan.steps.corpus_inputs import settings_for
 from tests.model import families
 from tests.model.families import CONFIGS, VOCAB, save
 

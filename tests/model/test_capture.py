@@ -18,8 +18,8 @@ from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
 from infscan.model.architecture import Architecture, describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import RankContext, load
-from infscan.model.loaded import LoadedModel
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from tests.model.families import CONFIGS, VOCAB, save
 

@@ -16,7 +16,7 @@ from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from tests.model.families import VOCAB, save
 

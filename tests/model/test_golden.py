@@ -17,8 +17,8 @@ from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.score import LayerQueries, score_layer, score_tokens
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import RankContext, load
-from infscan.model.loaded import LoadedModel
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from tests.golden import Golden, golden
 

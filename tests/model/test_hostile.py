@@ -15,7 +15,8 @@ from infscan.config import ModelConfig
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ModelError
 from infscan.model.architecture import describe, weight_files
-from infscan.model.load import RankContext, load
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
 from tests.steps.runs import tiny_model
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from infscan.config import Dtype, ModelConfig
 from infscan.errors import ModelError
 from infscan.model.architecture import build_on_meta, load_config
-from infscan.model.load import RankContext, _checkpoint_tensors, load, resolve_dtype
-from infscan.model.loaded import LoadedModel
+from infscan.model.load import _checkpoint_tensors, load, resolve_dtype
+from infscan.model.loaded import LoadedModel, RankContext
 from tests.model.families import CONFIGS, save
 
 

@@ -18,8 +18,8 @@ from infscan.config import Dtype, ModelConfig
 from infscan.model import losses
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import RankContext, load
-from infscan.model.loaded import LoadedModel
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import sample_labels, summed_losses, uniforms
 from tests.model.families import CONFIGS, save

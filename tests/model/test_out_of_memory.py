@@ -56,11 +56,11 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     tokens=st.integers(1, 60),
-    halvings=st.integers(0, 8),
+    oom_retries=st.integers(0, 8),
     world=st.integers(1, 3),
 )
-def test_k_halvings_deal_as_a_2_to_the_k_th_of_the_tokens_does(
-    rank: ModelWorker, lengths: list[int], tokens: int, halvings: int, world: int
+def test_k_oom_retries_deal_as_a_2_to_the_k_th_of_the_tokens_does(
+    rank: ModelWorker, lengths: list[int], tokens: int, oom_retries: int, world: int
 ) -> None:
     """By the sequences and k alone, on every rank of the group alike; in the end every sequence is alone."""
     taken = sequences(lengths)
@@ -69,7 +69,7 @@ def test_k_halvings_deal_as_a_2_to_the_k_th_of_the_tokens_does(
         ranks = [as_rank(rank, number, world) for number in range(world)]
         return [each.attempt(lambda rank: [content(b) for b in rank.batches(taken, budget)], k) for each in ranks]
 
-    assert dealt(halvings, tokens) == dealt(0, max(1, tokens >> halvings))
+    assert dealt(oom_retries, tokens) == dealt(0, max(1, tokens >> oom_retries))
     assert all(len(rows) <= 1 for batches in dealt(7, tokens) for rows, _, _ in batches)
 
 

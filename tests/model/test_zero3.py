@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext, load
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
 from tests.model.families import save
 from tests.model.zero3_rank import captured, settings
 

@@ -14,7 +14,7 @@ from infscan.errors import ModelError
 from infscan.influence import layout
 from infscan.influence.layout import Factored, Spectrum, plan_layouts, without_content
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
 from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory

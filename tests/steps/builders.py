@@ -11,7 +11,7 @@ from infscan.corpus.addressable import AddressableCorpus, CorpusAddress, Prepare
 from infscan.corpus.plan import Selection
 from infscan.engine.in_process import InProcessExecutor
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.steps.factor_files import FactorsPlan, layer_groups
 from infscan.steps.factors import fit_factors, slice_bounds

@@ -22,7 +22,8 @@ from infscan.config import (
     Packing,
     Solver,
 )
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import AddressableCorpus, CorpusAddress, PreparedCorpus, open_corpus
+from infscan.corpus.parts import open_prepared
 from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
@@ -31,7 +32,7 @@ from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.losses import Loss
 from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
@@ -68,7 +69,12 @@ class Case:
     rows: list[list[int]]
 
     def sequences(self) -> list[Sequence]:
-        return self.rank.read(self.packed.store, self.ids, Attention.within)
+        return self.rank.read(CorpusAddress.of(self.packed), self.ids)
+
+    @property
+    def across(self) -> AddressableCorpus:
+        """The packed sequences, their documents not kept apart."""
+        return open_corpus(self.packed.store)
 
     @property
     def ids(self) -> np.ndarray:
@@ -86,10 +92,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     documents = [{"id": f"d{n}", "tokens": rng.integers(2, VOCAB, length).tolist()} for n, length in enumerate(LENGTHS)]
     write_rows(folder / "in.jsonl", documents)
     pack = settings(Packing.concat, T, bos=True)
-    packed = prepare(folder / "in.jsonl", folder / "packed", pack)[1]
+    packed = open_prepared(prepare(folder / "in.jsonl", folder / "packed", pack)[1].store, Attention.within)
     stretches: list[list[int]] = []
     rows = []
-    for sequence in packed.read(np.arange(packed.sequences), Attention.within):
+    for sequence in packed.read(np.arange(packed.sequences)):
         assert sequence.starts is not None
         ends = [*sequence.starts[1:].tolist(), len(sequence)]
         rows.append([len(stretches) + n for n in range(len(ends))])
@@ -132,11 +138,11 @@ def test_factors_are_those_of_documents_run_one_by_one(case: Case, tmp_path: Pat
     rank, store = case.rank, Store(str(tmp_path))
     plan = fit_plan(rank, case.packed, tokens_per_batch=40)
     draw = labels is Labels.sampled
-    for task in fit_tasks(store, case.packed, plan, labels, draw=draw, attention=Attention.within):
+    for task in fit_tasks(store, case.packed, plan, labels, draw=draw):
         covariance_task(rank, task)
     for layer in rank.layers:
         decompose_layer(store, plan, layer)
-    for task in fit_tasks(store, case.packed, plan, labels, attention=Attention.within):
+    for task in fit_tasks(store, case.packed, plan, labels):
         lambda_task(rank, task)
     for layer in rank.layers:
         finish_layer(store, plan, layer)
@@ -178,13 +184,11 @@ def test_curvature_is_the_sum_of_the_documents(case: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
 
 
-def scores(
-    case: Case, inverse: Preconditioner, corpus: PreparedCorpus, attention: Attention, batch: QueryBatch
-) -> np.ndarray:
+def scores(case: Case, inverse: Preconditioner, corpus: AddressableCorpus, batch: QueryBatch) -> np.ndarray:
     found = check_task(
         case.rank,
         CheckTask(
-            corpus.store,
+            CorpusAddress.of(corpus),
             np.arange(corpus.sequences),
             QUERIES,
             (0, 1),
@@ -192,7 +196,6 @@ def scores(
             inverse,
             "print",
             64,
-            attention,
         ),
         batch,
     )
@@ -207,19 +210,19 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Precon
     rank.forget()
     query_task(rank, QueryTask(store, "all", QUERIES, rank.layers, inverse, None, Compression.weighted, "x"))
     queries = read_query_batch(store, [["all"]]).batch
-    alone_nq = scores(case, inverse, case.apart, Attention.across, queries)
+    alone_nq = scores(case, inverse, case.apart, queries)
     expected_nq = np.stack([alone_nq[rows].sum(axis=0) for rows in case.rows])
     largest = np.abs(expected_nq).max()
-    within_nq = scores(case, inverse, case.packed, Attention.within, queries)
+    within_nq = scores(case, inverse, case.packed, queries)
     np.testing.assert_allclose(within_nq, expected_nq, rtol=0, atol=CLOSE * largest)
-    across_nq = scores(case, inverse, case.packed, Attention.across, queries)
+    across_nq = scores(case, inverse, case.across, queries)
     for row, parts in enumerate(case.rows):
         assert (np.abs(across_nq[row] - expected_nq[row]).max() < 1e-6 * largest) == (len(parts) == 1)
 
     count = case.packed.sequences
     task = ScanTask(
         run=store,
-        corpus=case.packed.store,
+        corpus=CorpusAddress.of(case.packed),
         shard="shard-000000",
         sequence_ids=case.ids,
         query_ids=("a", "b"),
@@ -230,7 +233,6 @@ def test_scores_are_the_sums_of_the_documents_scores(case: Case, inverse: Precon
         tokens_per_batch=40,
         dense=False,
         fingerprint="print",
-        attention=Attention.within,
     )
     hits = scan_task(rank, task, queries)
     assert hits is not None
@@ -263,12 +265,11 @@ def test_an_iterated_inverse_solves_the_system_of_documents_apart(
         solver=Solver.cg,
         settings=IterationConfig(steps=40, tolerance=1e-4),
         ekfac=strong,
-        corpus=case.packed.store,
+        corpus=CorpusAddress.of(case.packed),
         curvature_ids=case.ids,
         curvature="print",
         fingerprint="key",
         seed=SEED,
-        attention=Attention.within,
     )
     solve_task(rank, task)
     x_1p = join(rank.layers, {name: value[None] for name, value in read_tensors(store, "a").items()})
@@ -279,5 +280,5 @@ def test_an_iterated_inverse_solves_the_system_of_documents_apart(
         system = damped(GaussNewton(rank, sequences, tokens_per_batch=64).product, lambda_p)
         return float((system(x_1p) - v_1p).norm() / v_1p.norm())
 
-    within, across = residual(case.sequences()), residual(case.packed.read(case.ids))
+    within, across = residual(case.sequences()), residual(case.across.read(case.ids))
     assert within < 0.01 < 0.05 < across

@@ -49,9 +49,9 @@ def scores(output: Path) -> np.ndarray:
 def test_a_packed_sequences_scores_are_the_sums_of_its_documents(folder: Path) -> None:
     """Each alone with the token after it to predict; the published scores, refined, say the same as the scan's."""
     answer(small_run(folder, *WITHIN, *DOT, f"output={folder / 'within'}"))
-    corpus = open_corpus(Store(str(folder / "within" / "corpus")))
+    corpus = open_corpus(Store(str(folder / "within" / "corpus")), Attention.within)
     alone, rows = [], []
-    for row, sequence in enumerate(corpus.read(np.arange(corpus.sequences), Attention.within)):
+    for row, sequence in enumerate(corpus.read(np.arange(corpus.sequences))):
         assert sequence.starts is not None
         for start, end in zip(sequence.starts, [*sequence.starts[1:], len(sequence)], strict=True):
             rows.append(row)

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from infscan.config import Compression, Dtype, Labels, ModelConfig, Packing
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.measure import uniforms
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
@@ -270,7 +270,7 @@ def test_scores_are_those_of_autograd_and_dense_algebra(
     batch = Store(str(tmp_path / "queries"))
     query_task(rank, QueryTask(batch, "all", QUERIES, rank.layers, inverse, None, Compression.weighted, "print"))
     task = CheckTask(
-        corpus=corpus.store,
+        corpus=CorpusAddress.of(corpus),
         sequence_ids=np.arange(corpus.sequences),
         queries=QUERIES,
         columns=(0, 1, 2),

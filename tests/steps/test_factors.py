@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import FactorsError
 from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
@@ -346,7 +346,9 @@ def test_a_bfloat16_model_has_float32_factors_and_the_scores_of_float32(
             moments = (found.A, found.S, found.Q_A, found.Q_S)
             assert {moment.dense().dtype for moment in moments} == {found.Lambda.dtype} == {torch.float32}
         query_task(rank, QueryTask(at(dtype), "queries", queries, layers, inverse, 8, Compression.weighted, "print"))
-        task = CheckTask(corpus.store, np.arange(corpus.sequences), queries, (0, 1), layers, inverse, "print", 256)
+        task = CheckTask(
+            CorpusAddress.of(corpus), np.arange(corpus.sequences), queries, (0, 1), layers, inverse, "print", 256
+        )
         scores[dtype] = check_task(rank, task, read_query_batch(at(dtype), [["queries"]]).batch)
     for low, full in zip(scores[Dtype.bfloat16], scores[Dtype.float32], strict=True):
         for query in range(len(queries)):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig, Packing, Solver
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Dense, QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.steps.check import CheckTask, check_task
@@ -108,7 +108,7 @@ class Scorer:
         found = check_task(
             self.rank,
             CheckTask(
-                corpus=self.corpus.store,
+                corpus=CorpusAddress.of(self.corpus),
                 sequence_ids=ids,
                 queries=queries,
                 columns=columns,
@@ -175,7 +175,7 @@ def test_a_query_given_twice_gets_the_same_rows_twice(score: Scorer, tmp_path: P
         assert np.array_equal(layout.P_qoi[0], layout.P_qoi[2])
     task = ScanTask(
         run=Store(str(tmp_path / "run")),
-        corpus=score.corpus.store,
+        corpus=CorpusAddress.of(score.corpus),
         shard="shard-000000",
         sequence_ids=EVERY,
         query_ids=("a", "text", "b"),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from infscan.config import Compression, Dtype, IterationConfig, ModelConfig, Solver
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_facts, read_tensors
@@ -60,7 +60,17 @@ def solve(
 ) -> Solved:
     iteration = IterationConfig(**{"steps": 400, "tolerance": 1e-8, **settings})
     task = SolveTask(
-        store, query.id, query, solver, iteration, ekfac, corpus.store, np.arange(CURVATURE), "curvature", "key", SEED
+        store,
+        query.id,
+        query,
+        solver,
+        iteration,
+        ekfac,
+        CorpusAddress.of(corpus),
+        np.arange(CURVATURE),
+        "curvature",
+        "key",
+        SEED,
     )
     return solve_task(rank, task)
 

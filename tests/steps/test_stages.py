@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from infscan.config import Compression, DampingConfig, Dtype, IterationConfig, Labels, ModelConfig, Solver
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.influence.inverse import inverse_core
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_tensors
@@ -143,7 +143,7 @@ def test_the_chain_is_the_dense_one(
     # The stored query batch, and full-rank gradients as refining and checking make them, give the scores of the same P.
     query_task(first, QueryTask(store, "batch", QUERIES, first.layers, inverse, None, Compression.weighted, print_))
     ids = np.arange(stages[0].corpus.sequences)
-    task = CheckTask(stages[0].corpus.store, ids, QUERIES, (0, 1), first.layers, inverse, print_, 256)
+    task = CheckTask(CorpusAddress.of(stages[0].corpus), ids, QUERIES, (0, 1), first.layers, inverse, print_, 256)
     found = check_task(first, task, read_query_batch(store, [["batch"]]).batch)
     assert found is not None
     wanted = np.zeros((len(ids), len(QUERIES)))
@@ -240,7 +240,17 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
     ids = np.arange(4)
     for query in QUERIES:
         task = SolveTask(
-            store, f"s-{query.id}", query, Solver.cg, iteration, inverse, last.corpus.store, ids, "c", "key", SEED
+            store,
+            f"s-{query.id}",
+            query,
+            Solver.cg,
+            iteration,
+            inverse,
+            CorpusAddress.of(last.corpus),
+            ids,
+            "c",
+            "key",
+            SEED,
         )
         solve_task(narrow, task)
     solved = replace(inverse, solver=Solver.cg, solutions=StoredGradients(store, {q.id: f"s-{q.id}" for q in QUERIES}))
@@ -264,7 +274,9 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
     vectors = StoredGradients(store, {"first": "a", "second": "b"})
     narrow.__dict__ |= {**first.rank.__dict__, "layers": layers, "_cache": {}}
     start = replace(first.inverse, vectors=vectors)
-    task = SolveTask(store, "end", QUERIES[0], Solver.cg, iteration, start, first.corpus.store, ids, "d", "key", SEED)
+    task = SolveTask(
+        store, "end", QUERIES[0], Solver.cg, iteration, start, CorpusAddress.of(first.corpus), ids, "d", "key", SEED
+    )
     assert solve_task(narrow, task).residual < 1e-6
     x_1p = join(layers, {key: value[None] for key, value in read_tensors(store, "end").items()})
     ggn = GaussNewton(narrow, first.corpus.read(ids), tokens_per_batch=1024)

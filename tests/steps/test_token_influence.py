@@ -15,7 +15,7 @@ from infscan.config import Dtype, ModelConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
-from infscan.model.load import RankContext
+from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
 from infscan.steps.explain import Explained, ExplainTask, explain_task
