@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import infscan.steps.run
 import jobs.scan
 from infscan.config import Config, from_hydra, plain
 from infscan.config.checks import BOUNDS
@@ -91,9 +90,6 @@ def possible(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DictConfig]:
     cfg = OmegaConf.create(plain(small_run(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(infscan.steps.run, "connect", lambda cluster: None)
-        patch.setattr(infscan.steps.run, "gpus_per_rank", lambda cluster: 0.0)
-        patch.setattr(infscan.steps.run.preflight, "check_capacity", lambda cluster, gpus: None)
         yield OmegaConf.merge(OmegaConf.structured(Config), cfg)
 
 
@@ -108,7 +104,7 @@ def opened(possible: DictConfig, key: str, value: Any) -> None:
     if key != "output":
         config.output = str(Path(config.output).with_name(f"run-{next(_outputs)}"))
     try:
-        with open_run(config):
+        with open_run(config, backend="in_process"):
             pass
     except InfscanError as error:
         is_a_sentence(error)

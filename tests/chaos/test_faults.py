@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infscan.config import ClusterConfig, Config, Packing
-from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.packing import pack_settings
 from infscan.engine.cluster import connect
+from infscan.engine.executor import Executor
 from infscan.engine.lease import LEASE, Lease
 from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import FactorsError, InfscanError, RunError
@@ -32,7 +32,6 @@ from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import factors as fit
-from infscan.steps.factor_files import FactorsPlan
 from infscan.steps.scan import ScanTask
 from infscan.storage import Store
 from tests.chaos.conftest import Trouble
@@ -384,15 +383,15 @@ def test_factors_that_another_driver_finished_meanwhile_are_taken(
 ) -> None:
     """It removes the partial sums when it is done, under the hands of this one."""
     factors = tmp_path / "factors"
-    sums = fit._lambda
+    sums = fit._Fitting.sum_lambdas
 
-    def meanwhile(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
-        sums(run, plan, corpus)
+    def meanwhile(self: fit._Fitting, executor: Executor) -> None:
+        sums(self, executor)
         shutil.copytree(twin.factors.path or "", factors, dirs_exist_ok=True)
         shutil.rmtree(factors / "covariance")
         shutil.rmtree(factors / "lambda")
 
-    monkeypatch.setattr(fit, "_lambda", meanwhile)
+    monkeypatch.setattr(fit._Fitting, "sum_lambdas", meanwhile)
     config = disturbed(twin, tmp_path, f"factors.path={factors}", "cluster.num_workers=1")
     answer(config)
     assert_same_answer(config, twin)

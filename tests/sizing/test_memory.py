@@ -17,7 +17,7 @@ from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
-from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory
+from infscan.sizing.memory import DryWorker, memory_line, pass_costs, scan_cost, scan_memory
 from infscan.steps.queries import on_device
 from tests.steps.runs import CONTEXT, tiny_model
 
@@ -55,7 +55,7 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
 ) -> None:
     """2 N and 2 N for every weight that is multiplied with, 4 and 8 T d for attention, 2 R (O + I) for the queries."""
     architecture = models[family]
-    found = scan_cost(DryRank(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
+    found = scan_cost(DryWorker(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
     rank = ModelWorker(
         WorkerSettings(config_for(architecture).model, architecture.layers, sharded=False), RankContext(device="meta")
     )
@@ -77,7 +77,7 @@ def test_what_many_queries_take_is_no_more_than_was_said(tmp_path: Path, share: 
     config, layers = config_for(architecture), architecture.layers
     entries = int(share * queries * sum(layer.size for layer in layers))
     config.scan.rank, config.scan.query_group_bytes = "auto", 4 * entries
-    said = scan_cost(DryRank(config, architecture, CONTEXT, 0.0), queries).memory.queries
+    said = scan_cost(DryWorker(config, architecture, CONTEXT, 0.0), queries).memory.queries
     spectra = {layer.name: Spectrum.largest(queries, MOST_RANK) for layer in layers}
     for energy in (0.1, 0.6, 1.0):
         plan = plan_layouts(spectra, layers, CONTEXT, entries, energy, share=True)
@@ -126,7 +126,7 @@ def test_sharding_divides_the_weights_and_adds_what_is_gathered(models: dict[str
     config.model.zero = replace(config.model.zero, max_live_parameters=0, prefetch_bucket_size=0)
     config.cluster = replace(config.cluster, ranks_per_worker=4)
     shard = scan_memory(config, architecture, 3, CONTEXT, 0.0)
-    largest = max(p.numel() for p in DryRank(config, architecture, CONTEXT, 0.0).rank.model.module.parameters())
+    largest = max(p.numel() for p in DryWorker(config, architecture, CONTEXT, 0.0).worker.model.module.parameters())
     parameters = architecture.parameters
     assert whole.weights - shard.weights == 4 * (parameters - -(-parameters // 4) - largest)
     assert shard.activations == whole.activations
@@ -144,9 +144,9 @@ def test_on_a_gpu_a_model_has_its_own_dtype_and_no_heap(tmp_path: Path) -> None:
 
 def test_code_that_does_not_run_on_shapes_alone_is_said_to(models: dict[str, Architecture]) -> None:
     architecture = models["gpt_neox"]
-    sized = DryRank(config_for(architecture), architecture, CONTEXT, 0.0)
+    sized = DryWorker(config_for(architecture), architecture, CONTEXT, 0.0)
     with pytest.raises(ModelError, match=r"does not run on shapes alone \(TypeError: .*meta.*measure a small run"):
-        sized.backward(sized.layers, lambda layer, s_bto, a_bti: s_bto.numpy())
+        sized.backward(sized.layers, lambda _: lambda layer, s_bto, a_bti: s_bto.numpy(), sized.batch())
 
 
 def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, Architecture]) -> None:

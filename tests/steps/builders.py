@@ -13,8 +13,9 @@ from infscan.engine.in_process import InProcessExecutor
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan, layer_groups
-from infscan.steps.factors import fit_factors, slice_bounds
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task, slice_bounds
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.storage import Store
@@ -82,4 +83,20 @@ def fit(
     """All of it: covariance, eigenbases, Lambda."""
     rank.forget()
     fit_factors(InProcessExecutor.on(rank), store, corpus, plan, labels, SEED)
+    return Preconditioner(store, Solver.ekfac, DampingConfig())
+
+
+def fit_in_pieces(
+    rank: ModelWorker, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, labels: Labels = Labels.sampled
+) -> Preconditioner:
+    """The same, task by task; the partial sums stay."""
+    rank.forget()
+    for task in fit_tasks(store, corpus, plan, labels, draw=labels is Labels.sampled):
+        covariance_task(rank, task)
+    for layer in plan.layers:
+        decompose_layer(store, plan, layer)
+    for task in fit_tasks(store, corpus, plan, labels):
+        lambda_task(rank, task)
+    for layer in plan.layers:
+        finish_layer(store, plan, layer)
     return Preconditioner(store, Solver.ekfac, DampingConfig())

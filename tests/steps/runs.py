@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers import (
     set_seed,
 )
 
+from infscan import pipeline
 from infscan.config import Config, from_hydra
+from infscan.steps.run import Run, open_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCAB, CONTEXT, EOS = 97, 64, 0
@@ -182,3 +185,13 @@ def small_run(tmp_path: Path, *overrides: str) -> Config:
         f"output={tmp_path / 'run'}",
         *overrides,
     )
+
+
+def answer_here(config: Config) -> None:
+    """The whole method without Ray, in this process."""
+    pipeline.answer(config, backend="in_process")
+
+
+def open_here(config: Config, **known: Any) -> AbstractContextManager[Run]:
+    """A run without Ray, in this process."""
+    return open_run(config, backend="in_process", **known)

@@ -59,7 +59,7 @@ def drive(world: World, data: st.DataObject, workers: int, events: tuple[str, ..
             schedule.succeed(shard)
             standings.add(hits)
         elif event == "memory":
-            schedule.shrink(shard, event)
+            schedule.retry_smaller(shard, event)
         else:
             schedule.lose(shard, event)
     return None if schedule.given_up else standings

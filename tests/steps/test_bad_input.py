@@ -9,20 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
+import infscan.steps.inputs
 import infscan.steps.run
 from infscan.config import Config
+from infscan.engine.in_process import InProcessBackend
 from infscan.errors import ConfigError, CorpusError, InfscanError, ModelError, QueryError, RunError, StorageError
-from infscan.steps.prepare import prepare
+from infscan.steps.prepare import prepare_corpus
 from infscan.steps.run import open_run
 from infscan.storage import Store
-from infscan.telemetry import Telemetry
 from tests.conftest import Bucket
 from tests.steps.runs import CONTEXT, VOCAB, compose, small_run, tiny_model, write_jsonl
 
@@ -36,7 +35,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*_: object) -> None:
         pytest.fail("Ray was reached before the input was refused")
 
-    monkeypatch.setattr(infscan.steps.run, "connect", connect)
+    monkeypatch.setattr(infscan.steps.run, "connect_backend", connect)
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +143,6 @@ def test_an_unknown_format_setting_is_refused(folder: Path, no_ray: None) -> Non
     assert_says(refusal(small_run(folder, "corpus.format=csv"), CorpusError), "corpus.format='csv'", "jsonl", "parquet")
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    from infscan.config import ClusterConfig
-    from infscan.engine.cluster import connect
-
-    started = not ray.is_initialized()
-    connect(ClusterConfig())
-    yield
-    if started:
-        ray.shutdown()
-
-
 BAD_CORPORA: dict[str, tuple[str, tuple[str, ...]]] = {
     "no document": ("", ("corpus.jsonl", "hold no token")),
     "only empty documents": ('{"id": "d0", "tokens": []}\n' * 2, ("2 documents", "hold no token")),
@@ -172,14 +159,14 @@ BAD_CORPORA: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_CORPORA)
-def test_a_corpus_that_cannot_be_prepared_names_the_place(folder: Path, local_ray: None, case: str) -> None:
+def test_a_corpus_that_cannot_be_prepared_names_the_place(folder: Path, case: str) -> None:
     content, expected = BAD_CORPORA[case]
     (folder / "corpus.jsonl").write_text(content)
-    run = Run(small_run(folder))
-    with run, pytest.raises(CorpusError) as caught:
-        prepare(run.config.corpus, run.architecture, run.tokenizer, run.store / "corpus", Telemetry())
+    config = small_run(folder)
+    with open_run(config, backend="in_process") as run, pytest.raises(CorpusError) as caught:
+        prepare_corpus(run)
     assert_says(str(caught.value), *expected)
-    assert not Store(run.config.output).exists("corpus/manifest.json")
+    assert not Store(config.output).exists("corpus/manifest.json")
 
 
 # The queries
@@ -253,8 +240,7 @@ def test_a_missing_query_file_is_named(folder: Path, no_ray: None) -> None:
 def claim(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open and leave a run without Ray."""
     with monkeypatch.context() as patch:
-        patch.setattr(infscan.steps.run, "connect", lambda cluster: None)
-        patch.setattr(infscan.steps.run, "gpus_per_rank", lambda cluster: 0.0)
+        patch.setattr(infscan.steps.run, "connect_backend", lambda name, cluster: InProcessBackend(cluster))
         with open_run(config):
             pass
 
@@ -313,7 +299,7 @@ def test_wrong_s3_credentials_end_before_the_model_is_looked_at(
     folder: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch, no_ray: None
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
-    monkeypatch.setattr(infscan.steps.run, "describe", lambda *_: pytest.fail("the model was looked at first"))
+    monkeypatch.setattr(infscan.steps.inputs, "describe", lambda *_: pytest.fail("the model was looked at first"))
     said = refusal(small_run(folder, f"output={s3.uri()}"), StorageError)
     assert_says(said, f"s3://{s3.name}", "refused access", "check the credentials")
     assert "not-the-secret-at-all" not in said

@@ -83,7 +83,7 @@ def test_a_damaged_plan_is_refused_by_name(run: Config, name: str, kind: type[In
 def test_factors_that_are_cut_off_are_refused_before_a_worker_starts(
     run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infscan.steps.run.Pool", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("infscan.engine.ray_executor.Pool", lambda *_: pytest.fail("a worker was started"))
     path = next((Path(run.output) / "factors" / "S").iterdir())
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DamagedError, match=rf"S/{path.name} is damaged .*fit again"):

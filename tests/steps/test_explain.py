@@ -11,18 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from infscan.config import ClusterConfig, Config
-from infscan.engine.cluster import connect
 from infscan.errors import ConfigError, CorpusError, QueryError, RunError
-from infscan.pipeline import answer
 from infscan.report.explanation import show_explanation
 from infscan.results.read import read_layers, read_tokens, read_top
 from infscan.steps.explain import ExplainJob, explain
 from infscan.steps.finished import reopen
 from infscan.steps.run import Run
-from tests.steps.runs import compose, text_corpus, text_queries, tiny_model, write_jsonl
+from tests.steps.runs import answer_here, compose, text_corpus, text_queries, tiny_model, write_jsonl
 
 # A real Ray, for half a minute.
 pytestmark = pytest.mark.slow
@@ -35,14 +32,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("explain")
     tiny_model(root / "model", tokenizer=True)
     corpus, queries = text_corpus(root / "corpus.jsonl", 30), text_queries(root / "queries.jsonl", 2)
-    ray.shutdown()
-    connect(CLUSTER)
-    answer(_scan(root, corpus, queries, "scan.top_k=6", "corpus.sequence_length=16"))
+    answer_here(_scan(root, corpus, queries, "scan.top_k=6", "corpus.sequence_length=16"))
     (root / "made").rename(root / "run")
     corpus.unlink()
     queries.unlink()
     yield str(root / "run")
-    ray.shutdown()
 
 
 def _scan(root: Path, corpus: Path, queries: Path, *overrides: str) -> Config:
@@ -59,7 +53,7 @@ def _scan(root: Path, corpus: Path, queries: Path, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def opened(run: str) -> Iterator[Run]:
-    with reopen(run, CLUSTER) as opened:
+    with reopen(run, CLUSTER, "in_process") as opened:
         yield opened
 
 

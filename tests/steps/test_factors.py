@@ -34,7 +34,7 @@ from infscan.steps.preconditioner import preconditioned, query_gradients
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.storage import MissingError, Store
 from tests.influence.factors import diagonal_blocks
-from tests.steps.builders import fit, fit_plan, fit_tasks, one_rank
+from tests.steps.builders import fit, fit_in_pieces, fit_plan, fit_tasks, one_rank
 from tests.steps.runs import tiny_model
 
 Stores = Callable[[str], Store]
@@ -179,7 +179,7 @@ def test_tasks_report_and_record_their_tokens(rank: ModelWorker, corpus: Prepare
 
 def test_a_partial_of_other_eigenbases_is_refused(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     plan, store, layer = fit_plan(rank, corpus, slices=2), at("a"), rank.layers[0]
-    fit(rank, store, corpus, plan)
+    fit_in_pieces(rank, store, corpus, plan)
     path = partial_path("lambda", 0, 1)
     assert read_facts(store, path)["eigenbases"] == eigenbases_digest(store, plan.group(0))
     write_tensors(store, path, read_tensors(store, path), {"eigenbases": "of another fit"})
@@ -192,7 +192,7 @@ def test_a_partial_of_other_eigenbases_is_refused(rank: ModelWorker, corpus: Pre
 def test_eigenbases_are_created_once(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
     """A second decomposition, of other sums, changes nothing: Lambda belongs to the first."""
     plan, layer = fit_plan(rank, corpus), rank.layers[0]
-    fit(rank, at("a"), corpus, plan)
+    fit_in_pieces(rank, at("a"), corpus, plan)
     before = at("a").read(f"S/{layer.name}.safetensors")
     path = partial_path("covariance", 0, 0)
     tensors = read_tensors(at("a"), path)
@@ -247,7 +247,7 @@ def test_a_plan_knows_what_its_partial_sums_take(
     rank: ModelWorker, corpus: PreparedCorpus, at: Stores, blocks: int
 ) -> None:
     plan = fit_plan(rank, corpus, slices=2, blocks=blocks)
-    fit(rank, at("a"), corpus, plan)
+    fit_in_pieces(rank, at("a"), corpus, plan)
     stored = [read_tensors(at("a"), entry.name) for kind in ("covariance", "lambda") for entry in at("a").list(kind)]
     assert plan.partial_bytes() == sum(
         tensor.nbytes for tensors in stored for key, tensor in tensors.items() if key != "tokens"
@@ -284,7 +284,7 @@ def test_a_moment_that_is_none_is_named(rank: ModelWorker, corpus: PreparedCorpu
 def test_a_lambda_that_is_none_is_named(rank: ModelWorker, corpus: PreparedCorpus, at: Stores, value: float) -> None:
     """Squares overflow where their roots did not. An absolute damping would let them through to the scores."""
     plan, layer = fit_plan(rank, corpus), rank.layers[1]
-    fit(rank, at("a"), corpus, plan)
+    fit_in_pieces(rank, at("a"), corpus, plan)
     path = partial_path("lambda", 0, 0)
     tensors = read_tensors(at("a"), path)
     tensors[layer.name][1, 2] = value

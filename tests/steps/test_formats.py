@@ -12,13 +12,11 @@ import pytest
 
 from infscan.corpus.addressable import open_corpus
 from infscan.errors import RunError
-from infscan.pipeline import answer
 from infscan.steps.prepare import prepare_corpus
-from infscan.steps.run import open_run
 from infscan.storage import Store
 from tests.corpus import layouts
 from tests.corpus.builders import write_rows
-from tests.steps.runs import EOS, small_run, write_jsonl
+from tests.steps.runs import EOS, answer_here, open_here, small_run, write_jsonl
 
 T = 16
 
@@ -54,7 +52,7 @@ def scanned(folder: Path, corpus: str, *overrides: str) -> tuple[list[tuple[Any,
         f"output={output}",
         *overrides,
     )
-    answer(config)
+    answer_here(config)
     top = pq.read_table(output / "top").to_pylist()
     sequences = pq.read_table(output / "sequences").to_pylist()
     return (
@@ -106,7 +104,7 @@ def test_an_array_that_changed_is_refused_when_the_run_goes_on(folder: Path) -> 
         folder, f"corpus.path={folder / 'npy'}", "corpus.packing=concat", f"corpus.sequence_length={T}",
         f"output={folder / 'prepared'}",
     )  # fmt: skip
-    with open_run(config, needs_queries=False) as run:
+    with open_here(config, needs_queries=False) as run:
         first = prepare_corpus(run)
         assert open_corpus(first.store).fingerprint == first.fingerprint
         path.write_bytes(whole[:-2] + b"\x07\x00")

@@ -15,13 +15,12 @@ import zstandard
 
 from infscan.config import Config
 from infscan.errors import BadDocumentError
-from infscan.pipeline import answer
 from infscan.report.terminal import show
 from infscan.results.read import read_sequences, read_summary
 from infscan.storage import Store
 from tests.chaos.one_process import without_ray
 from tests.corpus.test_hostile import BAD, GOOD, zstd_bomb
-from tests.steps.runs import compose, text_queries, tiny_model
+from tests.steps.runs import answer_here, compose, text_queries, tiny_model
 
 NAMES = [
     "../../escape",
@@ -97,7 +96,7 @@ def hostile_run(folder: Path, *overrides: str) -> Config:
 def test_a_hostile_corpus_adds_up_to_the_last_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allowed = (f"corpus.allow_bad_documents={DOCUMENTS_BAD}", f"corpus.allow_bad_files={len(CUT)}")
     config = hostile_run(tmp_path, *allowed)
-    answer(config)
+    answer_here(config)
     counts = read_summary(config.output)["counts"]
     corpus = counts["corpus"]
     by_reason = Store(config.output).read_json("corpus/manifest.json")["left_out"]["by_reason"]
@@ -128,5 +127,5 @@ def test_a_hostile_corpus_adds_up_to_the_last_record(tmp_path: Path, capsys: pyt
 def test_it_is_refused_at_its_first_bad_record_where_none_is_allowed(tmp_path: Path) -> None:
     config = hostile_run(tmp_path)
     with pytest.raises(BadDocumentError, match=r"corpus/\w+\.\w+"):
-        answer(config)
+        answer_here(config)
     assert not Store(config.output).exists("plan.json")

@@ -15,15 +15,23 @@ from infscan.corpus.documents import document_files, document_pieces
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer
+from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError, CorpusError, RunError
 from infscan.model.architecture import describe
-from infscan.pipeline import answer
 from infscan.steps.prepare import prepare, prepare_corpus
-from infscan.steps.run import open_run
 from infscan.storage import Store
-from infscan.telemetry import Telemetry
 from tests.corpus import layouts
-from tests.steps.runs import EOS, VOCAB, compose, small_run, tiny_model, token_queries, write_jsonl
+from tests.steps.runs import (
+    EOS,
+    VOCAB,
+    answer_here,
+    compose,
+    open_here,
+    small_run,
+    tiny_model,
+    token_queries,
+    write_jsonl,
+)
 
 T = 16
 
@@ -57,7 +65,7 @@ def several(folder: Path, output: str, *overrides: str) -> Config:
 
 
 def prepared(config: Config) -> AddressableCorpus:
-    with open_run(config, needs_queries=False) as run:
+    with open_here(config, needs_queries=False) as run:
         return prepare_corpus(run)
 
 
@@ -104,7 +112,7 @@ def test_token_ids_of_another_tokenizer_or_a_larger_vocabulary_are_refused(folde
         parts = [prepare_part(piece, n, config, pack, made_with, store) for n, piece in enumerate(pieces)]
         write_manifest(store, config, pack, made_with.digest, parts)
         there = CorpusConfig(path=store.uri)
-        return prepare(there, architecture, mine, Store(str(tmp_path / "out")), Telemetry())
+        return prepare(there, architecture, mine, Store(str(tmp_path / "out")), InProcessExecutor())
 
     assert again(VOCAB, mine).tokenizer == "mine"
     with pytest.raises(CorpusError, match=f"a vocabulary of {VOCAB + 1}, and the model has {VOCAB}"):
@@ -116,7 +124,7 @@ def test_token_ids_of_another_tokenizer_or_a_larger_vocabulary_are_refused(folde
 @pytest.mark.slow
 def test_published_rows_say_of_which_corpus_they_are(folder: Path) -> None:
     config = several(folder, "scan", "corpus.sample=0.9", "factors.num_sequences=20")
-    answer(config)
+    answer_here(config)
     for table in ("top", "sequences"):
         rows = pq.read_table(folder / "scan" / table, columns=["sequence_id", "corpus"]).to_pylist()
         assert {row["corpus"] for row in rows} == {"array", "pile"}

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
-from infscan.config import ClusterConfig, Config
-from infscan.engine.cluster import connect
+from infscan.config import Config
 from infscan.errors import RunError
-from infscan.pipeline import answer
 from infscan.results.read import read_layers, read_summary, read_tokens, read_top
 from infscan.steps.explain import ExplainJob, explain
 from infscan.steps.finished import reopen
-from tests.steps.runs import small_run
+from tests.steps.runs import answer_here, small_run
 
 # Every sequence is a candidate; without factors nothing but the model tells the two runs apart.
 EVERY = ("factors=identity", "scan.compression=plain", "scan.candidates=40")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.shutdown()
-    connect(ClusterConfig())
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +29,14 @@ def mixed(folder: Path) -> Config:
     config = small_run(
         folder, *EVERY, "model.dtype=bfloat16", "scan.refine_dtype=float32", f"output={folder / 'mixed'}"
     )
-    answer(config)
+    answer_here(config)
     return config
 
 
 @pytest.fixture(scope="module")
 def wide(folder: Path) -> Config:
     config = small_run(folder, *EVERY, "scan.refine_dtype=float32", f"output={folder / 'wide'}")
-    answer(config)
+    answer_here(config)
     return config
 
 
@@ -76,7 +64,7 @@ def test_workers_start_again_for_another_dtype_and_stay_for_the_same(mixed: Conf
 
 def test_a_row_is_explained_as_it_was_scored(mixed: Config) -> None:
     job = ExplainJob(run=mixed.output, rows=2, own_tokens=False)
-    with reopen(job.run, job.cluster) as run:
+    with reopen(job.run, job.cluster, "in_process") as run:
         found = explain(run, job)
     scores = {(row["query_id"], row["sequence_id"]): row["score"] for row in read_top(mixed.output).to_pylist()}
     rows = found["rows"].to_pylist()
@@ -94,7 +82,7 @@ def test_products_with_queries_round_and_what_is_published_does_not(folder: Path
         "scan.query_dtype=bfloat16",
         f"output={folder / 'rounded'}",
     )
-    answer(rounded)
+    answer_here(rounded)
     tops = [read_top(config.output) for config in (rounded, wide)]
     assert tops[0].drop_columns("scan_score").equals(tops[1].drop_columns("scan_score"))
     for read in (read_layers, read_tokens):
@@ -110,4 +98,4 @@ def test_a_run_does_not_go_on_with_queries_in_another_dtype(folder: Path, wide: 
         folder, *EVERY, "scan.refine_dtype=float32", "scan.query_dtype=bfloat16", f"output={wide.output}"
     )
     with pytest.raises(RunError, match=r"scan\.query_dtype"):
-        answer(config)
+        answer_here(config)

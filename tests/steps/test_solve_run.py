@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
-from infscan.config import ClusterConfig, Config
-from infscan.engine.cluster import connect
+from infscan.config import Config
 from infscan.errors import ConfigError
-from infscan.pipeline import answer
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.solve import FOLDER
 from infscan.storage import Store
-from tests.steps.runs import small_run
+from tests.steps.runs import answer_here, small_run
 
 CG = ("factors=cg", "factors.iteration.steps=6", "scan.check_sequences=20")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.shutdown()
-    connect(ClusterConfig(num_workers=2))
-    yield
-    ray.shutdown()
 
 
 def solutions(config: Config) -> dict[str, bytes]:
@@ -42,7 +30,7 @@ def solutions(config: Config) -> dict[str, bytes]:
 
 def test_solutions_are_kept_and_the_scan_follows_them(tmp_path: Path) -> None:
     config = small_run(tmp_path, *CG)
-    answer(config)
+    answer_here(config)
     summary = read_summary(config.output)
     residuals = summary["iteration"]["queries"]
     assert set(residuals) == {"q0", "q1", "q2"}
@@ -57,13 +45,13 @@ def test_solutions_are_kept_and_the_scan_follows_them(tmp_path: Path) -> None:
     store.remove(one)
     store.remove(SUCCESS)
     kept = {entry.name: entry.etag for entry in store.list(FOLDER)}
-    answer(config)
+    answer_here(config)
     assert {entry.name: entry.etag for entry in store.list(FOLDER) if entry.name in kept} == kept
     assert solutions(config) == found
     assert read_top(config.output) == top
 
     two = small_run(tmp_path, *CG, "cluster.num_workers=2", f"output={tmp_path / 'two'}")
-    answer(two)
+    answer_here(two)
     assert solutions(two) == found
     assert read_top(two.output) == top
 

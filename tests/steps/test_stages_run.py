@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-import ray
 from safetensors.numpy import load_file, save_file
 
-from infscan.config import ClusterConfig, Config
+from infscan.config import Config
 from infscan.corpus.addressable import open_corpus
-from infscan.engine.cluster import connect
 from infscan.errors import ConfigError, ModelError, RunError
-from infscan.pipeline import answer
 from infscan.results.publish import SUCCESS
 from infscan.results.read import read_summary, read_top
-from infscan.steps.run import open_run
 from infscan.storage import Store
-from tests.steps.runs import CONTEXT, VOCAB, small_run, tiny_model, write_jsonl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.shutdown()
-    connect(ClusterConfig(num_workers=2))
-    yield
-    ray.shutdown()
+from tests.steps.runs import CONTEXT, VOCAB, answer_here, open_here, small_run, tiny_model, write_jsonl
 
 
 def fine_tuning(folder: Path, count: int = 16) -> Path:
@@ -61,8 +48,8 @@ def two(tmp_path: Path, *overrides: str, model: str = "finetuned") -> Config:
 @pytest.mark.slow
 def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path) -> None:
     """The same weights, and no curvature: the scan is the single-stage one."""
-    answer(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}"))
-    answer(two(tmp_path, "stages.1.factors.solver=identity", model="model"))
+    answer_here(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}"))
+    answer_here(two(tmp_path, "stages.1.factors.solver=identity", model="model"))
     single, double = (read_top(str(tmp_path / name)) for name in ("single", "run"))
     names = ["query_id", "side", "rank", "sequence_id"]
     assert single.select(names) == double.select(names)
@@ -71,7 +58,7 @@ def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path) -> 
 
 def test_a_run_is_kept_stage_by_stage_and_goes_on(tmp_path: Path) -> None:
     config = two(tmp_path)
-    answer(config)
+    answer_here(config)
     top, store = read_top(config.output), Store(config.output)
     summary = read_summary(config.output)
     # Two stages are fitted, the queries measured at the second and scanned at the first: one scan.
@@ -91,18 +78,18 @@ def test_a_run_is_kept_stage_by_stage_and_goes_on(tmp_path: Path) -> None:
     for folder in ("queries", "shards"):
         for entry in store.list(folder):
             store.remove(entry.name)
-    answer(two(tmp_path, "cluster.num_workers=2"))
+    answer_here(two(tmp_path, "cluster.num_workers=2"))
     assert read_top(config.output) == top
     assert {name: store.read(name) for name in vectors} == before
     assert {entry.name: entry.etag for entry in store.list("stages/2") if entry.name in kept} == kept
 
     with pytest.raises(RunError, match=r"stages\.1\.alpha: 0\.1 -> 0\.2"):
-        answer(two(tmp_path, "stages.1.alpha=0.2"))
+        answer_here(two(tmp_path, "stages.1.alpha=0.2"))
     changed = load_file(tmp_path / "finetuned" / "model.safetensors")
     name = next(name for name in changed if "dense_h_to_4h.weight" in name)
     save_file(changed | {name: changed[name] + 1}, tmp_path / "finetuned" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match="planned with another stages"):
-        answer(two(tmp_path))
+        answer_here(two(tmp_path))
 
 
 @pytest.mark.slow
@@ -111,10 +98,10 @@ def test_the_scale_is_alphas_and_the_order_follows_the_second_stage(tmp_path: Pa
     scores = {}
     for alpha in ("1e-6", "1e6"):
         config = two(tmp_path, f"stages.1.alpha={alpha}", f"output={tmp_path / alpha}")
-        answer(config)
+        answer_here(config)
         scores[alpha] = read_top(config.output)["score"].to_numpy()
     assert np.abs(scores["1e-6"]).max() < 1e-3 * np.abs(scores["1e6"]).max()
-    answer(two(tmp_path, "stages.1.factors.solver=identity", f"output={tmp_path / 'identity'}"))
+    answer_here(two(tmp_path, "stages.1.factors.solver=identity", f"output={tmp_path / 'identity'}"))
     identity = read_top(str(tmp_path / "identity"))
     limit = read_top(str(tmp_path / "1e6"))
     assert limit["sequence_id"] == identity["sequence_id"]
@@ -125,7 +112,7 @@ def test_the_scale_is_alphas_and_the_order_follows_the_second_stage(tmp_path: Pa
 def test_which_fine_tuning_rows_is_the_same_job(tmp_path: Path) -> None:
     """scan.stage=2: the last stage, its rows scanned where their loss is, its own alpha added."""
     config = two(tmp_path, "scan.stage=2")
-    answer(config)
+    answer_here(config)
     top = read_top(config.output)
     assert set(pc.utf8_slice_codeunits(top["document_id"], 0, 2).to_pylist()) == {"ft"}
     assert not Store(config.output).exists("stages")
@@ -136,7 +123,7 @@ def test_which_fine_tuning_rows_is_the_same_job(tmp_path: Path) -> None:
         "corpus.prompt_field=prompt",
         f"output={tmp_path / 'direct'}",
     )
-    answer(direct)
+    answer_here(direct)
     # Without alpha other scores, of the same rows.
     assert not np.array_equal(read_top(direct.output)["score"].to_numpy(), top["score"].to_numpy())
 
@@ -150,7 +137,7 @@ def test_three_stages_are_brought_back_one_after_another(tmp_path: Path) -> None
     )
     for number, kept in ((1, {"2", "3"}), (2, {"3"})):
         config = two(tmp_path, "stages=three", *last, f"scan.stage={number}", f"output={tmp_path / str(number)}")
-        answer(config)
+        answer_here(config)
         assert {entry.name.split("/")[1] for entry in Store(config.output).list("stages")} == kept
         assert read_top(config.output).num_rows > 0
 
@@ -168,20 +155,20 @@ def test_another_architecture_is_refused_by_its_first_difference(
 ) -> None:
     tiny_model(tmp_path / "other", **changes)  # type: ignore[arg-type]
     config = two(tmp_path, model="other")
-    with pytest.raises(ModelError, match=message), Run(config):
+    with pytest.raises(ModelError, match=message), open_here(config):
         pass
     assert not Store(config.output).exists("config.yaml")
 
 
 def test_another_vocabulary_is_not(tmp_path: Path) -> None:
     tiny_model(tmp_path / "wider", vocab=VOCAB + 3)
-    with open_run(two(tmp_path, model="wider")) as run:
+    with open_here(two(tmp_path, model="wider")) as run:
         assert [stage.architecture.vocab_size for stage in run.later] == [VOCAB + 3]
 
 
 def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "adapter" / "adapter_config.json", [{"peft_type": "LORA"}])
-    with pytest.raises(ModelError, match=r"LoRA adapter.*jobs/merge\.py"), Run(two(tmp_path, model="adapter")):
+    with pytest.raises(ModelError, match=r"LoRA adapter.*jobs/merge\.py"), open_here(two(tmp_path, model="adapter")):
         pass
 
 

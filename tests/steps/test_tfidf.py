@@ -11,13 +11,11 @@ import pytest
 
 from infscan.corpus.tfidf import document_frequencies, top_matches
 from infscan.errors import ConfigError
-from infscan.pipeline import answer
 from infscan.steps import tfidf
 from infscan.steps.prepare import prepare_corpus
-from infscan.steps.run import open_run
 from infscan.steps.tfidf import TfidfJob, tfidf_filter
 from jobs import tfidf as job
-from tests.steps.runs import VOCAB, compose, small_run
+from tests.steps.runs import VOCAB, answer_here, compose, open_here, small_run
 
 assert job.TfidfJob is TfidfJob  # registers the schema
 
@@ -26,7 +24,7 @@ assert job.TfidfJob is TfidfJob  # registers the schema
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 documents, prepared."""
     base = tmp_path_factory.mktemp("tfidf")
-    with open_run(small_run(base, "scan.scores=all")) as run:
+    with open_here(small_run(base, "scan.scores=all")) as run:
         prepare_corpus(run)
     return base
 
@@ -41,7 +39,7 @@ def filtered(folder: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
         *(f"tfidf.{key}={value}" for key, value in settings.items()),
     )
     assert isinstance(config, TfidfJob)
-    with open_run(config) as run:
+    with open_here(config) as run:
         rows: list[dict[str, Any]] = tfidf_filter(run, prepare_corpus(run), config.tfidf).to_pylist()
     assert pq.read_table(folder / name / "candidates.parquet").to_pylist() == rows
     return rows
@@ -49,11 +47,11 @@ def filtered(folder: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
 
 def test_rows_are_those_of_one_pass_in_memory_whatever_the_slices(folder: Path) -> None:
     config = small_run(folder, "scan.scores=all")
-    with open_run(config, needs_queries=True) as run:
+    with open_here(config, needs_queries=True) as run:
         corpus = prepare_corpus(run)
         tokens = [sequence.token_ids for sequence in corpus.read(np.arange(corpus.sequences))]
         queries = [np.asarray(query.parts[0].token_ids) for query in run.queries]
-        ids = run.query_ids
+        ids = run.inputs.query_ids
     idf = document_frequencies(tokens, VOCAB).idf()
     expected = [
         {"query_id": query_id, "rank": rank, "sequence_id": int(number), "score": float(score)}
@@ -92,7 +90,7 @@ def test_an_interrupted_filter_goes_on_and_ends_with_the_same_rows(
 
 @pytest.mark.slow
 def test_a_scan_of_the_filtered_corpus_has_the_whole_corpuss_numbers_factors_and_scores(folder: Path) -> None:
-    answer(small_run(folder, "scan.scores=all"))
+    answer_here(small_run(folder, "scan.scores=all"))
     rows = filtered(folder, "few", top_k=6)
     chosen = sorted({row["sequence_id"] for row in rows})
     config = compose(
@@ -103,7 +101,7 @@ def test_a_scan_of_the_filtered_corpus_has_the_whole_corpuss_numbers_factors_and
         *("factors.slices=2", "scan.rank=8", "scan.top_k=5", "scan.shard_sequences=5", "scan.tokens_per_batch=256"),
         f"output={folder / 'scan-few'}",
     )
-    answer(config)
+    answer_here(config)
     whole = pq.read_table(folder / "run" / "scores").to_pandas().set_index("sequence_id")
     top = pq.read_table(folder / "scan-few" / "top").to_pandas()
     assert set(top["sequence_id"]) <= set(chosen)
