@@ -25,26 +25,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from infscan.runtime import preflight
 from rich.console import Console
 from rich.table import Table
 
 from infscan.config import ClusterConfig, Config, ModelConfig, ScanConfig
 from infscan.corpus.plan import Plan, shard_name
 from infscan.corpus.sequences import Sequence, Span
+from infscan.engine.metrics import RunMetrics
+from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import Outcome, State
 from infscan.influence.layers import Layer
 from infscan.influence.standings import Hits
-from infscan.passes.rank import RankSettings
-from infscan.passes.refine import refine_units
+from infscan.model.worker import WorkerSettings
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
-from infscan.runtime import preflight
-from infscan.runtime.group import Outcome, State
-from infscan.runtime.losses import Losses
-from infscan.runtime.pool import Pool
-from infscan.runtime.publish import publish
-from infscan.runtime.scan import QueryBatch, Refined, Scanned, make_plan, scan
-from infscan.runtime.watch import Watch
+from infscan.steps.plan import make_plan
+from infscan.steps.publish import publish
+from infscan.steps.queries import QueryBatch
+from infscan.steps.refine import Refined, refine_units
+from infscan.steps.scan import Scanned, scan
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 
@@ -151,9 +153,9 @@ class SimulatedPool(Pool):
     def __init__(self, sizes: argparse.Namespace, away: Away, *, one: bool) -> None:
         self.sizes, self.away, self.one, self.turns = sizes, away, one, 0
         cluster = ClusterConfig(num_workers=sizes.workers)
-        super().__init__(cluster, RankSettings(ModelConfig(), (), False), 0.0, Losses())
+        super().__init__(cluster, WorkerSettings(ModelConfig(), (), False), 0.0, RecoveryLog())
 
-    def new_group(self, index: int, settings: RankSettings) -> Any:
+    def new_group(self, index: int, settings: WorkerSettings) -> Any:
         return SimulatedGroup(index, self.sizes, self.away)
 
     def answers(self, refs: list[Any], limit_s: float) -> list[Any]:
@@ -179,9 +181,9 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
         telemetry=Telemetry(),
         tokenizer=None,
         architecture=SimpleNamespace(layers=layers, parameters=0),
-        losses=Losses(),
+        losses=RecoveryLog(),
         inputs=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
-        watch=Watch(""),
+        watch=RunMetrics(""),
         workers=lambda: {"ranks": []},
         storage_faults=lambda workers: {},
     )

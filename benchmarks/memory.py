@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import Config, Dtype
+from infscan.influence.layout import Factored, Spectrum, lay_out, plan_layouts
 from infscan.influence.standings import Standings
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.query_batch import multiplied_out
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.memory import DryRank, scan_cost
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -91,13 +91,17 @@ def measured(folder: Path, setting: tuple) -> int:
     sequences = 2 * max(1, budget // T)
     prepare_corpus(SimpleNamespace(seed=0, vocab=vocab, length=T, sequences=sequences), folder, store)
     rng = np.random.default_rng(0)
-    arrays = {
-        f"{layer.name}|{kind}": rng.standard_normal((Q, n, RANK), np.float32)
+
+    def columns(n: int) -> np.ndarray:
+        return rng.standard_normal((Q * RANK, n), np.float32)
+
+    batch = {
+        layer.name: Factored(columns(layer.outputs), columns(layer.inputs), (RANK,) * Q)
         for layer in architecture.layers
-        for kind, n in (("U", layer.outputs), ("V", layer.inputs))
     }
-    arrays = multiplied_out(arrays, architecture.layers, T, config.scan.query_group_bytes // 4)
-    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place(threads=2))
+    spectra = {layer.name: Spectrum.largest(Q, RANK) for layer in architecture.layers}
+    batch = lay_out(batch, plan_layouts(spectra, architecture.layers, T, config.scan.query_group_bytes // 4))
+    rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),
         corpus=store,
@@ -118,7 +122,7 @@ def measured(folder: Path, setting: tuple) -> int:
         rank.model.logits(torch.zeros(1, 2, dtype=torch.int64))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    scan_task(rank, task, arrays)
+    scan_task(rank, task, batch)
     return resident("VmHWM") - before
 
 

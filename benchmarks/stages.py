@@ -33,12 +33,12 @@ from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.scan import ScanTask, scan_task
-from infscan.passes.solve import ekfac_factors
-from infscan.passes.stages import StageTask, stage_task
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import StoredGradients, query_gradients
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
+from infscan.steps.scan import ScanTask, scan_task
+from infscan.steps.solve import ekfac_factors
+from infscan.steps.stages import StageTask, stage_task
 from infscan.storage import Store
 from infscan.studies.against_cg import by_lissa, score_solutions
 from infscan.studies.answers import answers, questions
@@ -190,9 +190,9 @@ def solve(folder: Path, study: Study, v_kp: Tensor, alpha: float, iterations: in
     path = folder.with_suffix(".safetensors")
     facts = folder.with_suffix(".json")
     if not facts.exists():
-        ggn = GaussNewton(study.rank, study.curvature, 1024)
-        factors = ekfac_factors(study.rank, replace(study.inverse, alpha=alpha))
-        lambda_p = damping_vector(study.rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
+        ggn = GaussNewton(study.worker, study.curvature, 1024)
+        factors = ekfac_factors(study.worker, replace(study.inverse, alpha=alpha))
+        lambda_p = damping_vector(study.worker.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
         kept = {"before": torch.zeros_like(v_kp)}
 
         def look(at: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
@@ -371,7 +371,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
     rank, store = pretrained.rank, Store(str(bench.folder / "measured"))
     queries, layers = tuple(pretrained.queries), rank.layers
     corpus = Store(str(bench.folder / "model-corpus-mlp" / "corpus"))
-    vectors = Vectors(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
+    vectors = StoredGradients(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
     inverses = {"one": pretrained.inverse, "two": replace(pretrained.inverse, vectors=vectors)}
     seconds: dict[str, list[float]] = {name: [] for name in ("scan one", "scan two", "queries one", "queries two")}
 
@@ -398,7 +398,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
             dense=False,
             fingerprint="cost",
         )
-        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]))
+        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]).batch)
 
     for number in range(repeats + 1):
         order = ("one", "two") if number % 2 else ("two", "one")

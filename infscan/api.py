@@ -162,7 +162,7 @@ class PlanResult:
         return self.estimate.to_json()
 
     def show(self) -> None:
-        from infscan.report.estimate import show
+        from infscan.sizing.show import show
 
         if self.settings.plan.json:
             print(json.dumps(self.to_json(), indent=2))
@@ -260,10 +260,10 @@ def run_scan(config: Config) -> RunResult:
 
 def run_prepare(config: Config) -> PrepareResult:
     from infscan.corpus.addressable import PreparedCorpus
-    from infscan.runtime.fit import prepare_corpus
-    from infscan.runtime.run import Run
+    from infscan.steps.prepare import prepare_corpus
+    from infscan.steps.run import open_run
 
-    with Run(config, needs_queries=False) as run:
+    with open_run(config, needs_queries=False) as run:
         corpus = prepare_corpus(run)
     statistics = dict(corpus.counts)
     if isinstance(corpus, PreparedCorpus):
@@ -274,32 +274,32 @@ def run_prepare(config: Config) -> PrepareResult:
 
 
 def run_fit(config: Config) -> FitResult:
-    from infscan.runtime.fit import fit
-    from infscan.runtime.run import Run
+    from infscan.steps.factors import fit
+    from infscan.steps.run import open_run
 
-    with Run(config, needs_queries=False) as run:
+    with open_run(config, needs_queries=False) as run:
         factors = fit(run)
     return FitResult(str(config.factors.path), factors.fingerprint)
 
 
 def run_plan(config: PlanJob) -> PlanResult:
-    from infscan.runtime.estimate import estimate
+    from infscan.sizing.plan import estimate
 
     return PlanResult(estimate(config), config)
 
 
 def run_tfidf(config: TfidfJob) -> TfidfResult:
-    from infscan.runtime.fit import prepare_corpus
-    from infscan.runtime.run import Run
-    from infscan.runtime.tfidf import tfidf_filter
+    from infscan.steps.prepare import prepare_corpus
+    from infscan.steps.run import open_run
+    from infscan.steps.tfidf import tfidf_filter
 
-    with Run(config) as run:
+    with open_run(config) as run:
         return TfidfResult(config.output, tfidf_filter(run, prepare_corpus(run), config.tfidf))
 
 
 def run_explain(job: ExplainJob) -> ExplainResult:
-    from infscan.runtime.explain import explain
-    from infscan.runtime.finished import reopen
+    from infscan.steps.explain import explain
+    from infscan.steps.finished import reopen
 
     job.run = absolute(job.run)
     job.check()
@@ -337,7 +337,7 @@ def run_status(job: StatusJob) -> StatusResult:
     return StatusResult(job.run, {job.run: read_status(job.run, rows=job.top)}, False, job.json)
 
 
-def open_run(uri: str) -> RunResult:
+def read_run(uri: str) -> RunResult:
     """A run that is finished, to read its tables.
 
     Raises:

@@ -10,12 +10,12 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
+from infscan.engine.cluster import connect
+from infscan.pipeline import answer
 from infscan.results.read import read_top
-from infscan.runtime.pool import connect
 from infscan.studies.facts import Partition
 from infscan.studies.word_order import WordOrder, planted_partitions, word_order
-from infscan.pipeline import answer
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 DEMO = ("model=demo", "corpus=demo", "queries=demo", "cluster=laptop", "scan.scores=all", "scan.top_k=10")
 PLANTED = "infscan://demo/planted.jsonl"

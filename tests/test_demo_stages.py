@@ -9,11 +9,11 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.results.read import read_summary
-from infscan.runtime.pool import connect
-from jobs.answers import forward_on_top, main
+from infscan.engine.cluster import connect
 from infscan.pipeline import answer
-from tests.runtime.builders import compose
+from infscan.results.read import read_summary
+from jobs.answers import forward_on_top, main
+from tests.steps.runs import compose
 
 pytestmark = pytest.mark.slow
 

@@ -25,12 +25,12 @@ from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.layers import Layer
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.passes.ggn import GaussNewton, damping_vector, join, split
-from infscan.passes.queries import Inverse, query_gradients
-from infscan.passes.rank import Rank
-from infscan.passes.solve import ekfac_factors, ekfac_inverse
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
+from infscan.model.worker import ModelWorker
 from infscan.queries import Query
 from infscan.results.schema import to_parquet
+from infscan.steps.preconditioner import Preconditioner, query_gradients
+from infscan.steps.solve import ekfac_factors, ekfac_inverse
 from infscan.storage import Store
 from infscan.studies.comparison import BM25, DOT, EKFAC, RANDOM, Comparison, Scored, facts_of, judge, to_table
 from infscan.studies.in_process import open_study
@@ -50,11 +50,11 @@ class Findings(Comparison):
 
 
 def against_cg(
-    rank: Rank,
+    rank: ModelWorker,
     queries: Sequence[Query],
     curvature: Sequence[corpus.Sequence],
     candidates: Sequence[corpus.Sequence],
-    inverse: Inverse,
+    inverse: Preconditioner,
     settings: ValidateConfig,
     *,
     seed: int,
@@ -115,12 +115,15 @@ def against_cg(
 
 
 def score_solutions(
-    rank: Rank, sequences: Sequence[corpus.Sequence], solutions: Mapping[str, Tensor], tokens_per_batch: int = 4096
+    rank: ModelWorker,
+    sequences: Sequence[corpus.Sequence],
+    solutions: Mapping[str, Tensor],
+    tokens_per_batch: int = 4096,
 ) -> dict[str, NDArray[np.floating]]:
     """<x, grad L(z)> for every method's x [Q, P] in one pass over the sequences: [Q, N] each, at full rank."""
     stacked_kp = torch.cat(list(solutions.values()))
     P = {
-        name: LayerQueries.full(matrix.to(rank.model.dtype)) for name, matrix in split(rank.layers, stacked_kp).items()
+        name: LayerQueries.dense(matrix.to(rank.model.dtype)) for name, matrix in split(rank.layers, stacked_kp).items()
     }
     scores_nk = torch.zeros(len(sequences), len(stacked_kp), dtype=rank.wide, device=rank.device)
     for batch in rank.batches(sequences, tokens_per_batch):
@@ -184,7 +187,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Findings,
     """
     study = open_study(config)
     found = against_cg(
-        study.rank,
+        study.worker,
         study.queries,
         study.curvature,
         study.candidates,

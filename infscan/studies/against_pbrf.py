@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from infscan.config import fingerprint, plain
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.influence.agreement import pearson
-from infscan.passes.ggn import damping_vector
-from infscan.passes.solve import ekfac_factors
+from infscan.model.gauss_newton import damping_vector
 from infscan.results.schema import to_parquet
+from infscan.steps.solve import ekfac_factors
 from infscan.storage import Store
 from infscan.studies.against_cg import against_cg, cg_facts
 from infscan.studies.comparison import Comparison, Scored, facts_of, judge, to_table
@@ -207,7 +207,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Compariso
         raise ConfigError(
             "truth=pbrf: its objective is of whole sequences; use corpus.attention=across, or corpus.packing=document."
         )
-    rank, N = study.rank, len(study.curvature)
+    rank, N = study.worker, len(study.curvature)
     points = sampled_points(truth, N, config.seed)
     if truth.coordinates is CoordinateSystem.fisher:
         check_size(sum(layer.size for layer in rank.layers), truth.max_dense_bytes)
@@ -268,7 +268,7 @@ def coordinates_of(
     log: Callable[[str], None],
 ) -> Coordinates:
     """What L-BFGS moves in: EK-FAC's factors layer by layer, or the dense Fisher of all layers together."""
-    rank = study.rank
+    rank = study.worker
     if truth.coordinates is CoordinateSystem.ekfac:
         factors = {name: one.to(rank.device, dtype) for name, (one, _) in ekfac_factors(rank, study.inverse).items()}
         return LayerCoordinates(problem.tracked, dampings, factors)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from infscan.errors import RunError
 from infscan.results.read import read_summary, read_top
 from infscan.results.schema import read_with_footer, to_parquet
-from infscan.runtime.tfidf import CANDIDATES
+from infscan.steps.tfidf import CANDIDATES
 from infscan.storage import Store
 from infscan.studies.comparison import AVERAGE
 from infscan.studies.validation import CoverageConfig, ValidateJob

@@ -1,45 +1,45 @@
-"""A model, a corpus, queries and EK-FAC factors in one process, without Ray: what a small validation stands on."""
+"""A model, a corpus, queries and EK-FAC factors in one process, without Ray: what a small validation is based on."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from infscan.config import Attention, Labels, Solver
-from infscan.corpus.addressable import AddressableCorpus, check_told_apart, is_prepared, open_corpus
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.config import Solver
+from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.plan import Selection
-from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
-from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
-from infscan.model.architecture import Architecture, describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import COMPLETE, FactorsPlan, check_files, complete, layer_groups
-from infscan.passes.factors import FitTask, covariance_task, lambda_task, slice_bounds
-from infscan.passes.queries import Inverse
-from infscan.passes.rank import Rank, RankSettings
-from infscan.queries import Query, queries_fingerprint, read_queries
-from infscan.runtime.prepare import settings_for
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Query, queries_fingerprint
+from infscan.steps.factor_files import COMPLETE, store_plan
+from infscan.steps.factors import fit_factors, plan_factors
+from infscan.steps.inputs import open_inputs, read_measured_queries
+from infscan.steps.preconditioner import Preconditioner
+from infscan.steps.prepare import prepare
 from infscan.storage import Store
 from infscan.studies.validation import ValidateJob
+
+# What a fit took, beside its factors.
+_FIT = "fit.json"
 
 
 @dataclass(frozen=True)
 class Study:
-    """curvature: the sequences that the factors are of. candidates: those to score; both are seeded samples.
+    """What a validation is given; curvature and candidates are seeded samples."""
 
-    fit_seconds: what fitting took, now or when the factors were first fitted.
-    """
-
-    rank: Rank
+    worker: ModelWorker
     queries: list[Query]
+    # The sequences that the factors are of.
     curvature: list[Sequence]
+    # Those to score.
     candidates: list[Sequence]
-    inverse: Inverse
+    inverse: Preconditioner
+    # What fitting took, now or when the factors were first fitted.
     fit_seconds: float
     fingerprints: dict[str, str]
 
@@ -53,38 +53,35 @@ def open_study(config: ValidateJob) -> Study:
     _check(config)
     store = Store(config.output)
     store.check_writable()
-    architecture = describe(config.model.path, config.model.tracked)
-    tokenizer = load_tokenizer(architecture.folder)
-    pack = settings_for(config.corpus, architecture, tokenizer)
-    queries = read_queries(
-        config.queries,
-        tokenizer,
-        vocab_size=architecture.vocab_size,
-        context=architecture.context,
-        bos_id=pack.bos_id if config.corpus.bos else None,
-    )
-    queries = sorted(queries, key=lambda query: query.id)
-    chosen = [queries[row] for row in Selection.of(len(queries), config.validate.queries, config.seed).ids()]
-    corpus = prepare_here(config, architecture, tokenizer, store / "corpus")
+    config = _fitted_on_the_corpus(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank = Rank(
-        RankSettings(config.model, architecture.layers, sharded=False),
-        Place(device=device, threads=config.cluster.cpus_per_rank),
+    inputs = replace(open_inputs(config), device=device)
+    queries = read_measured_queries(inputs)
+    chosen = [queries[row] for row in Selection.of(len(queries), config.validate.queries, config.seed).ids()]
+    executor = InProcessExecutor(
+        WorkerSettings(config.model, inputs.layers, sharded=False),
+        RankContext(device=device, threads=config.cluster.cpus_per_rank),
     )
-    plan = _plan(config, architecture, corpus, rank)
-    factors = store / f"validate/factors-{plan.fingerprint[:16]}"
-    fit_seconds = fit_here(rank, factors, corpus, plan, config)
+    corpus = prepare(config.corpus, inputs.architecture, inputs.tokenizer, store / "corpus", executor)
+    made = plan_factors(inputs, corpus)
+    factors = store / f"validate/factors-{made.fingerprint[:16]}"
+    plan = store_plan(factors, made)
+    started, fitted_before = time.perf_counter(), factors.exists(COMPLETE)
+    fit_factors(executor, factors, corpus, plan, config.factors.labels, config.seed)
+    if not fitted_before:
+        factors.write_json(_FIT, {"seconds": time.perf_counter() - started})
     # Another seed than the factors' sample: two samples of one seed would be one inside the other.
     candidates = Selection.of(corpus.sequences, config.validate.sequences, config.seed + 1)
+    worker = executor.worker
     return Study(
-        rank,
+        worker,
         chosen,
-        rank.read(corpus.store, plan.selection.ids(), config.corpus.attention),
-        rank.read(corpus.store, candidates.ids(), config.corpus.attention),
-        Inverse(factors, Solver.ekfac, config.factors.damping),
-        fit_seconds,
+        worker.read(CorpusAddress.of(corpus), plan.selection.ids()),
+        worker.read(CorpusAddress.of(corpus), candidates.ids()),
+        Preconditioner(factors, Solver.ekfac, config.factors.damping),
+        float(factors.read_json(_FIT)["seconds"]),
         {
-            "model": architecture.fingerprint,
+            "model": inputs.architecture.fingerprint,
             "corpus": corpus.fingerprint,
             "queries": queries_fingerprint(chosen),
             "factors": plan.fingerprint,
@@ -92,8 +89,20 @@ def open_study(config: ValidateJob) -> Study:
     )
 
 
+def _fitted_on_the_corpus(config: ValidateJob) -> ValidateJob:
+    """The configuration of a fit on as many of the corpus's sequences as the curvature is of."""
+    whole = type(config.factors.corpus)(**(vars(config.corpus) | {"max_sequences": None, "sample": None}))
+    size = config.validate.curvature_sequences
+    return replace(config, factors=replace(config.factors, corpus=whole, num_sequences=size, slices=1))
+
+
 def _check(config: ValidateJob) -> None:
     config.validate.check()
+    if config.corpus.paths:
+        raise ConfigError(
+            f"corpus.paths={', '.join(config.corpus.paths)}: a validation reads one corpus; give corpus.path, which "
+            "may be the <output>/corpus of a run that joined them."
+        )
     if config.sharded or config.model.gradient_checkpointing:
         raise ConfigError(
             "A validation multiplies with the Gauss-Newton matrix of a whole model on one rank; use "
@@ -104,74 +113,3 @@ def _check(config: ValidateJob) -> None:
             f"factors.solver={config.factors.solver.value}: a validation judges EK-FAC and takes its damping; "
             "use factors.solver=ekfac."
         )
-
-
-def prepare_here(
-    config: ValidateJob, architecture: Architecture, tokenizer: Tokenizer | None, store: Store
-) -> AddressableCorpus:
-    """The corpus where it lies prepared, else its files prepared into `store`, one after another.
-
-    Raises:
-        ConfigError: for several corpora.
-    """
-    if config.corpus.paths:
-        raise ConfigError(
-            f"corpus.paths={', '.join(config.corpus.paths)}: a validation reads one corpus; give corpus.path, which "
-            "may be the <output>/corpus of a run that joined them."
-        )
-    if is_prepared(config.corpus.path):
-        corpus = open_corpus(Store(config.corpus.path))
-        if config.corpus.attention is Attention.within:
-            check_told_apart(corpus)
-        return corpus
-    pack = settings_for(config.corpus, architecture, tokenizer)
-    pieces = document_pieces(document_files(config.corpus), config.corpus)
-    parts = [prepare_part(piece, index, config.corpus, pack, tokenizer, store) for index, piece in enumerate(pieces)]
-    write_manifest(store, config.corpus, pack, tokenizer.digest if tokenizer else None, parts)
-    return open_corpus(store)
-
-
-def _plan(config: ValidateJob, architecture: Architecture, corpus: AddressableCorpus, rank: Rank) -> FactorsPlan:
-    selection = Selection.of(corpus.sequences, config.validate.curvature_sequences, config.seed)
-    return FactorsPlan(
-        fields={
-            "model": architecture.fingerprint,
-            "dtype": str(rank.model.dtype).removeprefix("torch."),
-            "tracked": [layer.name for layer in architecture.layers],
-            "corpus": corpus.fingerprint,
-            "attention": config.corpus.attention.value,
-            "labels": config.factors.labels.value,
-            "blocks": config.factors.blocks,
-            "sample": [selection.size, selection.digest()],
-            "seed": config.seed,
-        },
-        layers=architecture.layers,
-        selection=selection,
-        slices=slice_bounds(selection.size, 1),
-        groups=layer_groups(architecture.layers, config.factors.max_group_bytes, config.factors.blocks),
-        tokens_per_batch=config.scan.tokens_per_batch,
-    )
-
-
-def fit_here(rank: Rank, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, config: ValidateJob) -> float:
-    """Every task of a fit in turn, or nothing where `store` has the finished factors; the seconds the fit took."""
-    if store.exists(COMPLETE):
-        return float(check_files(store)["seconds"])
-    started = time.perf_counter()
-
-    def task(group: int, *, draw_labels: bool) -> FitTask:
-        labels, attention = config.factors.labels, config.corpus.attention
-        return FitTask(store, corpus.store, plan, group, 0, labels, config.seed, draw_labels, attention)
-
-    for group in range(len(plan.groups)):
-        covariance_task(rank, task(group, draw_labels=group == 0 and config.factors.labels is Labels.sampled))
-    for layer in plan.layers:
-        decompose_layer(store, plan, layer)
-    for group in range(len(plan.groups)):
-        lambda_task(rank, task(group, draw_labels=False))
-    for layer in plan.layers:
-        finish_layer(store, plan, layer)
-    rank.forget()
-    seconds = time.perf_counter() - started
-    store.write_json(COMPLETE, complete(store, plan, seconds=seconds))
-    return seconds

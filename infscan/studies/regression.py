@@ -25,9 +25,9 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
 from infscan.influence.layers import Layer, LayerFactors
-from infscan.passes.factor_store import read_tensors, write_tensors
-from infscan.passes.ggn import damping_vector, join
-from infscan.passes.solve import ekfac_inverse
+from infscan.model.gauss_newton import damping_vector, join
+from infscan.results.tensor_files import read_tensors, write_tensors
+from infscan.steps.solve import ekfac_inverse
 from infscan.storage import Store
 from infscan.studies.against_cg import by_lissa
 from infscan.studies.against_pbrf import Responder, concluded, sampled_points

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from infscan.influence.agreement import INTERVAL
 from infscan.influence.cg import Operator
-from infscan.passes.ggn import join
-from infscan.passes.queries import query_gradients
-from infscan.passes.solve import ekfac_factors, ekfac_inverse
+from infscan.model.gauss_newton import join
+from infscan.steps.preconditioner import query_gradients
+from infscan.steps.solve import ekfac_factors, ekfac_inverse
 from infscan.studies.against_cg import score_solutions
 from infscan.studies.in_process import Study
 
@@ -65,8 +65,8 @@ NEUTRAL = ("The road was dry.", "Bread was cheap that year.", "It rained at noon
 
 def inverse_of(study: Study, alpha: float = 0.0) -> Operator:
     """x -> (G + alpha + lambda)^-1 x by a stage's EK-FAC."""
-    layers = study.rank.layers
-    return ekfac_inverse(layers, ekfac_factors(study.rank, replace(study.inverse, alpha=alpha)))
+    layers = study.worker.layers
+    return ekfac_inverse(layers, ekfac_factors(study.worker, replace(study.inverse, alpha=alpha)))
 
 
 def multi(alpha: float) -> str:
@@ -81,14 +81,14 @@ def arms(
     pretrained, finetuned: each stage's model with factors of its own corpus. at_finetuned: the fine-tuned model with
     factors of the pretraining corpus. All with the queries of `finetuned`.
     """
-    v_qp = join(finetuned.rank.layers, query_gradients(finetuned.rank, finetuned.queries, finetuned.rank.layers))
+    v_qp = join(finetuned.worker.layers, query_gradients(finetuned.worker, finetuned.queries, finetuned.worker.layers))
     first = inverse_of(pretrained)
     solutions: dict[str, Tensor] = {DOT: v_qp, PRETRAINED: first(v_qp)}
     for alpha in alphas:
         solutions[multi(alpha)] = first(alpha * inverse_of(finetuned, alpha)(v_qp))
-    scores = score_solutions(pretrained.rank, pretrained.candidates, solutions)
+    scores = score_solutions(pretrained.worker, pretrained.candidates, solutions)
     single = {SINGLE: inverse_of(at_finetuned)(v_qp)}
-    return scores | score_solutions(at_finetuned.rank, at_finetuned.candidates, single)
+    return scores | score_solutions(at_finetuned.worker, at_finetuned.candidates, single)
 
 
 @dataclass(frozen=True)
@@ -168,5 +168,5 @@ def interval(values_q: NDArray[np.float64], seed: int = 0, resamples: int = 2000
 
 def of_layers(study: Study, x_kp: Tensor, wanted: str) -> Tensor:
     """x with zeros in every layer whose name does not contain `wanted`: an estimator of those layers alone."""
-    mask = torch.cat([torch.full((layer.size,), float(wanted in layer.name)) for layer in study.rank.layers])
+    mask = torch.cat([torch.full((layer.size,), float(wanted in layer.name)) for layer in study.worker.layers])
     return x_kp * mask.to(x_kp)

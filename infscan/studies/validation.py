@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infscan.config import Config, Dtype
 from infscan.errors import ConfigError
-from infscan.passes.ggn import GaussNewton
+from infscan.model.gauss_newton import GaussNewton
 from infscan.truth.minimise import Optimiser, PbrfSettings
 
 T = TypeVar("T")
@@ -245,10 +245,10 @@ class Cost:
 def estimate(ggn: GaussNewton, v_kp: Tensor, settings: ValidateConfig) -> Cost:
     """The cost of all products: CG's from the time of one over a full batch, LiSSA's from that of one of its steps."""
     lengths = np.asarray([len(one) for one in ggn.sequences])
-    model = ggn.rank.model.module
+    model = ggn.worker.model.module
     table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
     # A tied table is a matrix product once, as the unembedding; an untied one is looked up.
-    parameters = ggn.rank.model.parameters - (0 if output is not None and output.weight is table else table.numel())
+    parameters = ggn.worker.model.parameters - (0 if output is not None and output.weight is table else table.numel())
     per_token = 4.0 * (parameters + ggn.size) * len(v_kp)
     batch = min(settings.lissa.batch, len(lengths))
     full = np.arange(max(1, int((np.cumsum(lengths) <= settings.tokens_per_batch).sum())))

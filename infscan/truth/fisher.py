@@ -13,7 +13,7 @@ from infscan.errors import ConfigError
 from infscan.influence.layers import Layer
 from infscan.model.losses import Loss
 from infscan.model.measure import next_tokens, uniforms
-from infscan.passes.rank import Rank
+from infscan.model.worker import ModelWorker
 
 # Pseudo-gradients multiplied at once: enough to keep a matrix product busy.
 _ROWS = 2048
@@ -31,13 +31,13 @@ def check_size(parameters: int, max_bytes: int) -> None:
 
 
 def sampled_fisher(
-    rank: Rank, sequences: Sequence[corpus.Sequence], *, draws: int, seed: int, tokens_per_batch: int
+    rank: ModelWorker, sequences: Sequence[corpus.Sequence], *, draws: int, seed: int, tokens_per_batch: int
 ) -> Tensor:
     """(1 / (N draws)) sum of g g^T over sequences and draws, g [P] a summed pseudo-gradient: [P, P], float64.
 
     Labels are drawn from the model at every position that predicts a token; they depend on (seed, draw, sequence,
-    position) alone. Its expectation is G (`passes.ggn`, but for the last position); parameters lie as `passes.ggn.join`
-    has them.
+    position) alone. Its expectation is G (`gauss_newton`, but for the last position); parameters are in the order of
+    `gauss_newton.join`.
     """
     size = sum(layer.size for layer in rank.layers)
     # Summed in the model's own width: what this matrix is for needs no more, and its products are most of the time.

@@ -17,16 +17,16 @@ from hydra import initialize_config_dir
 from infscan.config import from_hydra
 from infscan.errors import ConfigError
 from infscan.influence.cg import conjugate_gradients, damped
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import layer_factors, query_gradients
-from infscan.passes.solve import ekfac_inverse
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.results.schema import footer_of
+from infscan.steps.preconditioner import layer_factors, query_gradients
+from infscan.steps.solve import ekfac_inverse
 from infscan.studies.against_cg import Findings, against_cg, validate
 from infscan.studies.comparison import AVERAGE, EKFAC
 from infscan.studies.in_process import Study, open_study
 from infscan.studies.validation import Cost, ValidateJob
 from jobs import validate as job
-from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONF, tiny_model, token_corpus, token_queries
 
 CG_ITERATES = [1, 3]
 DEPTHS = [2, 6]
@@ -126,7 +126,7 @@ def test_ek_fac_saves_conjugate_gradients_iterations(folder: Path) -> None:
     """On one layer, whose curvature it holds whole: over several it knows nothing of what couples them."""
     layer = r"model.tracked=layers\.1\.mlp\.dense_4h_to_h"
     study = open_study(asked(folder, layer, "factors.damping.relative=0.1", "validate.curvature_sequences=48"))
-    rank = study.rank
+    rank = study.worker
     v_kp = join(rank.layers, query_gradients(rank, study.queries, rank.layers))
     factors = {
         layer.name: known
@@ -153,7 +153,7 @@ def test_too_long_a_validation_is_refused_with_its_estimate(study: Study, folder
     config = asked(folder, "validate.max_hours=1e-9")
     with pytest.raises(ConfigError, match=r"hours .* GFLOP/s.*validate\.curvature_sequences"):
         against_cg(
-            study.rank,
+            study.worker,
             study.queries,
             study.curvature,
             study.candidates,

@@ -16,7 +16,7 @@ from torch.func import functional_call, jacrev
 from infscan.config import from_hydra
 from infscan.errors import ConfigError, RunError
 from infscan.influence.inverse import from_core, inverse_core
-from infscan.passes.ggn import damping_vector, join, split
+from infscan.model.gauss_newton import damping_vector, join, split
 from infscan.report.validation import lines
 from infscan.results.schema import footer_of
 from infscan.storage import Store
@@ -26,7 +26,7 @@ from infscan.studies.regression import FEATURES
 from infscan.studies.validation import PbrfConfig, RegressionConfig, ResponseConfig, Truth, ValidateJob
 from infscan.truth.pbrf import dampings_of
 from jobs import validate as job
-from tests.runtime.builders import CONF, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONF, tiny_model, token_corpus, token_queries
 
 SMALL = [
     "truth=pbrf_regression",

@@ -20,7 +20,7 @@ from infscan.studies.comparison import AVERAGE
 from infscan.studies.coverage import coverage, validate
 from infscan.studies.validation import ValidateJob
 from jobs import validate as job
-from tests.runtime.builders import CONF
+from tests.steps.runs import CONF
 
 assert job.STUDIES  # registers the schemas
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from infscan.errors import ConfigError
-from infscan.passes.ggn import GaussNewton
+from infscan.model.gauss_newton import GaussNewton
 from infscan.truth.fisher import check_size, sampled_fisher
-from tests.passes.test_ggn import double_rank, some_sequences
+from tests.model.test_gauss_newton import double_rank, some_sequences
 
 
 def test_the_mean_over_draws_comes_to_the_gauss_newton_matrix(tmp_path: Path) -> None:
