@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ _SHOW_SETTINGS = "--cfg=job"
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:
     """Run a command; `name` is given by jobs/<name>.py, else it is the first word.
 
-    An error that a user can fix ends the process with one sentence and status 2, an interruption with 130.
+    An error that a user can fix ends the process with one sentence and status 2, a signal with 128 + its number.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _heed_signals()
     with exit_on_user_error():
         if name is None:
             if not words or words[0] in _HELP:
@@ -52,6 +55,24 @@ def _named(word: str) -> str:
     raise ConfigError(f"{word}: there is no such command; {hint}")
 
 
+class _Ended(KeyboardInterrupt):
+    """A signal that ends a process as an interruption does: what is open is closed, and the lease is given back."""
+
+
+_ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "its terminal was closed"}
+
+
+def _end(number: int, _frame: object) -> None:
+    raise _Ended(signal.Signals(number))
+
+
+def _heed_signals() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless whoever started it has them ignored (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the process with a user's error as one sentence and status 2, without a traceback; with 130 if
@@ -61,9 +82,10 @@ def exit_on_user_error() -> Iterator[None]:
     except InfscanError as error:
         _complain(str(error))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, _Ended) else signal.SIGINT
+        print(f"{_ENDED[number]}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + number) from None
     except BrokenPipeError:
         # A reader such as `head` has seen enough; what Python flushes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

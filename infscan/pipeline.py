@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from infscan.config import Config
-from infscan.sizing.memory import log_scan_memory
+from infscan.sizing.memory import reserve_memory
 from infscan.steps.check import check
 from infscan.steps.factors import fit
+from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
-from infscan.steps.prepare import prepare_corpus
+from infscan.steps.prepare import prepare_corpora
 from infscan.steps.publish import publish
 from infscan.steps.queries import query_batch
 from infscan.steps.refine import refine
@@ -21,10 +22,12 @@ def answer(config: Config) -> None:
     """Scan a corpus for the sequences that most raised or lowered each query's completion, and publish the tables."""
     with open_run(config) as run:
         # Documents -> tokens -> numbered sequences, in <output>/corpus; nothing to do where that exists.
-        corpus = prepare_corpus(run)
+        corpus = prepare_corpora(run)
         # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
         plan = make_plan(run, corpus)
-        planned_bytes = log_scan_memory(run.inputs, corpus.sequence_length)
+        planned_bytes = reserve_memory(run, corpus.sequence_length)
+        # Does the model know the completions? log p of each, beforehand.
+        measure(run)
         # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
         vectors = pull_back_queries(run)
         # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.

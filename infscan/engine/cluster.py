@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,6 +24,24 @@ def connect(cluster: ClusterConfig) -> None:
     """Join the Ray cluster of `cluster.address` (or RAY_ADDRESS), or start a local one that fits the worker groups."""
     if ray.is_initialized():
         return
+    with _own_signal_handlers():
+        _init(cluster)
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put this process's signal handlers back after Ray, on starting, has set its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, handler)
+
+
+def _init(cluster: ClusterConfig) -> None:
     # Every error that ends a phase is raised here once; what Ray would print of the others is a traceback each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
@@ -74,9 +95,19 @@ def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
     log.warning("workers     no room yet: %s; waiting up to cluster.capacity_s=%g s", missing, cluster.capacity_s)
 
 
-def missing_capacity(cluster: ClusterConfig, gpus: float) -> str:
+def bundle_of(cluster: ClusterConfig, gpus: float, host_bytes: int | None = None) -> dict[str, float]:
+    """What one rank asks Ray for."""
+    bundle = {"CPU": float(cluster.cpus_per_rank)}
+    if gpus:
+        bundle["GPU"] = gpus
+    if host_bytes:
+        bundle["memory"] = float(host_bytes)
+    return bundle
+
+
+def missing_capacity(cluster: ClusterConfig, gpus: float, host_bytes: int | None = None) -> str:
     """What a worker needs, and what the cluster's living nodes have."""
-    rank = {"CPU": float(cluster.cpus_per_rank)} | ({"GPU": gpus} if gpus else {})
+    rank = bundle_of(cluster, gpus, host_bytes)
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = [{kind: resources.get(kind, 0.0) for kind in rank} for resources in alive]
     nodes = "; ".join(sorted(map(_amounts, have))) or "none"
@@ -87,4 +118,5 @@ def missing_capacity(cluster: ClusterConfig, gpus: float) -> str:
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {amount:g}" for kind, amount in resources.items())
+    shown = {kind: f"{amount / 2**30:.3g} GiB" for kind, amount in resources.items() if kind == "memory"}
+    return ", ".join(f"{kind} {shown.get(kind, f'{amount:g}')}" for kind, amount in resources.items())

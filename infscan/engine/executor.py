@@ -73,6 +73,8 @@ class RunRecords:
     metrics: RunMetrics = field(default_factory=lambda: RunMetrics(""))
     # Called between units; what it raises ends the step (a driver that lost its lease).
     check: Callable[[], None] = lambda: None
+    # Called with what the driver waits for, for those who watch; with nothing where it works again.
+    announce: Callable[[str], None] = lambda state: None
     # Transient faults of storage that this process had met before, by kind.
     faults_before: Mapping[str, int] = field(default_factory=storage_faults)
 
@@ -121,6 +123,10 @@ class Executor(Protocol):
 
     def share(self, value: Any) -> Any:
         """What every task is to read, kept once; given to `run`, or among a task's arguments, in place of the value."""
+        ...
+
+    def reserve(self, host_bytes: int) -> None:
+        """Have workers that start from now on ask a shared cluster for so much host memory with each rank."""
         ...
 
     def change_model(self, model: ModelConfig) -> None:

@@ -164,6 +164,9 @@ class InProcessExecutor:
     def share(self, value: Any) -> Any:
         return value
 
+    def reserve(self, host_bytes: int) -> None:
+        """This process has what it has."""
+
     def change_model(self, model: ModelConfig) -> None:
         self._ended += self.facts()
         self.close()

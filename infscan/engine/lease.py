@@ -38,6 +38,8 @@ class Holder:
     since: str
     lease_s: float
     beat: int = 0
+    # What the driver waits for, for `infscan status`; empty while it works.
+    state: str = ""
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode() + b"\n"
@@ -71,6 +73,9 @@ class Lease:
             lease_s=lease_s,
         )
         self._ended = threading.Event()
+        # Set where the renewals' thread has something to write before its time.
+        self._wake = threading.Event()
+        self._state = ""
         self._taken_by: Holder | None = None
         self.followed: Holder | None = None
         self._renewals = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -105,9 +110,16 @@ class Lease:
                 f"cluster.lease_s={self.lease_s:g} s. Nothing is lost; the other one goes on."
             )
 
+    def announce(self, state: str) -> None:
+        """Write what this driver waits for, empty where it works: at once, if it changed, and with each renewal."""
+        if state != self._state:
+            self._state = state
+            self._wake.set()
+
     def release(self) -> None:
         """Give the lease back, if it is still this driver's."""
         self._ended.set()
+        self._wake.set()
         if self._renewals.is_alive():
             self._renewals.join()
         self._held.discard(self.mine.token)
@@ -144,13 +156,17 @@ class Lease:
 
     def _renew(self) -> None:
         held = self.mine
-        while not self._ended.wait(self.lease_s / _RENEWALS):
+        while True:
+            self._wake.wait(self.lease_s / _RENEWALS)
+            self._wake.clear()
+            if self._ended.is_set():
+                return
             # Storage in trouble is waited for; a lease that runs out meanwhile does no harm.
             with suppress(StorageError):
                 holder = self._read()
                 if holder is not None and holder.token != self.mine.token:
                     self._taken_by = holder
                     return
-                held = replace(held, beat=held.beat + 1)
+                held = replace(held, beat=held.beat + 1, state=self._state)
                 if not self._ended.is_set():
                     self.store.write(LEASE, held.to_bytes())

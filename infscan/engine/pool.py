@@ -24,6 +24,8 @@ from infscan.storage import storage_faults
 
 log = logging.getLogger(__name__)
 
+# Every start waits for its placement for a moment; one that waits longer says so.
+_ANNOUNCED_AFTER_S = 5.0
 _TICK_S = 0.5
 _RECORD_S = 1.0
 
@@ -45,8 +47,10 @@ class Pool:
         recovery: RecoveryLog,
         check: Callable[[], None] = lambda: None,
         metrics: RunMetrics | None = None,
+        announce: Callable[[str], None] = lambda state: None,
     ) -> None:
         self.cluster, self.gpus, self.recovery, self.check = cluster, gpus, recovery, check
+        self.announce, self.host_bytes = announce, settings.host_bytes
         self.metrics = metrics or RunMetrics("")
         self.sharded = settings.sharded
         self.groups = [self.new_group(index, settings) for index in range(cluster.num_workers)]
@@ -163,16 +167,22 @@ class Pool:
     def _check_placement(self) -> None:
         """Raise where for cluster.capacity_s there was no room for a single group."""
         if any(group.state is not State.starting or group.is_placed() for group in self.groups):
+            if self._unplaced_since is not None:
+                self.announce("")
             self._unplaced_since = None
             return
         if self._unplaced_since is None:
             self._unplaced_since = time.monotonic()
-        if time.monotonic() - self._unplaced_since <= self.cluster.capacity_s:
+        waited = time.monotonic() - self._unplaced_since
+        if waited <= _ANNOUNCED_AFTER_S:
+            return
+        missing = missing_capacity(self.cluster, self.gpus, self.host_bytes)
+        if waited <= self.cluster.capacity_s:
+            self.announce(f"waiting for capacity: {missing}")
             return
         raise RunError(
-            f"no worker could be placed for cluster.capacity_s={self.cluster.capacity_s:g} s: "
-            f"{missing_capacity(self.cluster, self.gpus)}. Add nodes, or free them from other jobs, and run the same "
-            "command again: it goes on from here."
+            f"no worker could be placed for cluster.capacity_s={self.cluster.capacity_s:g} s: {missing}. Add "
+            "nodes, or free them from other jobs, and run the same command again: it goes on from here."
         )
 
     def _started(self, group: WorkerGroup, outcome: Outcome, result: Any, schedule: Schedule | None = None) -> None:

@@ -62,7 +62,13 @@ class RayExecutor:
             records = self.records
             with self.telemetry.phase("workers", self.cluster.num_workers, "workers") as phase:
                 self._pool = Pool(
-                    self.cluster, self.settings, self.gpus, records.recovery, records.check, records.metrics
+                    self.cluster,
+                    self.settings,
+                    self.gpus,
+                    records.recovery,
+                    records.check,
+                    records.metrics,
+                    records.announce,
                 )
                 phase.advance(units=self._pool.wait_for_one())
                 if records.metrics.traced:
@@ -118,6 +124,9 @@ class RayExecutor:
     def share(self, value: Any) -> Any:
         # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
         return ray.put(value)
+
+    def reserve(self, host_bytes: int) -> None:
+        self.settings = replace(self.settings, host_bytes=host_bytes)
 
     def change_model(self, model: ModelConfig) -> None:
         self._ended, self._ended_oom_retries = self.facts(), self.oom_retries

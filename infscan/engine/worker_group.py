@@ -28,6 +28,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infscan.config import ClusterConfig
+from infscan.engine.cluster import bundle_of
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.lease import LEASE
@@ -164,7 +165,7 @@ class WorkerGroup:
 
     def __init__(self, index: int, settings: WorkerSettings, cluster: ClusterConfig, gpus: float) -> None:
         self.index, self.settings, self.cluster, self.gpus = index, settings, cluster, gpus
-        bundle = {"CPU": float(cluster.cpus_per_rank)} | ({"GPU": gpus} if gpus else {})
+        bundle = bundle_of(cluster, gpus, settings.host_bytes)
         self.placement: PlacementGroup = placement_group(
             [dict(bundle) for _ in range(cluster.ranks_per_worker)], strategy=cluster.placement.value
         )

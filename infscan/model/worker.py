@@ -46,6 +46,8 @@ class WorkerSettings:
     sharded: bool
     # The run's folder, which every rank must see.
     output: Store | None = field(default=None, repr=False)
+    # Host memory that a rank asks a shared cluster for; None asks for none.
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)

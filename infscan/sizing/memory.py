@@ -8,6 +8,7 @@ the step's own code. docs/sizing.md has the arithmetic.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
+from infscan.config import Config, Dtype, Labels, Offload, Solver, fingerprint, plain
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
@@ -33,6 +34,7 @@ from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
 from infscan.steps.inputs import Inputs, in_dtype
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import pair_scoring
+from infscan.steps.run import Run
 from infscan.steps.scan import scoring
 from infscan.steps.volume import size
 
@@ -42,6 +44,10 @@ log = logging.getLogger("infscan")
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one
 # instead (MALLOC_MMAP_THRESHOLD_) leave none, and cost 28 % more CPU time.
 _KEPT_WIDTHS = 7
+
+
+# A rank's process before it loads a model: torch, transformers, Ray (docs/sizing.md).
+_PROCESS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,34 @@ def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
         return None
     log.info("memory      %s", memory_line(memory))
     return dict(vars(memory))
+
+
+def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
+    """Log what a rank of the scan will hold, and have workers ask a shared cluster for the host memory that they need.
+
+    Returns a scanning rank's bytes by part, or None where that cannot be told.
+    """
+    shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
+    for stage in (run, *run.later) if shared else ():
+        if (needed := host_bytes(stage.inputs, T)) is not None:
+            stage.executor.reserve(needed)
+    return log_scan_memory(run.inputs, T)
+
+
+def host_bytes(inputs: Inputs, T: int) -> int | None:
+    """Host memory that a rank needs at most, over all steps, its process included; None where that cannot be told.
+
+    On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights.
+    """
+    config, gpus = inputs.config, float(inputs.device == "cuda")
+    if gpus and config.model.zero.offload is Offload.none:
+        return _PROCESS_BYTES
+    try:
+        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
+    except ModelError:
+        return None
+    held = largest(costs)[1]
+    return _PROCESS_BYTES + (held.weights if gpus else held.total)
 
 
 def memory_line(memory: PassMemory) -> str:

@@ -11,9 +11,8 @@ from infscan.errors import RunError
 from infscan.results.schema import to_parquet
 from infscan.results.shard_file import finished_shards
 from infscan.steps.run import Run
+from infscan.steps.run_folder import PLAN
 from infscan.steps.volume import check_disk_for_scan
-
-PLAN = "plan.json"
 
 
 def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
@@ -28,6 +27,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
+    run.folder.claim(run.config)
     attention = settings.attention.value
     value = sealed(made.to_json() | {"inputs": run.inputs.fingerprints(), "attention": attention})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
@@ -40,7 +40,8 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     if changed:
         raise RunError(
             f"{run.store.uri} was planned with another {', '.join(changed)}: the content differs, whatever the path. "
-            "Put back what it was planned with, or give another output=..."
+            f"Put back what it was planned with, or give another output=...; to ask other queries of the same corpus, "
+            f"add corpus.path={corpus.store.uri} factors.path={run.folder.factors.uri}, which are then reused."
         )
     plan = Plan.from_json(found, corpus.chosen)
     left = (plan.num_shards - len(finished_shards(run.store))) / plan.num_shards

@@ -20,8 +20,8 @@ from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.model.losses import Loss
-from infscan.model.worker import Batch, ModelWorker
-from infscan.queries import Query
+from infscan.model.worker import Batch, LayerConsumer, ModelWorker
+from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_tensor
 from infscan.steps.factor_files import read_layer_factors
 from infscan.storage import Store
@@ -93,20 +93,11 @@ def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence
     for query in queries:
         parts: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
         for part in query.parts:
-            # Nothing from the last measured token on has a gradient.
-            ids = np.asarray([part.token_ids[: max(part.positions)]], np.int64)
-            targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-            at = np.asarray(part.positions)
-            # The input position t - 1 predicts token t.
-            targets[0, at - 1] = np.asarray(part.token_ids)[at]
-            weights[0, at - 1] = part.sign
-            targets_bt, weights_bt = worker.to_device(targets), worker.to_device(weights)
-            batch = Batch(np.arange(1), worker.to_device(ids), worker.to_device(np.ones(ids.shape, np.bool_)))
 
             def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, parts: dict[str, list[Tokens]] = parts) -> None:
                 parts[layer.name].append(Tokens(s_bto[0].to(worker.wide), a_bti[0].to(worker.wide)))
 
-            worker.backward(batch, layers, Loss(targets_bt, weights_bt), consume)
+            backward_of_part(worker, part, layers, consume)
         for name, tokens in parts.items():
             whole = Tokens(torch.cat([one.s_to for one in tokens]), torch.cat([one.a_ti for one in tokens]))
             found[name].append(whole)
@@ -114,6 +105,19 @@ def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence
         finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in mine])
         check_finite(name, queries, finite)
     return found
+
+
+def backward_of_part(worker: ModelWorker, part: Part, layers: Sequence[Layer], consume: LayerConsumer) -> Tensor:
+    """One part of a query forward and back through `layers`; returns its share of -f, signed, [1]."""
+    # Nothing from the last measured token on has a gradient.
+    ids = np.asarray([part.token_ids[: max(part.positions)]], np.int64)
+    targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+    at = np.asarray(part.positions)
+    # The input position t - 1 predicts token t.
+    targets[0, at - 1] = np.asarray(part.token_ids)[at]
+    weights[0, at - 1] = part.sign
+    batch = Batch(np.arange(1), worker.to_device(ids), worker.to_device(np.ones(ids.shape, np.bool_)))
+    return worker.backward(batch, layers, Loss(worker.to_device(targets), worker.to_device(weights)), consume)
 
 
 def check_finite(layer: str, queries: Sequence[Query], finite_q: Tensor) -> None:

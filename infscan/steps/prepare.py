@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import Attention, CorpusConfig, fingerprint
+from infscan.config import Attention, CorpusConfig, Solver, fingerprint
 from infscan.corpus.addressable import (
     AddressableCorpus,
     PreparedCorpus,
@@ -49,6 +49,18 @@ from infscan.storage import InputFile, Store
 from infscan.telemetry import Telemetry
 
 _HASHES = "duplicates"
+
+
+def prepare_corpora(run: Run) -> AddressableCorpus:
+    """Every corpus that the run will read, so that one that cannot be read ends it before anything is kept.
+
+    Returns the scanned one.
+    """
+    corpus = prepare_corpus(run)
+    for stage in (run, *run.later):
+        if stage.config.factors.solver is not Solver.identity:
+            prepare_factors_corpus(stage)
+    return corpus
 
 
 def prepare_corpus(run: Run) -> AddressableCorpus:

@@ -13,7 +13,7 @@ from infscan.engine.metrics import RunMetrics
 from infscan.engine.recovery import RecoveryLog
 from infscan.model.architecture import Architecture
 from infscan.model.worker import WorkerSettings
-from infscan.queries import Query
+from infscan.queries import Query, spacing_warnings
 from infscan.steps.inputs import Inputs, check_stages_agree, later_configs, open_inputs, read_measured_queries
 from infscan.steps.run_folder import RunFolder, open_folder
 from infscan.storage import Store, storage_faults
@@ -80,7 +80,7 @@ def open_run(
     if needs_queries:
         stages += [(open_folder(later, folder.lease), open_inputs(later)) for later in later_configs(config)]
         stages = _with_queries(stages, queries)
-        folder.claim(config)
+        folder.check_claim(config)
     folder.lease.take()
     try:
         for stage, _ in stages:
@@ -88,15 +88,26 @@ def open_run(
         reached = connect_backend(config.cluster)
         followed = str(folder.lease.followed) if folder.lease.followed else None
         recovery = RecoveryLog(followed=followed, opened=opened)
-        records = RunRecords(recovery, metrics, folder.lease.check, faults_before)
+        records = RunRecords(recovery, metrics, folder.lease.check, folder.lease.announce, faults_before)
         run = _runs(stages, reached, telemetry or Telemetry(listener=metrics), records)
         try:
+            for warning in _warnings(folder, run.queries):
+                run.telemetry.warn(warning)
             yield run
         finally:
             for stage_run in (run, *run.later):
                 stage_run.executor.close()
     finally:
         folder.lease.release()
+
+
+def _warnings(folder: RunFolder, queries: Sequence[Query]) -> list[str]:
+    """What is allowed, and probably not meant."""
+    found = spacing_warnings(queries)
+    if others := folder.others():
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        found.append(f"{folder.store.uri} holds other things too ({shown}); a folder of its own is easier to remove")
+    return found
 
 
 Stage = tuple[RunFolder, Inputs]

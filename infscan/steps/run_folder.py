@@ -15,6 +15,9 @@ from infscan.storage import MissingError, Store
 log = logging.getLogger("infscan")
 
 CONFIG = "config.yaml"
+PLAN = "plan.json"
+# What a run that failed before it had a plan may leave.
+_OWN = {"driver.json", "corpus", "factors", "stages", "tfidf", "shards.parquet"}
 # Where Ray unpacks what `ray job submit --working-dir` uploads, below its session's folder.
 _SUBMITTED = "runtime_resources/working_dir_files"
 
@@ -51,13 +54,20 @@ class RunFolder:
             _refuse_submitted("factors.path", self.factors)
             self.factors.check_writable()
 
-    def claim(self, config: Config) -> None:
-        """Write config.yaml, or refuse an output that belongs to other settings, naming each field that differs."""
-        self.store.create(CONFIG, to_yaml(config).encode())
+    def check_claim(self, config: Config) -> None:
+        """Refuse an output that holds work of other settings, naming each field that differs.
+
+        Raises:
+            RunError: where it does. Settings of a run that failed before it kept anything bind nobody.
+        """
+        if not self.store.exists(PLAN):
+            return
         try:
             before = from_yaml(self.store.read(CONFIG).decode(errors="replace"))
         except MissingError:
-            raise RunError(f"{self.store.uri}/{CONFIG} vanished while it was read; run the command again.") from None
+            raise RunError(
+                f"{self.store.uri} has a {PLAN} and no {CONFIG}; restore it, or give another output=..."
+            ) from None
         except ConfigError as error:
             raise RunError(
                 f"{self.store.uri}/{CONFIG} is damaged ({error}); restore it, or give another output=..."
@@ -68,6 +78,17 @@ class RunFolder:
                 f"{self.store.uri} belongs to other settings ({'; '.join(changed)}). Resume it with its own, "
                 "or give another output=..."
             )
+
+    def claim(self, config: Config) -> None:
+        """Write config.yaml, now that there is something to keep: before the plan, and once all inputs were read."""
+        if not self.store.exists(PLAN):
+            self.store.write(CONFIG, to_yaml(config).encode())
+        self.check_claim(config)
+
+    def others(self) -> list[str]:
+        """Names in a local output that infscan does not make, where no run was there before."""
+        names = self.store.top_names()
+        return [] if PLAN in names or CONFIG in names else [name for name in names if name not in _OWN]
 
     def sweep(self) -> None:
         """Remove what earlier processes that died were writing to the output and to the factors."""

@@ -37,7 +37,7 @@ class World:
         patch.setattr(module, "Schedule", self.schedule)
         patch.setattr(Pool, "wait", lambda pool: self.turn())
         cluster = ClusterConfig(num_workers=self.workers, max_attempts=MAX_ATTEMPTS)
-        return Pool(cluster, SimpleNamespace(sharded=False), 0.0, recovery)  # type: ignore[arg-type]
+        return Pool(cluster, SimpleNamespace(sharded=False, host_bytes=None), 0.0, recovery)  # type: ignore[arg-type]
 
     def schedule(self, *arguments: Any) -> Schedule:
         self.schedules.append(Schedule(*arguments))
