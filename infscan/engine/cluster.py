@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import ray
 
 from infscan.config import ClusterConfig, Placement
@@ -21,7 +19,8 @@ def connect(cluster: ClusterConfig) -> None:
     """Join the Ray cluster of `cluster.address` (or RAY_ADDRESS), or start a local one that fits the worker groups."""
     if ray.is_initialized():
         return
-    # Every error that ends a phase is raised here once; what Ray would print of the others is a traceback each.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Every error that ends a step is raised here once; what Ray would print of the others is a traceback each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     address = cluster.address or os.environ.get("RAY_ADDRESS")

@@ -27,7 +27,7 @@ CLUSTER = ClusterConfig()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A scan of texts, joined into sequences of 16 tokens, in a folder that was moved since; its inputs are gone."""
     root = tmp_path_factory.mktemp("explain")
     tiny_model(root / "model", tokenizer=True)
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "made").rename(root / "run")
     corpus.unlink()
     queries.unlink()
-    yield str(root / "run")
+    return str(root / "run")
 
 
 def _scan(root: Path, corpus: Path, queries: Path, *overrides: str) -> Config:
