@@ -78,16 +78,6 @@ DISK_FUNCTIONS = {
     "os.listdir",
     "os.walk",
 }
-    "open",
-    "io.open",
-    "gzip.open",
-    "os.open",
-    "os.remove",
-    "os.replace",
-    "os.makedirs",
-    "os.listdir",
-    "os.walk",
-}
 
 MODULES = sorted(
     path.relative_to(ROOT).as_posix() for package in ("infscan", "jobs") for path in (ROOT / package).rglob("*.py")

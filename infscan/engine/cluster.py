@@ -46,11 +46,6 @@ def gpus_per_rank(cluster: ClusterConfig) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
-def shutdown() -> None:
-    """Leave Ray; a local one ends."""
-    ray.shutdown()
-
-
 def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
     """Refuse what a local Ray can never give; a cluster may grow, and is waited for.
 
