@@ -42,12 +42,13 @@ from infscan.config import (
     fingerprint,
 )
 from infscan.corpus import sequences as corpus
-from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
@@ -66,10 +67,8 @@ from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
-from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import covariance_task, lambda_task
-from infscan.steps.labels import FitTask
+from infscan.steps.factors import fit_factors
 from infscan.steps.preconditioner import Preconditioner, layer_factors
 from infscan.steps.queries import QueryTask, on_device, query_task, read_query_batch
 from infscan.storage import Store, expand
@@ -159,7 +158,7 @@ class Bench:
         self.architecture = describe(str(self.folder / "model"), "mlp")
         self.queries = self._queries([row["source"] for row in away], encoded)
 
-    def _prepare(self, rows: list[dict[str, str]], tokenizer: Tokenizer) -> PreparedCorpus:
+    def _prepare(self, rows: list[dict[str, str]], tokenizer: Tokenizer) -> AddressableCorpus:
         """Documents joined by EOS and cut every T tokens, prepared as a scan reads them."""
         store = self.store / "corpus"
         if not is_prepared(store.uri):
@@ -250,14 +249,8 @@ class Fitted:
 
     def _fit(self, label_seed: int) -> None:
         began, store = time.perf_counter(), self.inverse.factors
-        task = FitTask(store, self.bench.corpus.store, self.plan, 0, 0, Labels.sampled, label_seed)
-        covariance_task(self.rank, FitTask(**vars(task) | {"draw_labels": True}))
-        for layer in self.plan.layers:
-            decompose_layer(store, self.plan, layer)
-        lambda_task(self.rank, task)
-        for layer in self.plan.layers:
-            finish_layer(store, self.plan, layer)
-        self.rank.forget()
+        executor = InProcessExecutor.on(self.rank)
+        fit_factors(executor, store, self.bench.corpus, self.plan, Labels.sampled, label_seed)
         say(f"factors of {self.plan.selection.size} sequences: {time.perf_counter() - began:.0f} s")
 
     def stored(

@@ -40,11 +40,13 @@ from infscan.config import (
     ScanConfig,
     Solver,
 )
+from infscan.corpus.addressable import CorpusAddress, open_corpus
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
+from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
@@ -60,9 +62,9 @@ from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.shard_file import shard_path
 from infscan.results.tensor_files import read_tensors
-from infscan.steps.eigenbases import decompose_layer, finish_layer
-from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.eigenbases import decompose_layer
+from infscan.steps.factor_files import FactorsPlan, partial_path
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, on_device, query_task
@@ -162,17 +164,17 @@ class Bench:
         model = save_model(options, folder)
         self.model = ModelConfig(path=str(model), dtype=Dtype(options.dtype))
         architecture = describe(str(model), "mlp")
-        self.place = RankContext(device=options.device, threads=options.threads)
-        self.rank = ModelWorker(WorkerSettings(self.model, architecture.layers, sharded=False), self.place)
+        self.context = RankContext(device=options.device, threads=options.threads)
+        self.rank = ModelWorker(WorkerSettings(self.model, architecture.layers, sharded=False), self.context)
         self.floor_rank = self.rank
         if options.floor_dtype != options.dtype:
             model_of_floor = replace(self.model, dtype=Dtype(options.floor_dtype))
-            self.floor_rank = ModelWorker(WorkerSettings(model_of_floor, (), sharded=False), self.place)
+            self.floor_rank = ModelWorker(WorkerSettings(model_of_floor, (), sharded=False), self.context)
         stores = [Store(f"memory://bench-{folder.name}/{name}") for name in ("corpus", "factors", "run")]
         self.corpus, self.factors, self.run = stores
         prepare_corpus(options, folder, self.corpus)
         self.ids = np.arange(options.sequences)
-        self.sequences: list[Sequence] = self.rank.corpus(self.corpus).read(self.ids)
+        self.sequences: list[Sequence] = self.rank.read(CorpusAddress(self.corpus), self.ids)
         self.queries = make_queries(options)
         self.plan = FactorsPlan(
             fields={"model": architecture.fingerprint},
@@ -182,7 +184,7 @@ class Bench:
             groups=(tuple(layer.name for layer in architecture.layers),),
             tokens_per_batch=options.tokens_per_batch,
         )
-        self.fit = FitTask(self.factors, self.corpus, self.plan, 0, 0, Labels.sampled, options.seed)
+        self.fit = FitTask(self.factors, CorpusAddress(self.corpus), self.plan, 0, 0, Labels.sampled, options.seed)
         self.inverse = Preconditioner(self.factors, Solver.ekfac, DampingConfig())
         self._compressed: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
 
@@ -190,12 +192,8 @@ class Bench:
         covariance_task(self.rank, FitTask(**vars(self.fit) | {"draw_labels": True}))
 
     def finish_factors(self) -> None:
-        self.covariance()
-        for layer in self.plan.layers:
-            decompose_layer(self.factors, self.plan, layer)
-        lambda_task(self.rank, self.fit)
-        for layer in self.plan.layers:
-            finish_layer(self.factors, self.plan, layer)
+        corpus = open_corpus(self.corpus)
+        fit_factors(InProcessExecutor.on(self.rank), self.factors, corpus, self.plan, Labels.sampled, self.options.seed)
 
     def compressed(self, count: int, rank: int | None) -> dict[str, np.ndarray]:
         """What the query batch's file holds of the first `count` queries, made once; None: full rank."""
@@ -213,7 +211,7 @@ class Bench:
         key = f"{rank}/{count}"
         task = ScanTask(
             run=self.run / key,
-            corpus=self.corpus,
+            corpus=CorpusAddress(self.corpus),
             shard=SHARD,
             sequence_ids=self.ids,
             query_ids=tuple(query.id for query in self.queries[:count]),
@@ -246,6 +244,8 @@ class Bench:
         """The eigenbases of every layer, from the covariance sums in storage."""
 
         def ready() -> None:
+            if not self.factors.exists(partial_path("covariance", 0, 0)):
+                self.covariance()
             for layer in self.plan.layers:
                 for kind in ("A", "S"):
                     self.factors.remove(f"{kind}/{layer.name}.safetensors")
@@ -293,7 +293,7 @@ class Bench:
 
     def training(self) -> Callable[[], None]:
         """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
-        module = load(self.model, self.place, sharded=False).module.requires_grad_(True)
+        module = load(self.model, self.context, sharded=False).module.requires_grad_(True)
 
         def step() -> None:
             for batch, targets in self.batches():

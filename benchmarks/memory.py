@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import Config, Dtype
+from infscan.corpus.addressable import CorpusAddress
 from infscan.influence.layout import Factored, Spectrum, lay_out, plan_layouts
 from infscan.influence.standings import Standings
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
-from infscan.sizing.memory import DryRank, scan_cost
+from infscan.sizing.memory import DryWorker, scan_cost
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store
 
@@ -104,7 +105,7 @@ def measured(folder: Path, setting: tuple) -> int:
     rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),
-        corpus=store,
+        corpus=CorpusAddress(store),
         shard=SHARD,
         sequence_ids=np.arange(sequences),
         query_ids=tuple(f"q{n}" for n in range(Q)),
@@ -116,7 +117,7 @@ def measured(folder: Path, setting: tuple) -> int:
         dense=False,
         fingerprint="random",
     )
-    rank.corpus(store).read(task.sequence_ids[:1])
+    rank.read(task.corpus, task.sequence_ids[:1])
     # What libraries set up once, on the first matrix product, belongs to the process.
     with torch.no_grad():
         rank.model.logits(torch.zeros(1, 2, dtype=torch.int64))
@@ -146,7 +147,7 @@ def main() -> None:
             AutoModelForCausalLM.from_config(shape(*setting[:5])).save_pretrained(folder / "model")
             config = configuration(folder, setting)
             architecture = describe(config.model.path, "mlp", weights=False)
-            memory = scan_cost(DryRank(config, architecture, setting[4], 0.0), setting[6]).memory
+            memory = scan_cost(DryWorker(config, architecture, setting[4], 0.0), setting[6]).memory
             done = subprocess.run(
                 [sys.executable, __file__, "--child", name, str(number)], capture_output=True, text=True, check=False
             )

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
+from infscan.corpus.addressable import CorpusAddress
 from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.standings import Thresholds
@@ -230,16 +231,16 @@ def against_cg(folder: Path, damping: float, iterations: int) -> Row:
     print("models trained", flush=True)
     pretrained = bench.study(first, "corpus", tracked="linear", curvature=32, candidates=500, damping=damping)
     finetuned = bench.study(second, "tuning", tracked="linear", damping=damping)
-    layers, alpha = pretrained.rank.layers, recipe.alpha
-    v_own = join(layers, query_gradients(pretrained.rank, pretrained.queries, layers))
-    v_ft = join(layers, query_gradients(finetuned.rank, finetuned.queries, layers))
+    layers, alpha = pretrained.worker.layers, recipe.alpha
+    v_own = join(layers, query_gradients(pretrained.worker, pretrained.queries, layers))
+    v_ft = join(layers, query_gradients(finetuned.worker, finetuned.queries, layers))
     ekfac, back = inverse_of(pretrained), inverse_of(finetuned, alpha)
     brought = solve(bench.folder / "solved-finetuned", finetuned, v_ft, alpha, iterations)
     both = torch.cat([v_own, alpha * brought.x_kp])
     solved = solve(bench.folder / "solved-pretrained", pretrained, both, 0.0, iterations)
     Q = len(v_own)
-    ggn = GaussNewton(pretrained.rank, pretrained.curvature, 1024)
-    factors = ekfac_factors(pretrained.rank, pretrained.inverse)
+    ggn = GaussNewton(pretrained.worker, pretrained.curvature, 1024)
+    factors = ekfac_factors(pretrained.worker, pretrained.inverse)
     lambda_p = damping_vector(layers, {name: lam for name, (_, lam) in factors.items()}, v_own)
     settings = LissaConfig(depths=[10, 50, 150], batch=4)
     by_depth, _, _ = by_lissa(ggn.product, v_own, lambda_p, len(pretrained.curvature), settings, 0)
@@ -263,7 +264,7 @@ def against_cg(folder: Path, damping: float, iterations: int) -> Row:
     for stage, one in (("finetuned", brought), ("pretrained", solved)):
         found[stage] = {"residual": one.residual, "iterations": one.iterations}
     for name, solutions in (("single", single), ("chain", chain)):
-        scores = score_solutions(pretrained.rank, pretrained.candidates, solutions)
+        scores = score_solutions(pretrained.worker, pretrained.candidates, solutions)
         scores["random"] = random_scores(Q, len(pretrained.candidates), 0)
         judged = {key: agreement(scores["CG"], values, seed=0) for key, values in scores.items() if key != "CG"}
         found[name] = {key: [one.mean, one.mean_low, one.mean_high] for key, one in judged.items()}
@@ -310,7 +311,7 @@ def facts(folder: Path) -> Row:
                 kind: {"mrr": interval(mrr[mine]), "recall": interval(recall[mine])}
                 for kind, mine in (("all", seen | ~seen), ("seen", seen), ("unseen", ~seen))
             }
-        model = finetuned.rank.model.module
+        model = finetuned.worker.model.module
         nats = -measure_queries(model, queries) / [len(query.parts[0].positions) for query in queries]
         found[name] = {
             "arms": rows,
@@ -368,7 +369,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
     bench = Bench(folder / "cost", demo_rows(None), [asdict(row) for row in answers()], questions(), recipe)
     pretrained = bench.study(str(DEMO / "model"), "corpus", curvature=400, candidates=3)
     finetuned = bench.study(str(DEMO / "model-answers"), "tuning", candidates=3)
-    rank, store = pretrained.rank, Store(str(bench.folder / "measured"))
+    rank, store = pretrained.worker, Store(str(bench.folder / "measured"))
     queries, layers = tuple(pretrained.queries), rank.layers
     corpus = Store(str(bench.folder / "model-corpus-mlp" / "corpus"))
     vectors = StoredGradients(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
@@ -379,14 +380,14 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
         if stages == "two":
             back = replace(finetuned.inverse, alpha=recipe.alpha)
             names = tuple(vectors.names[query.id] for query in queries)
-            stage_task(finetuned.rank, StageTask(store, names, queries, layers, back))
+            stage_task(finetuned.worker, StageTask(store, names, queries, layers, back))
         how = Compression.weighted
         query_task(rank, QueryTask(store, f"batch-{stages}", queries, layers, inverses[stages], 32, how, stages))
 
     def scan(stages: str, number: int) -> None:
         task = ScanTask(
             run=store / f"runs/{time.time_ns()}-{number}",
-            corpus=corpus,
+            corpus=CorpusAddress(corpus),
             shard="shard-000000",
             sequence_ids=np.arange(sequences),
             query_ids=tuple(query.id for query in queries),

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import ray
 
 from infscan.config import ClusterConfig, Placement
@@ -42,7 +40,8 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def _init(cluster: ClusterConfig) -> None:
-    # Every error that ends a phase is raised here once; what Ray would print of the others is a traceback each.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Every error that ends a step is raised here once; what Ray would print of the others is a traceback each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -66,11 +65,6 @@ def gpus_per_rank(cluster: ClusterConfig) -> float:
     if cluster.gpus_per_rank is not None:
         return cluster.gpus_per_rank
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
-def shutdown() -> None:
-    """Leave Ray; a local one ends."""
-    ray.shutdown()
 
 
 def check_capacity(cluster: ClusterConfig, gpus: float) -> None:

@@ -18,19 +18,20 @@ from infscan.config import (
     QueriesConfig,
     Solver,
 )
+from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
-from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan
-from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.factors import fit_factors
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
@@ -68,8 +69,8 @@ class Study:
         return Study(folder, describe(str(model), "mlp"), tuple(queries))
 
     @property
-    def corpus(self) -> Store:
-        return Store(str(self.folder / "corpus"))
+    def corpus(self) -> CorpusAddress:
+        return CorpusAddress(Store(str(self.folder / "corpus")))
 
     def factors(self, name: str) -> Store:
         return Store(str(self.folder / "factors" / name))
@@ -93,12 +94,7 @@ class Study:
     def fit(self, rank: ModelWorker, name: str) -> None:
         """Factors of the empirical Fisher: its labels are the corpus's, so that devices have the same."""
         task = self.fit_task(name, Labels.empirical)
-        covariance_task(rank, task)
-        for layer in task.plan.layers:
-            decompose_layer(task.factors, task.plan, layer)
-        lambda_task(rank, task)
-        for layer in task.plan.layers:
-            finish_layer(task.factors, task.plan, layer)
+        fit_factors(InProcessExecutor.on(rank), task.factors, self.corpus.open(), task.plan, task.labels, task.seed)
 
     def query_batch(self, rank: ModelWorker, factors: str, compressed: int | None) -> QueryBatch:
         run, name = self.run(rank, compressed), "queries.safetensors"

@@ -57,7 +57,7 @@ def rank(study: Study, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelWorker]
 
 
 def test_the_guard_sees_a_hidden_wait(study: Study, rank: ModelWorker) -> None:
-    sequences = rank.corpus(study.corpus).read(study.scan_task(rank, None).sequence_ids)
+    sequences = rank.read(study.corpus, study.scan_task(rank, None).sequence_ids)
     with pytest.raises(RuntimeError, match="synchroniz"):
         _ = [batch.mask_bt.sum().item() for batch in rank.batches(sequences, 512)]
 

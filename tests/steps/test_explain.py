@@ -29,7 +29,7 @@ CLUSTER = ClusterConfig()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A scan of texts, joined into sequences of 16 tokens, in a folder that was moved since; its inputs are gone."""
     root = tmp_path_factory.mktemp("explain")
     tiny_model(root / "model", tokenizer=True)
