@@ -55,15 +55,15 @@ def _named(word: str) -> str:
     raise ConfigError(f"{word}: there is no such command; {hint}")
 
 
-class _Ended(KeyboardInterrupt):
-    """A signal that ends a process as an interruption does: what is open is closed, and the lease is given back."""
-
-
 _ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "its terminal was closed"}
+# The signals that this process was ended by: Ray raises an interruption of its own in place of a handler's.
+_received: list[signal.Signals] = []
 
 
 def _end(number: int, _frame: object) -> None:
-    raise _Ended(signal.Signals(number))
+    """End the command as an interruption does: what is open is closed, and the lease is given back."""
+    _received.append(signal.Signals(number))
+    raise KeyboardInterrupt
 
 
 def _heed_signals() -> None:
@@ -82,8 +82,8 @@ def exit_on_user_error() -> Iterator[None]:
     except InfscanError as error:
         _complain(str(error))
         raise SystemExit(2) from None
-    except KeyboardInterrupt as error:
-        number = error.args[0] if isinstance(error, _Ended) else signal.SIGINT
+    except KeyboardInterrupt:
+        number = _received[-1] if _received else signal.SIGINT
         print(f"{_ENDED[number]}; the same command goes on from here", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except BrokenPipeError:
