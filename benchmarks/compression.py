@@ -69,8 +69,8 @@ from infscan.passes.query_batch import (
 from infscan.passes.rank import Rank, RankSettings
 from infscan.queries import Query, read_queries
 from infscan.storage import Store, expand
-from infscan.studies.demo import hold_out
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.demo.making import hold_out
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent
 CORPUS, RESULTS = HERE / "corpus" / "minipile.jsonl.gz", HERE / "results"

@@ -72,6 +72,14 @@ class Command:
                 found.setdefault(setting.key, setting)
         return found
 
+    def preset_settings(self) -> Iterator[tuple[str, str, list[Setting]]]:
+        """Of each preset that is defined in code: its name (`study=layers`), its meaning, and the settings that it has."""
+        for group, named in self.variants.items():
+            for name, kind in named.items():
+                loaded = _load(kind)
+                meaning = " ".join((loaded.__doc__ or "").split("\n\n")[0].split())
+                yield f"{group}={name}", meaning, list(settings_of(loaded, f"{group}."))
+
     def options(self, group: str, folders: Sequence[Path] = ()) -> list[str]:
         """The presets of a group, those in folders of the user's own included."""
         files = (path.stem for folder in (CONF, *folders) for path in (folder / group).glob("*.yaml"))
