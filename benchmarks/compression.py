@@ -72,8 +72,8 @@ from infscan.steps.factors import fit_factors
 from infscan.steps.preconditioner import Preconditioner, layer_factors
 from infscan.steps.queries import QueryTask, on_device, query_task, read_query_batch
 from infscan.storage import Store, expand
-from infscan.studies.demo import hold_out
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.demo.making import hold_out
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent
 CORPUS, RESULTS = HERE / "corpus" / "minipile.jsonl.gz", HERE / "results"

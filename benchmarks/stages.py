@@ -27,6 +27,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_stages import (
+    DOT,
+    PRETRAINED,
+    SINGLE,
+    arms,
+    interval,
+    invented_facts,
+    inverse_of,
+    multi,
+    of_layers,
+    recall_at,
+    reciprocal_ranks,
+)
 
 from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
 from infscan.corpus.addressable import CorpusAddress
@@ -41,27 +54,14 @@ from infscan.steps.scan import ScanTask, scan_task
 from infscan.steps.solve import ekfac_factors
 from infscan.steps.stages import StageTask, stage_task
 from infscan.storage import Store
-from infscan.studies.against_cg import by_lissa, score_solutions
-from infscan.studies.answers import answers, questions
-from infscan.studies.in_process import Study, open_study
-from infscan.studies.stages import (
-    DOT,
-    PRETRAINED,
-    SINGLE,
-    arms,
-    interval,
-    invented_facts,
-    inverse_of,
-    multi,
-    of_layers,
-    recall_at,
-    reciprocal_ranks,
-)
-from infscan.studies.validation import LissaConfig, ValidateConfig, ValidateJob
-from infscan.truth import lds
-from infscan.truth.bm25 import bm25_scores
-from infscan.truth.retrain import Retrainer, measure_queries, trainings
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.against_cg import by_lissa, score_solutions
+from infscan_studies.demo.answers import answers, questions
+from infscan_studies.in_process import Study, open_study
+from infscan_studies.truth import lds
+from infscan_studies.truth.bm25 import bm25_scores
+from infscan_studies.truth.retrain import Retrainer, measure_queries, trainings
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.validation import LissaConfig, ValidateConfig, ValidateJob
 
 Row = dict[str, Any]
 DEMO = files("infscan.demo")

@@ -46,12 +46,13 @@ def settings_of_call(name: str, words: tuple[Any, ...], settings: Mapping[str, A
         ConfigError: for a setting that there is not, or that cannot be used.
     """
     command = command_of(name)
-    presets = [f"{key}={value}" for key, value in settings.items() if key in command.groups and isinstance(value, str)]
+    groups = (*command.groups, *command.variants)
+    presets = [f"{key}={value}" for key, value in settings.items() if key in groups and isinstance(value, str)]
     values = dict(_flat({key: value for key, value in settings.items() if f"{key}={value}" not in presets}))
     typed = [word for word in words if not isinstance(word, str)]
     texts = read_arguments(command, [*(word for word in words if isinstance(word, str)), *presets])
     # Looks keywords up as words are; their values need no text.
-    keys = [word.partition("=")[0] for word in read_arguments(command, [f"{key}=null" for key in values])]
+    keys = [word.partition("=")[0].lstrip("+") for word in read_arguments(command, [f"{key}=null" for key in values])]
     if not typed:
         cfg = compose(command, texts)
     elif len(typed) == 1 and isinstance(typed[0], command.kind) and not texts:
@@ -131,7 +132,7 @@ class FitResult:
 
     def factors(self) -> dict[str, Any]:
         """A, S, their eigenbases and Lambda by layer."""
-        from infscan import read_factors
+        from infscan.steps.factor_files import read_factors
 
         return read_factors(self.uri)
 

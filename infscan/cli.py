@@ -36,9 +36,9 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> Non
                 print(overview())
                 return
             if words[0] == "--version":
-                import infscan
+                from importlib.metadata import version
 
-                print(infscan.__version__)
+                print(version("infscan"))
                 return
             name = _named(words.pop(0))
         run_job(command_of(name), words)

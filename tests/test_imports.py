@@ -22,13 +22,13 @@ PACKAGES = (
     "influence",
     "model",
     "results",
+    "report",
     "engine",
     "steps",
     "sizing",
     "pipeline",
-    "truth",
-    "studies",
-    "report",
+    "api",
+    "cli",
     "__main__",
 )
 # Packages that may import fewer than the earlier ones: seams and pure arithmetic.
@@ -39,20 +39,22 @@ NARROWER = {
     "influence": {"errors"},
 }
 RAY = ("cluster", "heartbeat", "pool", "ray_executor", "worker_group", "metrics")
+HYDRA = tuple(f"infscan/config/{module}.py" for module in ("arguments", "commands", "compose", "sweep"))
 # package: the modules that may import it, by the start of their path
 ONLY_IN = {
     "ray": tuple(f"infscan/engine/{module}.py" for module in RAY),
     "deepspeed": ("infscan/model/load.py",),
-    "hydra": ("infscan/config/", "jobs/"),
-    "omegaconf": ("infscan/config/", "jobs/"),
+    "hydra": (*HYDRA, "infscan/cli.py"),
+    "omegaconf": (*HYDRA, "infscan/cli.py"),
     "fsspec": ("infscan/storage/",),
     "s3fs": ("infscan/storage/",),
-    "tempfile": ("infscan/storage/", "jobs/"),
-    "shutil": ("infscan/storage/", "jobs/"),
+    "tempfile": ("infscan/storage/",),
+    "shutil": ("infscan/storage/",),
     "pickle": (),
 }
 TORCHLESS = ("infscan/corpus/", "infscan/queries.py", "infscan/storage/", "infscan/config/", "infscan/errors.py")
-MAY_TOUCH_THE_DISK = ("infscan/storage/", "jobs/")
+# The command opens /dev/null where the reader of its output has gone.
+MAY_TOUCH_THE_DISK = ("infscan/storage/", "infscan/cli.py")
 DISK_METHODS = {
     "read_text",
     "read_bytes",
@@ -122,7 +124,9 @@ def test_imports_run_from_later_packages_to_earlier_ones() -> None:
         package = package_of(module)
         if package == "__init__":
             continue  # the package's front door names what is behind it
-        known = [name for name in imports(module) if name.split(".")[0] in ("infscan", "jobs", "tests")]
+        known = [
+            name for name in imports(module) if name.split(".")[0] in ("infscan", "infscan_studies", "jobs", "tests")
+        ]
         earlier = set(PACKAGES[: PACKAGES.index(package)]) if package in PACKAGES else set[str]()
         allowed = NARROWER.get(package, earlier) | {package}
         wrong += [
@@ -164,17 +168,14 @@ def test_the_mathematics_and_the_steps_import_neither_ray_nor_deepspeed() -> Non
     chosen = [name for name in names if name.split(".")[1] in ("influence", "model", "corpus", "steps")]
     chosen += [f"infscan.engine.{name}" for name in ("executor", "in_process", "schedule", "recovery", "lease")]
     loaded = modules_after("; ".join(f"import {name.removesuffix('.__init__')}" for name in chosen))
-    assert not loaded & {"ray", "deepspeed"}
+    assert not loaded & {"ray", "deepspeed", "hydra", "omegaconf"}
 
 
 def test_reading_a_run_brings_neither_torch_nor_ray() -> None:
     assert not modules_after("import infscan; infscan.read_top") & {"torch", "ray", "transformers"}
 
 
-def test_jobs_are_thin_and_start_where_secrets_are_refused() -> None:
+def test_jobs_are_thin() -> None:
     for module in MODULES:
         if module.startswith("jobs/"):
-            text = (ROOT / module).read_text()
-            assert len(text.splitlines()) < 100, module
-            if "hydra" in set(imports(module)):
-                assert text.endswith('if __name__ == "__main__":\n    command(main)\n'), module
+            assert len((ROOT / module).read_text().splitlines()) < 20, module
