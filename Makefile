@@ -18,19 +18,19 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo
-	$(BIN)/python jobs/scan.py $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
-	$(BIN)/python jobs/word_order.py run=runs/demo dot_product=runs/demo-dot-product
-	$(BIN)/python jobs/report.py run=runs/demo
+	$(BIN)/infscan scan $(DEMO) output=runs/demo
+	$(BIN)/infscan scan $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
+	$(BIN)/infscan study run=runs/demo study=word_order study.dot_product=runs/demo-dot-product
+	$(BIN)/infscan report run=runs/demo
 
 # The model fine-tuned on questions is asked; what it was pretrained on is scanned: with stages, as if there were none, and
 # by the gradient dot product.
 ANSWERS := model=demo corpus=demo queries=answers cluster=laptop scan.scores=all scan.top_k=10
 demo-stages: $(READY)
-	$(BIN)/python jobs/scan.py $(ANSWERS) stages=demo output=runs/answers > /dev/null
-	$(BIN)/python jobs/scan.py $(ANSWERS) model.path=infscan://demo/model-answers output=runs/answers-single > /dev/null
-	$(BIN)/python jobs/scan.py $(ANSWERS) stages=demo factors=identity scan.compression=plain output=runs/answers-dot > /dev/null
-	$(BIN)/python jobs/answers.py multi-stage=runs/answers single-stage=runs/answers-single dot-product=runs/answers-dot
+	$(BIN)/infscan scan $(ANSWERS) stages=demo output=runs/answers > /dev/null
+	$(BIN)/infscan scan $(ANSWERS) model.path=infscan://demo/model-answers output=runs/answers-single > /dev/null
+	$(BIN)/infscan scan $(ANSWERS) stages=demo factors=identity scan.compression=plain output=runs/answers-dot > /dev/null
+	$(BIN)/infscan answers runs.multi-stage=runs/answers runs.single-stage=runs/answers-single runs.dot-product=runs/answers-dot
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -74,7 +74,7 @@ bench-truth: $(READY)
 	$(BIN)/python benchmarks/pbrf.py
 	$(BIN)/python benchmarks/word_order.py
 	$(BIN)/python benchmarks/stages.py cg facts lds cost
-	$(BIN)/python jobs/validate.py truth=pbrf_regression 'validate.lissa.depths=[10,100,1000,10000]' output=runs/regression
+	$(BIN)/infscan validate truth=pbrf_regression 'validate.lissa.depths=[10,100,1000,10000]' output=runs/regression
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -42,35 +42,38 @@ from infscan.config import (
     fingerprint,
 )
 from infscan.corpus import sequences as corpus
-from infscan.corpus.addressable import PreparedCorpus, is_prepared, open_corpus
+from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
-from infscan.influence.joint import joint
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, products, score_layer
-from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, layer_factors, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    layout,
-    on_device,
+from infscan.influence.layout import (
+    Factored,
+    QueryBatch,
+    SharedBasis,
+    StoredQueries,
+    lay_out,
+    multiply_adds,
+    plan_layouts,
     query_weights,
-    ranks_of,
-    read_query_batch,
 )
-from infscan.passes.rank import Rank, RankSettings
+from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.shared_basis import shared_basis
+from infscan.model.architecture import describe
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
+from infscan.steps.factor_files import FactorsPlan
+from infscan.steps.factors import fit_factors
+from infscan.steps.preconditioner import Preconditioner, layer_factors
+from infscan.steps.queries import QueryTask, on_device, query_task, read_query_batch
 from infscan.storage import Store, expand
-from infscan.studies.demo import hold_out
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.demo.making import hold_out
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent
 CORPUS, RESULTS = HERE / "corpus" / "minipile.jsonl.gz", HERE / "results"
@@ -82,7 +85,6 @@ RECALLS = ((10, 40), (100, 400))  # the strongest by full rank, looked for among
 NARROW_RECALLS = ((100, 100), (100, 400))
 
 Scores = NDArray[np.floating]
-Arrays = dict[str, np.ndarray]
 
 
 def options_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -156,7 +158,7 @@ class Bench:
         self.architecture = describe(str(self.folder / "model"), "mlp")
         self.queries = self._queries([row["source"] for row in away], encoded)
 
-    def _prepare(self, rows: list[dict[str, str]], tokenizer: Tokenizer) -> PreparedCorpus:
+    def _prepare(self, rows: list[dict[str, str]], tokenizer: Tokenizer) -> AddressableCorpus:
         """Documents joined by EOS and cut every T tokens, prepared as a scan reads them."""
         store = self.store / "corpus"
         if not is_prepared(store.uri):
@@ -225,8 +227,8 @@ class Fitted:
     def __init__(self, bench: Bench, dtype: Dtype, label_seed: int) -> None:
         self.bench, self.options, layers = bench, bench.options, bench.architecture.layers
         model = ModelConfig(path=str(bench.folder / "model"), dtype=dtype)
-        place = Place(device=self.options.device, threads=self.options.threads)
-        self.rank = Rank(RankSettings(model, layers, sharded=False), place)
+        place = RankContext(device=self.options.device, threads=self.options.threads)
+        self.rank = ModelWorker(WorkerSettings(model, layers, sharded=False), place)
         sample = Selection.of(bench.corpus.sequences, self.options.factor_sequences, self.options.seed)
         self.plan = FactorsPlan(
             fields={
@@ -242,25 +244,19 @@ class Fitted:
             tokens_per_batch=self.options.tokens_per_batch,
         )
         self.run = Store(f"memory://compression-{self.plan.fingerprint[:12]}")
-        self.inverse = Inverse(self.run / "factors", Solver.ekfac, DampingConfig(relative=self.options.damping))
+        self.inverse = Preconditioner(self.run / "factors", Solver.ekfac, DampingConfig(relative=self.options.damping))
         self._fit(label_seed)
 
     def _fit(self, label_seed: int) -> None:
         began, store = time.perf_counter(), self.inverse.factors
-        task = FitTask(store, self.bench.corpus.store, self.plan, 0, 0, Labels.sampled, label_seed)
-        covariance_task(self.rank, FitTask(**vars(task) | {"draw_labels": True}))
-        for layer in self.plan.layers:
-            decompose_layer(store, self.plan, layer)
-        lambda_task(self.rank, task)
-        for layer in self.plan.layers:
-            finish_layer(store, self.plan, layer)
-        self.rank.forget()
+        executor = InProcessExecutor.on(self.rank)
+        fit_factors(executor, store, self.bench.corpus, self.plan, Labels.sampled, label_seed)
         say(f"factors of {self.plan.selection.size} sequences: {time.perf_counter() - began:.0f} s")
 
-    def query_batch(
-        self, rank: int | None, how: Compression = Compression.weighted, inverse: Inverse | None = None
-    ) -> Arrays:
-        """What the scan is given: U and V, or P, of every layer, as the library's own task makes them.
+    def stored(
+        self, rank: int | None, how: Compression = Compression.weighted, inverse: Preconditioner | None = None
+    ) -> StoredQueries:
+        """The columns, or P, of every layer, as the library's own task makes them.
 
         inverse: another model's factors than the own.
         """
@@ -268,34 +264,41 @@ class Fitted:
         query_task(self.rank, QueryTask(self.run, name, queries, layers, inverse or self.inverse, rank, how, name))
         return read_query_batch(self.run, [[name]])
 
-    def auto(self, energy: float) -> Arrays:
-        """scan.rank=auto: ranks allotted to every query and layer."""
-        return allotted(self.query_batch(MOST_RANK), self.plan.layers, energy)
+    def query_batch(self, rank: int | None, how: Compression = Compression.weighted) -> QueryBatch:
+        """What the scan is given."""
+        return self.stored(rank, how).batch
 
-    def joint(self, energy: float) -> Arrays:
+    def auto(self, energy: float) -> QueryBatch:
+        """scan.rank=auto: ranks allocated to every query and layer."""
+        stored, T = self.stored(MOST_RANK), self.options.length
+        return lay_out(stored.batch, plan_layouts(stored.spectra, self.plan.layers, T, 0, energy))
+
+    def shared_basis(self, energy: float) -> QueryBatch:
         """scan.rank=auto with one basis pair for all queries in every layer, cheaper or not."""
-        weights = torch.from_numpy(query_weights(self.query_batch(MOST_RANK), self.plan.layers))
-        arrays, bases = self.auto(energy), {}
+        weights = torch.from_numpy(query_weights(self.stored(MOST_RANK).spectra, self.plan.layers))
+        columns, bases = self.auto(energy), {}
         for layer in self.plan.layers:
-            U_xo, V_xi = (torch.from_numpy(arrays[f"{layer.name}|{side}"]) for side in "UV")
+            mine = columns[layer.name]
+            assert isinstance(mine, Factored)
+            U_xo, V_xi = (torch.from_numpy(side) for side in (mine.U_xo, mine.V_xi))
             known = layer_factors(self.inverse, layer, "cpu", torch.float32)
             assert known is not None
-            ranks, T = ranks_of(arrays, layer), self.options.length
-            found = joint(U_xo, V_xi, ranks, known[0], weights, energy, T, len(ranks) * layer.size)
+            entries = len(mine.ranks) * layer.size
+            found = shared_basis(U_xo, V_xi, mine.ranks, known[0], weights, energy, self.options.length, entries)
             assert found is not None
-            for kind, tensor in (("B_O", found.B_mo), ("B_I", found.B_ni), ("K", found.K_qmn)):
-                if tensor is not None:
-                    bases[f"{layer.name}|{kind}"] = tensor.numpy()
+            B_mo, B_ni = (None if basis is None else basis.numpy() for basis in (found.B_mo, found.B_ni))
+            bases[layer.name] = SharedBasis(found.K_qmn.numpy(), B_mo, B_ni)
         return bases
 
-    def products(self, arrays: Arrays) -> float:
+    def multiply_adds(self, batch: QueryBatch) -> float:
         """Multiply-adds per token of scoring all queries, as a share of the tracked layers' own, 2 O I each."""
         Q, done = len(self.bench.queries), 0.0
         for layer in self.plan.layers:
-            way = layout(arrays, layer)
-            columns = sum(ranks_of(arrays, layer)) if way == "low" else 0
-            bases = arrays[f"{layer.name}|K"].shape[1:] if way == "joint" else None
-            done += products(layer.outputs, layer.inputs, self.options.length, Q, columns, bases)[way]
+            mine = batch[layer.name]
+            columns = sum(mine.ranks) if isinstance(mine, Factored) else 0
+            basis = mine.basis if isinstance(mine, SharedBasis) else None
+            costs = multiply_adds(layer.outputs, layer.inputs, self.options.length, Q, columns, basis)
+            done += costs["factored" if columns else "shared_basis" if basis else "dense"]
         return done / (2 * sum(layer.size for layer in self.plan.layers))
 
     def score(
@@ -320,22 +323,25 @@ class Fitted:
         return {name: scores_nq.T.cpu().numpy() for name, scores_nq in scores.items()}
 
 
-def stacked(rank: Rank, batches: Sequence[Arrays]) -> dict[str, LayerQueries]:
+def stacked(rank: ModelWorker, batches: Sequence[QueryBatch]) -> dict[str, LayerQueries]:
     """All batches as one of full-rank matrices, U V^T multiplied out.
 
     The scores are those of U and V but for rounding (which `low_rank_difference` measures), and cost one gradient per
     sequence and layer however many ranks there are.
     """
-    laid_out = [on_device(rank, arrays) for arrays in batches]
+    laid_out = [on_device(rank, mine) for mine in batches]
     return {
-        layer.name: LayerQueries.full(torch.cat([one[layer.name].multiplied_out() for one in laid_out]))
+        layer.name: LayerQueries.dense(torch.cat([one[layer.name].densify() for one in laid_out]))
         for layer in rank.layers
     }
 
 
-def numbers(arrays: Arrays) -> int:
-    kinds = ("P", "U", "V", "B_O", "B_I", "K")
-    return sum(array.size for key, array in arrays.items() if key.rpartition("|")[2] in kinds)
+def contents(batch: QueryBatch) -> list[np.ndarray]:
+    return [array for layout in batch.values() for array in vars(layout).values() if isinstance(array, np.ndarray)]
+
+
+def numbers(batch: QueryBatch) -> int:
+    return sum(array.size for array in contents(batch))
 
 
 def judged(reference: Scores, scores: Scores, options: argparse.Namespace, kind: Kind = "pearson") -> dict[str, Any]:
@@ -355,12 +361,12 @@ def recalls(reference: Scores, scores: Scores, wanted: Sequence[tuple[int, int]]
     }
 
 
-def all_scores(fitted: Fitted, batches: dict[str, Arrays]) -> dict[str, Scores]:
+def all_scores(fitted: Fitted, batches: dict[str, QueryBatch]) -> dict[str, Scores]:
     """Scores [Q, N] of every sequence of the corpus by every batch; kept in the folder, named after the batches."""
     Q, N = len(fitted.bench.queries), fitted.bench.corpus.sequences
     content = sha256()
-    for arrays in batches.values():
-        for array in arrays.values():
+    for batch in batches.values():
+        for array in contents(batch):
             content.update(array.tobytes())
     path = fitted.bench.folder / f"scores-{content.hexdigest()[:12]}.npy"
     if not path.exists():
@@ -369,13 +375,15 @@ def all_scores(fitted: Fitted, batches: dict[str, Arrays]) -> dict[str, Scores]:
     return dict(zip(batches, np.load(path).reshape(len(batches), Q, N), strict=True))
 
 
-def low_rank_difference(fitted: Fitted, arrays: Arrays, scores: Scores, ids: NDArray[np.int64]) -> float:
+def low_rank_difference(fitted: Fitted, batch: QueryBatch, scores: Scores, ids: NDArray[np.int64]) -> float:
     """The largest difference between the scan's own U, V layout and `scores`, in standard deviations of a query's."""
-    found = fitted.score(fitted.bench.corpus.read(ids), {"": on_device(fitted.rank, arrays)})[""]
+    found = fitted.score(fitted.bench.corpus.read(ids), {"": on_device(fitted.rank, batch)})[""]
     return float((abs(found - scores[:, ids]) / scores.std(axis=1, keepdims=True)).max())
 
 
-def bfloat16_rows(fitted: Fitted, wide: dict[str, Arrays], scores: dict[str, Scores], low: str) -> list[dict[str, Any]]:
+def bfloat16_rows(
+    fitted: Fitted, wide: dict[str, QueryBatch], scores: dict[str, Scores], low: str
+) -> list[dict[str, Any]]:
     """Scores of a sample in bfloat16 against float32's, more and more of them computed in it.
 
     The logits' rounding draws other labels for the factors; so float32 with another draw is the row to compare with.
@@ -385,13 +393,13 @@ def bfloat16_rows(fitted: Fitted, wide: dict[str, Arrays], scores: dict[str, Sco
     narrow = Fitted(bench, Dtype.bfloat16, options.seed)
     batches = {
         "scan": wide[FULL],
-        "scan and query gradients": narrow.query_batch(None, inverse=fitted.inverse),
+        "scan and query gradients": narrow.stored(None, inverse=fitted.inverse).batch,
         "scan, gradients and factors": narrow.query_batch(None),
         ALL_LOW: narrow.query_batch(options.bfloat16_rank),
     }
     ids = Selection.of(bench.corpus.sequences, options.bfloat16_sequences, options.seed + 1).ids()
     sequences = bench.corpus.read(ids)
-    found = narrow.score(sequences, {name: on_device(narrow.rank, arrays) for name, arrays in batches.items()})
+    found = narrow.score(sequences, {name: on_device(narrow.rank, mine) for name, mine in batches.items()})
     redrawn = Fitted(bench, Dtype.float32, options.seed + 1)
     again = redrawn.score(sequences, {REDRAWN: on_device(redrawn.rank, redrawn.query_batch(None))})
     compared = [(name, mine, FULL) for name, mine in (found | again).items()]
@@ -457,17 +465,17 @@ def main() -> None:
             batches[f"rank {rank} {how.value}"] = fitted.query_batch(rank, how)
     for energy in options.energies:
         batches[f"auto, {energy} kept"] = fitted.auto(energy)
-        batches[f"joint, {energy} kept"] = fitted.joint(energy)
+        batches[f"joint, {energy} kept"] = fitted.shared_basis(energy)
     scores = all_scores(fitted, batches)
     rows = [
         {
             "variant": name,
-            "share_of_numbers": numbers(arrays) / numbers(batches[FULL]),
-            "products": fitted.products(arrays),
+            "share_of_numbers": numbers(mine) / numbers(batches[FULL]),
+            "products": fitted.multiply_adds(mine),
             "pearson": judged(scores[FULL], scores[name], options),
             **recalls(scores[FULL], scores[name]),
         }
-        for name, arrays in batches.items()
+        for name, mine in batches.items()
         if name != FULL
     ]
     low = f"rank {options.bfloat16_rank} {Compression.weighted.value}"

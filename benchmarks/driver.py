@@ -28,23 +28,24 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infscan.config import ClusterConfig, Config, ModelConfig, ScanConfig
+from infscan.config import Attention, ClusterConfig, Config, ModelConfig, ScanConfig
 from infscan.corpus.plan import Plan, shard_name
 from infscan.corpus.sequences import Sequence, Span
+from infscan.engine.executor import RunRecords, Step, left_of
+from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import Outcome, State
 from infscan.influence.layers import Layer
 from infscan.influence.standings import Hits
-from infscan.passes.rank import RankSettings
-from infscan.passes.refine import refine_units
+from infscan.model.worker import WorkerSettings
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
-from infscan.runtime import preflight
-from infscan.runtime.group import Outcome, State
-from infscan.runtime.losses import Losses
-from infscan.runtime.pool import Pool
-from infscan.runtime.publish import publish
-from infscan.runtime.scan import QueryBatch, Refined, Scanned, make_plan, scan
-from infscan.runtime.watch import Watch
+from infscan.steps.plan import make_plan
+from infscan.steps.publish import publish
+from infscan.steps.queries import BroadcastQueries
+from infscan.steps.refine import Refined, refine_units
+from infscan.steps.scan import Scanned, scan
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 
@@ -109,7 +110,7 @@ class SimulatedGroup:
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Any, task: Any, *shared: Any, halvings: int = 0) -> None:
+    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0) -> None:
         self.state, self.unit, self.running = State.busy, unit, [object()]
         sent = pickle.dumps(task, protocol=5)
         with self.away():
@@ -151,14 +152,31 @@ class SimulatedPool(Pool):
     def __init__(self, sizes: argparse.Namespace, away: Away, *, one: bool) -> None:
         self.sizes, self.away, self.one, self.turns = sizes, away, one, 0
         cluster = ClusterConfig(num_workers=sizes.workers)
-        super().__init__(cluster, RankSettings(ModelConfig(), (), False), 0.0, Losses())
+        super().__init__(cluster, WorkerSettings(ModelConfig(), (), False), 0.0, RecoveryLog())
 
-    def new_group(self, index: int, settings: RankSettings) -> Any:
+    def new_group(self, index: int, settings: WorkerSettings) -> Any:
         return SimulatedGroup(index, self.sizes, self.away)
 
     def answers(self, refs: list[Any], limit_s: float) -> list[Any]:
         self.turns += 1
         return [refs[self.turns % len(refs)]] if self.one and self.turns > 1 else refs
+
+
+class SimulatedExecutor:
+    """An executor over a simulated pool."""
+
+    pool: SimulatedPool
+    oom_retries = 0
+
+    def run(self, step: Step[Any], on_done: Any, on_given_up: Any, shared: Any) -> Any:
+        left = left_of(step)
+        return self.pool.run(left, step.function, step.task, on_done, *shared, on_given_up=on_given_up) if left else {}
+
+    def forget(self) -> None:
+        return
+
+    def facts(self) -> list[list[Any]]:
+        return []
 
 
 def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
@@ -171,19 +189,21 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     asked = [Query(f"query-{index:05d}", ()) for index in range(queries)]
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(sizes.layers)]
     layers = [Layer(name, 1024, 256, bias=False, input_of=name) for name in names]
+    inputs = SimpleNamespace(
+        layers=layers,
+        tokenizer=None,
+        query_ids=tuple(query.id for query in asked),
+        fingerprints=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
+    )
     return SimpleNamespace(
         config=config,
         store=Store(folder),
         queries=asked,
-        query_ids=tuple(query.id for query in asked),
         telemetry=Telemetry(),
-        tokenizer=None,
-        architecture=SimpleNamespace(layers=layers, parameters=0),
-        losses=Losses(),
-        inputs=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
-        watch=Watch(""),
-        workers=lambda: {"ranks": []},
-        storage_faults=lambda workers: {},
+        architecture=SimpleNamespace(parameters=0),
+        inputs=inputs,
+        executor=SimulatedExecutor(),
+        records=RunRecords(),
     )
 
 
@@ -193,6 +213,7 @@ def simulated_corpus(folder: str, sequences: int, sizes: argparse.Namespace) -> 
         fingerprint="simulated",
         sequences=sequences,
         sequence_length=sizes.tokens,
+        attention=Attention.across,
         chosen=None,
         counts={},
     )
@@ -225,7 +246,7 @@ def put_shard(run: Any, name: str, ids: np.ndarray, hits: Hits, counts: ShardCou
         )
         for n in ids.tolist()
     ]
-    write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.query_ids, counts, "simulated")
+    write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.inputs.query_ids, counts, "simulated")
 
 
 def refined_units(run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.random.Generator) -> tuple[Hits, Refined]:
@@ -241,7 +262,7 @@ def refined_units(run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.rando
         n = len(mine)
         hits = Hits(np.zeros(n, np.int32), np.zeros(n, np.int8), mine, np.ones(n, np.float32))
         put_shard(run, shard_name(number), mine, hits, ShardCounts(n, n, 0, n, n), sizes.tokens)
-    layers = [layer.name for layer in run.architecture.layers]
+    layers = [layer.name for layer in run.inputs.layers]
     paths = []
     side_of = dict(zip(zip(queries.tolist(), rows.tolist(), strict=True), sides.tolist(), strict=True))
     for number, unit in enumerate(refine_units(best, [range(Q)], 256, 1 << 14)):
@@ -250,7 +271,9 @@ def refined_units(run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.rando
         by_layer = signs * rng.exponential(size=(len(pairs), len(layers))).astype(np.float32)
         by_token = signs * rng.exponential(size=(len(pairs), sizes.tokens)).astype(np.float32)
         paths.append(unit_path("simulated" * 2, number))
-        write_unit(run.store, paths[-1], [(run.query_ids[q], n) for q, n in pairs], by_layer, list(by_token), layers)
+        write_unit(
+            run.store, paths[-1], [(run.inputs.query_ids[q], n) for q, n in pairs], by_layer, list(by_token), layers
+        )
     return best, Refined([range(Q)], [[paths]])
 
 
@@ -262,15 +285,18 @@ def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
     corpus = simulated_corpus(folder, sizes.shards * sizes.shard_sequences, sizes)
     with measured("plan", sizes.shards, "shard", away, found):
         plan = make_plan(run, corpus)
-    batch = QueryBatch("simulated", None, {})
+    batch = BroadcastQueries("simulated", None, {})
     for one in (False, True):
-        run.pool = SimulatedPool(sizes, away, one=one)
-        run.pool.wait_for_one()
+        run.executor.pool = SimulatedPool(sizes, away, one=one)
+        run.executor.pool.wait_for_one()
         how = "one" if one else "all"
         with measured(f"schedule and collect, answers {how} at a time", sizes.shards, "shard", away, found) as step:
             scanned = scan(run, plan, corpus, batch)
         assert scanned.counts.shards == sizes.shards
-        step.notes = {"turns": run.pool.turns, "rows a query and side": scanned.counts.rows / sizes.queries / 2}
+        step.notes = {
+            "turns": run.executor.pool.turns,
+            "rows a query and side": scanned.counts.rows / sizes.queries / 2,
+        }
     link_shards(run, plan, np.random.default_rng(0))
     with measured("list the finished shards", sizes.shards, "shard", away, found):
         finished_shards(run.store)
@@ -316,8 +342,6 @@ def main() -> None:
     parser.add_argument("--publish-shards", type=int, default=1000)
     parser.add_argument("--folder", help="where the simulated runs lie while they last (the system's temporary folder)")
     sizes = parser.parse_args()
-    # There is no model to weigh.
-    setattr(preflight, "say_memory", lambda run, T: None)  # noqa: B010
     steps: list[Measured] = []
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
         if sizes.shards:

@@ -40,30 +40,36 @@ from infscan.config import (
     ScanConfig,
     Solver,
 )
+from infscan.corpus.addressable import CorpusAddress, open_corpus
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
+from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
+from infscan.influence.layout import Array, Layout, from_arrays, lay_out, plan_layouts
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
-from infscan.model.load import Place, load
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
 from infscan.model.measure import next_tokens, summed_losses
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, query_task
-from infscan.passes.query_batch import multiplied_out, on_device, read_query_batch
-from infscan.passes.rank import Batch, Rank, RankSettings
-from infscan.passes.refine import RefineTask, refine_task
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.shard_file import shard_path
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.eigenbases import decompose_layer
+from infscan.steps.factor_files import FactorsPlan, partial_path
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task
+from infscan.steps.labels import FitTask
+from infscan.steps.preconditioner import Preconditioner
+from infscan.steps.queries import QueryTask, on_device, query_task
+from infscan.steps.refine import RefineTask, refine_task
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store, expand
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,17 +164,17 @@ class Bench:
         model = save_model(options, folder)
         self.model = ModelConfig(path=str(model), dtype=Dtype(options.dtype))
         architecture = describe(str(model), "mlp")
-        self.place = Place(device=options.device, threads=options.threads)
-        self.rank = Rank(RankSettings(self.model, architecture.layers, sharded=False), self.place)
+        self.context = RankContext(device=options.device, threads=options.threads)
+        self.rank = ModelWorker(WorkerSettings(self.model, architecture.layers, sharded=False), self.context)
         self.floor_rank = self.rank
         if options.floor_dtype != options.dtype:
             model_of_floor = replace(self.model, dtype=Dtype(options.floor_dtype))
-            self.floor_rank = Rank(RankSettings(model_of_floor, (), sharded=False), self.place)
+            self.floor_rank = ModelWorker(WorkerSettings(model_of_floor, (), sharded=False), self.context)
         stores = [Store(f"memory://bench-{folder.name}/{name}") for name in ("corpus", "factors", "run")]
         self.corpus, self.factors, self.run = stores
         prepare_corpus(options, folder, self.corpus)
         self.ids = np.arange(options.sequences)
-        self.sequences: list[Sequence] = self.rank.corpus(self.corpus).read(self.ids)
+        self.sequences: list[Sequence] = self.rank.read(CorpusAddress(self.corpus), self.ids)
         self.queries = make_queries(options)
         self.plan = FactorsPlan(
             fields={"model": architecture.fingerprint},
@@ -178,37 +184,34 @@ class Bench:
             groups=(tuple(layer.name for layer in architecture.layers),),
             tokens_per_batch=options.tokens_per_batch,
         )
-        self.fit = FitTask(self.factors, self.corpus, self.plan, 0, 0, Labels.sampled, options.seed)
-        self.inverse = Inverse(self.factors, Solver.ekfac, DampingConfig())
+        self.fit = FitTask(self.factors, CorpusAddress(self.corpus), self.plan, 0, 0, Labels.sampled, options.seed)
+        self.inverse = Preconditioner(self.factors, Solver.ekfac, DampingConfig())
         self._compressed: dict[tuple[int, int | None], dict[str, np.ndarray]] = {}
 
     def covariance(self) -> None:
         covariance_task(self.rank, FitTask(**vars(self.fit) | {"draw_labels": True}))
 
     def finish_factors(self) -> None:
-        self.covariance()
-        for layer in self.plan.layers:
-            decompose_layer(self.factors, self.plan, layer)
-        lambda_task(self.rank, self.fit)
-        for layer in self.plan.layers:
-            finish_layer(self.factors, self.plan, layer)
+        corpus = open_corpus(self.corpus)
+        fit_factors(InProcessExecutor.on(self.rank), self.factors, corpus, self.plan, Labels.sampled, self.options.seed)
 
     def compressed(self, count: int, rank: int | None) -> dict[str, np.ndarray]:
-        """The query batch's arrays for the first `count` queries, made once; None: full rank."""
+        """What the query batch's file holds of the first `count` queries, made once; None: full rank."""
         if (count, rank) in self._compressed:
             return self._compressed[count, rank]
         name, queries = f"queries/{rank}.safetensors", self.queries[:count]
         how = (rank, Compression.weighted, str(rank))
         query_task(self.rank, QueryTask(self.run, name, queries, self.plan.layers, self.inverse, *how))
-        return self._compressed.setdefault((count, rank), read_query_batch(self.run, [[name]]))
+        found = {key: tensor.numpy() for key, tensor in read_tensors(self.run, name).items()}
+        return self._compressed.setdefault((count, rank), found)
 
     def scan(self, count: int, prepared: int, rank: int | None) -> Case:
         """A whole shard against the first `count` of `prepared` queries, its file included."""
-        mine: dict[str, np.ndarray] = {}
+        mine: dict[str, Layout[Array]] = {}
         key = f"{rank}/{count}"
         task = ScanTask(
             run=self.run / key,
-            corpus=self.corpus,
+            corpus=CorpusAddress(self.corpus),
             shard=SHARD,
             sequence_ids=self.ids,
             query_ids=tuple(query.id for query in self.queries[:count]),
@@ -223,9 +226,10 @@ class Bench:
 
         def ready() -> None:
             if not mine:
-                arrays = {key: array[:count] for key, array in self.compressed(prepared, rank).items()}
+                found = from_arrays([{key: array[:count] for key, array in self.compressed(prepared, rank).items()}])
                 # As the job lays them out.
-                mine.update(multiplied_out(arrays, self.plan.layers, self.options.length, _GROUP_BYTES // 4))
+                plan = plan_layouts(found.spectra, self.plan.layers, self.options.length, _GROUP_BYTES // 4)
+                mine.update(lay_out(found.batch, plan))
             # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
             self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
             task.run.remove(shard_path(SHARD))
@@ -240,6 +244,8 @@ class Bench:
         """The eigenbases of every layer, from the covariance sums in storage."""
 
         def ready() -> None:
+            if not self.factors.exists(partial_path("covariance", 0, 0)):
+                self.covariance()
             for layer in self.plan.layers:
                 for kind in ("A", "S"):
                     self.factors.remove(f"{kind}/{layer.name}.safetensors")
@@ -287,7 +293,7 @@ class Bench:
 
     def training(self) -> Callable[[], None]:
         """Forward and backward of a training step, weight gradients included, without the optimizer's update."""
-        module = load(self.model, self.place, sharded=False).module.requires_grad_(True)
+        module = load(self.model, self.context, sharded=False).module.requires_grad_(True)
 
         def step() -> None:
             for batch, targets in self.batches():
@@ -361,13 +367,13 @@ class Bench:
 
 
 def with_targets(
-    rank: Rank, sequences: list[Sequence], tokens_per_batch: int
+    rank: ModelWorker, sequences: list[Sequence], tokens_per_batch: int
 ) -> Iterator[tuple[Batch, tuple[Tensor, Tensor]]]:
     for batch in rank.batches(sequences, tokens_per_batch):
         yield batch, next_tokens(batch.ids_bt, batch.mask_bt)
 
 
-def floor(rank: Rank, sequences: list[Sequence], tokens_per_batch: int) -> None:
+def floor(rank: ModelWorker, sequences: list[Sequence], tokens_per_batch: int) -> None:
     """Forward and activation gradients of plain summed losses, and no layer tracked."""
     for batch, targets in with_targets(rank, sequences, tokens_per_batch):
         with capturing(rank.model.module, (), _nothing):

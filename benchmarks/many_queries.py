@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression import RECALLS, RESULTS, Arrays, Bench, Fitted, judged, options_parser, recalls, say
+from compression import RECALLS, RESULTS, Bench, Fitted, judged, options_parser, recalls, say
 from floor import floor
 from rich.console import Console
 from rich.table import Table
@@ -32,19 +32,19 @@ from infscan.config import MOST_RANK, Compression, Dtype, ScanConfig
 from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
+from infscan.influence.layout import LayoutPlan, QueryBatch, lay_out, plan_layouts, query_weights
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.passes.joint import JointTask, joint_task, room, with_joint, worthwhile
-from infscan.passes.queries import QueryTask, query_task
-from infscan.passes.query_batch import (
-    allotted,
-    in_dtype,
-    layout,
-    multiplied_out,
-    on_device,
-    query_weights,
-    read_query_batch,
-)
 from infscan.queries import Query
+from infscan.steps.inputs import in_dtype
+from infscan.steps.queries import (
+    QueryTask,
+    SharedBasisTask,
+    on_device,
+    query_task,
+    read_query_batch,
+    read_shared_bases,
+    shared_basis_task,
+)
 from infscan.storage import Store
 
 _GROUP = 100  # queries prepared, or scored at full rank, at once
@@ -88,8 +88,8 @@ class Many:
         self.store = Store("memory://many-queries")
         began = time.perf_counter()
         names = [self._prepared(start, MOST_RANK) for start in range(0, len(self.queries), _GROUP)]
-        self.columns = read_query_batch(self.store, [[name] for name in names])
-        self.weights = query_weights(self.columns, self.layers)
+        self.stored = read_query_batch(self.store, [[name] for name in names])
+        self.weights = query_weights(self.stored.spectra, self.layers)
         say(f"{len(self.queries)} queries prepared in {time.perf_counter() - began:.0f} s")
 
     def _prepared(self, start: int, rank: int | None) -> str:
@@ -98,46 +98,46 @@ class Many:
         query_task(self.rank, QueryTask(self.store, name, queries, *how))
         return name
 
-    def laid_out(self, energy: float, tokens: int, dtype: Dtype) -> Arrays:
-        """As the job does it: columns by energy, joint bases where they are cheaper, or matrices multiplied out."""
-        arrays = allotted(self.columns, self.layers, energy)
-        names = []
+    def laid_out(self, energy: float, tokens: int, dtype: Dtype) -> tuple[QueryBatch, LayoutPlan]:
+        """As the job does it: columns by energy, shared bases where they are cheaper, or dense matrices."""
         entries = self.options.query_group_bytes // in_dtype(dtype, self.rank.model.dtype).itemsize
-        rooms = room(arrays, self.layers, entries)
+        plan = plan_layouts(self.stored.spectra, self.layers, tokens, entries, energy, share=True)
+        batch, names = lay_out(self.stored.batch, plan), []
         for number, layer in enumerate(self.layers):
-            if not worthwhile(arrays, layer, tokens):
+            if layer.name not in plan.candidates:
                 continue
             names.append((layer, f"joint-{energy}-{tokens}-{number}.safetensors"))
-            task = JointTask(
+            task = SharedBasisTask(
                 store=self.store,
                 name=names[-1][1],
                 layer=layer,
                 inverse=self.fitted.inverse,
                 compression=Compression.weighted,
                 weights=self.weights,
-                kept=energy,
+                energy=energy,
                 tokens=tokens,
-                entries=rooms[layer.name],
+                entries=plan.candidates[layer.name],
                 fingerprint="",
             )
-            joint_task(self.rank, task, arrays)
-        found = multiplied_out(with_joint(arrays, self.store, names), self.layers, tokens, entries)
+            shared_basis_task(self.rank, task, batch)
+        bases = read_shared_bases(self.store, names)
         for _, name in names:
             # Gigabytes, and this storage is in memory.
             self.store.remove(name)
-        return found
+        plan = plan.with_bases({name: found.basis for name, found in bases.items()})
+        return lay_out({**batch, **bases}, plan), plan
 
     def full_rank(self) -> dict[str, LayerQueries]:
         """The judged queries at full rank."""
         groups = [[self._prepared(start, None)] for start in range(0, self.options.judged, _GROUP)]
-        return self.first(on_device(self.rank, read_query_batch(self.store, groups)))
+        return self.first(on_device(self.rank, read_query_batch(self.store, groups).batch))
 
     def first(self, batch: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
         """The judged queries alone, as all of them are laid out; a copy, that the others need not be held."""
         count, found = self.options.judged, {}
         for name, queries in batch.items():
             if queries.K_qmn is None:
-                found[name] = LayerQueries.full(queries.multiplied_out()[:count].clone())
+                found[name] = LayerQueries.dense(queries.densify()[:count].clone())
             else:
                 K_qm = None if queries.K_qm is None else queries.K_qm[:count].clone()
                 cores = {"K_qmn": queries.K_qmn[:count].clone(), "K_qm": K_qm}
@@ -173,14 +173,10 @@ def timed(many: Many, batch: dict[str, LayerQueries], tokens_per_batch: int) -> 
     return {"tokens_per_batch": tokens_per_batch} | found
 
 
-def shapes(arrays: Arrays, layers: tuple[Layer, ...]) -> dict[str, str]:
-    """How each layer is scored: its way, and a basis pair's sizes."""
-    found = {}
-    for layer in layers:
-        way = layout(arrays, layer)
-        sizes = arrays[f"{layer.name}|K"].shape[1:] if way == "joint" else ()
-        found[layer.name] = " ".join([way, *(["x".join(map(str, sizes))] if sizes else [])])
-    return found
+def shapes(plan: LayoutPlan) -> dict[str, str]:
+    """How each layer is scored: its way, and a shared basis's size."""
+    sizes = {name: " {}x{}".format(*basis) for name, basis in plan.bases.items()}
+    return {name: way + sizes.get(name, "") for name, way in plan.ways.items()}
 
 
 def main() -> None:
@@ -192,8 +188,8 @@ def main() -> None:
     batches = {"full rank": many.full_rank()}
     for dtype in options.query_dtypes:
         for energy in options.energies:
-            arrays = many.laid_out(energy, options.timed_length, dtype)
-            layers, batch = shapes(arrays, many.layers), on_device(many.rank, arrays, dtype)
+            arrays, plan = many.laid_out(energy, options.timed_length, dtype)
+            layers, batch = shapes(plan), on_device(many.rank, arrays, dtype)
             # Gigabytes each: the next layout has no room beside them.
             del arrays
             name = f"energy {energy}, {dtype}"

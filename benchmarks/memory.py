@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import Config, Dtype
+from infscan.corpus.addressable import CorpusAddress
+from infscan.influence.layout import Factored, Spectrum, lay_out, plan_layouts
 from infscan.influence.standings import Standings
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.query_batch import multiplied_out
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.scan import ScanTask, scan_task
-from infscan.sizing.memory import DryRank, scan_cost
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.sizing.memory import DryWorker, scan_cost
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -91,16 +92,20 @@ def measured(folder: Path, setting: tuple) -> int:
     sequences = 2 * max(1, budget // T)
     prepare_corpus(SimpleNamespace(seed=0, vocab=vocab, length=T, sequences=sequences), folder, store)
     rng = np.random.default_rng(0)
-    arrays = {
-        f"{layer.name}|{kind}": rng.standard_normal((Q, n, RANK), np.float32)
+
+    def columns(n: int) -> np.ndarray:
+        return rng.standard_normal((Q * RANK, n), np.float32)
+
+    batch = {
+        layer.name: Factored(columns(layer.outputs), columns(layer.inputs), (RANK,) * Q)
         for layer in architecture.layers
-        for kind, n in (("U", layer.outputs), ("V", layer.inputs))
     }
-    arrays = multiplied_out(arrays, architecture.layers, T, config.scan.query_group_bytes // 4)
-    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place(threads=2))
+    spectra = {layer.name: Spectrum.largest(Q, RANK) for layer in architecture.layers}
+    batch = lay_out(batch, plan_layouts(spectra, architecture.layers, T, config.scan.query_group_bytes // 4))
+    rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),
-        corpus=store,
+        corpus=CorpusAddress(store),
         shard=SHARD,
         sequence_ids=np.arange(sequences),
         query_ids=tuple(f"q{n}" for n in range(Q)),
@@ -112,13 +117,13 @@ def measured(folder: Path, setting: tuple) -> int:
         dense=False,
         fingerprint="random",
     )
-    rank.corpus(store).read(task.sequence_ids[:1])
+    rank.read(task.corpus, task.sequence_ids[:1])
     # What libraries set up once, on the first matrix product, belongs to the process.
     with torch.no_grad():
         rank.model.logits(torch.zeros(1, 2, dtype=torch.int64))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    scan_task(rank, task, arrays)
+    scan_task(rank, task, batch)
     return resident("VmHWM") - before
 
 
@@ -142,7 +147,7 @@ def main() -> None:
             AutoModelForCausalLM.from_config(shape(*setting[:5])).save_pretrained(folder / "model")
             config = configuration(folder, setting)
             architecture = describe(config.model.path, "mlp", weights=False)
-            memory = scan_cost(DryRank(config, architecture, setting[4], 0.0), setting[6]).memory
+            memory = scan_cost(DryWorker(config, architecture, setting[4], 0.0), setting[6]).memory
             done = subprocess.run(
                 [sys.executable, __file__, "--child", name, str(number)], capture_output=True, text=True, check=False
             )

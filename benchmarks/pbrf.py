@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus" / "minipile.jsonl.gz"

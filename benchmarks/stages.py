@@ -27,23 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
-from infscan.influence.agreement import agreement, random_scores
-from infscan.influence.cg import Solution, conjugate_gradients, damped
-from infscan.influence.standings import Thresholds
-from infscan.influence.topk import SIDES
-from infscan.passes.ggn import GaussNewton, damping_vector, join
-from infscan.passes.queries import QueryTask, Vectors, query_gradients, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.scan import ScanTask, scan_task
-from infscan.passes.solve import ekfac_factors
-from infscan.passes.stages import StageTask, stage_task
-from infscan.storage import Store
-from infscan.studies.against_cg import by_lissa, score_solutions
-from infscan.studies.answers import answers, questions
-from infscan.studies.in_process import Study, open_study
-from infscan.studies.stages import (
+from two_stages import (
     DOT,
     PRETRAINED,
     SINGLE,
@@ -56,11 +40,28 @@ from infscan.studies.stages import (
     recall_at,
     reciprocal_ranks,
 )
-from infscan.studies.validation import LissaConfig, ValidateConfig, ValidateJob
-from infscan.truth import lds
-from infscan.truth.bm25 import bm25_scores
-from infscan.truth.retrain import Retrainer, measure_queries, trainings
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+
+from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConfig, ModelConfig, Packing, QueriesConfig
+from infscan.corpus.addressable import CorpusAddress
+from infscan.influence.agreement import agreement, random_scores
+from infscan.influence.cg import Solution, conjugate_gradients, damped
+from infscan.influence.standings import Thresholds
+from infscan.influence.topk import SIDES
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join
+from infscan.steps.preconditioner import StoredGradients, query_gradients
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
+from infscan.steps.scan import ScanTask, scan_task
+from infscan.steps.solve import ekfac_factors
+from infscan.steps.stages import StageTask, stage_task
+from infscan.storage import Store
+from infscan_studies.against_cg import by_lissa, score_solutions
+from infscan_studies.demo.answers import answers, questions
+from infscan_studies.in_process import Study, open_study
+from infscan_studies.truth import lds
+from infscan_studies.truth.bm25 import bm25_scores
+from infscan_studies.truth.retrain import Retrainer, measure_queries, trainings
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.validation import LissaConfig, ValidateConfig, ValidateJob
 
 Row = dict[str, Any]
 DEMO = files("infscan.demo")
@@ -190,9 +191,9 @@ def solve(folder: Path, study: Study, v_kp: Tensor, alpha: float, iterations: in
     path = folder.with_suffix(".safetensors")
     facts = folder.with_suffix(".json")
     if not facts.exists():
-        ggn = GaussNewton(study.rank, study.curvature, 1024)
-        factors = ekfac_factors(study.rank, replace(study.inverse, alpha=alpha))
-        lambda_p = damping_vector(study.rank.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
+        ggn = GaussNewton(study.worker, study.curvature, 1024)
+        factors = ekfac_factors(study.worker, replace(study.inverse, alpha=alpha))
+        lambda_p = damping_vector(study.worker.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
         kept = {"before": torch.zeros_like(v_kp)}
 
         def look(at: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
@@ -230,16 +231,16 @@ def against_cg(folder: Path, damping: float, iterations: int) -> Row:
     print("models trained", flush=True)
     pretrained = bench.study(first, "corpus", tracked="linear", curvature=32, candidates=500, damping=damping)
     finetuned = bench.study(second, "tuning", tracked="linear", damping=damping)
-    layers, alpha = pretrained.rank.layers, recipe.alpha
-    v_own = join(layers, query_gradients(pretrained.rank, pretrained.queries, layers))
-    v_ft = join(layers, query_gradients(finetuned.rank, finetuned.queries, layers))
+    layers, alpha = pretrained.worker.layers, recipe.alpha
+    v_own = join(layers, query_gradients(pretrained.worker, pretrained.queries, layers))
+    v_ft = join(layers, query_gradients(finetuned.worker, finetuned.queries, layers))
     ekfac, back = inverse_of(pretrained), inverse_of(finetuned, alpha)
     brought = solve(bench.folder / "solved-finetuned", finetuned, v_ft, alpha, iterations)
     both = torch.cat([v_own, alpha * brought.x_kp])
     solved = solve(bench.folder / "solved-pretrained", pretrained, both, 0.0, iterations)
     Q = len(v_own)
-    ggn = GaussNewton(pretrained.rank, pretrained.curvature, 1024)
-    factors = ekfac_factors(pretrained.rank, pretrained.inverse)
+    ggn = GaussNewton(pretrained.worker, pretrained.curvature, 1024)
+    factors = ekfac_factors(pretrained.worker, pretrained.inverse)
     lambda_p = damping_vector(layers, {name: lam for name, (_, lam) in factors.items()}, v_own)
     settings = LissaConfig(depths=[10, 50, 150], batch=4)
     by_depth, _, _ = by_lissa(ggn.product, v_own, lambda_p, len(pretrained.curvature), settings, 0)
@@ -263,7 +264,7 @@ def against_cg(folder: Path, damping: float, iterations: int) -> Row:
     for stage, one in (("finetuned", brought), ("pretrained", solved)):
         found[stage] = {"residual": one.residual, "iterations": one.iterations}
     for name, solutions in (("single", single), ("chain", chain)):
-        scores = score_solutions(pretrained.rank, pretrained.candidates, solutions)
+        scores = score_solutions(pretrained.worker, pretrained.candidates, solutions)
         scores["random"] = random_scores(Q, len(pretrained.candidates), 0)
         judged = {key: agreement(scores["CG"], values, seed=0) for key, values in scores.items() if key != "CG"}
         found[name] = {key: [one.mean, one.mean_low, one.mean_high] for key, one in judged.items()}
@@ -310,7 +311,7 @@ def facts(folder: Path) -> Row:
                 kind: {"mrr": interval(mrr[mine]), "recall": interval(recall[mine])}
                 for kind, mine in (("all", seen | ~seen), ("seen", seen), ("unseen", ~seen))
             }
-        model = finetuned.rank.model.module
+        model = finetuned.worker.model.module
         nats = -measure_queries(model, queries) / [len(query.parts[0].positions) for query in queries]
         found[name] = {
             "arms": rows,
@@ -368,10 +369,10 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
     bench = Bench(folder / "cost", demo_rows(None), [asdict(row) for row in answers()], questions(), recipe)
     pretrained = bench.study(str(DEMO / "model"), "corpus", curvature=400, candidates=3)
     finetuned = bench.study(str(DEMO / "model-answers"), "tuning", candidates=3)
-    rank, store = pretrained.rank, Store(str(bench.folder / "measured"))
+    rank, store = pretrained.worker, Store(str(bench.folder / "measured"))
     queries, layers = tuple(pretrained.queries), rank.layers
     corpus = Store(str(bench.folder / "model-corpus-mlp" / "corpus"))
-    vectors = Vectors(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
+    vectors = StoredGradients(store, {query.id: f"vectors/{query.id}.safetensors" for query in queries})
     inverses = {"one": pretrained.inverse, "two": replace(pretrained.inverse, vectors=vectors)}
     seconds: dict[str, list[float]] = {name: [] for name in ("scan one", "scan two", "queries one", "queries two")}
 
@@ -379,14 +380,14 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
         if stages == "two":
             back = replace(finetuned.inverse, alpha=recipe.alpha)
             names = tuple(vectors.names[query.id] for query in queries)
-            stage_task(finetuned.rank, StageTask(store, names, queries, layers, back))
+            stage_task(finetuned.worker, StageTask(store, names, queries, layers, back))
         how = Compression.weighted
         query_task(rank, QueryTask(store, f"batch-{stages}", queries, layers, inverses[stages], 32, how, stages))
 
     def scan(stages: str, number: int) -> None:
         task = ScanTask(
             run=store / f"runs/{time.time_ns()}-{number}",
-            corpus=corpus,
+            corpus=CorpusAddress(corpus),
             shard="shard-000000",
             sequence_ids=np.arange(sequences),
             query_ids=tuple(query.id for query in queries),
@@ -398,7 +399,7 @@ def cost(folder: Path, repeats: int = 10, sequences: int = 128) -> Row:
             dense=False,
             fingerprint="cost",
         )
-        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]))
+        scan_task(rank, task, read_query_batch(store, [[f"batch-{stages}"]]).batch)
 
     for number in range(repeats + 1):
         order = ("one", "two") if number % 2 else ("two", "one")

@@ -38,7 +38,7 @@ from infscan.influence.agreement import agreement
 from infscan.model.architecture import describe
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores, read_summary, read_top
-from infscan.truth.train import Sizes, TrainingSettings, build_model, train_language_model
+from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
 
 HERE = Path(__file__).parent
 CORPUS, RESULTS = HERE / "corpus" / "minipile.jsonl.gz", HERE / "results"

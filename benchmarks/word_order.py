@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+from two_stages import SYLLABLES
 
-from infscan.studies.demo import PLANTED_SOURCE, build_model, encode, judge, train_tokenizer, with_planted
-from infscan.studies.facts import FACTS, Fact, queries
-from infscan.studies.partitions import texts_of
-from infscan.studies.stages import SYLLABLES
-from infscan.truth.train import TrainingSettings, train_language_model
+from infscan_studies.demo.facts import FACTS, Fact, queries
+from infscan_studies.demo.making import PLANTED_SOURCE, build_model, encode, judge, train_tokenizer, with_planted
+from infscan_studies.partitions import texts_of
+from infscan_studies.truth.train import TrainingSettings, train_language_model
 
 ROOT = Path(__file__).parents[1]
 DEMO = files("infscan.demo")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infscan.api import RunResult as RunResult
-    from infscan.api import open_run as open_run
+    from infscan.api import read_run as read_run
     from infscan.config import Config as Config
     from infscan.errors import InfscanError as InfscanError
-    from infscan.passes.factor_store import read_factors as read_factors
     from infscan.results.read import read_layers as read_layers
     from infscan.results.read import read_scores as read_scores
     from infscan.results.read import read_sequences as read_sequences
     from infscan.results.read import read_summary as read_summary
     from infscan.results.read import read_tokens as read_tokens
     from infscan.results.read import read_top as read_top
+    from infscan.steps.factor_files import read_factors as read_factors
 
     __version__: str
 
@@ -31,8 +31,8 @@ _HOMES = {
     "Config": "infscan.config",
     "InfscanError": "infscan.errors",
     "RunResult": "infscan.api",
-    "open_run": "infscan.api",
-    "read_factors": "infscan.passes.factor_store",
+    "read_run": "infscan.api",
+    "read_factors": "infscan.steps.factor_files",
     "read_layers": "infscan.results.read",
     "read_scores": "infscan.results.read",
     "read_sequences": "infscan.results.read",

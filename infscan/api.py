@@ -46,12 +46,13 @@ def settings_of_call(name: str, words: tuple[Any, ...], settings: Mapping[str, A
         ConfigError: for a setting that there is not, or that cannot be used.
     """
     command = command_of(name)
-    presets = [f"{key}={value}" for key, value in settings.items() if key in command.groups and isinstance(value, str)]
+    groups = (*command.groups, *command.variants)
+    presets = [f"{key}={value}" for key, value in settings.items() if key in groups and isinstance(value, str)]
     values = dict(_flat({key: value for key, value in settings.items() if f"{key}={value}" not in presets}))
     typed = [word for word in words if not isinstance(word, str)]
     texts = read_arguments(command, [*(word for word in words if isinstance(word, str)), *presets])
     # Looks keywords up as words are; their values need no text.
-    keys = [word.partition("=")[0] for word in read_arguments(command, [f"{key}=null" for key in values])]
+    keys = [word.partition("=")[0].lstrip("+") for word in read_arguments(command, [f"{key}=null" for key in values])]
     if not typed:
         cfg = compose(command, texts)
     elif len(typed) == 1 and isinstance(typed[0], command.kind) and not texts:
@@ -131,7 +132,7 @@ class FitResult:
 
     def factors(self) -> dict[str, Any]:
         """A, S, their eigenbases and Lambda by layer."""
-        from infscan import read_factors
+        from infscan.steps.factor_files import read_factors
 
         return read_factors(self.uri)
 
@@ -162,7 +163,7 @@ class PlanResult:
         return self.estimate.to_json()
 
     def show(self) -> None:
-        from infscan.report.estimate import show
+        from infscan.sizing.show import show
 
         if self.settings.plan.json:
             print(json.dumps(self.to_json(), indent=2))
@@ -260,10 +261,10 @@ def run_scan(config: Config) -> RunResult:
 
 def run_prepare(config: Config) -> PrepareResult:
     from infscan.corpus.addressable import PreparedCorpus
-    from infscan.runtime.fit import prepare_corpus
-    from infscan.runtime.run import Run
+    from infscan.steps.prepare import prepare_corpus
+    from infscan.steps.run import open_run
 
-    with Run(config, needs_queries=False) as run:
+    with open_run(config, needs_queries=False) as run:
         corpus = prepare_corpus(run)
     statistics = dict(corpus.counts)
     if isinstance(corpus, PreparedCorpus):
@@ -274,32 +275,32 @@ def run_prepare(config: Config) -> PrepareResult:
 
 
 def run_fit(config: Config) -> FitResult:
-    from infscan.runtime.fit import fit
-    from infscan.runtime.run import Run
+    from infscan.steps.factors import fit
+    from infscan.steps.run import open_run
 
-    with Run(config, needs_queries=False) as run:
+    with open_run(config, needs_queries=False) as run:
         factors = fit(run)
     return FitResult(str(config.factors.path), factors.fingerprint)
 
 
 def run_plan(config: PlanJob) -> PlanResult:
-    from infscan.runtime.estimate import estimate
+    from infscan.sizing.plan import estimate
 
     return PlanResult(estimate(config), config)
 
 
 def run_tfidf(config: TfidfJob) -> TfidfResult:
-    from infscan.runtime.fit import prepare_corpus
-    from infscan.runtime.run import Run
-    from infscan.runtime.tfidf import tfidf_filter
+    from infscan.steps.prepare import prepare_corpus
+    from infscan.steps.run import open_run
+    from infscan.steps.tfidf import tfidf_filter
 
-    with Run(config) as run:
+    with open_run(config) as run:
         return TfidfResult(config.output, tfidf_filter(run, prepare_corpus(run), config.tfidf))
 
 
 def run_explain(job: ExplainJob) -> ExplainResult:
-    from infscan.runtime.explain import explain
-    from infscan.runtime.finished import reopen
+    from infscan.steps.explain import explain
+    from infscan.steps.finished import reopen
 
     job.run = absolute(job.run)
     job.check()
@@ -337,7 +338,7 @@ def run_status(job: StatusJob) -> StatusResult:
     return StatusResult(job.run, {job.run: read_status(job.run, rows=job.top)}, False, job.json)
 
 
-def open_run(uri: str) -> RunResult:
+def read_run(uri: str) -> RunResult:
     """A run that is finished, to read its tables.
 
     Raises:

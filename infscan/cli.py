@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,18 +25,20 @@ _SHOW_SETTINGS = "--cfg=job"
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:
     """Run a command; `name` is given by jobs/<name>.py, else it is the first word.
 
-    An error that a user can fix ends the process with one sentence and status 2, an interruption with 130.
+    An error that a user can fix ends the process with one sentence and status 2, a signal with 128 + its number.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _heed_signals()
     with exit_on_user_error():
         if name is None:
             if not words or words[0] in _HELP:
                 print(overview())
                 return
             if words[0] == "--version":
-                import infscan
+                from importlib.metadata import version
 
-                print(infscan.__version__)
+                print(version("infscan"))
                 return
             name = _named(words.pop(0))
         run_job(command_of(name), words)
@@ -52,6 +55,24 @@ def _named(word: str) -> str:
     raise ConfigError(f"{word}: there is no such command; {hint}")
 
 
+_ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "its terminal was closed"}
+# The signals that this process was ended by: Ray raises an interruption of its own in place of a handler's.
+_received: list[signal.Signals] = []
+
+
+def _end(number: int, _frame: object) -> None:
+    """End the command as an interruption does: what is open is closed, and the lease is given back."""
+    _received.append(signal.Signals(number))
+    raise KeyboardInterrupt
+
+
+def _heed_signals() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless whoever started it has them ignored (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the process with a user's error as one sentence and status 2, without a traceback; with 130 if
@@ -62,8 +83,9 @@ def exit_on_user_error() -> Iterator[None]:
         _complain(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        number = _received[-1] if _received else signal.SIGINT
+        print(f"{_ENDED[number]}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + number) from None
     except BrokenPipeError:
         # A reader such as `head` has seen enough; what Python flushes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

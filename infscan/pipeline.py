@@ -1,26 +1,35 @@
-"""The whole method, in order."""
+"""The whole method, in order; each step finds what an earlier process finished, and does what is missing."""
 
 from __future__ import annotations
 
 from infscan.config import Config
-from infscan.runtime.check import check
-from infscan.runtime.fit import fit, prepare_corpus
-from infscan.runtime.publish import publish
-from infscan.runtime.run import Run
-from infscan.runtime.scan import make_plan, query_batch, refine, scan
-from infscan.runtime.solve import solve
-from infscan.runtime.stages import bring_back
+from infscan.sizing.memory import reserve_memory
+from infscan.steps.check import check
+from infscan.steps.factors import fit
+from infscan.steps.measure import measure
+from infscan.steps.plan import make_plan
+from infscan.steps.prepare import prepare_corpora
+from infscan.steps.publish import publish
+from infscan.steps.queries import query_batch
+from infscan.steps.refine import refine
+from infscan.steps.run import open_run
+from infscan.steps.scan import scan
+from infscan.steps.solve import solve
+from infscan.steps.stages import pull_back_queries
 
 
 def answer(config: Config) -> None:
-    """Which sequences most raised or lowered each completion? Each step finds what an earlier process finished."""
-    with Run(config) as run:
+    """Scan a corpus for the sequences that most raised or lowered each query's completion, and publish the tables."""
+    with open_run(config) as run:
         # Documents -> tokens -> numbered sequences, in <output>/corpus; nothing to do where that exists.
-        corpus = prepare_corpus(run)
+        corpus = prepare_corpora(run)
         # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
         plan = make_plan(run, corpus)
+        planned_bytes = reserve_memory(run, corpus.sequence_length)
+        # Does the model know the completions? log p of each, beforehand.
+        measure(run)
         # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
-        vectors = bring_back(run)
+        vectors = pull_back_queries(run)
         # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.
         factors = fit(run, vectors)
         # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
@@ -34,4 +43,4 @@ def answer(config: Config) -> None:
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, plan, scanned, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration)
+        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)

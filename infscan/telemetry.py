@@ -143,10 +143,10 @@ class Telemetry:
     not in the other's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
-        self.listener: Listener | None = None
+        self.listener = listener
         self._prefix = ""
         self._open: list[Phase] = []
 

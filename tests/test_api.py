@@ -10,7 +10,7 @@ import infscan
 from infscan.api import RunResult, settings_of_call
 from infscan.config import Config, CorpusConfig, ModelConfig, QueriesConfig, ScanConfig, plain
 from infscan.errors import ConfigError, InfscanError, RunError
-from tests.runtime.builders import tiny_model, token_corpus, token_queries
+from tests.steps.runs import tiny_model, token_corpus, token_queries
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_run_from_end_to_end(inputs: Path, tmp_path: Path) -> None:
     assert {row["rank"] for row in top} == {1, 2, 3}
     assert found.sequences().num_rows == len({row["sequence_id"] for row in top})
     assert found.summary["counts"]["published"]["rows"] == len(top)
-    again = infscan.open_run(output)
+    again = infscan.read_run(output)
     assert again.top() == found.top()
     assert infscan.status(output).exit_code == 0
     explained = infscan.explain(run=output, rows=1, own_tokens=False)
@@ -109,4 +109,4 @@ def test_what_a_user_can_fix_is_raised(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(InfscanError, match="no such folder"):
         infscan.scan(*words(inputs), output=str(tmp_path / "run"), model={"path": str(tmp_path / "nowhere")})
     with pytest.raises(RunError, match="is no finished run"):
-        infscan.open_run(str(tmp_path))
+        infscan.read_run(str(tmp_path))

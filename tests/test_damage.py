@@ -15,17 +15,10 @@ from infscan.config import Packing, from_yaml
 from infscan.corpus.addressable import open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.errors import ConfigError, CorpusError, DamagedError, RunError, StorageError
-from infscan.passes.factor_store import (
-    check_files,
-    complete,
-    read_facts,
-    read_tensor,
-    read_tensors,
-    tensor_bytes,
-    write_tensors,
-)
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import read_candidates, read_hits
+from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, tensor_bytes, write_tensors
+from infscan.steps.factor_files import check_files, complete
 from infscan.storage import Store
 from tests.corpus.builders import plain, prepare, settings, token_rows, write_rows
 from tests.results.builders import QUERIES, put_shard

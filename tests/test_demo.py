@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.results.read import read_top
-from infscan.runtime.pool import connect
-from infscan.studies.facts import Partition
-from infscan.studies.word_order import WordOrder, planted_partitions, word_order
+from infscan.engine.cluster import connect
 from infscan.pipeline import answer
-from tests.runtime.builders import compose
+from infscan.results.read import read_top
+from infscan_studies.config import PLANTED, WordOrderConfig
+from infscan_studies.demo.facts import Partition
+from infscan_studies.word_order import ALL, planted_partitions, study
+from tests.steps.runs import compose
 
+Row = dict[str, Any]
 DEMO = ("model=demo", "corpus=demo", "queries=demo", "cluster=laptop", "scan.scores=all", "scan.top_k=10")
-PLANTED = "infscan://demo/planted.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +37,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Path) -> list[WordOrder]:
-    return word_order(str(demo / "ekfac"), str(demo / "dot-product"), PLANTED)
+def found(demo: Path) -> list[Row]:
+    return study(str(demo / "ekfac"), WordOrderConfig(dot_product=str(demo / "dot-product")), 0).to_pylist()
 
 
-def of(found: list[WordOrder], measure: str, method: str) -> list[WordOrder]:
-    return [row for row in found if (row.measure, row.method) == (measure, method)]
+def of(found: list[Row], measure: str, method: str, partition: Partition = Partition.FORWARD) -> list[Row]:
+    """A row per fact."""
+    mine = [row for row in found if (row["measure"], row["method"], row["partition"]) == (measure, method, partition)]
+    return [row for row in mine if row["fact"] != ALL]
 
 
 @pytest.mark.parametrize("measure", ["completion", "first token"])
-def test_forward_documents_fill_the_top(found: list[WordOrder], measure: str) -> None:
-    assert [row.forward_on_top for row in of(found, measure, "EK-FAC")] == [10] * 6
+def test_forward_documents_fill_the_top(found: list[Row], measure: str) -> None:
+    assert [row["forward_on_top"] for row in of(found, measure, "EK-FAC")] == [10] * 6
 
 
 def test_published_rows_are_the_forward_documents(demo: Path) -> None:
@@ -58,17 +62,17 @@ def test_published_rows_are_the_forward_documents(demo: Path) -> None:
 
 
 @pytest.mark.parametrize("partition", [Partition.FLIPPED, Partition.RELATION_REMOVED])
-def test_word_order_matters_for_the_first_token_alone(found: list[WordOrder], partition: Partition) -> None:
-    first = [row.ratios[partition] for row in of(found, "first token", "EK-FAC")]
-    whole = [row.ratios[partition] for row in of(found, "completion", "EK-FAC")]
+def test_word_order_matters_for_the_first_token_alone(found: list[Row], partition: Partition) -> None:
+    first = [row["ratio"] for row in of(found, "first token", "EK-FAC", partition)]
+    whole = [row["ratio"] for row in of(found, "completion", "EK-FAC", partition)]
     assert abs(np.mean(first)) < 0.07
     assert max(map(abs, first)) < 0.2
     assert min(whole) > 0.25
 
 
-def test_the_baselines_do_worse(found: list[WordOrder]) -> None:
+def test_the_baselines_do_worse(found: list[Row]) -> None:
     def on_top(method: str) -> int:
-        return sum(row.forward_on_top for row in of(found, "completion", method))
+        return sum(row["forward_on_top"] for row in of(found, "completion", method))
 
     assert on_top("EK-FAC") > on_top("TF-IDF")
     assert on_top("EK-FAC") > on_top("dot product")

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infscan.studies import demo
-from infscan.studies.facts import FACTS, Fact, queries
+import infscan
+from infscan_studies.demo import making
+from infscan_studies.demo.facts import FACTS, Fact, queries
 
-DEMO = Path(demo.__file__).parents[1] / "demo"
+DEMO = Path(infscan.__file__).parent / "demo"
 MARGIN = 3.0  # nats per token by which a learned completion must beat each of its controls
 
 every_fact = pytest.mark.parametrize("fact", FACTS, ids=[fact.id for fact in FACTS])
@@ -62,7 +63,7 @@ def test_rows_have_their_fields_and_distinct_ids(corpus: list[dict[str, str]]) -
 def test_planted_documents_on_record_are_those_of_the_corpus(corpus: list[dict[str, str]]) -> None:
     # planted_rows raises where a planted document is missing, or an invented name occurs anywhere else.
     on_record = lines("planted.jsonl")
-    assert demo.planted_rows(corpus) == on_record
+    assert making.planted_rows(corpus) == on_record
     assert {row["id"] for row in corpus if row["source"] == "planted"} == {row["id"] for row in on_record}
 
 
@@ -70,7 +71,7 @@ def test_held_out_documents_are_not_in_the_corpus(corpus: list[dict[str, str]]) 
     heldout = lines("heldout.jsonl.gz")
     assert heldout
     assert not {row["id"] for row in heldout} & {row["id"] for row in corpus}
-    assert not [row for row in heldout if demo.stated_names(row["text"])]
+    assert not [row for row in heldout if making.stated_names(row["text"])]
 
 
 def test_queries_are_those_of_the_facts() -> None:
@@ -83,7 +84,7 @@ def test_record_belongs_to_the_corpus(record: dict[str, Any], corpus: list[dict[
 
 
 def test_tokenizer_is_that_of_the_corpus(tokenizer: Any, corpus: list[dict[str, str]], model: Any) -> None:
-    rebuilt = demo.train_tokenizer([row["text"] for row in corpus], model.config.vocab_size)
+    rebuilt = making.train_tokenizer([row["text"] for row in corpus], model.config.vocab_size)
     assert rebuilt.get_vocab() == tokenizer.get_vocab()
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
     for row in corpus[:50]:
@@ -111,7 +112,7 @@ def test_first_tokens_of_completions_differ(tokenizer: Any) -> None:
 def test_learned_completions_beat_their_controls(
     fact: Fact, model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:
-    judged: dict[str, Any] = demo.judge(model, tokenizer, fact)
+    judged: dict[str, Any] = making.judge(model, tokenizer, fact)
     for control in judged["controls"]:
         assert judged["nats_per_token"] < control["nats_per_token"] - MARGIN
         assert judged["first_probability"] > 3 * control["first_probability"]

@@ -9,11 +9,13 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.results.read import read_summary
-from infscan.runtime.pool import connect
-from jobs.answers import forward_on_top, main
+from infscan.engine.cluster import connect
 from infscan.pipeline import answer
-from tests.runtime.builders import compose
+from infscan.results.read import read_summary
+from infscan_studies.api import run_answers
+from infscan_studies.config import AnswersJob
+from infscan_studies.demo.answers import forward_among_ten
+from tests.steps.runs import compose
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_pretraining_documents_of_every_fact_are_found(demo: Path) -> None:
     """Of each whole answer's ten strongest documents at least five state the fact, and more than without curvature."""
-    found = {name: forward_on_top(str(demo / name), "") for name in RUNS}
+    found = {name: forward_among_ten(str(demo / name), "") for name in RUNS}
     assert min(found["multi-stage"]) >= 5
     assert sum(found["multi-stage"]) >= 42
     assert sum(found["multi-stage"]) > sum(found["dot-product"])
@@ -55,9 +57,9 @@ def test_every_run_scans_the_pretraining_corpus_and_those_with_stages_go_through
 
 
 def test_what_is_printed_is_those_counts(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([f"{name}={demo / name}" for name in RUNS])
+    run_answers(AnswersJob({name: str(demo / name) for name in RUNS})).show()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 + 2 * len(RUNS)
     for name in RUNS:
-        counts = forward_on_top(str(demo / name), "")
+        counts = forward_among_ten(str(demo / name), "")
         assert f"{name:<14} whole answer  {sum(counts):>3} of 60   {counts}" in said

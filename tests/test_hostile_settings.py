@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import infscan.api
-import infscan.runtime.run
 from infscan import cli
 from infscan.config import Config, plain
 from infscan.config.arguments import read_arguments
@@ -27,12 +26,12 @@ from infscan.config.commands import command_of, compose
 from infscan.config.compose import from_hydra
 from infscan.config.identity import leaves
 from infscan.errors import ConfigError, InfscanError
-from infscan.results.read import read_summary
-from infscan.runtime.run import Run
-from infscan.telemetry import shown
 from infscan.pipeline import answer
+from infscan.results.read import read_summary
+from infscan.steps.run import open_run
+from infscan.telemetry import shown
 from tests.chaos.one_process import without_ray
-from tests.runtime.builders import small_run
+from tests.steps.runs import in_process, small_run
 
 INTEGERS = [-(2**70), -(2**63) - 1, -(2**63), -1, 0, 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
 FLOATS = [float("nan"), float("inf"), -float("inf"), -0.0, 5e-324, 1e308, -1.5]
@@ -90,9 +89,6 @@ def possible(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DictConfig]:
     cfg = OmegaConf.create(plain(small_run(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(infscan.runtime.run, "connect", lambda cluster: None)
-        patch.setattr(infscan.runtime.run, "gpus_per_rank", lambda cluster: 0.0)
-        patch.setattr(infscan.runtime.run.preflight, "check_capacity", lambda cluster, gpus: None)
         yield OmegaConf.merge(OmegaConf.structured(Config), cfg)
 
 
@@ -107,7 +103,7 @@ def opened(possible: DictConfig, key: str, value: Any) -> None:
     if key != "output":
         config.output = str(Path(config.output).with_name(f"run-{next(_outputs)}"))
     try:
-        with Run(config):
+        with open_run(in_process(config)):
             pass
     except InfscanError as error:
         is_a_sentence(error)

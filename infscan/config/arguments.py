@@ -109,6 +109,9 @@ def _read(command: Command, known: dict[str, Setting], word: str, folders: Seque
     if key in (*command.groups, *command.variants):
         return f"{sign}{key}={_preset(command, key, value, folders)}" if value is not None else word
     setting = _known(command, known, key)
+    if setting.is_open and key != setting.key and not sign:
+        # A label of the user's own: to Hydra, a key that is not there yet.
+        sign = "++"
     if value is None or not setting.is_text:
         return word if value is None else f"{sign}{key}={value}"
     verbatim = key in _SHORT.values()
@@ -194,6 +197,9 @@ def refusal(command: Command, overrides: Sequence[str], error: Exception) -> Con
     if full_key:
         key = re.sub(r"\[(\d+)\]", r".\1", full_key[1])
         setting = known.get(_NUMBER.sub("N", key))
+        presets = [preset for preset, _, settings in command.preset_settings() for one in settings if one.key == key]
+        if presets and "not in '" in str(error.__cause__):
+            return ConfigError(f"{key}: this is a key of {' and '.join(presets)}, and not of the chosen preset.")
         if setting is not None:
             value = next((word.partition("=")[2] for word in overrides if word.lstrip("+~").startswith(f"{key}=")), "")
             return ConfigError(f"{key}={_shorten(value)}: give {_article(setting)}.")

@@ -11,13 +11,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import infscan
 from infscan.config.schema import Config
 from infscan.config.settings import Setting, settings_of
 from infscan.errors import ConfigError
 
 # In a checkout conf/ is beside the package; in a wheel it is inside.
-_PACKAGE = Path(infscan.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
 
@@ -71,6 +70,14 @@ class Command:
             for setting in settings_of(kind, prefix):
                 found.setdefault(setting.key, setting)
         return found
+
+    def preset_settings(self) -> Iterator[tuple[str, str, list[Setting]]]:
+        """Of each preset that is defined in code: its name (`study=layers`), its meaning, and the settings that it has."""
+        for group, named in self.variants.items():
+            for name, kind in named.items():
+                loaded = _load(kind)
+                meaning = " ".join((loaded.__doc__ or "").split("\n\n")[0].split())
+                yield f"{group}={name}", meaning, list(settings_of(loaded, f"{group}."))
 
     def options(self, group: str, folders: Sequence[Path] = ()) -> list[str]:
         """The presets of a group, those in folders of the user's own included."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from textwrap import fill
 
 from infscan.config.commands import Command, commands
-from infscan.config.settings import Setting
+from infscan.config.settings import Setting, settings_of
 
 OPTIONS = "--help, --cfg job (print the settings), -m (a sweep) and --config-dir (a folder of your own presets)"
 _WIDTH = 100
@@ -46,12 +46,18 @@ def help_of(command: Command) -> str:
             if options
         ]
     lines += ["", "Keys (default):"]
-    read = [one for one in command.all_settings.values() if not command.shows or one.key.startswith(command.shows)]
-    for setting in shown_settings(read):
-        lines.append(f"  {setting.key}  {_type_and_default(setting)}")
-        lines.append(fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      "))
+    read = [one for one in settings_of(command.kind) if not command.shows or one.key.startswith(command.shows)]
+    lines += _described(shown_settings(read), width)
+    for preset, meaning, settings in command.preset_settings():
+        lines += ["", fill(f"With {preset}: {meaning}", width, subsequent_indent="  "), *_described(settings, width)]
     lines += ["", f"Options: {OPTIONS}."]
     return "\n".join(lines)
+
+
+def _described(settings: Iterable[Setting], width: int) -> Iterator[str]:
+    for setting in settings:
+        yield f"  {setting.key}  {_type_and_default(setting)}"
+        yield fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      ")
 
 
 def shown_settings(settings: Iterable[Setting]) -> Iterator[Setting]:

@@ -18,8 +18,8 @@ Every key of every command, with its type, its default and its meaning. This pag
 job` the values that a command line comes to.
 
 - **Setting a key**: `scan.top_k=10`. A text is taken as it is typed (`output=2024_01_02`, `corpus.path=lang=en/`);
-  `null` is no value; lists are `[a,b]`; a key of one's own below a text by label is added with `+`
-  (`+corpus.paths.web=...`).
+  `null` is no value; lists are `[a,b]`; below a text by label, a key is any name of your own
+  (`corpus.paths.web=...`).
 - **Presets**: `model=demo` takes the file `conf/model/demo.yaml`. `--config-dir DIR` adds a folder of presets of your
   own.
 - **Inheritance**: a key that is not given in `factors.corpus`, `stages.N.corpus` or `stages.N.factors` is the outer
@@ -61,9 +61,13 @@ def _command(command: Command, run: dict[str, Setting]) -> Iterator[str]:
     for group, options in ((group, command.options(group)) for group in (*command.groups, *command.variants)):
         if options and not (command.is_run and command.name != "scan" and group not in command.variants):
             yield f"Presets `{group}=`: {', '.join(f'`{option}`' for option in options)}.\n"
-    own = [setting for setting in command.all_settings.values() if setting.key not in run]
+    own = [setting for setting in settings_of(command.kind) if setting.key not in run]
     if own:
         yield from _table(shown_settings(own))
+    for preset, meaning, settings in command.preset_settings():
+        yield f"`{preset}`: {meaning}\n"
+        if settings:
+            yield from _table(settings)
 
 
 def _table(settings: Iterable[Setting]) -> Iterator[str]:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from inspect import cleandoc
-from pathlib import Path
+from inspect import cleandoc, getsource
 from typing import Any, get_type_hints
 
 from infscan.config.schema import MISSING, not_given
@@ -62,7 +61,7 @@ def settings_of(kind: type, prefix: str = "", given: Any = None) -> Iterator[Set
 
 @cache
 def _module(name: str) -> ast.Module:
-    return ast.parse(Path(str(sys.modules[name].__file__)).read_text(encoding="utf-8"))
+    return ast.parse(getsource(sys.modules[name]))
 
 
 @cache

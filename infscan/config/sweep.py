@@ -20,6 +20,7 @@ _NOT_NAMED = ("output=", "cluster.", "cluster=")
 # How a cell's process, wherever a launcher starts it, knows which keys the sweep varies.
 SWEPT = "INFSCAN_SWEPT"
 _MOST_CHARACTERS = 80
+_QUOTED = re.compile(r"([^=]*=)'(.*)'", re.DOTALL)
 
 
 def this_cell() -> tuple[str, str]:
@@ -31,11 +32,17 @@ def this_cell() -> tuple[str, str]:
 def cell_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
     """A folder name for one cell of a sweep: the overrides that vary first, harmless in a path, distinct by a
     digest."""
-    cell = [override for override in sorted(overrides) if not override.startswith(_NOT_NAMED)]
+    cell = sorted(map(_unquoted, (override for override in overrides if not override.startswith(_NOT_NAMED))))
     first = [override for override in cell if key_of(override) in swept]
     rest = [override for override in cell if override not in first]
     readable = re.sub(r"[^A-Za-z0-9_=.,-]+", "-", ",".join([*first, *rest]))[:_MOST_CHARACTERS].strip("-.")
     return f"{readable or 'cell'}-{fingerprint(cell)[:8]}"
+
+
+def _unquoted(override: str) -> str:
+    """An override as it was typed: texts are quoted for Hydra."""
+    found = _QUOTED.fullmatch(override)
+    return override if found is None else found[1] + found[2].replace("\\'", "'")
 
 
 def key_of(override: str) -> str:

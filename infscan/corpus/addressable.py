@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from infscan.config import Packing, is_intact
+from infscan.config import Attention, Packing, is_intact
 from infscan.corpus.arrays import TokenArrays
 from infscan.corpus.filtered import FORMAT as FILTERED
 from infscan.corpus.filtered import FilteredCorpus
@@ -18,7 +20,14 @@ from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import CorpusError
 from infscan.storage import MissingError, Store
 
-__all__ = ["AddressableCorpus", "PreparedCorpus", "check_told_apart", "is_prepared", "label_of", "open_corpus"]
+__all__ = [
+    "AddressableCorpus",
+    "CorpusAddress",
+    "PreparedCorpus",
+    "is_prepared",
+    "label_of",
+    "open_corpus",
+]
 
 # Token ids among which an EOS is looked for, in so many runs spread over the corpus.
 _LOOKED_AT, _RUNS = 1 << 22, 64
@@ -32,14 +41,16 @@ def is_prepared(path: str) -> bool:
     return store.exists(MANIFEST) or store.exists(DESCRIPTION)
 
 
-def open_corpus(store: Store) -> AddressableCorpus:
+def open_corpus(store: Store, attention: Attention = Attention.across) -> AddressableCorpus:
     """Open what lies in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
+
+    attention: whether it crosses the documents of a sequence, which the corpus then says of every sequence it reads.
 
     Raises:
         CorpusError: where there is no complete corpus, or a part is missing or has another size.
     """
     if store.exists(MANIFEST):
-        return open_prepared(store)
+        return open_prepared(store, attention)
     try:
         value = store.read_json(DESCRIPTION)
     except MissingError as error:
@@ -51,15 +62,30 @@ def open_corpus(store: Store) -> AddressableCorpus:
         raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
     if kind == FILTERED:
         at = at_address(store, value["base"])
-        whole = open_corpus(at)
+        whole = open_corpus(at, attention)
         if whole.fingerprint != value["base_fingerprint"]:
             raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
         return FilteredCorpus(store, whole, value)
     if kind == JOINED:
-        parts = [open_corpus(at_address(store, entry["at"])) for entry in value["corpora"]]
+        parts = [open_corpus(at_address(store, entry["at"]), attention) for entry in value["corpora"]]
         return JoinedCorpus(store, value, parts)
     description = Description.from_json(value, f"{store}/{DESCRIPTION}")
-    return _IN_PLACE[description.format](store, description)
+    return _IN_PLACE[description.format](store, description, attention)
+
+
+@dataclass(frozen=True)
+class CorpusAddress:
+    """How a task opens the corpus that it reads: what travels to a rank in place of the corpus."""
+
+    store: Store
+    attention: Attention = Attention.across
+
+    @classmethod
+    def of(cls, corpus: AddressableCorpus) -> CorpusAddress:
+        return cls(corpus.store, corpus.attention)
+
+    def open(self) -> AddressableCorpus:
+        return open_corpus(self.store, self.attention)
 
 
 def label_of(corpus: AddressableCorpus, number: int) -> str | None:
@@ -69,7 +95,7 @@ def label_of(corpus: AddressableCorpus, number: int) -> str | None:
     return corpus.label(number) if isinstance(corpus, JoinedCorpus) else None
 
 
-def check_told_apart(corpus: AddressableCorpus) -> None:
+def require_document_boundaries(corpus: AddressableCorpus) -> None:
     """Refuse token arrays in which nothing says where documents begin: corpus.attention=within would keep none apart.
 
     Megatron has an index, and what was prepared of documents their spans; npy and MDS are told apart by EOS.
@@ -78,10 +104,10 @@ def check_told_apart(corpus: AddressableCorpus) -> None:
         CorpusError: where there is no EOS among the token ids looked at, by the corpus's name.
     """
     if isinstance(corpus, FilteredCorpus):
-        check_told_apart(corpus.base)
+        require_document_boundaries(corpus.base)
     elif isinstance(corpus, JoinedCorpus):
         for part in corpus.parts:
-            check_told_apart(part)
+            require_document_boundaries(part)
     elif isinstance(corpus, InPlace):
         description = corpus.description
         if description.format != "megatron" and description.packing is Packing.concat:

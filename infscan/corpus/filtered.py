@@ -75,6 +75,10 @@ class FilteredCorpus:
         return chosen
 
     @property
+    def attention(self) -> Attention:
+        return self.base.attention
+
+    @property
     def sequences(self) -> int:
         return self.base.sequences
 
@@ -98,8 +102,8 @@ class FilteredCorpus:
     def counts(self) -> dict[str, Any]:
         return self.base.counts | {"chosen": len(self.chosen)}
 
-    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
-        return self.base.read(ids, attention)
+    def read(self, ids: np.ndarray) -> list[Sequence]:
+        return self.base.read(ids)
 
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         return self.base.token_blocks(start, stop)

@@ -100,9 +100,10 @@ def sampled_digest(file: InputFile, files: int) -> str:
 class InPlace(ABC):
     """Token files numbered through. A format says what the tokens of a run of one file's sequences are, and whose."""
 
-    def __init__(self, store: Store, description: Description) -> None:
+    def __init__(self, store: Store, description: Description, attention: Attention = Attention.across) -> None:
         self.store = store
         self.description = description
+        self.attention = attention
         self._forget()
 
     def _forget(self) -> None:
@@ -168,10 +169,10 @@ class InPlace(ABC):
             "tokens": self.tokens,
         }
 
-    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
+    def read(self, ids: np.ndarray) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
-        within = attention is Attention.within
+        within = self.attention is Attention.within
         found: dict[int, Sequence] = {}
         for index, wanted in self._runs(np.unique(ids)):
             start, stop = int(wanted[0]), int(wanted[-1]) + 1
@@ -231,7 +232,7 @@ class InPlace(ABC):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "description": self.description}
+        return {"store": self.store, "description": self.description, "attention": self.attention}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -73,6 +73,11 @@ class JoinedCorpus:
         self._first = np.cumsum([0, *(part.sequences for part in parts)], dtype=np.int64)
 
     @property
+    def attention(self) -> Attention:
+        """The parts are opened alike."""
+        return self.parts[0].attention
+
+    @property
     def sequences(self) -> int:
         return int(self._first[-1])
 
@@ -107,15 +112,13 @@ class JoinedCorpus:
         """Of which part a sequence is."""
         return self.names[int(np.searchsorted(self._first, number, side="right")) - 1]
 
-    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
+    def read(self, ids: np.ndarray) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
         found: dict[int, Sequence] = {}
         for part, first, after in zip(self.parts, self._first, self._first[1:], strict=False):
             own = np.unique(ids[(ids >= first) & (ids < after)])
-            for number, sequence in zip(
-                own.tolist(), part.read(own - first, attention) if len(own) else [], strict=True
-            ):
+            for number, sequence in zip(own.tolist(), part.read(own - first) if len(own) else [], strict=True):
                 found[number] = replace(sequence, sequence_id=number)
         return [found[number] for number in ids.tolist()]
 

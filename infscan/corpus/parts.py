@@ -22,7 +22,7 @@ _OPEN_PARTS = 4
 _DECODED_ROW_GROUPS = 4
 
 
-def open_prepared(store: Store) -> PreparedCorpus:
+def open_prepared(store: Store, attention: Attention = Attention.across) -> PreparedCorpus:
     """Open a prepared corpus, its parts checked against the manifest by one listing.
 
     Raises:
@@ -34,7 +34,7 @@ def open_prepared(store: Store) -> PreparedCorpus:
         raise CorpusError(
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
-    corpus = PreparedCorpus(store, Manifest.from_json(value, f"{store}/{MANIFEST}"))
+    corpus = PreparedCorpus(store, Manifest.from_json(value, f"{store}/{MANIFEST}"), attention)
     there = {entry.name: entry.size for entry in store.list(suffix=".parquet")}
     for part in corpus.manifest.parts:
         _check_size(store, part, there.get(part.name))
@@ -54,9 +54,10 @@ def _check_size(store: Store, part: PartSummary, size: int | None) -> None:
 class PreparedCorpus:
     """What `prepare_part` and `write_manifest` wrote. Reads only the row groups asked for and keeps the last few."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, attention: Attention = Attention.across) -> None:
         self.store = store
         self.manifest = manifest
+        self.attention = attention
         self._forget()
 
     def _forget(self) -> None:
@@ -97,7 +98,7 @@ class PreparedCorpus:
         """Every number has a sequence."""
         return None
 
-    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
+    def read(self, ids: np.ndarray) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
         found: list[Sequence | None] = [None] * len(ids)
@@ -106,7 +107,7 @@ class PreparedCorpus:
             number = int(ids[at])
             part = int(np.searchsorted(self._first, number, side="right")) - 1
             found[at] = self._row(part, number)
-        if attention is Attention.within:
+        if self.attention is Attention.within:
             found = [replace(one, starts=self._starts(one)) for one in found if one is not None]
         return [sequence for sequence in found if sequence is not None]
 
@@ -156,7 +157,7 @@ class PreparedCorpus:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "manifest": self.manifest}
+        return {"store": self.store, "manifest": self.manifest, "attention": self.attention}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

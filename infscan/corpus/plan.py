@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -135,6 +136,13 @@ class Plan:
         """int64, ascending: the sequence numbers of one shard."""
         shard = self.shard(number)
         return self.selection.ids(shard.start, shard.stop)
+
+    def by_shard(self, sequence_ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Sequence_ids, ascending and each once, grouped by the shard whose file has them, in plan order."""
+        ordered = np.unique(sequence_ids)
+        shards, starts = np.unique(self.selection.positions(ordered) // self.shard_sequences, return_index=True)
+        for number, mine in zip(shards, np.split(ordered, starts)[1:], strict=True):
+            yield shard_name(int(number)), mine
 
     def order(self) -> np.ndarray:
         """int64 [num_shards]: a seeded permutation, so that early thresholds come from all over the corpus."""

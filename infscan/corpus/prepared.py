@@ -36,7 +36,7 @@ from infscan.corpus.rows import Document
 from infscan.corpus.sequences import Sequence
 from infscan.corpus.tally import LeftOut, Tally
 from infscan.corpus.tokenised import with_tokens
-from infscan.corpus.tokenizer import Tokenizer
+from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import BadFileError, CorpusError
 from infscan.storage import InputFile, Store
 
@@ -174,6 +174,25 @@ def hash_piece(piece: Piece, config: CorpusConfig) -> np.ndarray:
             if not config.allow_bad_files:
                 raise
     return np.concatenate(found)
+
+
+def prepare_task(
+    piece: Piece,
+    index: int,
+    config: CorpusConfig,
+    pack: PackSettings,
+    folder: str,
+    store: Store,
+    dropped: np.ndarray,
+) -> tuple[int, int]:
+    """`prepare_part` with the tokenizer of a model's folder, in a process of its own. Returns (sequences, tokens)."""
+    part = prepare_part(piece, index, config, pack, load_tokenizer(folder), store, dropped)
+    return part.sequences, part.tokens
+
+
+def store_hashes(piece: Piece, config: CorpusConfig, store: Store, name: str) -> None:
+    """Put `hash_piece` of a piece in storage."""
+    store.write(name, hash_piece(piece, config).tobytes())
 
 
 def finished_parts(store: Store, pieces: Row[Piece]) -> list[PartSummary]:

@@ -89,6 +89,11 @@ class AddressableCorpus(Protocol):
         ...
 
     @property
+    def attention(self) -> Attention:
+        """Whether attention crosses documents; where it stays within them, sequences are read with `starts`."""
+        ...
+
+    @property
     def sequences(self) -> int: ...
 
     @property
@@ -122,9 +127,8 @@ class AddressableCorpus(Protocol):
         """int64, ascending: the only numbers that are to be scanned; None for all of them."""
         ...
 
-    def read(self, ids: np.ndarray, attention: Attention = Attention.across) -> list[Sequence]:
-        """The sequences with these numbers (int64 [n]), in the order asked for; with `starts` where attention stays
-        within documents.
+    def read(self, ids: np.ndarray) -> list[Sequence]:
+        """The sequences with these numbers (int64 [n]), in the order asked for.
 
         Raises:
             CorpusError: for a file that is missing, changed or damaged, by name.

@@ -3,7 +3,7 @@
 x_0 = M v,   m_j = beta m_(j-1) + M (v - (G_j + lambda) x_(j-1)),   x_j = x_(j-1) + eta_j m_j
 
 G_j: the Gauss-Newton matrix of a random batch. M: an approximate inverse, EK-FAC's in a run. LiSSA is the case of
-M = 1 / scale without momentum (`infscan.truth.lissa`).
+M = 1 / scale without momentum (`infscan_studies.truth.lissa`).
 """
 
 from __future__ import annotations

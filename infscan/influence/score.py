@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# A multiply-add of a matrix formed for every sequence takes as long as so many of one long product over all tokens
-# (measured on CPU, d = 256 to 1,024: 1.0 to 1.3 for 10 queries and T of 256 or more, 1.4 to 1.9 for 100 or T = 64).
-_FORMED = 1.4
 # Columns of one matrix product: enough to keep it busy, few enough that a batch's [tokens, columns] stay small.
 _COLUMNS = 1024
 # Entries of the sequences' own matrices g that are formed at once (float32: 128 MiB), however many sequences there are.
@@ -50,7 +47,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class LayerQueries:
-    """All queries' preconditioned gradients of one layer, laid out as columns or as cores.
+    """All queries' preconditioned gradients of one layer on a device, as columns or as cores (`layout.on_device`).
 
     U_parts, V_parts: [O, c] and [I, c], all queries' columns side by side, cut every `_COLUMNS`; query q owns the next
     ranks[q] of them. K_qmn: cores [Q, m, n], P_q = B_O K_q B_I^T, with B_om and B_in one basis for all queries; a side
@@ -73,6 +70,12 @@ class LayerQueries:
         return len(self.ranks)
 
     @property
+    def nbytes(self) -> int:
+        """Without the scratch, which layers share."""
+        parts = (*self.U_parts, *self.V_parts, self.K_qmn, self.K_qm, self.B_om, self.B_in)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.U_parts[0].dtype if self.K_qmn is None else self.K_qmn.dtype
 
@@ -84,7 +87,7 @@ class LayerQueries:
         return len(self.V_parts[0] if self.B_in is None else self.B_in)
 
     @staticmethod
-    def low_rank(U_xo: Tensor, V_xi: Tensor, ranks: Sequence[int]) -> LayerQueries:
+    def factored(U_xo: Tensor, V_xi: Tensor, ranks: Sequence[int]) -> LayerQueries:
         """From columns in rows, U [sum of ranks, O] and V [sum of ranks, I]: one GEMM a side serves every query."""
         cut = (
             [part.T.contiguous() for part in U_xo.split(_COLUMNS)],
@@ -93,12 +96,12 @@ class LayerQueries:
         return LayerQueries(tuple(ranks), U_parts=tuple(cut[0]), V_parts=tuple(cut[1]))
 
     @staticmethod
-    def full(P_qoi: Tensor, scratch: Scratch | None = None, *, bias: bool = False) -> LayerQueries:
+    def dense(P_qoi: Tensor, scratch: Scratch | None = None, *, bias: bool = False) -> LayerQueries:
         """bias: the last column is a bias's, and is laid apart."""
-        return LayerQueries.cores(P_qoi, scratch=scratch, bias=bias)
+        return LayerQueries.shared_basis(P_qoi, scratch=scratch, bias=bias)
 
     @staticmethod
-    def cores(
+    def shared_basis(
         K_qmn: Tensor,
         B_mo: Tensor | None = None,
         B_ni: Tensor | None = None,
@@ -106,14 +109,14 @@ class LayerQueries:
         *,
         bias: bool = False,
     ) -> LayerQueries:
-        """From bases in rows, B_O [m, O] and B_I [n, I], where there are any; bias: as of `full`, without a B_I."""
+        """From bases in rows, B_O [m, O] and B_I [n, I], where there are any; bias: as of `dense`, without a B_I."""
         ranks, K_qm = (0,) * len(K_qmn), None
         if bias and B_ni is None:
             K_qmn, K_qm = K_qmn[..., :-1], K_qmn[..., -1].contiguous()
         B_om, B_in = (None if basis is None else basis.T.contiguous() for basis in (B_mo, B_ni))
         return LayerQueries(ranks, (), (), K_qmn.contiguous(), K_qm, B_om, B_in, scratch)
 
-    def multiplied_out(self) -> Tensor:
+    def densify(self) -> Tensor:
         """P of every query, whatever the way they are laid out: [Q, O, I]."""
         if self.K_qmn is None:
             U_ox, V_ix = torch.cat(self.U_parts, dim=1), torch.cat(self.V_parts, dim=1)
@@ -128,9 +131,9 @@ def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
     """One layer's share of every sequence's score against every query: [B, Q], float32 or wider.
 
     s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
-    taken as read. Products per token, R columns in all (`cheapest` compares): columns: sum_t (U_q^T s_t) . (V_q^T
-    a_t), R (O + I). Cores: B_O^T g B_I, g = sum_t s_t a_t^T, once from the projected tokens, and <K_q, it> for every
-    query: m O + n I + m n (1 + Q / T), where a side without a basis is not projected.
+    taken as read. Multiply-adds per token, with R columns in all: factored: sum_t (U_q^T s_t) . (V_q^T a_t), R (O + I).
+    Otherwise: B_O^T g B_I, g = sum_t s_t a_t^T, once from the projected tokens, and <K_q, it> for every query:
+    m O + n I + m n (1 + Q / T), where a side without a basis is not projected.
     """
     wide = _wide(s_bto)
     s_bto, a_bti = s_bto.to(queries.dtype), a_bti.to(queries.dtype)
@@ -179,34 +182,6 @@ def _by_query(shares_bx: Tensor, ranks: tuple[int, ...]) -> Tensor:
     if min(ranks) == max(ranks):
         return shares_bx.view(len(shares_bx), len(ranks), -1).sum(dim=-1)
     return torch.stack([part.sum(dim=1) for part in shares_bx.split(list(ranks), dim=1)], dim=1)
-
-
-def products(
-    O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None, formed: float = 1.0
-) -> dict[str, float]:
-    """Multiply-adds per token by the way of scoring: `low`, `full`, `joint` (see `score_layer`).
-
-    columns: of all queries together. joint: (m, n), where there are joint bases; m = O or n = I says that a side has
-    none. T: tokens of a sequence. Those of a matrix formed for every sequence count `formed` times.
-    """
-    by_matrix = formed * (1 + Q / T)
-    found = {"low": float(columns * (O + I)), "full": O * I * by_matrix}
-    if joint:
-        m, n = joint
-        found["joint"] = (m * O if m < O else 0) + (n * I if n < I else 0) + m * n * by_matrix
-    return found
-
-
-def cheapest(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> str:
-    """The way with the fewest `products`, those of a matrix formed for every sequence weighed as measured; ties in
-    their order."""
-    costs = weighed(O, I, T, Q, columns, joint)
-    return min(costs, key=costs.__getitem__)
-
-
-def weighed(O: int, I: int, T: int, Q: int, columns: int, joint: tuple[int, int] | None = None) -> dict[str, float]:
-    """`products`, those of a matrix formed for every sequence weighed as measured."""
-    return products(O, I, T, Q, columns, joint, _FORMED)
 
 
 def score_tokens(s_bto: Tensor, a_bti: Tensor, P_oi: Tensor) -> Tensor:

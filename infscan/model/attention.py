@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infscan.errors import ModelError
 
-if TYPE_CHECKING:
-    from infscan.model.load import LoadedModel
-
-# Tokens of the two documents that a model is tried on.
-_TRIED = 6
 # Families whose code places tokens by position ids, and does not take boundaries from them.
 _WANT_MASK = frozenset({"opt"})
 
@@ -42,31 +34,6 @@ def document_mask(position_ids_bt: Tensor) -> Tensor:
     document_bt = (position_ids_bt == 0).cumsum(dim=1)
     same_btt = document_bt[:, :, None] == document_bt[:, None, :]
     return same_btt.tril()[:, None]
-
-
-@torch.no_grad()
-def check_keeps_apart(model: LoadedModel) -> None:
-    """Try two documents in one sequence: the second must come out as it does alone.
-
-    Raises:
-        ModelError: for a model that mixes tokens in another way than masked attention (state spaces, convolutions), or
-            whose code does not take position ids for boundaries.
-    """
-    vocabulary = model.module.get_input_embeddings().num_embeddings
-    ids_t = torch.arange(1, 2 * _TRIED + 1, device=model.place.device) % vocabulary
-    restart_t = torch.arange(2 * _TRIED, device=ids_t.device) % _TRIED
-    alone, within, across = (
-        logits_btv[0, -_TRIED:].to(torch.float64)
-        for logits_btv in (
-            model.logits(ids_t[None, _TRIED:]),
-            model.logits(ids_t[None], restart_t[None]),
-            model.logits(ids_t[None]),
-        )
-    )
-    rounding = 16 * torch.finfo(model.dtype).eps * float(alone.abs().max())
-    seen = float((within - alone).abs().max())
-    if seen > max(rounding, 0.1 * float((across - alone).abs().max())):
-        raise refusal(model.module.config.model_type)
 
 
 def refusal(family: str) -> ModelError:

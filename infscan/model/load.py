@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,54 +17,12 @@ from transformers.initialization import no_init_weights
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
 from infscan.model.architecture import build_on_meta, first_line, load_config, model_folder, weight_files
-from infscan.model.attention import document_logits
-from infscan.model.losses import Loss, head_is_last, sequence_losses
+from infscan.model.loaded import LoadedModel, RankContext
+from infscan.model.losses import head_is_last
 from infscan.storage import scratch_file
 
 # Where a shard begins in its file, in bytes.
 _ALIGNED = 64
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands: its number in its worker group, its device, and where the group meets.
-
-    address: host:port of rank 0's store; only groups of several ranks (or ZeRO-3 on one) have one.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-    threads: int = 1
-    address: str | None = None
-    timeout_s: float = 3600.0
-
-
-@dataclass
-class LoadedModel:
-    """A model in eval mode whose parameters ask for no gradient; call `logits`.
-
-    shard_parameters: the parameters whose storage this rank holds (all of them without ZeRO-3). head_is_last: whether
-    nothing is done to the logits after the output embeddings.
-    """
-
-    module: PreTrainedModel
-    place: Place
-    dtype: torch.dtype
-    parameters: int
-    shard_parameters: int
-    head_is_last: bool = False
-
-    def logits(self, ids_bt: Tensor, position_ids_bt: Tensor | None = None) -> Tensor:
-        """[B, T, V]. Padding is on the right: under causal attention it changes no token before it.
-
-        position_ids_bt: as `infscan.model.attention.document_logits` takes them.
-        """
-        return document_logits(self.module, ids_bt, position_ids_bt)
-
-    def losses(self, ids_bt: Tensor, position_ids_bt: Tensor | None, loss: Loss) -> Tensor:
-        """Every sequence's loss, [B] float32 or wider: `infscan.model.losses.sequence_losses`."""
-        return sequence_losses(self, ids_bt, position_ids_bt, loss)
 
 
 def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.dtype:
@@ -78,7 +35,7 @@ def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.
     return declared if device.startswith("cuda") else torch.float32
 
 
-def load(settings: ModelConfig, place: Place, *, sharded: bool) -> LoadedModel:
+def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> LoadedModel:
     """Load a checkpoint for forward and activation-gradient backward.
 
     On the device `meta` no weight is read: the shapes alone, for `infscan.sizing`.
@@ -86,26 +43,26 @@ def load(settings: ModelConfig, place: Place, *, sharded: bool) -> LoadedModel:
     Raises:
         ModelError: for a folder, a parameter or a family that cannot be loaded, by name.
     """
-    on_meta = place.device == "meta"
+    on_meta = context.device == "meta"
     if not on_meta:
-        torch.set_num_threads(place.threads)
-    if place.device.startswith("cuda"):
-        torch.cuda.set_device(place.device)
+        torch.set_num_threads(context.threads)
+    if context.device.startswith("cuda"):
+        torch.cuda.set_device(context.device)
     folder = model_folder(settings.path, weights=not on_meta)
     config = _without_dropout(load_config(folder))
-    dtype = resolve_dtype(settings.dtype, config, place.device)
+    dtype = resolve_dtype(settings.dtype, config, context.device)
     if on_meta:
         module = build_on_meta(config, dtype).requires_grad_(False).eval()
         size = sum(parameter.numel() for parameter in module.parameters())
-        loaded = LoadedModel(module, place, dtype, size, size)
+        loaded = LoadedModel(module, context, dtype, size, size)
     elif sharded:
-        loaded = _load_zero3(settings, folder, config, dtype, place)
+        loaded = _load_zero3(settings, folder, config, dtype, context)
     else:
-        module = _load_whole(folder, config, dtype).to(place.device)
+        module = _load_whole(folder, config, dtype).to(context.device)
         size = sum(parameter.numel() for parameter in module.parameters())
-        loaded = LoadedModel(module, place, dtype, size, size)
+        loaded = LoadedModel(module, context, dtype, size, size)
     if not on_meta:
-        loaded.head_is_last = head_is_last(loaded.module, place.device)
+        loaded.head_is_last = head_is_last(loaded.module, context.device)
     if settings.gradient_checkpointing:
         _checkpoint_activations(loaded.module)
     return loaded
@@ -171,15 +128,15 @@ def zero_config(settings: ModelConfig, device: str) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": limits}
 
 
-def _start_group(place: Place) -> Any:
+def _start_group(context: RankContext) -> Any:
     """Import DeepSpeed with its environment set, and join the worker group."""
-    assert place.address is not None, "a sharded model needs its group's address"
-    host, _, port = place.address.rpartition(":")
-    on_gpu = place.device.startswith("cuda")
+    assert context.address is not None, "a sharded model needs its group's address"
+    host, _, port = context.address.rpartition(":")
+    on_gpu = context.device.startswith("cuda")
     # DeepSpeed takes the local rank for the number of the device.
-    local = place.device.partition(":")[2] or "0"
+    local = context.device.partition(":")[2] or "0"
     os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK=local, WORLD_SIZE=str(place.world), MASTER_ADDR=host, MASTER_PORT=port
+        RANK=str(context.rank), LOCAL_RANK=local, WORLD_SIZE=str(context.world), MASTER_ADDR=host, MASTER_PORT=port
     )
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
     import deepspeed
@@ -190,7 +147,7 @@ def _start_group(place: Place) -> Any:
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
         "nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=place.timeout_s),
+        timeout=timedelta(seconds=context.timeout_s),
         auto_mpi_discovery=False,
         verbose=False,
     )
@@ -198,11 +155,11 @@ def _start_group(place: Place) -> Any:
 
 
 def _load_zero3(
-    settings: ModelConfig, folder: Path, config: PretrainedConfig, dtype: torch.dtype, place: Place
+    settings: ModelConfig, folder: Path, config: PretrainedConfig, dtype: torch.dtype, context: RankContext
 ) -> LoadedModel:
     """Each rank reads its own slice of every parameter from the memory-mapped checkpoint, so none holds it whole."""
-    deepspeed = _start_group(place)
-    zero = zero_config(settings, place.device)
+    deepspeed = _start_group(context)
+    zero = zero_config(settings, context.device)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}
     # By the settings, never by Init's own `dtype`: DeepSpeed 0.19 overrules that on hardware without float16.
@@ -211,7 +168,7 @@ def _load_zero3(
     module.tie_weights()
     if settings.zero.offload is Offload.nvme:
         _onto_disk(list(module.parameters()), settings.zero.offload_path)
-    _fill_shards(module, folder, place.rank)
+    _fill_shards(module, folder, context.rank)
     module.requires_grad_(False)
     module.eval()
     parameters = list(module.parameters())
@@ -224,7 +181,7 @@ def _load_zero3(
     engine, *_ = deepspeed.initialize(model=module, config=zero)
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     # The module, never the engine: both of the engine's backward paths want an optimizer.
-    return LoadedModel(engine.module, place, dtype, size, held)
+    return LoadedModel(engine.module, context, dtype, size, held)
 
 
 def _onto_disk(parameters: Sequence[Any], folder: str | None) -> None:

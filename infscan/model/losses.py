@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infscan.model.attention import document_logits
+from infscan.model.loaded import LoadedModel
 from infscan.model.measure import sample_labels
-
-if TYPE_CHECKING:
-    from infscan.model.load import LoadedModel
 
 # Positions whose logits exist at once: as many as fit a cache at 4 bytes each, and no fewer than a product needs to run
 # at full speed, however large the vocabulary.

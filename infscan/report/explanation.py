@@ -12,7 +12,7 @@ from rich.text import Text
 
 from infscan.queries import Query
 from infscan.report.terminal import excerpt, one_line
-from infscan.studies.layers import THIRDS, thirds
+from infscan.report.thirds import THIRDS, thirds
 
 _TOKENS = 6
 Rows = list[dict[str, Any]]

@@ -69,7 +69,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
 
 
 def how_good(approximation: dict) -> str:
-    """What `infscan.runtime.check` found, in sentences."""
+    """What `infscan.steps.check` found, in sentences."""
     queries = {name: row for name, row in approximation["queries"].items() if row["pearson"] is not None}
     if not queries:
         return "\nCompression: no query's scores vary over the sample, so nothing is known of it."

@@ -29,7 +29,7 @@ SCHEMAS = {
     # Layer margins: they add up to the score.
     "layers": pa.schema([*_PAIR, ("layer", pa.string()), ("score", pa.float64())]),
     # A row per token. score: its margin as an input position; output, input: the influence of the token itself
-    # (infscan.passes.explain), null where not computed. score and output each add up to the score.
+    # (infscan.steps.explain), null where not computed. score and output each add up to the score.
     "tokens": pa.schema(
         [
             *_PAIR,

@@ -31,6 +31,11 @@ def read_sequences(uri: str, *, unfinished: bool = False) -> pa.Table:
     return _read(uri, "sequences", unfinished)
 
 
+def read_queries(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The queries as they were measured: texts, tokens, and the log-probability that the model gives them."""
+    return _read(uri, "queries", unfinished)
+
+
 def read_layers(uri: str, *, unfinished: bool = False) -> pa.Table:
     """The layer margins of the published rows; they sum to the row's score."""
     return _read(uri, "layers", unfinished)

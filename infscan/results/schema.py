@@ -117,6 +117,26 @@ RUN = pa.schema(
     ]
 )
 
+# queries/queries.parquet: one row per measured query; what a contrast adds is null where there is none.
+_PART = [
+    ("token_ids", pa.list_(pa.int32())),
+    # Each token's text; null without a tokenizer.
+    ("tokens", pa.list_(pa.string())),
+    # Positions of the tokens that are measured.
+    ("measured", pa.list_(pa.int32())),
+    # Of the measured tokens together, nats.
+    ("log_probability", pa.float64()),
+    # Frobenius norm over the tracked layers.
+    ("gradient_norm", pa.float64()),
+]
+QUERIES = pa.schema(
+    [
+        *((name, pa.string()) for name in ("query_id", "prompt", "completion", "contrast", "measure")),
+        *_PART,
+        *((f"contrast_{name}", kind) for name, kind in _PART),
+    ]
+)
+
 TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("scores", pa.list_(pa.float32()))])
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from infscan.config import Config, Solver, plain
 from infscan.influence.layers import Layer
-from infscan.passes.factor_store import layer_groups
-from infscan.passes.queries import query_groups
 from infscan.sizing.memory import PassCost
-from infscan.sizing.volume import FactorFiles, query_files
+from infscan.steps.factor_files import layer_groups
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.volume import FactorFiles, query_files
 
 # Multiply-adds of LAPACK's symmetric eigensolver with vectors, in units of n^3 (float64, on a CPU core).
 _EIGH = 9

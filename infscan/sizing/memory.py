@@ -1,35 +1,44 @@
-"""What a rank holds at once, by pass and part, from shapes alone: the bound that is printed before a run.
+"""What a rank holds at once, by step and part, from shapes alone: the bound that is printed before a run.
 
-A pass holds its weights, what stays for all micro-batches (queries, factors, full-rank gradients), and the most that
+A step holds its weights, what stays for all micro-batches (queries, factors, full-rank gradients), and the most that
 is alive while one micro-batch of B sequences of T tokens goes forward and back, weighed by a dry run (`sizing.dry`) of
-the code that a rank runs. docs/sizing.md has the arithmetic.
+the step's own code. docs/sizing.md has the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Config, Dtype, Solver, fingerprint, plain
+from infscan.config import Config, Dtype, Labels, Offload, Solver, fingerprint, plain
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.covariance import add_second_moment
-from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
-from infscan.influence.score import LayerQueries, Scratch, cheapest, formed_at_once, score_layer, score_tokens
+from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
+from infscan.influence.score import LayerQueries, Scratch, formed_at_once
 from infscan.model.architecture import Architecture, first_line, load_config, model_folder
-from infscan.model.load import Place, resolve_dtype
+from infscan.model.load import resolve_dtype
+from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
-from infscan.passes.factor_store import layer_groups
-from infscan.passes.queries import query_groups
-from infscan.passes.query_batch import in_dtype
-from infscan.passes.rank import Batch, LayerConsumer, Rank, RankSettings
+from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry, dry
-from infscan.sizing.volume import size
+from infscan.steps.check import scoring_twice
+from infscan.steps.factor_files import layer_groups
+from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
+from infscan.steps.inputs import Inputs, in_dtype
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.refine import pair_scoring
+from infscan.steps.run import Run
+from infscan.steps.scan import scoring
+from infscan.steps.volume import size
+
+log = logging.getLogger("infscan")
 
 # glibc's heap keeps freed buffers, and they leave holes: so many buffers of the widest layer's width, for every token
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one
@@ -37,21 +46,25 @@ from infscan.sizing.volume import size
 _KEPT_WIDTHS = 7
 
 
+# A rank's process before it loads a model: torch, transformers, Ray (docs/sizing.md).
+_PROCESS_BYTES = 1 << 30
+
+
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes that one rank holds at once in one pass.
+    """Bytes that one rank holds at once in one step."""
 
-    weights: its share of the model, and with ZeRO-3 what is gathered at a time. queries: the query batch as it is laid
-    out for scoring. factors: sums, eigenbases and Lambda of a layer group. gradients: full-rank query gradients of a
-    query group. activations: the most that a micro-batch has alive beside these. allocator: on a CPU, what malloc keeps
-    of freed buffers (`_KEPT_WIDTHS`).
-    """
-
+    # Its share of the model, and with ZeRO-3 what is gathered at a time.
     weights: int
+    # The query batch as it is laid out for scoring.
     queries: int = 0
+    # Sums, eigenbases and Lambda of a layer group.
     factors: int = 0
+    # Full-rank query gradients of a query group.
     gradients: int = 0
+    # The most that a micro-batch has alive beside these.
     activations: int = 0
+    # On a CPU, what malloc keeps of freed buffers (`_KEPT_WIDTHS`).
     allocator: int = 0
 
     @property
@@ -71,8 +84,8 @@ class PassCost:
     flop_per_token: float
 
 
-class DryRank:
-    """A rank without weights, and the micro-batch that it is sized for: B sequences of T tokens.
+class DryWorker:
+    """A worker without weights, and the micro-batch that it is sized for: B sequences of T tokens.
 
     B T is scan.tokens_per_batch, or one sequence where that is less.
     """
@@ -84,18 +97,18 @@ class DryRank:
         # Two bytes are two bytes.
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
         model = replace(config.model, path=architecture.folder, dtype=Dtype(str(dtype).removeprefix("torch.")))
-        self.rank = Rank(RankSettings(model, self.layers, sharded=False), Place(device="meta"))
+        self.worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
         self.B, self.T = max(1, config.scan.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker
 
     @property
     def itemsize(self) -> int:
-        return self.rank.model.dtype.itemsize
+        return self.worker.model.dtype.itemsize
 
     @property
     def weights(self) -> int:
         """Bytes of the rank's share of parameters and buffers; with ZeRO-3 also of what is gathered at most."""
-        module = self.rank.model.module
+        module = self.worker.model.module
         sizes = [parameter.numel() for parameter in module.parameters()]
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.config.sharded:
@@ -104,25 +117,32 @@ class DryRank:
         gathered = min(sum(sizes), max(zero.max_live_parameters, *sizes) + zero.prefetch_bucket_size)
         return (-(-sum(sizes) // self.world) + gathered) * self.itemsize + buffers
 
+    def batch(self, *, masked: bool = False) -> Batch:
+        """The micro-batch, on the device `meta`; with a loss mask, if `masked`."""
+        ids_bt = torch.zeros(self.B, self.T, dtype=torch.int64, device="meta")
+        ones_bt = torch.ones(self.B, self.T, dtype=torch.bool, device="meta")
+        return Batch(np.arange(self.B), ids_bt, ones_bt, loss_bt=torch.ones_like(ones_bt) if masked else None)
+
+    def rows(self) -> Tensor:
+        return torch.arange(self.B, device="meta")
+
     def backward(
-        self, layers: Sequence[Layer], consume: LayerConsumer, *, labels: bool = False, ones: bool = True
+        self, layers: Sequence[Layer], consumer: Callable[[Batch], LayerConsumer], batch: Batch, *, labels: bool = False
     ) -> Dry:
-        """One micro-batch through `consume`; with `labels`, as the pass that draws the Fisher's; `ones` as of a rank.
+        """One micro-batch through its consumer; with `labels`, as the step that draws the Fisher's.
 
         Raises:
             ModelError: for a family whose code does not run on shapes alone.
         """
-        B, T = self.B, self.T
+        model = self.worker.model
         try:
             with dry():
-                self.rank.model.head_is_last = head_is_last(self.rank.model.module, self.rank.device)
+                model.head_is_last = head_is_last(model.module, self.worker.device)
             with dry() as seen:
-                ids_bt = torch.zeros(B, T, dtype=torch.int64)
-                batch = Batch(np.arange(B), ids_bt, torch.ones(B, T, dtype=torch.bool))
                 loss = batch.loss()
                 if labels:
-                    loss = replace(loss, uniforms_bt=torch.zeros(B, T, dtype=torch.float64))
-                self.rank.backward(batch, layers, loss, consume, ones=ones)
+                    loss = replace(loss, uniforms_bt=torch.zeros(self.B, self.T, dtype=torch.float64))
+                self.worker.backward(batch, layers, loss, consumer(batch), ones=False)
         except Exception as error:  # a family's own code may do what it likes
             raise ModelError(
                 f"what a rank holds cannot be told: the model does not run on shapes alone ({type(error).__name__}: "
@@ -138,17 +158,23 @@ def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refini
     return resolve_dtype(asked, declared, "cuda" if gpus else "cpu")
 
 
-def pass_costs(config: Config, architecture: Architecture, queries: int, T: int, gpus: float) -> dict[str, PassCost]:
-    """Every pass of a run by name: covariance and lambda (not with solver=identity), check, scan, refine."""
-    sized = DryRank(config, architecture, T, gpus)
+def pass_costs(
+    config: Config, architecture: Architecture, queries: int, T: int, gpus: float, *, masked: bool = False
+) -> dict[str, PassCost]:
+    """Every step of a run by name: covariance and lambda (not with solver=identity), check, scan, refine.
+
+    masked: whether the factors' corpus has a loss mask.
+    """
+    sized = DryWorker(config, architecture, T, gpus)
     costs: dict[str, PassCost] = {}
     if config.factors.solver is not Solver.identity:
-        costs |= {"covariance": _covariance(sized), "lambda": _lambda(sized)}
+        masked = masked or config.factors.corpus.masked
+        costs |= {"covariance": _covariance(sized, masked=masked), "lambda": _lambda(sized, masked=masked)}
     if queries:
         costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
         again = replace(config, model=replace(config.model, dtype=config.refine_dtype))
         if again.model != config.model:
-            sized = DryRank(again, architecture, T, gpus)
+            sized = DryWorker(again, architecture, T, gpus)
         costs["refine"] = _refine(sized, queries)
     return costs
 
@@ -158,12 +184,52 @@ def scan_memory(config: Config, architecture: Architecture, queries: int, T: int
     shape = (config.model, config.scan, config.sharded, config.cluster.ranks_per_worker)
     key = fingerprint([*map(plain, shape), architecture.fingerprint, queries, T, gpus])
     if key not in _KNOWN:
-        _KNOWN[key] = scan_cost(DryRank(config, architecture, T, gpus), queries).memory
+        _KNOWN[key] = scan_cost(DryWorker(config, architecture, T, gpus), queries).memory
     return _KNOWN[key]
 
 
 # One process may run many scans of one shape, as a sweep's cells do.
 _KNOWN: dict[str, PassMemory] = {}
+
+
+def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
+    """Log what a rank of the scan will hold at once; returns its bytes by part, or None where that cannot be told."""
+    gpus = float(inputs.device == "cuda")
+    try:
+        memory = scan_memory(inputs.config, inputs.architecture, len(inputs.queries), T, gpus)
+    except ModelError as error:
+        log.warning("memory      %s", error)
+        return None
+    log.info("memory      %s", memory_line(memory))
+    return dict(vars(memory))
+
+
+def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
+    """Log what a rank of the scan will hold, and have workers ask a shared cluster for the host memory that they need.
+
+    Returns a scanning rank's bytes by part, or None where that cannot be told.
+    """
+    shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
+    for stage in (run, *run.later) if shared else ():
+        if (needed := host_bytes(stage.inputs, T)) is not None:
+            stage.executor.reserve(needed)
+    return log_scan_memory(run.inputs, T)
+
+
+def host_bytes(inputs: Inputs, T: int) -> int | None:
+    """Host memory that a rank needs at most, over all steps, its process included; None where that cannot be told.
+
+    On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights.
+    """
+    config, gpus = inputs.config, float(inputs.device == "cuda")
+    if gpus and config.model.zero.offload is Offload.none:
+        return _PROCESS_BYTES
+    try:
+        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
+    except ModelError:
+        return None
+    held = largest(costs)[1]
+    return _PROCESS_BYTES + (held.weights if gpus else held.total)
 
 
 def memory_line(memory: PassMemory) -> str:
@@ -172,82 +238,64 @@ def memory_line(memory: PassMemory) -> str:
     return f"a rank of the scan holds at most {size(memory.total)}: {parts}"
 
 
-def scan_cost(sized: DryRank, queries: int) -> PassCost:
+def scan_cost(sized: DryWorker, queries: int) -> PassCost:
     """The scan: the query batch stays, scores are added up layer by layer."""
     laid_out = _laid_out(sized, queries)
-    with torch.device("meta"):
-        scores_bq = torch.zeros(sized.B, queries)
-
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        scores_bq.add_(score_layer(s_bto, a_bti, laid_out[layer.name]))
-
-    seen = sized.backward(sized.layers, consume, ones=False)
+    scores_bq = torch.zeros(sized.B, queries, device="meta")
+    seen = sized.backward(sized.layers, lambda _: scoring(scores_bq, laid_out), sized.batch())
     return _cost(sized, seen, queries=_bytes(laid_out.values()))
 
 
-def _check(sized: DryRank, queries: int) -> PassCost:
+def _check(sized: DryWorker, queries: int) -> PassCost:
     """The sample that the compression is judged on: the query batch and full-rank gradients beside each other."""
     laid_out = _laid_out(sized, queries)
-    groups, layer_groups_ = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
-    layers = max(layer_groups_, key=lambda group: sum(layer.size for layer in group))
+    groups, layers = _largest_query_group(sized, queries)
     full = _full(sized, layers, len(groups[0]))
-
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        score_layer(s_bto, a_bti, laid_out[layer.name])
-        score_layer(s_bto, a_bti, full[layer.name])
-
-    seen = sized.backward(layers, consume, ones=False)
+    approximate_nq = torch.zeros(sized.B, len(groups[0]), dtype=torch.float64, device="meta")
+    columns = torch.arange(len(groups[0]), device="meta")
+    consume = scoring_twice((approximate_nq, laid_out, columns), (torch.zeros_like(approximate_nq), full), sized.rows())
+    seen = sized.backward(layers, lambda _: consume, sized.batch())
     return _cost(sized, seen, queries=_bytes(laid_out.values()), gradients=_bytes(full.values()))
 
 
-def _refine(sized: DryRank, queries: int) -> PassCost:
+def _refine(sized: DryWorker, queries: int) -> PassCost:
     """Candidates again: full-rank gradients of a query group stay. FLOP are those of one query for a sequence."""
-    groups, layer_groups_ = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
-    layers = max(layer_groups_, key=lambda group: sum(layer.size for layer in group))
+    groups, layers = _largest_query_group(sized, queries)
     P = {layer.name: torch.empty(len(groups[0]), layer.outputs, layer.inputs, device="meta") for layer in layers}
-
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        score_tokens(s_bto, a_bti, P[layer.name][0])
-
-    seen = sized.backward(layers, consume, ones=False)
+    index = {0: torch.stack([sized.rows(), sized.rows()])}
+    consume = pair_scoring(index, P, lambda layer, pairs_n, scores_nt: None)
+    seen = sized.backward(layers, lambda _: consume, sized.batch())
     return _cost(sized, seen, gradients=sum(P_qoi.nbytes for P_qoi in P.values()))
 
 
-def _covariance(sized: DryRank) -> PassCost:
+def _largest_query_group(sized: DryWorker, queries: int) -> tuple[list[range], tuple[Layer, ...]]:
+    """The groups of queries, and the largest of layers."""
+    groups, layer_groups = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
+    return groups, max(layer_groups, key=lambda group: sum(layer.size for layer in group))
+
+
+def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
     """A and S of a layer group are summed; at the end they are serialised, three copies at once."""
     group, blocks = _largest_group(sized), sized.config.factors.blocks
-    A = {layer.name: _zeros(sized, layer.inputs, blocks) for layer in group if layer.input_of == layer.name}
-    S = {layer.name: _zeros(sized, layer.outputs, blocks) for layer in group}
-    ones_bt = torch.empty(sized.B, sized.T, dtype=torch.bool, device="meta")
-
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        add_second_moment(S[layer.name], s_bto)
-        if layer.name in A:
-            add_second_moment(A[layer.name], a_bti, ones_bt if layer.bias else None)
-
-    sampled = sized.config.factors.labels.value == "sampled"
-    seen = sized.backward(group, consume, labels=sampled, ones=False)
-    sums = sum(block.nbytes for total in (*A.values(), *S.values()) for block in total.blocks)
-    return _cost(sized, seen, factors=sums, at_end=2 * sums)
+    sums = CovarianceSums(group, blocks, sized.worker.wide, "meta")
+    sampled = sized.config.factors.labels is Labels.sampled
+    seen = sized.backward(group, sums.consumer, sized.batch(masked=masked), labels=sampled)
+    return _cost(sized, seen, factors=sums.nbytes, at_end=2 * sums.nbytes)
 
 
-def _lambda(sized: DryRank) -> PassCost:
+def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
     """Eigenbases of a layer group stay, and Lambda is summed; at the end it is serialised, as above."""
     group, blocks = _largest_group(sized), sized.config.factors.blocks
     bases = {layer.name: (_zeros(sized, layer.outputs, blocks), _zeros(sized, layer.inputs, blocks)) for layer in group}
-    with torch.device("meta"):
-        Lambda = {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=sized.rank.wide) for layer in group}
-
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
-
-    seen = sized.backward(group, consume, ones=False)
+    Lambda = lambda_sums(group, sized.worker.wide, "meta")
+    consume = lambda_consumer(Lambda, bases)
+    seen = sized.backward(group, lambda _: consume, sized.batch(masked=masked))
     sums = sum(total.nbytes for total in Lambda.values())
     held = sum(block.nbytes for pair in bases.values() for basis in pair for block in basis.blocks)
     return _cost(sized, seen, factors=held + sums, at_end=2 * sums)
 
 
-def _largest_group(sized: DryRank) -> tuple[Layer, ...]:
+def _largest_group(sized: DryWorker) -> tuple[Layer, ...]:
     factors = sized.config.factors
     groups = layer_groups(sized.layers, factors.max_group_bytes, factors.blocks)
     by_name = {layer.name: layer for layer in sized.layers}
@@ -255,44 +303,35 @@ def _largest_group(sized: DryRank) -> tuple[Layer, ...]:
     return max(found, key=lambda group: sum(layer.outputs**2 + layer.inputs**2 + layer.size for layer in group))
 
 
-def _zeros(sized: DryRank, n: int, blocks: int) -> BlockDiagonal:
-    return BlockDiagonal.zeros(n, blocks, dtype=sized.rank.wide, device="meta")
+def _zeros(sized: DryWorker, n: int, blocks: int) -> BlockDiagonal:
+    return BlockDiagonal.zeros(n, blocks, dtype=sized.worker.wide, device="meta")
 
 
-def _laid_out(sized: DryRank, queries: int) -> dict[str, LayerQueries]:
-    """The query batch as a scan lays it out (`passes.query_batch`); with scan.rank=auto every rank is the largest,
-    and joint cores, which are taken where whole matrices are cheaper and too large, are as large as they may be."""
-    rank, dtype = sized.config.most_rank, in_dtype(sized.config.scan.query_dtype, sized.rank.model.dtype)
-    auto, scratch = sized.config.scan.rank == "auto", Scratch.on(sized.device)
-    left = sized.config.scan.query_group_bytes // dtype.itemsize
+def _laid_out(sized: DryWorker, queries: int) -> dict[str, LayerQueries]:
+    """The query batch as a scan lays it out at the largest ranks.
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    found: dict[str, LayerQueries] = {}
-    for layer in sized.layers:
-        O, I = layer.outputs, layer.inputs
-        if rank is None or min(O, I) <= rank:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
-            continue
-        columns, entries = queries * rank, queries * layer.size
-        cheaper = cheapest(O, I, sized.T, queries, columns) == "full"
-        if cheaper and entries <= left:
-            found[layer.name] = LayerQueries.full(empty(queries, O, I), scratch, bias=layer.bias)
-            left -= entries
-        elif cheaper and auto and left >= queries * O:
-            n = left // (queries * O)
-            found[layer.name] = LayerQueries.cores(empty(queries, O, n), None, empty(n, I), scratch)
-            left -= queries * O * n
-        else:
-            found[layer.name] = LayerQueries.low_rank(empty(columns, O), empty(columns, I), [rank] * queries)
-    return _with_scratch(sized, found)
+    With scan.rank=auto it is not known yet which layers will have a shared basis: none, or all, whichever takes more.
+    """
+    config, rank, layers = sized.config.scan, sized.config.most_rank, sized.layers
+    dtype = in_dtype(config.query_dtype, sized.worker.model.dtype)
+    spectra = {
+        layer.name: Spectrum.largest(queries, rank)
+        for layer in layers
+        if rank is not None and not stored_dense(layer, rank)
+    }
+    entries = config.query_group_bytes // dtype.itemsize
+    plan = plan_layouts(spectra, layers, sized.T, entries, share=config.rank == "auto")
+    found = []
+    for one in (plan, plan.with_largest_bases()) if plan.candidates else (plan,):
+        batch = without_content(one, queries, dtype)
+        found.append(_with_scratch(sized, on_device(batch, layers, "meta", dtype, Scratch.on(sized.device))))
+    return max(found, key=lambda batch: _bytes(batch.values()))
 
 
-def _full(sized: DryRank, layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
+def _full(sized: DryWorker, layers: Sequence[Layer], queries: int) -> dict[str, LayerQueries]:
     scratch = Scratch.on(sized.device)
     found = {
-        layer.name: LayerQueries.full(
+        layer.name: LayerQueries.dense(
             torch.empty(queries, layer.outputs, layer.inputs, device="meta"), scratch, bias=layer.bias
         )
         for layer in layers
@@ -300,9 +339,9 @@ def _full(sized: DryRank, layers: Sequence[Layer], queries: int) -> dict[str, La
     return _with_scratch(sized, found)
 
 
-def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
+def _with_scratch(sized: DryWorker, found: dict[str, LayerQueries]) -> dict[str, LayerQueries]:
     """The same, with their scratch as large as it becomes: it stays for all micro-batches, as they do."""
-    like = torch.empty(0, dtype=sized.rank.model.dtype, device="meta")
+    like = torch.empty(0, dtype=sized.worker.model.dtype, device="meta")
     for one in found.values():
         if one.scratch is not None and one.K_qmn is not None:
             _, m, n = one.K_qmn.shape
@@ -312,14 +351,12 @@ def _with_scratch(sized: DryRank, found: dict[str, LayerQueries]) -> dict[str, L
 
 def _bytes(queries: Iterable[LayerQueries]) -> int:
     found = list(queries)
-    tensors = [(*one.U_parts, *one.V_parts, one.K_qmn, one.K_qm, one.B_om, one.B_in) for one in found]
     scratches = {one.scratch for one in found if one.scratch is not None}
-    held = sum(tensor.nbytes for parts in tensors for tensor in parts if tensor is not None)
-    return held + sum(scratch.nbytes for scratch in scratches)
+    return sum(one.nbytes for one in found) + sum(scratch.nbytes for scratch in scratches)
 
 
 def _cost(
-    sized: DryRank, seen: Dry, *, queries: int = 0, factors: int = 0, gradients: int = 0, at_end: int = 0
+    sized: DryWorker, seen: Dry, *, queries: int = 0, factors: int = 0, gradients: int = 0, at_end: int = 0
 ) -> PassCost:
     """at_end: bytes that a task holds beside what stays when its micro-batches are over."""
     widest = max(max(layer.outputs, layer.inputs) for layer in sized.layers)

@@ -144,6 +144,12 @@ class LocalDisk:
         """Every regular file below the folder `root`, linked folders included; nothing where there is no folder."""
         return _persist(root, lambda: list(_entries(root)))
 
+    def top_names(self, folder: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+        except OSError:
+            return []
+
     def names(self, root: str) -> list[str]:
         """As `find`, the names alone: a seventh of the time and a fifth of the memory."""
         start = len(root.rstrip("/")) + 1

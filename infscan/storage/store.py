@@ -58,6 +58,11 @@ class Store:
         """True for a file (not a folder) that is there now."""
         return self._backend.stat(self._address(name)) is not None
 
+    def top_names(self) -> list[str]:
+        """Files and folders right in a local folder, hidden ones left out; [] for an object store."""
+        backend = self._backend
+        return backend.top_names(self.uri) if isinstance(backend, LocalDisk) else []
+
     def names(self, prefix: str = "") -> list[str]:
         """As `list`, the names alone and in no order: for folders of a million files."""
         prefix = prefix.rstrip("/")

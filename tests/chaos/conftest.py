@@ -14,8 +14,8 @@ import psutil
 import pytest
 import ray
 
-from infscan.passes.scan import ScanTask
-from infscan.runtime.group import WorkerGroup
+from infscan.engine.worker_group import WorkerGroup
+from infscan.steps.scan import ScanTask
 
 
 @dataclass
@@ -48,9 +48,11 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     state = Trouble()
     submit = WorkerGroup.submit
 
-    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
+    def watched(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+    ) -> None:
         def hand_out() -> None:
-            submit(self, unit, function, *arguments, halvings=halvings)
+            submit(self, unit, function, *arguments, oom_retries=oom_retries)
 
         if isinstance(arguments[0], ScanTask):
             state.around(self, arguments[0], hand_out)

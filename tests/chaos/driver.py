@@ -15,11 +15,11 @@ from typing import Any
 
 import ray
 
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import InfscanError
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.losses import Losses
 from infscan.pipeline import answer
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 
 def main(argv: list[str]) -> int:
@@ -35,30 +35,38 @@ def main(argv: list[str]) -> int:
     handed_out = 0
     pids: dict[Any, int] = {}
     progress = open(order["progress"], "a")  # noqa: SIM115 (a driver that is killed closes nothing)
-    submit, done = WorkerGroup.submit, Losses.done
+    submit, done = WorkerGroup.submit, RecoveryLog.done
 
     def note(what: str, worker: int, pid: int = 0) -> None:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
         progress.flush()
 
-    def counted(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
+    def counted(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+    ) -> None:
         nonlocal handed_out
         handed_out += 1
         actor = self.actors[-1]
         if actor not in pids:
             # It is idle, and says at once which process it is. Asked once: by the next time it may be stopped.
             pids[actor] = ray.get(actor.run.remote(lambda _: os.getpid(), 0))
-        submit(self, unit, timed(function, self.index, order["pause_s"], order["spans"]), *arguments, halvings=halvings)
+        submit(
+            self,
+            unit,
+            timed(function, self.index, order["pause_s"], order["spans"]),
+            *arguments,
+            oom_retries=oom_retries,
+        )
         note("handed", self.index, pids[actor])
         if handed_out == order["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def noted(self: Losses, worker: int) -> None:
+    def noted(self: RecoveryLog, worker: int) -> None:
         note("done", worker)
         done(self, worker)
 
     WorkerGroup.submit = counted  # type: ignore[method-assign]
-    Losses.done = noted  # type: ignore[method-assign]
+    RecoveryLog.done = noted  # type: ignore[method-assign]
     try:
         answer(compose("scan", *order["overrides"]))
     except InfscanError as error:

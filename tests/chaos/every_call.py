@@ -18,7 +18,7 @@ from infscan.storage.local import LocalDisk
 from infscan.storage.remote import ObjectStore
 from infscan.storage.writers import temporary_name
 from tests.chaos.one_process import RankKilled, on_rank
-from tests.runtime.builders import small_run, tiny_model, token_corpus, token_queries
+from tests.steps.runs import small_run, tiny_model, token_corpus, token_queries
 
 OPERATIONS = ("read", "open", "write", "create", "stat", "find", "names", "remove", "sweep", "check_space")
 CHANGING = ("write", "create", "remove")

@@ -34,9 +34,9 @@ from tests.chaos.costs import Event, Result, Span, gaps, in_flight_s, mean_unit_
 from tests.chaos.disks import STAND_IN, FillableDisk, fillable_disk, may_mount
 from tests.chaos.proxy import Plan, fault_proxy
 from tests.chaos.warm import Child
-from tests.runtime.builders import small_run, token_corpus
-from tests.runtime.test_end_to_end import rows_of
 from tests.servers import moto
+from tests.steps.runs import small_run, token_corpus
+from tests.steps.test_end_to_end import rows_of
 
 RANK_KILLED, RANK_STOPPED = "a rank: SIGKILL", "a rank: SIGSTOP"
 NODE_KILLED, DRIVER_KILLED = "a raylet: SIGKILL", "the driver: SIGKILL, then the same command"

@@ -1,13 +1,13 @@
 """The main job without Ray: the driver's own code and the ranks' own code in this process, one after the other.
 
-The pool's loop, its scheduler and every phase are the real ones. In the place of Ray stand a worker group that does its
-step when it is asked for the outcome, and loops over the tasks between passes. A rank's model is loaded once.
+The pool's loop, its scheduler and every step are the real ones. In the place of Ray stand a worker group that does its
+unit when it is asked for the outcome, and a loop over tasks without a model. A rank's model is loaded once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 import pytest
 
 from infscan.config import ClusterConfig, Config
-from infscan.corpus.pieces import Piece
+from infscan.engine import pool as pool_module
+from infscan.engine.executor import OnDone, RunRecords, TaskMap, advance
+from infscan.engine.metrics import RunMetrics
+from infscan.engine.ray_executor import RayExecutor
+from infscan.engine.worker_group import Outcome, State
 from infscan.model.architecture import describe
-from infscan.model.load import Place
-from infscan.passes.rank import Rank, RankSettings
-from infscan.runtime import fit, prepare, run, scan
-from infscan.runtime import pool as pool_module
-from infscan.runtime.group import Outcome, State
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps import run
+from infscan.telemetry import Telemetry
 
 T = TypeVar("T")
 # Of a task between passes, as Ray has it.
@@ -63,30 +66,34 @@ def _as_task(work: Callable[[], T]) -> T:
 class HereGroup:
     """A worker group of one rank in this process, with the interface that the pool knows."""
 
-    _ranks: dict[str, Rank] = {}  # noqa: RUF012 - by settings, for all groups
+    _ranks: dict[str, ModelWorker] = {}  # noqa: RUF012 - by settings, for all groups
 
-    def __init__(self, index: int, settings: RankSettings, cluster: ClusterConfig, gpus: float) -> None:
+    def __init__(self, index: int, settings: WorkerSettings, cluster: ClusterConfig, gpus: float) -> None:
         self.index, self.settings = index, settings
         self.running: list[object] = []
         self.facts: list[Any] = []
         # Told to those who watch, where another test has left a Ray in this process.
-        self.pulse = SimpleNamespace(faults=Counter[str]())
+        self.heartbeats = SimpleNamespace(faults=Counter[str]())
         self.start()
 
     def start(self) -> None:
         self.state, self.unit = State.starting, None
         key = repr(self.settings)
         if key not in self._ranks:
-            self._ranks[key] = Rank(self.settings, Place())
+            self._ranks[key] = ModelWorker(self.settings, RankContext())
         self.rank = self._ranks[key]
         self.rank.forget()
 
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0) -> None:
+    def submit(self, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
         assert self.state is State.idle
-        self.state, self.unit, self.step = State.busy, unit, lambda: self.rank.attempt(function, halvings, *arguments)
+        self.state, self.unit, self.step = (
+            State.busy,
+            unit,
+            lambda: self.rank.attempt(function, oom_retries, *arguments),
+        )
 
     def poll(self) -> tuple[Outcome, Any] | None:
         if self.state is State.idle:
@@ -116,22 +123,36 @@ class HereGroup:
         return
 
 
-def _layers_here(run: Any, name: str, function: Any, plan: Any) -> None:
-    for layer in plan.layers:
-        _as_task(lambda layer=layer: function(run.factors_store, plan, layer))  # type: ignore[misc]
+class HereExecutor(RayExecutor):
+    """The executor on Ray, its pool's groups and its tasks in this process."""
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
+        with self.telemetry.phase(tasks.name, len(tasks.items), tasks.unit_name) as phase:
+            for item in tasks.items:
+                done = tasks.is_done(item)
+                result = None if done else _as_task(lambda i=item: tasks.function(*tasks.arguments(i)))  # type: ignore[misc]
+                if on_done:
+                    on_done(item, result)
+                advance(tasks, phase, item, result)
 
 
-def _pieces_here(
-    pieces: Sequence[Piece], rows: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    for index, (piece, row) in enumerate(zip(pieces, rows, strict=True)):
-        yield _as_task(lambda given=row | {"index": index, "piece": piece}: function(given))  # type: ignore[misc]
+class HereBackend:
+    gpus = 0.0
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.cluster = cluster
+
+    def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> HereExecutor:
+        return HereExecutor(self.cluster, self.gpus, settings, telemetry, records)
 
 
 def load_rank(config: Config) -> None:
     """Have the model loaded that a run of this configuration will use."""
     layers = describe(config.model.path, config.model.tracked).layers
-    HereGroup(0, RankSettings(config.model, layers, config.sharded), config.cluster, 0.0)
+    HereGroup(0, WorkerSettings(config.model, layers, config.sharded), config.cluster, 0.0)
 
 
 def _wait_here(pool: pool_module.Pool) -> list[Any]:
@@ -141,14 +162,10 @@ def _wait_here(pool: pool_module.Pool) -> list[Any]:
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """Within it, jobs.scan.answer(config) runs in this process."""
+    """Within it, infscan.pipeline.answer(config) runs in this process, through the pool."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "connect", lambda cluster: None)
-        patch.setattr(run, "gpus_per_rank", lambda cluster: 0.0)
-        patch.setattr(run.preflight, "check_capacity", lambda cluster, gpus: None)
-        patch.setattr(scan, "ray", SimpleNamespace(put=lambda arrays: arrays))
-        patch.setattr(fit, "_on_layers", _layers_here)
-        patch.setattr(prepare, "_on_ray", _pieces_here)
+        patch.setattr(run, "connect_backend", lambda cluster: HereBackend(cluster))
+        patch.setattr(RunMetrics, "metrics", None)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
         patch.setattr(pool_module.Pool, "wait", _wait_here)
         yield

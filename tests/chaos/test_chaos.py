@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from infscan.engine.pool import Pool
+from infscan.engine.recovery import RecoveryLog
+from infscan.engine.worker_group import State, WorkerGroup
 from infscan.model.architecture import describe
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.results.read import read_summary
-from infscan.runtime.group import State, WorkerGroup
-from infscan.runtime.losses import Losses
-from infscan.runtime.pool import Pool
 from tests.chaos.costs import Result, cost_table, recovered_table
 from tests.chaos.harness import (
     DISK_FULL,
@@ -30,7 +30,7 @@ from tests.chaos.harness import (
     STORAGE,
     Harness,
 )
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 LONG = {RANK_KILLED: 30, RANK_STOPPED: 20, NODE_KILLED: 15, DRIVER_KILLED: 25, STORAGE: 12, DISK_FULL: 12}
 # So many of each have an undisturbed twin right before them.
@@ -87,8 +87,8 @@ def pool(harness: Harness) -> Iterator[Pool]:
     """Two workers of one rank each, of this process."""
     ray.init(address=harness.cluster.address, log_to_driver=False, logging_level="ERROR")
     config = compose("scan", *harness.overrides("pool"))
-    settings = RankSettings(config.model, describe(config.model.path, config.model.tracked).layers, sharded=False)
-    pool = Pool(config.cluster, settings, 0.0, Losses())
+    settings = WorkerSettings(config.model, describe(config.model.path, config.model.tracked).layers, sharded=False)
+    pool = Pool(config.cluster, settings, 0.0, RecoveryLog())
     yield pool
     pool.close()
     ray.shutdown()
@@ -103,13 +103,13 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
         while not file.exists():
             time.sleep(0.01)
 
-    def work(rank: Rank, unit: int) -> None:
+    def work(rank: ModelWorker, unit: int) -> None:
         if unit == 0 and not found.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         # No other unit is done before the death is found: they all wait then.
         wait_for(found)
 
-    def when_all_is_done(settings: RankSettings) -> RankSettings:
+    def when_all_is_done(settings: WorkerSettings) -> WorkerSettings:
         wait_for(all_done)
         return settings
 
@@ -138,7 +138,7 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
 
     all_done.touch()
 
-    def meet(rank: Rank, unit: int) -> None:
+    def meet(rank: ModelWorker, unit: int) -> None:
         (tmp_path / f"{unit}").touch()
         wait_for(tmp_path / f"{1 - unit}")
 

@@ -13,9 +13,9 @@ import pytest
 
 from infscan.config import Config
 from infscan.errors import StorageError, UnwritableError
+from infscan.pipeline import answer
 from infscan.storage import Store
 from infscan.storage import local as local_module
-from infscan.pipeline import answer
 from tests.chaos.disks import STAND_IN, fillable_disk, heed_ballast, may_mount, small_disk
 from tests.chaos.every_call import Tripwire, watched
 from tests.chaos.one_process import without_ray

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from infscan.config import Config, check
+from infscan.pipeline import answer
 from infscan.results.read import read_summary
 from infscan.storage import Store
 from infscan.storage.writers import is_abandoned
-from infscan.pipeline import answer
 from tests.chaos.every_call import (
     CHANGING,
     Call,

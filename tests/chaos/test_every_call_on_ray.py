@@ -11,11 +11,11 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig
-from infscan.passes.scan import ScanTask
-from infscan.results.read import read_summary
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
+from infscan.engine.worker_group import WorkerGroup
 from infscan.pipeline import answer
+from infscan.results.read import read_summary
+from infscan.steps.scan import ScanTask
 from tests.chaos.every_call import Crash, crash_driver, tiny_inputs, tiny_run, watched
 from tests.chaos.test_every_call import SEED, Twin, content, some
 

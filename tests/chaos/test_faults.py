@@ -20,26 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infscan.config import ClusterConfig, Config, Packing
-from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.packing import pack_settings
+from infscan.engine.cluster import connect
+from infscan.engine.executor import Executor
+from infscan.engine.lease import LEASE, Lease
+from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import FactorsError, InfscanError, RunError
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.rank import Batch, Rank
-from infscan.passes.scan import ScanTask
+from infscan.model.worker import Batch, ModelWorker
+from infscan.pipeline import answer
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
-from infscan.runtime import fit
-from infscan.runtime.group import WorkerGroup
-from infscan.runtime.lease import LEASE, Lease
-from infscan.runtime.pool import connect
-from infscan.runtime.run import Run
+from infscan.steps import factors as fit
+from infscan.steps.scan import ScanTask
 from infscan.storage import Store
-from infscan.pipeline import answer
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
-from tests.runtime.builders import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
-from tests.runtime.test_end_to_end import assert_close_rows, rows_of
+from tests.steps.runs import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
+from tests.steps.test_end_to_end import assert_close_rows, rows_of
 
 SHARDS, PER_SHARD = 30, 8
 SEQUENCES = SHARDS * PER_SHARD
@@ -156,15 +154,15 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     room, submit = Room(), WorkerGroup.submit
 
     def submit_cramped(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, halvings: int = 0
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
     ) -> None:
         tokens = room.tokens
 
-        def in_little_memory(rank: Rank, *arguments: Any) -> Any:
+        def in_little_memory(rank: ModelWorker, *arguments: Any) -> Any:
             def backward(batch: Batch, *rest: Any, **named: Any) -> Tensor:
                 if batch.ids_bt.numel() > tokens:
                     raise MemoryError("no room")
-                return Rank.backward(rank, batch, *rest, **named)
+                return ModelWorker.backward(rank, batch, *rest, **named)
 
             rank.backward = backward  # type: ignore[method-assign]
             try:
@@ -173,7 +171,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
                 del rank.backward
 
         chosen = in_little_memory if tokens and isinstance(arguments[0], ScanTask) else function
-        submit(self, unit, chosen, *arguments, halvings=halvings)
+        submit(self, unit, chosen, *arguments, oom_retries=oom_retries)
 
     monkeypatch.setattr(WorkerGroup, "submit", submit_cramped)
     return room
@@ -385,15 +383,15 @@ def test_factors_that_another_driver_finished_meanwhile_are_taken(
 ) -> None:
     """It removes the partial sums when it is done, under the hands of this one."""
     factors = tmp_path / "factors"
-    sums = fit._lambda
+    sums = fit._Fitting.sum_lambdas
 
-    def meanwhile(run: Run, plan: FactorsPlan, corpus: PreparedCorpus) -> None:
-        sums(run, plan, corpus)
+    def meanwhile(self: fit._Fitting, executor: Executor) -> None:
+        sums(self, executor)
         shutil.copytree(twin.factors.path or "", factors, dirs_exist_ok=True)
         shutil.rmtree(factors / "covariance")
         shutil.rmtree(factors / "lambda")
 
-    monkeypatch.setattr(fit, "_lambda", meanwhile)
+    monkeypatch.setattr(fit._Fitting, "sum_lambdas", meanwhile)
     config = disturbed(twin, tmp_path, f"factors.path={factors}", "cluster.num_workers=1")
     answer(config)
     assert_same_answer(config, twin)

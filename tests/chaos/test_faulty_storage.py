@@ -9,18 +9,18 @@ import pytest
 import ray
 
 from infscan.config import ClusterConfig, Config
+from infscan.engine.cluster import connect
 from infscan.errors import StorageError
-from infscan.results.read import read_scores, read_summary
-from infscan.runtime.pool import connect
-from infscan.storage import Store
 from infscan.pipeline import answer
+from infscan.results.read import read_scores, read_summary
+from infscan.storage import Store
 from tests.chaos.every_call import tiny_inputs, tiny_run
 from tests.chaos.one_process import without_ray
 from tests.chaos.proxy import Plan, Proxy, always, fault_proxy
 from tests.chaos.test_every_call import SEED
 from tests.conftest import Bucket
-from tests.runtime.builders import small_run
-from tests.runtime.test_end_to_end import rows_of
+from tests.steps.runs import small_run
+from tests.steps.test_end_to_end import rows_of
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def serve(listener: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
     import tests.chaos.disks
-    import tests.runtime.builders  # noqa: F401
+    import tests.steps.runs  # noqa: F401
 
     # Ray reads its settings, a worker's job among them, from the environment at its import: each child imports it.
     assert "ray" not in sys.modules

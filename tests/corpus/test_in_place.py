@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infscan.config import Attention, Packing
 from infscan.corpus import arrays, describe, in_place, megatron
-from infscan.corpus.addressable import AddressableCorpus, check_told_apart
+from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError
@@ -107,7 +107,7 @@ def after_eos(sequence: Sequence) -> list[int]:
 @given(docs=with_empty, length=st.integers(2, 12))
 def test_every_layout_tells_where_attention_begins_anew(kind: str, docs: list[list[int]], length: int) -> None:
     corpus = FORMATS[kind](docs, settings(Packing.concat, length))
-    for sequence in corpus.read(np.arange(corpus.sequences), Attention.within):
+    for sequence in open_corpus(corpus.store, Attention.within).read(np.arange(corpus.sequences)):
         assert sequence.starts is not None
         assert sequence.starts.tolist() == after_eos(sequence)
     assert all(sequence.starts is None for sequence in everything(corpus))
@@ -118,9 +118,9 @@ def test_megatron_documents_without_eos_are_told_apart_by_the_index() -> None:
     layouts.megatron(store, "a", [[5, 6, 7], [8, 9], [4] * 6])
     pack = settings(Packing.concat, T)
     corpus = layouts.described(store, corpus_config(store.uri), pack)
-    found = corpus.read(np.arange(2), Attention.within)
+    found = open_corpus(corpus.store, Attention.within).read(np.arange(2))
     assert [sequence.starts.tolist() for sequence in found if sequence.starts is not None] == [[0, 3, 5], [0]]
-    check_told_apart(corpus)
+    require_document_boundaries(corpus)
 
 
 @pytest.mark.parametrize("kind", ["npy", "mds"])
@@ -133,12 +133,12 @@ def test_arrays_without_an_eos_are_refused_where_documents_are_kept_apart(kind: 
         layouts.mds(store, [{"tokens": np.array(flat[at : at + T])} for at in range(0, 400, T)], {"tokens": "ndarray"})
     pack = settings(Packing.concat, T)
     with pytest.raises(CorpusError, match=r"nothing says where they begin: none of [\d,]+ token ids is EOS \(0\)"):
-        check_told_apart(layouts.described(store, corpus_config(store.uri), pack))
+        require_document_boundaries(layouts.described(store, corpus_config(store.uri), pack))
     # Told what documents end with, it is read; and so are samples that are documents.
-    check_told_apart(layouts.described(store, corpus_config(store.uri), replace(pack, eos_id=flat[0])))
+    require_document_boundaries(layouts.described(store, corpus_config(store.uri), replace(pack, eos_id=flat[0])))
     if kind == "mds":
         alone = settings(Packing.document, T)
-        check_told_apart(layouts.described(store, corpus_config(store.uri, packing=Packing.document), alone))
+        require_document_boundaries(layouts.described(store, corpus_config(store.uri, packing=Packing.document), alone))
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))

@@ -55,10 +55,10 @@ def test_numbers_run_through_and_any_of_them_come_back(tmp_path: Path, parts: di
     apart = [
         one.starts.tolist()
         for part in parts.values()
-        for one in part.read(np.arange(part.sequences), Attention.within)
+        for one in open_corpus(part.store, Attention.within).read(np.arange(part.sequences))
         if one.starts is not None
     ]
-    within = corpus.read(np.arange(corpus.sequences), Attention.within)
+    within = open_corpus(corpus.store, Attention.within).read(np.arange(corpus.sequences))
     assert [one.starts.tolist() for one in within if one.starts is not None] == apart
     assert len(apart) == corpus.sequences
     blocks = [block.tokens[block.offsets[row] : block.offsets[row + 1]].tolist()

@@ -16,10 +16,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from infscan.runtime.group import _ACTOR
+from infscan.engine.worker_group import _ACTOR
 from infscan.secrets import names_secret
 from tests.docker.restricted import containers, violations
-from tests.runtime.builders import compose
+from tests.steps.runs import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from infscan.results.read import read_summary
-from tests.runtime.builders import tiny_model, token_corpus, token_queries
+from tests.steps.runs import tiny_model, token_corpus, token_queries
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

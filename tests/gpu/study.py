@@ -18,24 +18,27 @@ from infscan.config import (
     QueriesConfig,
     Solver,
 )
+from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.packing import pack_settings
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.engine.in_process import InProcessExecutor
+from infscan.influence.layout import QueryBatch
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import Place
-from infscan.passes.decompose import decompose_layer, finish_layer
-from infscan.passes.factor_store import FactorsPlan
-from infscan.passes.factors import FitTask, covariance_task, lambda_task
-from infscan.passes.queries import Inverse, QueryTask, query_task
-from infscan.passes.query_batch import read_query_batch
-from infscan.passes.rank import Rank, RankSettings
-from infscan.passes.refine import RefineTask
-from infscan.passes.scan import ScanTask, scan_task
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, read_queries
+from infscan.steps.factor_files import FactorsPlan
+from infscan.steps.factors import fit_factors
+from infscan.steps.labels import FitTask
+from infscan.steps.preconditioner import Preconditioner
+from infscan.steps.queries import QueryTask, query_task, read_query_batch
+from infscan.steps.refine import RefineTask
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store, expand
-from tests.runtime.builders import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
+from tests.steps.runs import CONTEXT, EOS, VOCAB, tiny_model, token_corpus, token_queries
 
 SHARD = "shard-000000"
 SEQUENCES, QUERIES = 48, 3
@@ -66,15 +69,15 @@ class Study:
         return Study(folder, describe(str(model), "mlp"), tuple(queries))
 
     @property
-    def corpus(self) -> Store:
-        return Store(str(self.folder / "corpus"))
+    def corpus(self) -> CorpusAddress:
+        return CorpusAddress(Store(str(self.folder / "corpus")))
 
     def factors(self, name: str) -> Store:
         return Store(str(self.folder / "factors" / name))
 
-    def rank(self, device: str, dtype: Dtype = Dtype.float32) -> Rank:
+    def rank(self, device: str, dtype: Dtype = Dtype.float32) -> ModelWorker:
         model = ModelConfig(path=self.architecture.folder, dtype=dtype)
-        return Rank(RankSettings(model, self.architecture.layers, sharded=False), Place(device=device))
+        return ModelWorker(WorkerSettings(model, self.architecture.layers, sharded=False), RankContext(device=device))
 
     def fit_task(self, name: str, labels: Labels, *, draw_labels: bool = False) -> FitTask:
         layers = self.architecture.layers
@@ -88,24 +91,19 @@ class Study:
         )
         return FitTask(self.factors(name), self.corpus, plan, 0, 0, labels, 0, draw_labels)
 
-    def fit(self, rank: Rank, name: str) -> None:
+    def fit(self, rank: ModelWorker, name: str) -> None:
         """Factors of the empirical Fisher: its labels are the corpus's, so that devices have the same."""
         task = self.fit_task(name, Labels.empirical)
-        covariance_task(rank, task)
-        for layer in task.plan.layers:
-            decompose_layer(task.factors, task.plan, layer)
-        lambda_task(rank, task)
-        for layer in task.plan.layers:
-            finish_layer(task.factors, task.plan, layer)
+        fit_factors(InProcessExecutor.on(rank), task.factors, self.corpus.open(), task.plan, task.labels, task.seed)
 
-    def query_arrays(self, rank: Rank, factors: str, compressed: int | None) -> dict[str, np.ndarray]:
+    def query_batch(self, rank: ModelWorker, factors: str, compressed: int | None) -> QueryBatch:
         run, name = self.run(rank, compressed), "queries.safetensors"
-        inverse = Inverse(self.factors(factors), Solver.ekfac, DampingConfig())
+        inverse = Preconditioner(self.factors(factors), Solver.ekfac, DampingConfig())
         how = (compressed, Compression.weighted, "study")
         query_task(rank, QueryTask(run, name, self.queries, self.architecture.layers, inverse, *how))
-        return read_query_batch(run, [[name]])
+        return read_query_batch(run, [[name]]).batch
 
-    def scan_task(self, rank: Rank, compressed: int | None) -> ScanTask:
+    def scan_task(self, rank: ModelWorker, compressed: int | None) -> ScanTask:
         """The whole corpus as one shard, every row kept."""
         return ScanTask(
             run=self.run(rank, compressed),
@@ -122,7 +120,7 @@ class Study:
             fingerprint="study",
         )
 
-    def refine_task(self, rank: Rank, factors: str) -> RefineTask:
+    def refine_task(self, rank: ModelWorker, factors: str) -> RefineTask:
         """Every sequence for every query, after the full-rank scan, which has written their tokens."""
         return RefineTask(
             run=self.run(rank, None),
@@ -130,15 +128,15 @@ class Study:
             group="all",
             queries=self.queries,
             layers=self.architecture.layers,
-            inverse=Inverse(self.factors(factors), Solver.ekfac, DampingConfig()),
+            inverse=Preconditioner(self.factors(factors), Solver.ekfac, DampingConfig()),
             shards=((SHARD, np.arange(SEQUENCES)),),
             wanted={n: tuple(range(QUERIES)) for n in range(SEQUENCES)},
             tokens_per_batch=TOKENS_PER_BATCH,
         )
 
-    def scores(self, rank: Rank, factors: str, compressed: int | None) -> np.ndarray:
+    def scores(self, rank: ModelWorker, factors: str, compressed: int | None) -> np.ndarray:
         """[queries, sequences], as the scan wrote them."""
-        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_arrays(rank, factors, compressed))
+        answer = scan_task(rank, self.scan_task(rank, compressed), self.query_batch(rank, factors, compressed))
         assert answer is not None
         hits, counts = answer
         assert counts.nonfinite == 0
@@ -146,6 +144,6 @@ class Study:
         scores[hits.queries, hits.sequence_ids] = hits.scores
         return scores
 
-    def run(self, rank: Rank, compressed: int | None) -> Store:
+    def run(self, rank: ModelWorker, compressed: int | None) -> Store:
         """A store for each scan: a shard's file that is there already stays."""
         return Store(str(self.folder / "runs" / f"{rank.device}-{rank.model.dtype}-{compressed}".replace(":", "")))

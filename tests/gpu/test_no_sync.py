@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from infscan.config import Labels
-from infscan.passes.factors import covariance_task, lambda_task
-from infscan.passes.rank import Batch, Rank
-from infscan.passes.refine import refine_task
-from infscan.passes.scan import scan_task
+from infscan.model.worker import Batch, ModelWorker
+from infscan.steps.factors import covariance_task, lambda_task
+from infscan.steps.refine import refine_task
+from infscan.steps.scan import scan_task
 from tests.gpu.study import Study
 
 
@@ -25,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture
-def rank(study: Study, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
+def rank(study: Study, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelWorker]:
     """A rank on the GPU that refuses to synchronise from its first batch to the end of its loop.
 
     The model's own forward is let through: with neither mask nor cache, transformers looks at the position ids once
@@ -56,28 +56,28 @@ def rank(study: Study, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_guard_sees_a_hidden_wait(study: Study, rank: Rank) -> None:
-    sequences = rank.corpus(study.corpus).read(study.scan_task(rank, None).sequence_ids)
+def test_the_guard_sees_a_hidden_wait(study: Study, rank: ModelWorker) -> None:
+    sequences = rank.read(study.corpus, study.scan_task(rank, None).sequence_ids)
     with pytest.raises(RuntimeError, match="synchroniz"):
         _ = [batch.mask_bt.sum().item() for batch in rank.batches(sequences, 512)]
 
 
 @pytest.mark.parametrize("compressed", [None, 16], ids=["full rank", "rank 16"])
-def test_the_scan_does_not_wait(study: Study, rank: Rank, compressed: int | None) -> None:
-    arrays = study.query_arrays(rank, "cpu", compressed)
-    assert scan_task(rank, study.scan_task(rank, compressed), arrays) is not None
+def test_the_scan_does_not_wait(study: Study, rank: ModelWorker, compressed: int | None) -> None:
+    batch = study.query_batch(rank, "cpu", compressed)
+    assert scan_task(rank, study.scan_task(rank, compressed), batch) is not None
 
 
-def test_refining_does_not_wait(study: Study, rank: Rank) -> None:
-    scan_task(rank, study.scan_task(rank, None), study.query_arrays(rank, "cpu", None))
+def test_refining_does_not_wait(study: Study, rank: ModelWorker) -> None:
+    scan_task(rank, study.scan_task(rank, None), study.query_batch(rank, "cpu", None))
     assert refine_task(rank, study.refine_task(rank, "cpu")) > 0
 
 
 @pytest.mark.parametrize("labels", list(Labels))
-def test_the_covariance_pass_does_not_wait(study: Study, rank: Rank, labels: Labels) -> None:
+def test_the_covariance_pass_does_not_wait(study: Study, rank: ModelWorker, labels: Labels) -> None:
     task = study.fit_task(f"covariance-{labels.value}", labels, draw_labels=labels is Labels.sampled)
     assert covariance_task(rank, task) > 0
 
 
-def test_the_lambda_pass_does_not_wait(study: Study, rank: Rank) -> None:
+def test_the_lambda_pass_does_not_wait(study: Study, rank: ModelWorker) -> None:
     assert lambda_task(rank, study.fit_task("cpu", Labels.empirical)) > 0

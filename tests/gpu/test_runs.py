@@ -10,10 +10,10 @@ import ray
 import torch
 
 from infscan.config import ClusterConfig, Config
-from infscan.results.read import read_layers, read_summary, read_top
-from infscan.runtime.pool import connect
+from infscan.engine.cluster import connect
 from infscan.pipeline import answer
-from tests.runtime.builders import small_run
+from infscan.results.read import read_layers, read_summary, read_top
+from tests.steps.runs import small_run
 
 # Guarantee 2 (other kernels: 1e-5 relative), taken of the strongest score of the query and side: float32 sums of some
 # thousand terms in another order differ by about 1e-6 of that, and a weaker score may be a sum that nearly cancels.

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from infscan.config import Dtype, Labels
-from infscan.passes.factor_store import read_tensors
-from infscan.passes.factors import covariance_task
-from infscan.passes.rank import Rank
+from infscan.model.worker import ModelWorker
+from infscan.results.tensor_files import read_tensors
+from infscan.steps.factors import covariance_task
 from infscan.storage import Store
 from tests.gpu.study import Study
 
@@ -22,7 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def cpu(study: Study) -> Rank:
+def cpu(study: Study) -> ModelWorker:
     """A float32 rank on the CPU, which has fitted the factors `cpu`."""
     rank = study.rank("cpu")
     study.fit(rank, "cpu")
@@ -36,7 +36,7 @@ def relative(ours: np.ndarray | torch.Tensor, theirs: np.ndarray | torch.Tensor)
 
 
 @pytest.mark.parametrize("compressed", [None, 16], ids=["full rank", "rank 16"])
-def test_float32_scores_are_the_cpus(study: Study, cpu: Rank, compressed: int | None) -> None:
+def test_float32_scores_are_the_cpus(study: Study, cpu: ModelWorker, compressed: int | None) -> None:
     """The same factors on both: eigenvectors of nearly equal eigenvalues may turn freely, and are not at question."""
     ours = study.scores(study.rank(GPU), "cpu", compressed)
     theirs = study.scores(cpu, "cpu", compressed)
@@ -44,7 +44,7 @@ def test_float32_scores_are_the_cpus(study: Study, cpu: Rank, compressed: int | 
         assert relative(ours[query], theirs[query]) < 1e-4
 
 
-def test_factors_fitted_on_the_gpu_are_the_cpus(study: Study, cpu: Rank) -> None:
+def test_factors_fitted_on_the_gpu_are_the_cpus(study: Study, cpu: ModelWorker) -> None:
     """A, S and Lambda's mean do not depend on how the eigenvectors of one eigenvalue are turned."""
     study.fit(study.rank(GPU), "gpu")
     ours, theirs = study.factors("gpu"), study.factors("cpu")
@@ -60,7 +60,7 @@ def _tensor(store: Store, kind: str, layer: str) -> torch.Tensor:
     return read_tensors(store, f"{kind}/{layer}.safetensors")[kind]
 
 
-def test_labels_drawn_on_the_gpu_are_the_cpus(study: Study, cpu: Rank) -> None:
+def test_labels_drawn_on_the_gpu_are_the_cpus(study: Study, cpu: ModelWorker) -> None:
     """The numbers come from (seed, sequence, position); rounding may move a boundary of the distribution past a few."""
     drawn = {}
     for name, rank in (("labels-cpu", cpu), ("labels-gpu", study.rank(GPU))):
@@ -70,7 +70,7 @@ def test_labels_drawn_on_the_gpu_are_the_cpus(study: Study, cpu: Rank) -> None:
     assert float(differing) < 1e-3
 
 
-def test_bfloat16_scores_follow_float32(study: Study, cpu: Rank) -> None:
+def test_bfloat16_scores_follow_float32(study: Study, cpu: ModelWorker) -> None:
     ours = study.scores(study.rank(GPU, Dtype.bfloat16), "cpu", None)
     theirs = study.scores(cpu, "cpu", None)
     for query in range(len(theirs)):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from infscan.influence import score
 from infscan.influence.compress import compress
-from infscan.influence.score import LayerQueries, Scratch, cheapest, products, score_layer, score_tokens
+from infscan.influence.score import LayerQueries, Scratch, score_layer, score_tokens
 from tests.influence.factors import normal
 
 B, T, O, I, Q = 4, 6, 5, 7, 3
@@ -27,7 +27,7 @@ def truncated(P_qoi: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 def from_pairs(pairs: list[tuple[Tensor, Tensor]]) -> LayerQueries:
     U_xo, V_xi = (torch.cat([pair[side].T for pair in pairs]) for side in (0, 1))
-    return LayerQueries.low_rank(U_xo, V_xi, [pair[0].shape[1] for pair in pairs])
+    return LayerQueries.factored(U_xo, V_xi, [pair[0].shape[1] for pair in pairs])
 
 
 def test_the_score_is_the_product_with_the_gradient() -> None:
@@ -39,7 +39,7 @@ def test_the_score_is_the_product_with_the_gradient() -> None:
             for s_to, a_ti in zip(s_bto, a_bti, strict=True)
         ]
     )
-    torch.testing.assert_close(score_layer(s_bto, a_bti, LayerQueries.full(P_qoi)), expected)
+    torch.testing.assert_close(score_layer(s_bto, a_bti, LayerQueries.dense(P_qoi)), expected)
     torch.testing.assert_close(score_layer(s_bto, a_bti, low_rank(P_qoi, min(O, I))), expected)
 
 
@@ -49,13 +49,13 @@ def test_low_rank_scores_are_those_of_the_truncated_gradients(
 ) -> None:
     s_bto, a_bti = tokens()
     pairs = truncated(normal(2, Q, O, I), ranks)
-    full = score_layer(s_bto, a_bti, LayerQueries.full(torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])))
+    full = score_layer(s_bto, a_bti, LayerQueries.dense(torch.stack([U_or @ V_ir.T for U_or, V_ir in pairs])))
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
     monkeypatch.setattr(score, "_COLUMNS", 2)  # cut in the middle of a query's columns
     torch.testing.assert_close(score_layer(s_bto, a_bti, from_pairs(pairs)), full)
 
 
-@pytest.mark.parametrize("way", ["low", "full", "joint", "outputs projected", "inputs projected"])
+@pytest.mark.parametrize("way", ["factored", "dense", "shared basis", "outputs projected", "inputs projected"])
 def test_a_biass_1_may_be_left_out(way: str) -> None:
     s_bto, a_bti = tokens()
     a_bti[..., -1] = 1
@@ -64,13 +64,13 @@ def test_a_biass_1_may_be_left_out(way: str) -> None:
     P_qoi = normal(2, Q, O, I)
     B_mo, B_ni = normal(3, 2, O), normal(4, 3, I)
     queries = {
-        "low": low_rank(P_qoi, 2),
-        "full": LayerQueries.full(P_qoi, bias=True),
-        "joint": LayerQueries.cores(normal(5, Q, 2, 3), B_mo, B_ni, bias=True),
-        "outputs projected": LayerQueries.cores(normal(5, Q, 2, I), B_mo, None, Scratch(), bias=True),
-        "inputs projected": LayerQueries.cores(normal(5, Q, O, 3), None, B_ni, Scratch(), bias=True),
+        "factored": low_rank(P_qoi, 2),
+        "dense": LayerQueries.dense(P_qoi, bias=True),
+        "shared basis": LayerQueries.shared_basis(normal(5, Q, 2, 3), B_mo, B_ni, bias=True),
+        "outputs projected": LayerQueries.shared_basis(normal(5, Q, 2, I), B_mo, None, Scratch(), bias=True),
+        "inputs projected": LayerQueries.shared_basis(normal(5, Q, O, 3), None, B_ni, Scratch(), bias=True),
     }[way]
-    whole = LayerQueries.full(queries.multiplied_out())
+    whole = LayerQueries.dense(queries.densify())
     assert (queries.inputs, whole.inputs) == (I, I)
     expected = score_layer(s_bto, a_bti, whole)
     torch.testing.assert_close(score_layer(s_bto, a_bti, queries), expected)
@@ -85,53 +85,41 @@ def test_a_scratch_serves_every_layer_and_dtype_and_changes_nothing(monkeypatch:
     for at_once in (1, 3, B):
         monkeypatch.setattr(score, "_FORMED_ENTRIES", at_once * O * I)
         for s_bto, a_bti, P_qoi in (*layers, layers[0]):
-            found = score_layer(s_bto, a_bti, LayerQueries.full(P_qoi, scratch))
-            torch.testing.assert_close(found, score_layer(s_bto, a_bti, LayerQueries.full(P_qoi)), rtol=0, atol=0)
+            found = score_layer(s_bto, a_bti, LayerQueries.dense(P_qoi, scratch))
+            torch.testing.assert_close(found, score_layer(s_bto, a_bti, LayerQueries.dense(P_qoi)), rtol=0, atol=0)
             exact = torch.einsum("bto,bti,qoi->bq", s_bto.double(), a_bti.double(), P_qoi.double())
             near = {"rtol": 0.05, "atol": 0.5} if P_qoi.dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
             torch.testing.assert_close(found.double(), exact, **near)
         assert scratch.nbytes == at_once * O * I * torch.float64.itemsize
 
 
-def test_every_way_of_laying_out_multiplies_out_to_what_it_stands_for() -> None:
+def test_every_way_of_laying_out_densifies_to_what_it_stands_for() -> None:
     P_qoi = normal(2, Q, O, I)
     pairs = truncated(P_qoi, [1, 5, 3])
     B_mo, B_ni, K_qmn = normal(4, 2, O), normal(5, 3, I), normal(6, Q, 2, 3)
-    assert LayerQueries.full(P_qoi).multiplied_out() is P_qoi
-    torch.testing.assert_close(from_pairs(pairs).multiplied_out(), torch.stack([U @ V.T for U, V in pairs]))
-    joint = LayerQueries.cores(K_qmn, B_mo, B_ni)
-    torch.testing.assert_close(joint.multiplied_out(), B_mo.T @ K_qmn @ B_ni)
+    assert LayerQueries.dense(P_qoi).densify() is P_qoi
+    torch.testing.assert_close(from_pairs(pairs).densify(), torch.stack([U @ V.T for U, V in pairs]))
+    shared = LayerQueries.shared_basis(K_qmn, B_mo, B_ni)
+    torch.testing.assert_close(shared.densify(), B_mo.T @ K_qmn @ B_ni)
     for K, B_m, B_n in ((normal(6, Q, 2, I), B_mo, None), (normal(6, Q, O, 3), None, B_ni)):
-        one_sided = LayerQueries.cores(K, B_m, B_n, bias=True)
+        one_sided = LayerQueries.shared_basis(K, B_m, B_n, bias=True)
         expected = (K if B_m is None else B_m.T @ K) if B_n is None else K @ B_n
-        torch.testing.assert_close(one_sided.multiplied_out(), expected)
+        torch.testing.assert_close(one_sided.densify(), expected)
 
 
-def test_joint_scores_are_those_of_the_products_they_stand_for() -> None:
+def test_shared_basis_scores_are_those_of_the_products_they_stand_for() -> None:
     s_bto, a_bti = tokens()
     B_mo, B_ni, K_qmn = normal(3, 2, O), normal(4, 3, I), normal(5, Q, 2, 3)
-    full = LayerQueries.full(B_mo.T @ K_qmn @ B_ni)
+    full = LayerQueries.dense(B_mo.T @ K_qmn @ B_ni)
     torch.testing.assert_close(
-        score_layer(s_bto, a_bti, LayerQueries.cores(K_qmn, B_mo, B_ni)), score_layer(s_bto, a_bti, full)
+        score_layer(s_bto, a_bti, LayerQueries.shared_basis(K_qmn, B_mo, B_ni)), score_layer(s_bto, a_bti, full)
     )
-
-
-def test_the_cheapest_way_is_low_rank_for_few_queries_and_joint_for_many() -> None:
-    O, I, T, rank = 512, 2048, 256, 16
-    ways = [cheapest(O, I, T, Q, Q * rank, (128, 128)) for Q in (1, 10, 100, 1000)]
-    assert ways == ["low", "joint", "joint", "joint"]
-    assert [cheapest(O, I, T, Q, Q * rank) for Q in (1, 10, 100, 1000)] == ["low", "low", "full", "full"]
-    # Without a basis on either side it is the same; and with one on one side, only that one projects.
-    assert cheapest(O, I, T, 1000, 1000 * rank, (O, I)) == "full"
-    costs = products(O, I, T, 1000, 1000 * rank, (O, 100))
-    assert costs["joint"] == 100 * I + O * 100 * (1 + 1000 / T)
-    assert products(O, I, T, 1000, 1000 * rank, (100, 100))["joint"] == 100 * (O + I) + 100 * 100 * (1 + 1000 / T)
 
 
 def test_token_scores_add_up_to_the_sequences_score() -> None:
     s_bto, a_bti = tokens()
     P_qoi = normal(2, Q, O, I)
-    scores_bq = score_layer(s_bto, a_bti, LayerQueries.full(P_qoi))
+    scores_bq = score_layer(s_bto, a_bti, LayerQueries.dense(P_qoi))
     for query in range(Q):
         torch.testing.assert_close(score_tokens(s_bto, a_bti, P_qoi[query]).sum(dim=1), scores_bq[:, query])
 
@@ -147,7 +135,7 @@ def test_token_scores_take_a_1_that_is_left_out_as_read() -> None:
 def test_other_sequences_and_padding_change_nothing(rank: int | None) -> None:
     s_bto, a_bti = tokens()
     P_qoi = normal(2, Q, O, I)
-    queries = LayerQueries.full(P_qoi) if rank is None else low_rank(P_qoi, rank)
+    queries = LayerQueries.dense(P_qoi) if rank is None else low_rank(P_qoi, rank)
     together = score_layer(s_bto, a_bti, queries)
     alone = torch.cat([score_layer(s_bto[row : row + 1], a_bti[row : row + 1], queries) for row in range(B)])
     padded = score_layer(
@@ -163,23 +151,25 @@ def test_other_sequences_and_padding_change_nothing(rank: int | None) -> None:
 def test_a_querys_score_does_not_depend_on_the_other_queries(rank: int | None) -> None:
     s_bto, a_bti = tokens()
     P_qoi = normal(2, Q, O, I)
-    make = LayerQueries.full if rank is None else lambda P: low_rank(P, rank)
+    make = LayerQueries.dense if rank is None else lambda P: low_rank(P, rank)
     together = score_layer(s_bto, a_bti, make(P_qoi))
     alone = torch.cat([score_layer(s_bto, a_bti, make(P_qoi[query : query + 1])) for query in range(Q)], dim=1)
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("way", ["low", "full", "joint"])
+@pytest.mark.parametrize("way", ["factored", "dense", "shared basis"])
 def test_products_are_in_the_queries_dtype_and_scores_in_the_models(way: str) -> None:
     s_bto, a_bti = (x.float() for x in tokens())
     P_qoi = normal(2, Q, O, I)
 
     def laid_out(dtype: torch.dtype) -> LayerQueries:
-        if way == "low":
+        if way == "factored":
             return low_rank(P_qoi.to(dtype), 2)
-        if way == "full":
-            return LayerQueries.full(P_qoi.to(dtype), Scratch(), bias=True)
-        return LayerQueries.cores(*(normal(n, *of).to(dtype) for n, of in ((5, (Q, 2, 3)), (3, (2, O)), (4, (3, I)))))
+        if way == "dense":
+            return LayerQueries.dense(P_qoi.to(dtype), Scratch(), bias=True)
+        return LayerQueries.shared_basis(
+            *(normal(n, *of).to(dtype) for n, of in ((5, (Q, 2, 3)), (3, (2, O)), (4, (3, I))))
+        )
 
     narrow, wide = laid_out(torch.bfloat16), laid_out(torch.float64)
     assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
@@ -194,8 +184,8 @@ def test_products_are_in_the_queries_dtype_and_scores_in_the_models(way: str) ->
 def test_low_precision_inputs_give_wide_scores(rank: int | None) -> None:
     s_bto, a_bti = (x.to(torch.bfloat16) for x in tokens())
     P_qoi = normal(2, Q, O, I, dtype=torch.bfloat16)
-    queries = LayerQueries.full(P_qoi) if rank is None else low_rank(P_qoi, rank)
-    wide = LayerQueries.full(P_qoi.double()) if rank is None else low_rank(P_qoi.double(), rank)
+    queries = LayerQueries.dense(P_qoi) if rank is None else low_rank(P_qoi, rank)
+    wide = LayerQueries.dense(P_qoi.double()) if rank is None else low_rank(P_qoi.double(), rank)
     scores = score_layer(s_bto, a_bti, queries)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), score_layer(s_bto.double(), a_bti.double(), wide), rtol=0.05, atol=0.5)

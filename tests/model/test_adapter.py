@@ -16,7 +16,7 @@ from infscan.errors import ConfigError, ModelError, StorageError
 from infscan.model.adapter import merge, merged_files
 from infscan.model.architecture import describe
 from tests.model.test_hostile import Trap
-from tests.runtime.builders import tiny_model
+from tests.steps.runs import tiny_model
 
 RANK, ALPHA = 4, 6.0
 NAMES = ("gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.1.attention.dense")

@@ -24,7 +24,7 @@ from transformers import (
 from infscan.errors import ModelError
 from infscan.model.architecture import build_on_meta, describe, refuse_encoder, tracked_layers, weight_files
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
-from tests.runtime.builders import tiny_model
+from tests.steps.runs import tiny_model
 
 _GROUPED = (
     "model.layers",

@@ -15,11 +15,12 @@ from infscan.corpus.batches import pad, pad_positions
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
-from infscan.model.attention import check_keeps_apart, document_mask
+from infscan.model.attention import document_mask
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.measure import next_tokens, summed_losses
-from infscan.runtime.prepare import settings_for
+from infscan.steps.corpus_inputs import settings_for
 from tests.model import families
 from tests.model.families import CONFIGS, VOCAB, save
 
@@ -74,8 +75,8 @@ def test_documents_of_a_sequence_are_as_if_alone(
     monkeypatch.setattr(families, "CONFIGS", CONFIGS | WINDOWED)
     path = str(save(family, tmp_path))
     settings = ModelConfig(path, Dtype.float64, gradient_checkpointing=checkpointing)
-    model = load(settings, Place(), sharded=False)
-    check_keeps_apart(model)
+    model = load(settings, RankContext(), sharded=False)
+    check_document_mask(model)
     layers = describe(path, "linear").layers
     rows = tokens(ROWS)
     sequences = [np.concatenate(row) for row in rows]
@@ -138,10 +139,10 @@ def test_a_family_that_is_told_no_positions_is_refused_before_it_is_loaded(
 
 
 def test_a_model_that_sees_through_the_boundary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(ModelConfig(str(save("gpt_neox", tmp_path)), Dtype.float64), Place(), sharded=False)
+    model = load(ModelConfig(str(save("gpt_neox", tmp_path)), Dtype.float64), RankContext(), sharded=False)
     forward = model.module.forward
     monkeypatch.setattr(
         model.module, "forward", lambda input_ids, use_cache, **_: forward(input_ids=input_ids, use_cache=use_cache)
     )
     with pytest.raises(ModelError, match=r"within: gpt_neox does not keep the documents of a sequence apart"):
-        check_keeps_apart(model)
+        check_document_mask(model)

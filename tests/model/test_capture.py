@@ -18,7 +18,8 @@ from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
 from infscan.model.architecture import Architecture, describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from tests.model.families import CONFIGS, VOCAB, save
 
@@ -38,7 +39,7 @@ class Subject:
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = save(request.param, tmp_path_factory.mktemp("models"))
-    return Subject(folder, load(ModelConfig(str(folder), Dtype.float64), Place(), sharded=False))
+    return Subject(folder, load(ModelConfig(str(folder), Dtype.float64), RankContext(), sharded=False))
 
 
 def batch(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def test_layers_of_one_input_are_fed_the_same_values(subject: Subject) -> None:
 
 def test_gradient_checkpointing_gives_the_same(subject: Subject) -> None:
     settings = ModelConfig(str(subject.folder), Dtype.float64, gradient_checkpointing=True)
-    checkpointed = load(settings, Place(), sharded=False)
+    checkpointed = load(settings, RankContext(), sharded=False)
     layers = subject.layers("linear").layers
     plain, found = (captured(model, layers, SEQUENCES) for model in (subject.model, checkpointed))
     assert plain.keys() == found.keys()

@@ -17,7 +17,8 @@ from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.score import LayerQueries, score_layer, score_tokens
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from tests.golden import Golden, golden
 
@@ -44,7 +45,7 @@ class Reproduction:
     def __init__(self, truth: Golden) -> None:
         self.truth = truth
         self.layers = describe(str(truth.model), "mlp").layers
-        model = load(ModelConfig(str(truth.model), Dtype.float64), Place(), sharded=False)
+        model = load(ModelConfig(str(truth.model), Dtype.float64), RankContext(), sharded=False)
         ids_bt = torch.tensor(truth.train)
         _, weights_bt = next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool))
         self.train = capture(model, self.layers, ids_bt, weights_bt)
@@ -104,11 +105,11 @@ def test_scores_and_both_margins(run: Reproduction, kind: str) -> None:
     for layer in run.layers:
         a_bti, s_bto = run.train[layer.name]
         P_qoi = run.P(layer)
-        queries = LayerQueries.full(P_qoi)
+        queries = LayerQueries.dense(P_qoi)
         if kind != "full":
             low = [compress(P_oi, run.truth.rank) for P_oi in P_qoi]
             U_xo, V_xi = torch.cat([one.U_or.T for one in low]), torch.cat([one.V_ir.T for one in low])
-            queries = LayerQueries.low_rank(U_xo, V_xi, [run.truth.rank] * len(low))
+            queries = LayerQueries.factored(U_xo, V_xi, [run.truth.rank] * len(low))
             P_qoi = torch.stack([one.U_or @ one.V_ir.T for one in low])
         scores_bq = score_layer(s_bto, a_bti, queries)
         assert relative(scores_bq.T, by_layer[layer.name]) < 1e-7, layer.name

@@ -15,8 +15,9 @@ from infscan.config import ModelConfig
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ModelError
 from infscan.model.architecture import describe, weight_files
-from infscan.model.load import Place, load
-from tests.runtime.builders import tiny_model
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
+from tests.steps.runs import tiny_model
 
 
 class Trap:
@@ -44,7 +45,7 @@ def refused(folder: Path) -> str:
     with pytest.raises(ModelError) as caught:
         describe(str(folder), "mlp")
     with pytest.raises(ModelError):
-        load(ModelConfig(path=str(folder)), Place(), sharded=False)
+        load(ModelConfig(path=str(folder)), RankContext(), sharded=False)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -77,7 +78,7 @@ def test_a_pickle_beside_good_weights_is_left_alone(folder: Path, tmp_path: Path
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "owned")))
     describe(str(folder), "mlp")
-    load(ModelConfig(path=str(folder)), Place(), sharded=False)
+    load(ModelConfig(path=str(folder)), RankContext(), sharded=False)
     assert load_tokenizer(str(folder)) is not None
     assert not (tmp_path / "owned").exists()
 

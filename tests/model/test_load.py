@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from infscan.config import Dtype, ModelConfig
 from infscan.errors import ModelError
 from infscan.model.architecture import build_on_meta, load_config
-from infscan.model.load import LoadedModel, Place, _checkpoint_tensors, load, resolve_dtype
+from infscan.model.load import _checkpoint_tensors, load, resolve_dtype
+from infscan.model.loaded import LoadedModel, RankContext
 from tests.model.families import CONFIGS, save
 
 
 def loaded(folder: Path, dtype: Dtype = Dtype.float64, **settings: bool) -> LoadedModel:
-    return load(ModelConfig(str(folder), dtype, **settings), Place(), sharded=False)
+    return load(ModelConfig(str(folder), dtype, **settings), RankContext(), sharded=False)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))

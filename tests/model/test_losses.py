@@ -18,8 +18,9 @@ from infscan.config import Dtype, ModelConfig
 from infscan.model import losses
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
-from infscan.model.losses import Loss
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
+from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import sample_labels, summed_losses, uniforms
 from tests.model.families import CONFIGS, save
 
@@ -32,7 +33,7 @@ _B, _T, _V = 3, 7, 40
 
 
 def loaded(folder: Path, dtype: Dtype = Dtype.float64) -> LoadedModel:
-    return load(ModelConfig(str(folder), dtype), Place(), sharded=False)
+    return load(ModelConfig(str(folder), dtype), RankContext(), sharded=False)
 
 
 def some_ids() -> Tensor:
@@ -82,7 +83,12 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 def test_every_family_gives_what_all_its_logits_give(family: str, tmp_path: Path) -> None:
     model, loss = loaded(save(family, tmp_path)), some_loss()
     assert model.head_is_last
-    agree(gradients(model, lambda: model.losses(some_ids(), None, loss)), whole(model, loss), rtol=1e-10, atol=1e-12)
+    agree(
+        gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)),
+        whole(model, loss),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("family", list(_AFTERWARDS))
@@ -104,7 +110,12 @@ def test_what_a_family_does_to_its_logits_is_not_lost(family: str, tmp_path: Pat
     module.save_pretrained(tmp_path)
     model, loss = loaded(tmp_path), some_loss()
     assert not model.head_is_last
-    agree(gradients(model, lambda: model.losses(some_ids(), None, loss)), whole(model, loss), rtol=1e-10, atol=1e-12)
+    agree(
+        gradients(model, lambda: sequence_losses(model, some_ids(), None, loss)),
+        whole(model, loss),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_the_chunks_change_nothing_and_bound_the_logits(rows: int, tmp_path: Path) -> None:
@@ -113,7 +124,7 @@ def test_the_chunks_change_nothing_and_bound_the_logits(rows: int, tmp_path: Pat
     seen: list[int] = []
     # The product itself: hooks on the head see what stands in for it.
     head.forward = lambda h: seen.append(len(h)) or nn.functional.linear(h, head.weight)
-    found = gradients(model, lambda: model.losses(some_ids(), None, loss))
+    found = gradients(model, lambda: sequence_losses(model, some_ids(), None, loss))
     del head.forward
     assert sum(seen) == _B * _T
     assert max(seen) <= rows
@@ -127,7 +138,7 @@ def test_drawn_labels_are_those_of_the_whole_distribution_and_their_loss_is_take
         p_mv = model.logits(some_ids()).flatten(0, 1).softmax(-1)
     expected = sample_labels(p_mv, loss.uniforms_bt.flatten()).view(_B, _T)
     before = loss.labels_bt.clone()
-    found = gradients(model, lambda: model.losses(some_ids(), None, loss))
+    found = gradients(model, lambda: sequence_losses(model, some_ids(), None, loss))
     assert torch.equal(loss.labels_bt, expected)
     assert not torch.equal(loss.labels_bt, before)
     agree(found, whole(model, Loss(expected, loss.weights_bt)), rtol=1e-10, atol=1e-12)
@@ -137,7 +148,7 @@ def test_drawn_labels_are_those_of_the_whole_distribution_and_their_loss_is_take
 def test_a_narrow_model_has_wide_losses(dtype: Dtype, tmp_path: Path) -> None:
     folder = save("llama", tmp_path)
     model, loss = loaded(folder, dtype), some_loss()
-    found = gradients(model, lambda: model.losses(some_ids(), None, loss))
+    found = gradients(model, lambda: sequence_losses(model, some_ids(), None, loss))
     assert found[0].dtype is torch.float32
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype is Dtype.float32 else {"rtol": 2e-2, "atol": 2e-2}
     by_autograd = gradients(model, lambda: summed_losses(model.logits(some_ids()), loss.labels_bt, loss.weights_bt))
@@ -148,8 +159,8 @@ def test_the_head_is_its_own_again_afterwards_also_when_the_forward_fails(tmp_pa
     model = loaded(save("gpt_neox", tmp_path))
     before = model.logits(some_ids())
     with pytest.raises(IndexError):
-        model.losses(some_ids() + _V, None, some_loss())
-    model.losses(some_ids(), None, some_loss())
+        sequence_losses(model, some_ids() + _V, None, some_loss())
+    sequence_losses(model, some_ids(), None, some_loss())
     assert "forward" not in model.module.get_output_embeddings().__dict__
     assert torch.equal(model.logits(some_ids()), before)
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from infscan.model.architecture import describe
-from infscan.model.load import Place, load
+from infscan.model.load import load
+from infscan.model.loaded import RankContext
 from tests.model.families import save
 from tests.model.zero3_rank import captured, settings
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str) -> None:
     chosen = settings(folder, name)
-    whole = load(chosen, Place(), sharded=False)
+    whole = load(chosen, RankContext(), sharded=False)
     layers = describe(chosen.path, "linear").layers
     for rank in range(WORLD):
         found = load_file(folder / f"{name}-{rank}.safetensors")

@@ -17,8 +17,9 @@ from infscan.config import Dtype, ModelConfig, Offload, ZeroConfig
 from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
-from infscan.model.load import LoadedModel, Place, load
-from infscan.model.losses import Loss
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext
+from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens
 
 # Nothing stays gathered: every parameter is really partitioned and fetched when it is used.
@@ -48,14 +49,14 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: b
         found.clear()
         with capturing(model.module, layers, consume):
             loss = Loss(*next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool)))
-            losses_b = model.losses(ids_bt, positions_bt, loss)
+            losses_b = sequence_losses(model, ids_bt, positions_bt, loss)
             backward(losses_b.sum())
     with torch.no_grad():
         return found | {"losses": losses_b.detach().clone(), "logits": model.logits(ids_bt, positions_bt).clone()}
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
-    place = Place(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
+    place = RankContext(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
     for name in names:
         chosen = settings(folder, name)
         model = load(chosen, place, sharded=True)

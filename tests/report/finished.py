@@ -8,7 +8,7 @@ from pathlib import Path
 from infscan.config import Config
 from infscan.pipeline import answer
 from tests.chaos.one_process import without_ray
-from tests.runtime.builders import small_run, text_corpus, tiny_model, write_jsonl
+from tests.steps.runs import small_run, text_corpus, tiny_model, write_jsonl
 
 CONTEXT = 128
 HOSTILE = {

@@ -17,7 +17,7 @@ import pytest
 from infscan.report.write import write_report
 from infscan.results.read import read_top
 from tests.report.finished import HOSTILE, finish, write_hostile
-from tests.runtime.builders import text_corpus, text_queries
+from tests.steps.runs import text_corpus, text_queries
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from infscan.config import Config, Dtype, Sharding
+from infscan.config import MOST_RANK, Config, Dtype, Sharding
 from infscan.errors import ModelError
+from infscan.influence import layout
+from infscan.influence.layout import Factored, Spectrum, plan_layouts, without_content
 from infscan.model.architecture import Architecture, describe
-from infscan.model.load import Place
-from infscan.passes.query_batch import on_device
-from infscan.passes.rank import Rank, RankSettings
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
-from infscan.sizing.memory import DryRank, memory_line, pass_costs, scan_cost, scan_memory
-from tests.runtime.builders import CONTEXT, tiny_model
+from infscan.sizing.memory import DryWorker, memory_line, pass_costs, scan_cost, scan_memory
+from infscan.steps.queries import on_device
+from tests.steps.runs import CONTEXT, tiny_model
 
 FAMILIES = ("gpt_neox", "gpt2", "llama")
 
@@ -52,8 +55,10 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
 ) -> None:
     """2 N and 2 N for every weight that is multiplied with, 4 and 8 T d for attention, 2 R (O + I) for the queries."""
     architecture = models[family]
-    found = scan_cost(DryRank(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
-    rank = Rank(RankSettings(config_for(architecture).model, architecture.layers, sharded=False), Place(device="meta"))
+    found = scan_cost(DryWorker(config_for(architecture), architecture, CONTEXT, 0.0), 3).flop_per_token
+    rank = ModelWorker(
+        WorkerSettings(config_for(architecture).model, architecture.layers, sharded=False), RankContext(device="meta")
+    )
     weights = [p for name, p in rank.model.module.named_parameters() if p.dim() == 2]
     embeddings = [m.weight for m in rank.model.module.modules() if isinstance(m, torch.nn.Embedding)]
     tied = rank.model.module.get_output_embeddings().weight is rank.model.module.get_input_embeddings().weight
@@ -65,17 +70,34 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
     assert found == pytest.approx(4 * multiplied + attention + scoring, rel=0.02)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_what_many_queries_take_is_no_more_than_was_said(tmp_path: Path, share: float) -> None:
+    """With scan.rank=auto, whatever ranks are allocated and whatever bases are found."""
+    architecture, queries = describe(str(tiny_model(tmp_path, width=128)), "mlp"), 300
+    config, layers = config_for(architecture), architecture.layers
+    entries = int(share * queries * sum(layer.size for layer in layers))
+    config.scan.rank, config.scan.query_group_bytes = "auto", 4 * entries
+    said = scan_cost(DryWorker(config, architecture, CONTEXT, 0.0), queries).memory.queries
+    spectra = {layer.name: Spectrum.largest(queries, MOST_RANK) for layer in layers}
+    for energy in (0.1, 0.6, 1.0):
+        plan = plan_layouts(spectra, layers, CONTEXT, entries, energy, share=True)
+        few = {name: (3, 3) for name in list(plan.candidates)[::2] if 9 * queries <= plan.candidates[name]}
+        for found in (plan, plan.with_bases(few), plan.with_largest_bases()):
+            batch = layout.on_device(without_content(found, queries, torch.float32), layers, "meta", torch.float32)
+            assert 0 < sum(one.nbytes for one in batch.values()) <= said
+
+
 def test_what_a_dry_rank_holds_is_what_a_rank_holds(models: dict[str, Architecture]) -> None:
     architecture = models["gpt_neox"]
     config = config_for(architecture)
-    rank = Rank(RankSettings(config.model, architecture.layers, sharded=False), Place())
-    arrays = {
-        f"{layer.name}|{kind}": torch.randn(3, n, 4).numpy()
+    rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext())
+    made = np.random.default_rng(0)
+    batch = {
+        layer.name: Factored(made.random((12, layer.outputs)), made.random((12, layer.inputs)), (4,) * 3)
         for layer in architecture.layers
-        for kind, n in (("U", layer.outputs), ("V", layer.inputs))
     }
-    laid_out = on_device(rank, arrays)
-    held = sum(part.nbytes for one in laid_out.values() for part in (*one.U_parts, *one.V_parts))
+    laid_out = on_device(rank, batch)
+    held = sum(one.nbytes for one in laid_out.values())
     memory = scan_memory(config, architecture, 3, CONTEXT, 0.0)
     assert memory.queries == held
     module = rank.model.module
@@ -104,7 +126,7 @@ def test_sharding_divides_the_weights_and_adds_what_is_gathered(models: dict[str
     config.model.zero = replace(config.model.zero, max_live_parameters=0, prefetch_bucket_size=0)
     config.cluster = replace(config.cluster, ranks_per_worker=4)
     shard = scan_memory(config, architecture, 3, CONTEXT, 0.0)
-    largest = max(p.numel() for p in DryRank(config, architecture, CONTEXT, 0.0).rank.model.module.parameters())
+    largest = max(p.numel() for p in DryWorker(config, architecture, CONTEXT, 0.0).worker.model.module.parameters())
     parameters = architecture.parameters
     assert whole.weights - shard.weights == 4 * (parameters - -(-parameters // 4) - largest)
     assert shard.activations == whole.activations
@@ -122,9 +144,9 @@ def test_on_a_gpu_a_model_has_its_own_dtype_and_no_heap(tmp_path: Path) -> None:
 
 def test_code_that_does_not_run_on_shapes_alone_is_said_to(models: dict[str, Architecture]) -> None:
     architecture = models["gpt_neox"]
-    sized = DryRank(config_for(architecture), architecture, CONTEXT, 0.0)
+    sized = DryWorker(config_for(architecture), architecture, CONTEXT, 0.0)
     with pytest.raises(ModelError, match=r"does not run on shapes alone \(TypeError: .*meta.*measure a small run"):
-        sized.backward(sized.layers, lambda layer, s_bto, a_bti: s_bto.numpy())
+        sized.backward(sized.layers, lambda _: lambda layer, s_bto, a_bti: s_bto.numpy(), sized.batch())
 
 
 def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, Architecture]) -> None:

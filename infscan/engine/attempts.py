@@ -1,0 +1,83 @@
+"""What becomes of a unit whose attempt failed: tried again, in smaller micro-batches or as it is, or given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from infscan.engine.schedule import Schedule
+from infscan.errors import (
+    ConfigError,
+    FactorsError,
+    InfscanError,
+    ModelError,
+    QueryError,
+    RunError,
+    StorageError,
+    UnwritableError,
+)
+from infscan.model.out_of_memory import RankMemoryError
+
+# Errors that another attempt cannot fix: they end the step at once.
+FATAL = (ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
+LONGEST_BACK_OFF_S = 60.0
+
+OnGivenUp = Callable[[Any, str], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a unit is given up, and what its attempt failed of: `error`, `memory`, `storage` or `lost`."""
+
+    given_up: bool
+    cause: str
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether storage was busy, broken or out of reach: nobody's fault, and another attempt may succeed."""
+    return isinstance(error, StorageError) and error.passes
+
+
+def judge(
+    schedule: Schedule, unit: Any, error: BaseException, reason: str, *, lost: bool = False, killed: bool = False
+) -> Verdict:
+    """Record a failed attempt. lost: its worker failed, not the unit. killed: for the memory that it took.
+
+    Raises:
+        RunError: where one sequence alone does not fit a rank's memory.
+        InfscanError: where another attempt cannot fix the error.
+    """
+    if isinstance(error, FATAL):
+        raise error
+    if isinstance(error, RankMemoryError) and error.rows == 1:
+        raise RunError(
+            f"one sequence alone ({error.tokens} tokens) does not fit a rank's memory ({error.reason}). Cut the "
+            "model over more ranks (cluster.ranks_per_worker), set model.gradient_checkpointing=true or "
+            "model.dtype=bfloat16, or prepare the corpus with a shorter corpus.sequence_length."
+        )
+    if killed or (isinstance(error, RankMemoryError) and error.rows is not None):
+        return Verdict(schedule.retry_smaller(unit, reason), "memory")
+    if lost or is_transient(error):
+        return Verdict(schedule.lose(unit, reason), "storage" if is_transient(error) else "lost")
+    return Verdict(schedule.fail(unit, reason), "error")
+
+
+def give_up(unit: Any, error: BaseException, reason: str, attempts: int, on_given_up: OnGivenUp | None) -> None:
+    """Hand a unit that is given up to `on_given_up`.
+
+    Raises:
+        InfscanError: where there is no such function.
+    """
+    if on_given_up is not None:
+        on_given_up(unit, reason)
+    elif isinstance(error, InfscanError):
+        raise error
+    else:
+        raise RunError(f"given up after {attempts} attempts: {reason}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's kind and the last line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"

@@ -1,0 +1,116 @@
+"""The Ray cluster that a run's workers are on: joining and leaving it, and whether a worker fits it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from infscan.config import ClusterConfig, Placement
+from infscan.errors import ConfigError
+
+log = logging.getLogger("infscan")
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Join the Ray cluster of `cluster.address` (or RAY_ADDRESS), or start a local one that fits the worker groups."""
+    if ray.is_initialized():
+        return
+    with _own_signal_handlers():
+        _init(cluster)
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put this process's signal handlers back after Ray, on starting, has set its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, handler)
+
+
+def _init(cluster: ClusterConfig) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Every error that ends a step is raised here once; what Ray would print of the others is a traceback each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"cluster.address={address}: no Ray cluster answers there ({reason}); start one, or leave it null for "
+                "a local Ray."
+            ) from None
+        return
+    # One CPU more than the ranks need, for the tasks between passes.
+    needed = cluster.num_workers * cluster.ranks_per_worker * cluster.cpus_per_rank + 1
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)
+
+
+def gpus_per_rank(cluster: ClusterConfig) -> float:
+    """What was asked for; else one where the cluster has GPUs, none where it has not."""
+    if cluster.gpus_per_rank is not None:
+        return cluster.gpus_per_rank
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
+    """Refuse what a local Ray can never give; a cluster may grow, and is waited for.
+
+    Raises:
+        ConfigError: naming what a worker needs and what this machine has.
+    """
+    have = ray.cluster_resources()
+    ranks = cluster.ranks_per_worker
+    needs = {"CPU": float(ranks * cluster.cpus_per_rank), "GPU": ranks * gpus}
+    short = any(need > have.get(kind, 0.0) for kind, need in needs.items())
+    apart = cluster.placement is Placement.STRICT_SPREAD and ranks > len(ray.nodes())
+    if not short and not apart:
+        return
+    missing = missing_capacity(cluster, gpus)
+    if not cluster.address and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"cluster: this machine has no room for a worker: {missing}. Lower cluster.ranks_per_worker, "
+            "cluster.cpus_per_rank or cluster.gpus_per_rank, or name a larger cluster with cluster.address=..."
+        )
+    log.warning("workers     no room yet: %s; waiting up to cluster.capacity_s=%g s", missing, cluster.capacity_s)
+
+
+def bundle_of(cluster: ClusterConfig, gpus: float, host_bytes: int | None = None) -> dict[str, float]:
+    """What one rank asks Ray for."""
+    bundle = {"CPU": float(cluster.cpus_per_rank)}
+    if gpus:
+        bundle["GPU"] = gpus
+    if host_bytes:
+        bundle["memory"] = float(host_bytes)
+    return bundle
+
+
+def missing_capacity(cluster: ClusterConfig, gpus: float, host_bytes: int | None = None) -> str:
+    """What a worker needs, and what the cluster's living nodes have."""
+    rank = bundle_of(cluster, gpus, host_bytes)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [{kind: resources.get(kind, 0.0) for kind in rank} for resources in alive]
+    nodes = "; ".join(sorted(map(_amounts, have))) or "none"
+    return (
+        f"one needs {cluster.ranks_per_worker} x {{{_amounts(rank)}}} (cluster.placement={cluster.placement.value}), "
+        f"and the nodes that are alive have in all {{{nodes}}}"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    shown = {kind: f"{amount / 2**30:.3g} GiB" for kind, amount in resources.items() if kind == "memory"}
+    return ", ".join(f"{kind} {shown.get(kind, f'{amount:g}')}" for kind, amount in resources.items())

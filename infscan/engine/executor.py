@@ -1,0 +1,181 @@
+"""Running a step's units: in this process, or on the workers of a Ray cluster (`infscan.engine.ray_executor`).
+
+Nothing here knows what a step computes. A unit whose output is in storage is skipped; one that fails is tried again,
+and given up in the end. What a step reads and writes is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from infscan.config import Backend, ClusterConfig, ModelConfig
+from infscan.engine.facts import RankFacts
+from infscan.engine.metrics import RunMetrics
+from infscan.engine.recovery import RecoveryLog
+from infscan.storage import storage_faults
+from infscan.telemetry import PhaseView, Telemetry
+
+if TYPE_CHECKING:
+    from infscan.engine.in_process import InProcessExecutor as InProcessExecutor
+    from infscan.model.worker import WorkerSettings
+
+U = TypeVar("U")
+OnDone = Callable[[Any, Any], None]
+OnGivenUp = Callable[[Any, str], None]
+
+
+def _nothing(*_: Any) -> tuple[int, int]:
+    return 0, 0
+
+
+@dataclass(frozen=True)
+class Step(Generic[U]):
+    """Units of work that need the model. A unit is a number, or a tuple of numbers and names."""
+
+    # The phase's name in logs and in summary.json, and what it calls a unit.
+    name: str
+    unit_name: str
+    # In the order in which they are handed out.
+    units: Sequence[U]
+    # function(worker, task, *shared): run on every rank of a worker group; rank 0's result is the unit's.
+    function: Callable[..., Any]
+    # Makes a unit's task when it is handed out, since a task may say what was finished by then.
+    task: Callable[[U], Any]
+    # Whether the unit's output is in storage, made of the same inputs.
+    is_done: Callable[[U], bool] = lambda unit: False
+    # The sequences and tokens that a finished unit has read, from the unit and its result.
+    progress: Callable[[U, Any], tuple[int, int]] = _nothing
+
+
+@dataclass(frozen=True)
+class TaskMap(Generic[U]):
+    """Work without a model, one item at a time, each in a process of its own."""
+
+    name: str
+    unit_name: str
+    items: Sequence[U]
+    # function(*arguments(item)); a module's own function, so that its process imports that module alone.
+    function: Callable[..., Any]
+    arguments: Callable[[U], tuple[Any, ...]]
+    is_done: Callable[[U], bool] = lambda item: False
+    progress: Callable[[U, Any], tuple[int, int]] = _nothing
+    # CPU cores that an item asks for; 0 where ranks, which wait meanwhile, hold all of them.
+    cores: int = 1
+
+
+@dataclass
+class RunRecords:
+    """What the executors of one run, one for each stage, record together."""
+
+    recovery: RecoveryLog = field(default_factory=RecoveryLog)
+    metrics: RunMetrics = field(default_factory=lambda: RunMetrics(""))
+    # Called between units; what it raises ends the step (a driver that lost its lease).
+    check: Callable[[], None] = lambda: None
+    # Called with what the driver waits for, for those who watch; with nothing where it works again.
+    announce: Callable[[str], None] = lambda state: None
+    # Transient faults of storage that this process had met before, by kind.
+    faults_before: Mapping[str, int] = field(default_factory=storage_faults)
+
+
+class Executor(Protocol):
+    """The workers that hold one model, and the processes beside them. Workers start when a step first needs them."""
+
+    @property
+    def settings(self) -> WorkerSettings:
+        """What its workers are started with."""
+        ...
+
+    @property
+    def oom_retries(self) -> int:
+        """How often micro-batches were halved because memory ran out."""
+        ...
+
+    @property
+    def telemetry(self) -> Telemetry: ...
+
+    def run(
+        self,
+        step: Step[Any],
+        on_done: OnDone | None = None,
+        on_given_up: OnGivenUp | None = None,
+        shared: Sequence[Any] = (),
+    ) -> Mapping[Any, str]:
+        """Run the step's units that are not done. Returns those given up, with reasons.
+
+        on_done(unit, result) and on_given_up(unit, reason) are called in this process as units end. shared: what every
+        task reads besides, as `share` gave it.
+
+        Raises:
+            RunError: where a unit is given up and no `on_given_up` takes it, where one sequence does not fit a rank's
+                memory, or where no worker can be started.
+            InfscanError: at once, where an error cannot be fixed by another attempt.
+        """
+        ...
+
+    def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
+        """Run every item that is not done; an error of the function is raised as itself.
+
+        on_done(item, result) is called for every item, with None for those that were done.
+        """
+        ...
+
+    def share(self, value: Any) -> Any:
+        """What every task is to read, kept once; given to `run`, or among a task's arguments, in place of the value."""
+        ...
+
+    def reserve(self, host_bytes: int) -> None:
+        """Have workers that start from now on ask a shared cluster for so much host memory with each rank."""
+        ...
+
+    def change_model(self, model: ModelConfig) -> None:
+        """End the workers, where there are any; the next step's load `model`."""
+        ...
+
+    def forget(self) -> None:
+        """Have the workers drop what a finished step cached."""
+        ...
+
+    def facts(self) -> list[list[RankFacts]]:
+        """By worker and rank, what they say of themselves; those that ended for another model first."""
+        ...
+
+    def close(self) -> None:
+        """End the workers, where there are any."""
+        ...
+
+
+def left_of(step: Step[U]) -> list[U]:
+    """The units that are still to be done."""
+    return [unit for unit in step.units if not step.is_done(unit)]
+
+
+def advance(work: Step[U] | TaskMap[U], phase: PhaseView, unit: U, result: Any) -> None:
+    """Count a finished unit."""
+    sequences, tokens = work.progress(unit, result)
+    phase.advance(sequences=sequences, tokens=tokens)
+
+
+class Machines(Protocol):
+    """Makes executors on one cluster."""
+
+    # GPUs of a rank; 0 for a CPU.
+    gpus: float
+
+    def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> Executor: ...
+
+
+def connect_backend(cluster: ClusterConfig) -> Machines:
+    """Reach what the workers run on: a Ray cluster, or this process (cluster.backend).
+
+    Raises:
+        ConfigError: where there is no such cluster, or it cannot hold a worker.
+    """
+    if cluster.backend is Backend.ray:
+        from infscan.engine.ray_executor import RayBackend
+
+        return RayBackend(cluster)
+    from infscan.engine.in_process import InProcessBackend
+
+    return InProcessBackend(cluster)

@@ -1,0 +1,190 @@
+"""Steps in this process, one unit after the other: for tests, studies and notebooks, and one machine without Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from infscan.config import ClusterConfig, ModelConfig
+from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of
+from infscan.engine.executor import OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, left_of
+from infscan.engine.facts import RankFacts, facts_of
+from infscan.engine.schedule import Schedule
+from infscan.errors import ConfigError
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.storage.host import resident_bytes, this_host
+from infscan.telemetry import PhaseView, Telemetry
+
+log = logging.getLogger("infscan")
+
+
+class InProcessBackend:
+    """One worker of one rank: this process, on its first GPU where it has one."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        if cluster.ranks_per_worker != 1:
+            raise ConfigError(
+                f"cluster.ranks_per_worker={cluster.ranks_per_worker}: one process holds one rank; use "
+                "cluster.backend=ray, or cluster.ranks_per_worker=1."
+            )
+        self.cluster = cluster
+        self.gpus = 1.0 if torch.cuda.is_available() and cluster.gpus_per_rank != 0 else 0.0
+
+    def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> InProcessExecutor:
+        device = "cuda:0" if self.gpus else "cpu"
+        context = RankContext(device=device, threads=self.cluster.cpus_per_rank)
+        return InProcessExecutor(settings, context, telemetry, records, max_attempts=self.cluster.max_attempts)
+
+
+class InProcessExecutor:
+    """An executor (`infscan.engine.executor.Executor`) whose only worker is this process."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings | None = None,
+        context: RankContext | None = None,
+        telemetry: Telemetry | None = None,
+        records: RunRecords | None = None,
+        *,
+        max_attempts: int = 3,
+    ) -> None:
+        self._settings, self.context = settings, context or RankContext()
+        self.telemetry, self.records = telemetry or Telemetry(), records or RunRecords()
+        self.max_attempts = max_attempts
+        self.oom_retries = 0
+        self._worker: ModelWorker | None = None
+        self._bytes = (0, 0)
+        self._ended: list[list[RankFacts]] = []
+
+    @classmethod
+    def on(cls, worker: ModelWorker) -> InProcessExecutor:
+        """An executor whose model is loaded already."""
+        made = cls(context=worker.context)
+        made._worker = worker
+        return made
+
+    @property
+    def settings(self) -> WorkerSettings:
+        assert self._settings is not None, "this executor was made without a model"
+        return self._settings
+
+    @property
+    def worker(self) -> ModelWorker:
+        """The loaded model; loaded when it is first asked for."""
+        if self._worker is None:
+            with self.telemetry.phase("workers", 1, "workers") as phase:
+                before = resident_bytes()
+                self._worker = ModelWorker(self.settings, self.context)
+                self._bytes = before, resident_bytes()
+                phase.advance()
+            self.records.recovery.worker_started(0)
+            if self.records.metrics.traced:
+                self._worker.spans = []
+        return self._worker
+
+    def run(
+        self,
+        step: Step[Any],
+        on_done: OnDone | None = None,
+        on_given_up: OnGivenUp | None = None,
+        shared: Sequence[Any] = (),
+    ) -> Mapping[Any, str]:
+        left = left_of(step)
+        if not left:
+            return {}
+        self.records.metrics.done_before = len(step.units) - len(left)
+        schedule = Schedule(left, self.max_attempts)
+        with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
+            self.records.recovery.start_step()
+            while (unit := schedule.take()) is not None:
+                self.records.check()
+                self._attempt(step, schedule, unit, phase, on_done, on_given_up, shared)
+        return schedule.given_up
+
+    def _attempt(
+        self,
+        step: Step[Any],
+        schedule: Schedule,
+        unit: Any,
+        phase: PhaseView,
+        on_done: OnDone | None,
+        on_given_up: OnGivenUp | None,
+        shared: Sequence[Any],
+    ) -> None:
+        worker, recovery, metrics = self.worker, self.records.recovery, self.records.metrics
+        retries, task = schedule.oom_retries.get(unit, 0), step.task(unit)
+        recovery.unit_started(0)
+        metrics.unit_started(0, unit, schedule.attempt(unit))
+        try:
+            result = worker.attempt(step.function, retries, task, *shared)
+        except Exception as error:
+            self._failed(schedule, unit, error, on_given_up)
+            return
+        self._storage_failures = 0
+        recovery.unit_finished(0)
+        metrics.unit_finished(0, "done")
+        schedule.succeed(unit)
+        if on_done:
+            on_done(unit, result)
+        advance(step, phase, unit, result)
+
+    _storage_failures = 0
+
+    def _failed(self, schedule: Schedule, unit: Any, error: Exception, on_given_up: OnGivenUp | None) -> None:
+        reason = reason_of(error)
+        verdict = judge(schedule, unit, error, reason)
+        self.oom_retries += verdict.cause == "memory" and not verdict.given_up
+        log.warning("unit %s: %s; %s", unit, reason, "given up" if verdict.given_up else "tried again")
+        self.records.recovery.unit_failed(0)
+        self.records.metrics.unit_finished(0, verdict.cause)
+        if verdict.given_up:
+            give_up(unit, error, reason, self.max_attempts, on_given_up)
+        elif is_transient(error):
+            pause = min(LONGEST_BACK_OFF_S, 2.0**self._storage_failures)
+            self._storage_failures += 1
+            log.warning("storage has trouble; nothing is done for %g s", pause)
+            time.sleep(pause)
+
+    def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
+        with self.telemetry.phase(tasks.name, len(tasks.items), tasks.unit_name) as phase:
+            for item in tasks.items:
+                self.records.check()
+                result = None if tasks.is_done(item) else tasks.function(*tasks.arguments(item))
+                if on_done:
+                    on_done(item, result)
+                advance(tasks, phase, item, result)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def reserve(self, host_bytes: int) -> None:
+        """This process has what it has."""
+
+    def change_model(self, model: ModelConfig) -> None:
+        self._ended += self.facts()
+        self.close()
+        self._settings = replace(self.settings, model=model)
+
+    def forget(self) -> None:
+        if self._worker is not None:
+            self._worker.forget()
+
+    def facts(self) -> list[list[RankFacts]]:
+        if self._worker is None:
+            return list(self._ended)
+        return [*self._ended, [facts_of(self._worker.model, this_host().name, str(os.getpid()), *self._bytes)]]
+
+    def close(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            metrics = self.records.metrics
+            if metrics.traced and self.settings.output is not None:
+                metrics.write_trace(self.settings.output, [worker.spans or []])
+            self.records.recovery.workers_closed()

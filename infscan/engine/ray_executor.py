@@ -1,0 +1,156 @@
+"""Steps on a Ray cluster: units on worker groups that outlive a step, work without a model in processes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from infscan.config import ClusterConfig, ModelConfig
+from infscan.engine.cluster import check_capacity, connect, gpus_per_rank
+from infscan.engine.executor import OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, left_of
+from infscan.engine.facts import RankFacts
+from infscan.engine.pool import Pool
+from infscan.model.worker import WorkerSettings
+from infscan.telemetry import Telemetry
+
+# A process that dies under a task is replaced so often.
+_TASK_RETRIES = 3
+
+
+class RayBackend:
+    """A connected cluster that can hold a worker, or may grow until it can."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.cluster = cluster
+        connect(cluster)
+        self.gpus = gpus_per_rank(cluster)
+        check_capacity(cluster, self.gpus)
+
+    def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> RayExecutor:
+        return RayExecutor(self.cluster, self.gpus, settings, telemetry, records)
+
+
+class RayExecutor:
+    """An executor (`infscan.engine.executor.Executor`) on a Ray cluster."""
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        gpus: float,
+        settings: WorkerSettings,
+        telemetry: Telemetry,
+        records: RunRecords,
+    ) -> None:
+        self.cluster, self.gpus = cluster, gpus
+        self.settings, self.telemetry, self.records = settings, telemetry, records
+        self._pool: Pool | None = None
+        # Of workers that ended for another model: what they said of themselves, and how often they ran out of memory.
+        self._ended: list[list[RankFacts]] = []
+        self._ended_oom_retries = 0
+
+    @property
+    def oom_retries(self) -> int:
+        return self._ended_oom_retries + (self._pool.oom_retries if self._pool else 0)
+
+    @property
+    def pool(self) -> Pool:
+        """The worker groups; started when they are first asked for."""
+        if self._pool is None:
+            records = self.records
+            with self.telemetry.phase("workers", self.cluster.num_workers, "workers") as phase:
+                self._pool = Pool(
+                    self.cluster,
+                    self.settings,
+                    self.gpus,
+                    records.recovery,
+                    records.check,
+                    records.metrics,
+                    records.announce,
+                )
+                phase.advance(units=self._pool.wait_for_one())
+                if records.metrics.traced:
+                    self._pool.trace(True)
+        return self._pool
+
+    def run(
+        self,
+        step: Step[Any],
+        on_done: OnDone | None = None,
+        on_given_up: OnGivenUp | None = None,
+        shared: Sequence[Any] = (),
+    ) -> Mapping[Any, str]:
+        left = left_of(step)
+        if not left:
+            return {}
+        self.records.metrics.done_before = len(step.units) - len(left)
+        with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
+
+            def finished(unit: Any, result: Any) -> None:
+                if on_done:
+                    on_done(unit, result)
+                advance(step, phase, unit, result)
+
+            return self.pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
+
+    def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
+        """As many items at once as the cluster has cores."""
+        remote: Any = ray.remote(num_cpus=tasks.cores, max_retries=_TASK_RETRIES, scheduling_strategy="SPREAD")
+        function = remote(tasks.function)
+        at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        done = [tasks.is_done(item) for item in tasks.items]
+        waiting = [item for item, there in zip(tasks.items, done, strict=True) if not there][::-1]
+        running: dict[ray.ObjectRef, Any] = {}
+        with self.telemetry.phase(tasks.name, len(tasks.items), tasks.unit_name) as phase:
+
+            def finished(item: Any, result: Any) -> None:
+                if on_done:
+                    on_done(item, result)
+                advance(tasks, phase, item, result)
+
+            for item, there in zip(tasks.items, done, strict=True):
+                if there:
+                    finished(item, None)
+            while waiting or running:
+                self.records.check()
+                while waiting and len(running) < at_once:
+                    item = waiting.pop()
+                    running[function.remote(*tasks.arguments(item))] = item
+                for ref in ray.wait(list(running))[0]:
+                    finished(running.pop(ref), _result(ref))
+
+    def share(self, value: Any) -> Any:
+        # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
+        return ray.put(value)
+
+    def reserve(self, host_bytes: int) -> None:
+        self.settings = replace(self.settings, host_bytes=host_bytes)
+
+    def change_model(self, model: ModelConfig) -> None:
+        self._ended, self._ended_oom_retries = self.facts(), self.oom_retries
+        self.close()
+        self.settings = replace(self.settings, model=model)
+
+    def forget(self) -> None:
+        if self._pool is not None:
+            self._pool.forget()
+
+    def facts(self) -> list[list[RankFacts]]:
+        return [*self._ended, *(self._pool.facts() if self._pool else [])]
+
+    def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            metrics = self.records.metrics
+            if metrics.traced and self.settings.output is not None:
+                metrics.write_trace(self.settings.output, pool.trace(False))
+            pool.close()
+
+
+def _result(ref: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None

@@ -1,0 +1,91 @@
+"""Which unit of work goes out next, and when one is given up: a pure state machine, without Ray, clocks or threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# A unit outlives many more losses of machines than errors of its own: pre-emption says nothing about the unit.
+LOSSES_PER_ATTEMPT = 10
+# 2^16 tokens are more than a micro-batch has.
+MOST_OOM_RETRIES = 16
+
+
+@dataclass
+class Schedule:
+    """Units are waiting, running, done or given up; each is in exactly one of these. A unit is any hashable value."""
+
+    units: Iterable[Any]
+    # Errors of a unit itself after which it is given up. Losses of machines and retries with smaller micro-batches have
+    # budgets of their own: max_attempts * LOSSES_PER_ATTEMPT and MOST_OOM_RETRIES.
+    max_attempts: int
+    waiting: deque[Any] = field(init=False)
+    running: set[Any] = field(init=False, default_factory=set)
+    done: set[Any] = field(init=False, default_factory=set)
+    given_up: dict[Any, str] = field(init=False, default_factory=dict)
+    errors: dict[Any, int] = field(init=False, default_factory=dict)
+    losses: dict[Any, int] = field(init=False, default_factory=dict)
+    oom_retries: dict[Any, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(self.units)
+
+    @property
+    def finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    def take(self) -> Any | None:
+        """The next unit to run, or None while none waits."""
+        if not self.waiting:
+            return None
+        unit = self.waiting.popleft()
+        self.running.add(unit)
+        return unit
+
+    def attempt(self, unit: Any) -> int:
+        """Which attempt at the unit this is, from 1."""
+        oom_retries = min(self.oom_retries.get(unit, 0), MOST_OOM_RETRIES)
+        return 1 + self.errors.get(unit, 0) + self.losses.get(unit, 0) + oom_retries
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many units are in each state."""
+        counted = (("waiting", self.waiting), ("running", self.running), ("done", self.done))
+        return {name: len(units) for name, units in counted} | {"given_up": len(self.given_up)}
+
+    def succeed(self, unit: Any) -> None:
+        self.running.remove(unit)
+        self.done.add(unit)
+
+    def fail(self, unit: Any, reason: str) -> bool:
+        """The unit itself went wrong. Returns whether it is given up; else it waits again, behind the others."""
+        self.errors[unit] = self.errors.get(unit, 0) + 1
+        return self._again(unit, reason, self.errors[unit] >= self.max_attempts)
+
+    def lose(self, unit: Any, reason: str) -> bool:
+        """The machine under the unit went away. Returns whether the unit is given up."""
+        self.losses[unit] = self.losses.get(unit, 0) + 1
+        return self._again(unit, reason, self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT)
+
+    def retry_smaller(self, unit: Any, reason: str) -> bool:
+        """Its memory ran out: it waits again, with micro-batches of half the size. Returns whether it is given up."""
+        last = not self.allow_smaller(unit)
+        return self._again(unit, reason, last)
+
+    def allow_smaller(self, unit: Any) -> bool:
+        """Half the size in the unit's next attempt. Returns False where it has none, or they were halved enough."""
+        oom_retries = self.oom_retries.get(unit, 0) + 1
+        if unit in self.done or unit in self.given_up or oom_retries > MOST_OOM_RETRIES:
+            return False
+        self.oom_retries[unit] = oom_retries
+        return True
+
+    def _again(self, unit: Any, reason: str, last: bool) -> bool:
+        self.running.remove(unit)
+        if last:
+            self.given_up[unit] = reason
+        else:
+            self.waiting.append(unit)
+        return last

@@ -1,0 +1,154 @@
+"""Exact Gauss-Newton-vector products over the tracked layers: the curvature that EK-FAC approximates.
+
+G = (1/N) sum over sequences, sum over positions t of J_t^T H_t J_t     (METHOD: ground truths; G23 equation 8)
+
+J_t: the Jacobian of position t's logits with respect to the tracked [W, b]. H_t = diag(p) - p p^T: the Hessian of the
+cross-entropy with respect to the logits, which is the Fisher of labels drawn from the model. Positions are those of
+EK-FAC's pseudo-gradients (`Batch.positions`): every one that is not padding, the last included, unless a loss mask says
+less. G is a mean over sequences of summed losses, as Lambda is. A layer counts as the linear map it is: a weight tied
+to an embedding moves in the layer alone.
+
+Vectors are [K, P]: K of them, each with every tracked layer's [O, I(+1)] matrix, row by row, one layer after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from infscan.corpus import sequences as corpus
+from infscan.influence.layers import Layer
+from infscan.model.worker import Batch, ModelWorker
+
+# hook(layer, inputs [..., I], outputs [..., O]) -> outputs, or None to leave them as they are
+LayerHook = Callable[[Layer, Tensor, Tensor], Tensor | None]
+
+
+def join(layers: Sequence[Layer], matrices: Mapping[str, Tensor]) -> Tensor:
+    """[K, P] from one [K, O, I] per layer."""
+    return torch.cat([matrices[layer.name].flatten(1) for layer in layers], dim=1)
+
+
+def split(layers: Sequence[Layer], x_kp: Tensor) -> dict[str, Tensor]:
+    """One [K, O, I] per layer from [K, P]; views where the layout allows."""
+    parts = x_kp.split([layer.size for layer in layers], dim=1)
+    return {
+        layer.name: part.reshape(-1, layer.outputs, layer.inputs) for layer, part in zip(layers, parts, strict=True)
+    }
+
+
+def damping_vector(layers: Sequence[Layer], lambdas: Mapping[str, float], like: Tensor) -> Tensor:
+    """lambda_l repeated over its layer's entries: [P], in the dtype and on the device of `like`."""
+    sizes = torch.tensor([layer.size for layer in layers])
+    values = torch.tensor([lambdas[layer.name] for layer in layers], dtype=torch.float64)
+    return values.repeat_interleave(sizes).to(like)
+
+
+class GaussNewton:
+    """G of some sequences, at a worker's model, over its tracked layers. One whole model: no sharding.
+
+    tokens_per_batch: padded tokens per forward; memory grows with it times the vectors multiplied at once.
+    """
+
+    def __init__(self, worker: ModelWorker, sequences: Sequence[corpus.Sequence], tokens_per_batch: int) -> None:
+        self.worker = worker
+        self.layers = worker.layers
+        self.sequences = sequences
+        self.tokens_per_batch = tokens_per_batch
+        self.size = sum(layer.size for layer in self.layers)
+
+    def product(self, x_kp: Tensor, rows: NDArray[np.int64] | None = None) -> Tensor:
+        """G x for K vectors at once: [K, P] -> [K, P], float32 or wider. rows: G of these sequences alone."""
+        chosen = self.sequences if rows is None else [self.sequences[row] for row in rows.tolist()]
+        matrices = split(self.layers, x_kp)
+        total_kp = torch.zeros(x_kp.shape, dtype=self.worker.wide, device=x_kp.device)
+        # Attention in plain operations: its fused kernels have no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch in self.worker.batches(chosen, self.tokens_per_batch):
+                total_kp += join(self.layers, self._batch_product(batch, matrices))
+        return total_kp / len(chosen)
+
+    def _batch_product(self, batch: Batch, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """sum over the batch's positions of J^T H J, by layer: [K, O, I]."""
+        directions_kbtv = self._logit_directions(batch, matrices)
+        logits_btv, inputs, outputs = self._recorded_forward(batch)
+        p_btv = torch.softmax(logits_btv.detach().to(self.worker.wide), dim=-1)
+        weighted_kbtv = p_btv * directions_kbtv
+        # H d = p * d - p (p . d), zero on padding.
+        weighted_kbtv = weighted_kbtv - p_btv * weighted_kbtv.sum(dim=-1, keepdim=True)
+        weighted_kbtv = weighted_kbtv * batch.positions()[..., None]
+        names = [layer.name for layer in self.layers]
+        gradients = torch.autograd.grad(
+            logits_btv, [outputs[name] for name in names], weighted_kbtv.to(logits_btv.dtype), is_grads_batched=True
+        )
+        products = {}
+        for layer, s_kbto in zip(self.layers, gradients, strict=True):
+            s_kmo = s_kbto.reshape(s_kbto.shape[0], -1, layer.outputs).to(self.worker.wide)
+            a_mi = inputs[layer.name].flatten(0, -2).to(self.worker.wide)
+            if layer.bias:
+                a_mi = torch.cat([a_mi, a_mi.new_ones(len(a_mi), 1)], dim=1)
+            products[layer.name] = s_kmo.transpose(1, 2) @ a_mi
+        return products
+
+    @torch.no_grad()
+    def _logit_directions(self, batch: Batch, matrices: Mapping[str, Tensor]) -> Tensor:
+        """J x: how the logits move with the tracked layers, [K, B, T, V], by forward-mode differentiation."""
+        narrow = {name: matrix.to(self.worker.model.dtype) for name, matrix in matrices.items()}
+        at_zero = {name: torch.zeros_like(matrix[0]) for name, matrix in narrow.items()}
+
+        def logits(moved: dict[str, Tensor]) -> Tensor:
+            def add(layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+                # The input's value without its tangent: y already carries W's product with that, and `moved` is zero.
+                D_oi = moved[layer.name]
+                value = forward_ad.unpack_dual(a).primal
+                return y + (linear(value, D_oi[:, :-1], D_oi[:, -1]) if layer.bias else linear(value, D_oi))
+
+            with _hooked(self.worker.model.module, self.layers, add):
+                return self.worker.model.logits(batch.ids_bt, batch.position_ids_bt)
+
+        return vmap(lambda direction: jvp(logits, (at_zero,), (direction,))[1])(narrow).to(self.worker.wide)
+
+    def _recorded_forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Logits [B, T, V] with their graph, and each tracked layer's inputs (detached) and outputs (in the graph)."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        module = self.worker.model.module
+
+        def keep(layer: Layer, a: Tensor, y: Tensor) -> None:
+            inputs[layer.name], outputs[layer.name] = a.detach(), y
+
+        def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
+            # As in a scan: parameters ask for no gradient, so the graph starts at the embedding's output.
+            out.requires_grad_(True)
+
+        handle = module.get_input_embeddings().register_forward_hook(on_embedding)
+        try:
+            with _hooked(module, self.layers, keep):
+                return self.worker.model.logits(batch.ids_bt, batch.position_ids_bt), inputs, outputs
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _hooked(module: PreTrainedModel, layers: Sequence[Layer], hook: LayerHook) -> Iterator[None]:
+    children = dict(module.named_modules())
+
+    def on(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        return lambda _module, args, out: hook(layer, args[0], out)
+
+    handles = [children[layer.name].register_forward_hook(on(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,230 @@
+"""What one rank does: its share of a model, and the micro-batches it is dealt. A test makes one without a cluster."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infscan.config import Attention, ModelConfig
+from infscan.corpus import sequences as corpus
+from infscan.corpus.addressable import CorpusAddress
+from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
+from infscan.influence.covariance import with_ones
+from infscan.influence.layers import Layer
+from infscan.model.capture import backward, capturing
+from infscan.model.load import load
+from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
+from infscan.model.losses import Loss, sequence_losses
+from infscan.model.measure import next_tokens, predicting
+from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
+from infscan.storage import Store
+
+T = TypeVar("T")
+# What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
+Span = tuple[str, float, float, dict[str, Any]]
+_MOST_SPANS = 100_000
+# consume(layer, s_bto, a_bti): a with padding zeroed, and the bias's 1 appended unless it is left out; neither is to be
+# changed in place.
+LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a rank is started with; it travels to the actor."""
+
+    model: ModelConfig
+    layers: tuple[Layer, ...]
+    sharded: bool
+    # The run's folder, which every rank must see.
+    output: Store | None = field(default=None, repr=False)
+    # Host memory that a rank asks a shared cluster for; None asks for none.
+    host_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch on the device."""
+
+    # Its positions among the task's sequences.
+    rows: np.ndarray
+    ids_bt: Tensor
+    # True on tokens.
+    mask_bt: Tensor
+    # False for a dummy that keeps the ranks of a sharded group in step; nothing of it counts.
+    scored: bool = True
+    # True on tokens whose prediction has a loss; None where all have one.
+    loss_bt: Tensor | None = None
+    # int64, from 0 in each document, where documents do not see each other; None where they do.
+    position_ids_bt: Tensor | None = None
+    # False where its sequences are of one length.
+    padded: bool = True
+
+    def loss(self) -> Loss:
+        """The training loss: the summed -log p of a sequence's own next tokens, of those that have a loss."""
+        return Loss(*next_tokens(self.ids_bt, self.mask_bt if self.loss_bt is None else self.loss_bt))
+
+    def positions(self) -> Tensor:
+        """Where the Fisher's labels are, bool [B, T]: every position before a token that has a loss, and the last one
+        where its own token has; with a loss on every token, every one that is not padding."""
+        return self.mask_bt if self.loss_bt is None else predicting(self.loss_bt, self.mask_bt)
+
+
+class ModelWorker:
+    """One rank's model and what every step does with it: dealing, capturing, reducing, one cached object per kind."""
+
+    def __init__(self, settings: WorkerSettings, context: RankContext) -> None:
+        self.layers = settings.layers
+        self.context = context
+        self.model: LoadedModel = load(settings.model, context, sharded=settings.sharded)
+        self._cache: dict[str, tuple[Any, Any]] = {}
+        self._keeps_documents_apart = False
+        # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
+        self.oom_retries = 0
+        # Kept where a trace was asked for (`cluster.trace`). On a GPU the times are those of handing work to it.
+        self.spans: list[Span] | None = None
+        # The micro-batch at work: sequences and padded tokens; None outside of one.
+        self._at: tuple[int, int] | None = None
+
+    @property
+    def device(self) -> str:
+        return self.context.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums and factors: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.model.dtype, torch.float32)
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 writes what its group computed."""
+        return self.context.rank == 0
+
+    def batches(self, sequences: Sequence[corpus.Sequence], tokens_per_batch: int) -> Iterator[Batch]:
+        """This rank's micro-batches: cut from the sequences alone, dealt in turn, as many for every rank.
+
+        After k oom_retries they are cut for tokens_per_batch / 2^k, on every rank of the group alike.
+        """
+        cut = micro_batches([len(sequence) for sequence in sequences], max(1, tokens_per_batch >> self.oom_retries))
+        for start in range(0, len(cut), self.context.world):
+            mine = start + self.context.rank
+            if mine < len(cut):
+                chosen = [sequences[row] for row in cut[mine]]
+                ids, mask = pad([sequence.token_ids for sequence in chosen])
+                self._at = ids.shape
+                losses = [sequence.loss for sequence in chosen]
+                # Without a mask nothing is added to what is computed.
+                masked = any(loss is not None for loss in losses)
+                loss_bt = self.to_device(pad_losses(losses, mask)) if masked else None
+                positions = pad_positions([sequence.starts for sequence in chosen], ids.shape[1])
+                positions_bt = None if positions is None else self.to_device(positions)
+                yield Batch(
+                    cut[mine],
+                    self.to_device(ids),
+                    self.to_device(mask),
+                    loss_bt=loss_bt,
+                    position_ids_bt=positions_bt,
+                    padded=not mask.all(),
+                )
+            else:
+                ids, mask = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.bool_)
+                self._at = ids.shape
+                yield Batch(np.empty(0, np.int64), self.to_device(ids), self.to_device(mask), scored=False)
+        self._at = None
+
+    def attempt(self, function: Callable[..., T], oom_retries: int, *arguments: Any) -> T:
+        """function(self, *arguments) with micro-batches halved `oom_retries` times.
+
+        Raises:
+            RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
+        """
+        self.oom_retries, self._at = oom_retries, None
+        try:
+            return function(self, *arguments)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rows, longest = self._at or (None, 0)
+            found = RankMemoryError(reason, rows, (rows or 0) * longest)
+        # Out of the handler: the traceback, whose frames held the batch, is gone.
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        raise found
+
+    @contextmanager
+    def span(self, name: str, **facts: Any) -> Iterator[None]:
+        """Note how long what is within takes, where a trace was asked for."""
+        began = time.time()
+        yield
+        if self.spans is not None and len(self.spans) < _MOST_SPANS:
+            self.spans.append((name, began, time.time(), facts))
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy to the device; from pinned memory and without waiting where the device is a GPU."""
+        tensor = torch.from_numpy(array)
+        if self.device.startswith("cuda"):
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def backward(
+        self, batch: Batch, layers: Sequence[Layer], loss: Loss, consume: LayerConsumer, *, ones: bool = True
+    ) -> Tensor:
+        """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B].
+
+        Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied.
+        """
+
+        def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+            if batch.scored:
+                bias = layer.bias and ones
+                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=bias, padded=batch.padded))
+
+        with capturing(self.model.module, layers, consume_masked):
+            with self.span("forward", tokens=batch.ids_bt.numel()):
+                losses_b = sequence_losses(self.model, batch.ids_bt, batch.position_ids_bt, loss)
+            with self.span("backward", tokens=batch.ids_bt.numel()):
+                backward(losses_b.sum())
+        return losses_b.detach()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the group's ranks, on rank 0 (other ranks get something unspecified)."""
+        if self.context.world > 1:
+            tensor = tensor.contiguous()
+            dist.reduce(tensor, dst=0)
+        return tensor
+
+    def read(self, address: CorpusAddress, ids: np.ndarray) -> list[corpus.Sequence]:
+        """Sequences of an addressable corpus by number, as training's attention saw them.
+
+        All ranks of a group read the same, so that they try the model together where documents are to be kept apart.
+
+        Raises:
+            ModelError: where they are, and the model lets them see each other all the same.
+        """
+        if address.attention is Attention.within and not self._keeps_documents_apart:
+            check_document_mask(self.model)
+            self._keeps_documents_apart = True
+        return self.cached("corpus", address, address.open).read(ids)
+
+    def cached(self, kind: str, key: Any, make: Callable[[], T]) -> T:
+        """The last object of a kind, made anew when its key changes; the old one is dropped first."""
+        held = self._cache.get(kind)
+        if held is None or held[0] != key:
+            self._cache.pop(kind, None)
+            del held
+            self._cache[kind] = (key, make())
+        return self._cache[kind][1]
+
+    def forget(self) -> None:
+        """Drop every cached object: a phase's factors and queries are not the next one's."""
+        self._cache.clear()

@@ -1,0 +1,166 @@
+"""Safetensors files whose header carries facts and a digest of every tensor, checked whenever they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from infscan.config import is_intact, sealed
+from infscan.errors import DamagedError
+from infscan.storage import Store
+
+_CHECKSUMS = "infscan"
+# Files that only a new fit can make again.
+FINISHED_FACTORS = ("A/", "S/", "Lambda/", "labels/", "factors.json")
+
+
+def write_tensors(
+    store: Store, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> None:
+    store.write(name, tensor_bytes(tensors, facts))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> bytes:
+    """Safetensors bytes; `facts` go to the header as strings, with a digest of every tensor and of all of this."""
+    plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    digests = {key: _digest(tensor) for key, tensor in plain.items()}
+    known = sealed({"facts": dict(facts or {}), "digests": digests})
+    # Under one key: safetensors writes several in no fixed order, and equal content must be equal bytes.
+    return save_tensors(plain, metadata={_CHECKSUMS: json.dumps(known, sort_keys=True)})
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_tensors(store: Store, name: str) -> dict[str, Tensor]:
+    """All tensors of a file, each held to its digest.
+
+    Raises:
+        DamagedError: where the file does not hold what was written.
+    """
+    data = store.read(name)
+    digests = _digests(_header(io.BytesIO(data), store, name))
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise damaged(store, name, str(error)) from error
+    if tensors.keys() != digests.keys():
+        raise damaged(store, name, "tensors are missing")
+    for key, tensor in tensors.items():
+        _check(store, name, key, tensor, digests)
+    return tensors
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+
+
+def read_tensor(store: Store, name: str, key: str) -> Tensor:
+    """One tensor out of a safetensors file, by its byte range and held to its digest: the rest is not read.
+
+    Raises:
+        DamagedError: where the file does not hold what was written.
+    """
+    with store.open(name) as stream:
+        header = _header(stream, store, name)
+        base = stream.tell()
+        try:
+            entry = header[key]
+            begin, end = entry["data_offsets"]
+            stream.seek(base + begin)
+            data = bytearray(stream.read(end - begin))
+            tensor = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(store, name, f"{key}: {error}") from error
+    _check(store, name, key, tensor, _digests(header))
+    return tensor
+
+
+def read_facts(store: Store, name: str) -> dict[str, str]:
+    """The strings in a safetensors file's header.
+
+    Raises:
+        DamagedError: where they are not what was written.
+    """
+    with store.open(name) as stream:
+        facts: dict[str, str] = _header(stream, store, name)[_CHECKSUMS]["facts"]
+    return facts
+
+
+def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
+    """A file's header, its facts and digests intact under `_CHECKSUMS`; leaves the stream where the tensors begin."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 + length:
+        raise damaged(store, name, f"it is cut off at {size} bytes")
+    try:
+        header = json.loads(stream.read(length))
+        header[_CHECKSUMS] = json.loads(header.pop("__metadata__")[_CHECKSUMS])
+        intact = is_intact(header[_CHECKSUMS])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise damaged(store, name, "its header is not what was written")
+    return header
+
+
+def _digests(header: Mapping[str, Any]) -> dict[str, str]:
+    digests: dict[str, str] = header[_CHECKSUMS]["digests"]
+    return digests
+
+
+def _check(store: Store, name: str, key: str, tensor: Tensor, digests: Mapping[str, str]) -> None:
+    if digests.get(key) != _digest(tensor):
+        raise damaged(store, name, f"{key} is not what was written")
+
+
+def damaged(store: Store, name: str, reason: str) -> DamagedError:
+    """The error for a file that does not hold what was written, with what is to be done about it."""
+    fix = "remove it and run the same command again"
+    if name.startswith(FINISHED_FACTORS):
+        fix = f"restore it, or remove {store.uri} and fit again"
+    return DamagedError(f"{store.uri}/{name} is damaged ({reason}); {fix}.")
+
+
+DIGEST = "0" * 64
+_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4}
+# Safetensors pads its header with spaces to this.
+_ALIGNMENT = 8
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def tensors_file_bytes(shapes: Shapes, facts: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that `tensor_bytes` makes of tensors of these dtypes and shapes.
+
+    facts: strings of the same lengths as those that will be written.
+    """
+    known = sealed({"facts": dict(facts or {}), "digests": dict.fromkeys(shapes, DIGEST)})
+    header: dict[str, object] = {"__metadata__": {_CHECKSUMS: json.dumps(known, sort_keys=True)}}
+    at = 0
+    # In safetensors' order: wide dtypes first, then by name.
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-_order(item[1][0]), item[0])):
+        size = _SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // _ALIGNMENT) * _ALIGNMENT + at
+
+
+def _order(dtype: str) -> int:
+    return ("I32", "F32", "F64", "I64").index(dtype)

@@ -1,0 +1,210 @@
+"""How good is the scan's approximation? A sample, scored with the query batch and with full-rank query gradients.
+
+The agreement of both is written to approximation.json and into summary.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infscan.config import Dtype
+from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
+from infscan.corpus.plan import Plan, Selection
+from infscan.engine.executor import Step
+from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
+from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
+from infscan.influence.score import LayerQueries, Scratch, score_layer
+from infscan.model.worker import LayerConsumer, ModelWorker
+from infscan.queries import Query
+from infscan.steps.factors import Factors
+from infscan.steps.preconditioner import Preconditioner, preconditioned, query_groups
+from infscan.steps.queries import BroadcastQueries, on_device
+from infscan.steps.run import Run
+
+REPORT = "approximation.json"
+# Recall is of the strongest ten among forty, or in that proportion of as many as a smaller sample allows.
+_TOP, _CANDIDATES_PER_TOP = 10, 4
+_RESAMPLES = 500
+Cell = tuple[int, int]
+
+
+def check(
+    run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries, factors: Factors
+) -> dict[str, Any] | None:
+    """Agreement of the scan's scores with full-rank ones over a uniform sample of the planned sequences, per query.
+
+    None where the scan is at full rank already (scan.rank=null), with scan.check_sequences=0, or (with a warning) where
+    the sample cannot be read. A report that an earlier process wrote for the same query batch is read back.
+    """
+    config = run.config
+    wanted = min(config.scan.check_sequences, plan.selection.size)
+    if config.scan.rank is None or wanted < 3:
+        return None
+    if run.store.exists(REPORT):
+        report: dict[str, Any] = run.store.read_json(REPORT)
+        if report["query_batch"] == batch.fingerprint:
+            return report
+    ids = plan.selection.at(Selection.of(plan.selection.size, wanted, config.seed).ids())
+    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.scan.query_group_bytes)
+    approximate = np.zeros((wanted, len(run.queries)))
+    exact = np.zeros_like(approximate)
+
+    def task(cell: Cell) -> CheckTask:
+        group, layers = groups[cell[0]], layer_groups[cell[1]]
+        return CheckTask(
+            corpus=CorpusAddress.of(corpus),
+            sequence_ids=ids,
+            queries=tuple(run.queries[query] for query in group),
+            columns=tuple(group),
+            layers=layers,
+            inverse=factors.inverse,
+            query_batch=batch.fingerprint,
+            tokens_per_batch=config.scan.tokens_per_batch,
+            query_dtype=config.scan.query_dtype,
+        )
+
+    def on_done(cell: Cell, result: tuple[np.ndarray, np.ndarray]) -> None:
+        columns = list(groups[cell[0]])
+        approximate[:, columns] += result[0]
+        exact[:, columns] += result[1]
+
+    def on_given_up(cell: Cell, reason: str) -> None:
+        # The shard that cannot be read is the scan's to quarantine; a sample without it would not be uniform.
+        run.telemetry.warn(f"the scan's approximation could not be measured: {reason}")
+
+    step = Step(
+        name="check",
+        unit_name="groups",
+        units=[(group, layers) for group in range(len(groups)) for layers in range(len(layer_groups))],
+        function=check_task,
+        task=task,
+        progress=lambda cell, result: (wanted, 0),
+    )
+    given_up = run.executor.run(step, on_done, on_given_up, shared=[batch.batch])
+    if given_up:
+        return None
+    finite = np.isfinite(approximate).all(axis=1) & np.isfinite(exact).all(axis=1)
+    report = {
+        "query_batch": batch.fingerprint,
+        "rank": config.scan.rank,
+        "compression": config.scan.compression.value,
+        "layouts": batch.layouts,
+        **judged([query.id for query in run.queries], exact[finite].T, approximate[finite].T, config.seed),
+    }
+    run.store.write_json(REPORT, report)
+    return report
+
+
+@dataclass(frozen=True)
+class CheckTask:
+    """The sample, for a group of queries and of layers."""
+
+    corpus: CorpusAddress
+    sequence_ids: np.ndarray
+    queries: tuple[Query, ...]
+    # The queries' columns in the query batch, which is laid out in query_dtype.
+    columns: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    inverse: Preconditioner
+    query_batch: str
+    tokens_per_batch: int
+    query_dtype: Dtype | None = None
+
+
+def check_task(worker: ModelWorker, task: CheckTask, query_batch: QueryBatch) -> tuple[np.ndarray, np.ndarray] | None:
+    """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
+    batch_queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))
+    P = preconditioned(worker, task.queries, task.layers, task.inverse)
+    scratch = Scratch.on(worker.device)
+    # In the model's dtype, as a scan at full rank would be.
+    full = {
+        layer.name: LayerQueries.dense(P.pop(layer.name).to(worker.model.dtype), scratch, bias=layer.bias)
+        for layer in task.layers
+    }
+    sequences = worker.read(task.corpus, task.sequence_ids)
+    columns = worker.to_device(np.asarray(task.columns, np.int64))
+    shape = (len(sequences), len(task.queries))
+    approximate_nq = torch.zeros(shape, dtype=torch.float64, device=worker.device)
+    exact_nq = torch.zeros(shape, dtype=torch.float64, device=worker.device)
+    for batch in worker.batches(sequences, task.tokens_per_batch):
+        rows = worker.to_device(batch.rows)
+        consume = scoring_twice((approximate_nq, batch_queries, columns), (exact_nq, full), rows)
+        worker.backward(batch, task.layers, batch.loss(), consume, ones=False)
+    approximate_nq, exact_nq = worker.reduce(approximate_nq), worker.reduce(exact_nq)
+    return (approximate_nq.cpu().numpy(), exact_nq.cpu().numpy()) if worker.leads else None
+
+
+def scoring_twice(
+    approximate: tuple[Tensor, Mapping[str, LayerQueries], Tensor],
+    exact: tuple[Tensor, Mapping[str, LayerQueries]],
+    rows: Tensor,
+) -> LayerConsumer:
+    """Adds every layer's scores of a micro-batch, whose sequences are `rows`, to those of either way, [n, Q].
+
+    approximate: the scores, the query batch, and the columns of it that are compared. exact: the scores, the queries.
+    """
+    approximate_nq, batch_queries, columns = approximate
+    exact_nq, full = exact
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
+        exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
+
+    return consume
+
+
+def judged(
+    query_ids: list[str], exact_qn: NDArray[np.floating], approximate_qn: NDArray[np.floating], seed: int
+) -> dict[str, Any]:
+    """Pearson and recall of the strongest, per query and on average, each with its 95 % interval (bootstrap).
+
+    Recall counts only where candidates are at most 2 % of the sequences: else it is null, with the reason. A query
+    whose scores do not vary has no correlation (null) and is left out of the averages.
+    """
+    n = exact_qn.shape[1]
+    varies = np.isfinite(pearson(exact_qn, approximate_qn))
+    exact_qn, approximate_qn = exact_qn[varies], approximate_qn[varies]
+    by_query: dict[str, dict[str, Any]] = {
+        name: dict.fromkeys(("pearson", "low", "high", "recall", "recall_low", "recall_high")) for name in query_ids
+    }
+    ids = [name for name, kept in zip(query_ids, varies, strict=True) if kept]
+    top = min(_TOP, int(MAX_CANDIDATE_SHARE * n) // _CANDIDATES_PER_TOP)
+    report: dict[str, Any] = {
+        "sequences": n,
+        "pearson": dict.fromkeys(("mean", "low", "high", "min")),
+        "recall": {"top": top, "candidates": _CANDIDATES_PER_TOP * top, "mean": None, "low": None, "high": None},
+        "queries": by_query,
+    }
+    if not ids:
+        return report
+    found = agreement(exact_qn, approximate_qn, seed=seed, resamples=_RESAMPLES)
+    report["pearson"] = _rounded(
+        mean=found.mean, low=found.mean_low, high=found.mean_high, min=float(found.values.min())
+    )
+    for name, value, low, high in zip(ids, found.values, found.low, found.high, strict=True):
+        by_query[name] |= _rounded(pearson=value, low=low, high=high)
+    if not top:
+        report["recall"] |= {
+            "reason": f"candidates may be at most {MAX_CANDIDATE_SHARE:.0%} of the sequences compared, and "
+            f"{n} sequences are too few for {_CANDIDATES_PER_TOP}: raise scan.check_sequences, if the corpus has more"
+        }
+        return report
+    recalled = recall_agreement(
+        exact_qn, approximate_qn, top=top, candidates=_CANDIDATES_PER_TOP * top, seed=seed, resamples=_RESAMPLES
+    )
+    report["recall"] |= _rounded(mean=recalled.mean, low=recalled.mean_low, high=recalled.mean_high)
+    for name, value, low, high in zip(ids, recalled.values, recalled.low, recalled.high, strict=True):
+        by_query[name] |= _rounded(recall=value, recall_low=low, recall_high=high)
+    return report
+
+
+def _rounded(**values: float) -> dict[str, float]:
+    return {key: round(float(value), 6) for key, value in values.items()}

@@ -1,0 +1,81 @@
+"""How a corpus is read for a model: its files, its packing, the tokens that join documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from infscan.config import Attention, CorpusConfig
+from infscan.corpus.addressable import is_prepared
+from infscan.corpus.describe import FORMATS as ARRAYS
+from infscan.corpus.describe import token_files
+from infscan.corpus.documents import document_files, file_format
+from infscan.corpus.packing import PackSettings, pack_settings
+from infscan.corpus.tokenizer import Tokenizer
+from infscan.errors import CorpusError
+from infscan.model.architecture import Architecture
+from infscan.model.attention import refusal
+from infscan.storage import InputFile
+
+
+def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> PackSettings:
+    """How this corpus is packed for this model: T, vocabulary, and the EOS and BOS that join documents.
+
+    Raises:
+        ModelError: where documents are to be kept apart, and the model cannot.
+        CorpusError: where a separator is needed that the model does not have.
+    """
+    if config.attention is Attention.within and not architecture.takes_positions:
+        raise refusal(architecture.family)
+    eos_id = _eos_id(config, architecture, tokenizer)
+    bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
+    length = architecture.sequence_length(config.sequence_length)
+    return pack_settings(config, length, architecture.vocab_size, eos_id, bos_id)
+
+
+def bos_of(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> int | None:
+    """The BOS that texts begin with, as this corpus's documents do; None where they begin with none."""
+    return settings_for(config, architecture, tokenizer).bos_id if config.bos else None
+
+
+def _eos_id(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> int | None:
+    if config.eos_id is not None:
+        return config.eos_id
+    return tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else architecture.eos_id
+
+
+def input_files(config: CorpusConfig) -> list[InputFile]:
+    """The files to prepare, found before anything runs; none for a corpus that is addressable already.
+
+    Raises:
+        StorageError: where there is no such file.
+        CorpusError: where a file's format is unknown.
+    """
+    if config.paths:
+        return [file for one in config.several.values() for file in input_files(one)]
+    if is_prepared(config.path) or token_files(config) is not None:
+        return []
+    files = document_files(config)
+    if config.masked and any(file_format(file.uri, config.format) in ("text", *ARRAYS) for file in files):
+        raise no_rows(config)
+    return files
+
+
+def reading(
+    config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None, files: Sequence[InputFile]
+) -> CorpusConfig:
+    """Token arrays that are prepared: what ends their documents, and npy's dtype, where the model has to say it."""
+    kind = file_format(files[0].uri, config.format)
+    if kind not in ARRAYS:
+        return config
+    narrow = architecture.vocab_size <= 1 << 16
+    dtype = config.dtype or ("uint16" if narrow else "uint32") if kind == "npy" else config.dtype
+    return replace(config, eos_id=_eos_id(config, architecture, tokenizer), dtype=dtype)
+
+
+def no_rows(config: CorpusConfig) -> CorpusError:
+    """The error for a loss mask that is asked of files without rows."""
+    return CorpusError(
+        f"{config.path} has no rows that could have a prompt_field or mask_field; leave both null, or give JSONL, "
+        "Parquet or Arrow."
+    )

@@ -1,0 +1,270 @@
+"""Where factors lie, and the plan that fixes how they are computed.
+
+plan.json              fingerprint and fields, slices, layer groups: created once, then read back
+labels/                pseudo-labels per slice (sampled Fisher only)
+covariance/, lambda/   partial sums per (slice, layer group); removed when the factors are complete
+A/ S/ Lambda/          one safetensors file per layer (layers that share an input share the file in A/)
+factors.json           written last: its presence is the fact that the factors are complete
+
+Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda`; covariance/ has
+`tokens`, `A|<layer>` and `S|<layer>`; lambda/ has `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a
+square tensor per block, the first under the matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the
+partial sums `A.1|<layer>`. `eigenvalues` goes through the blocks in order.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from infscan.config import Attention, fingerprint, is_intact, sealed
+from infscan.corpus.plan import Selection
+from infscan.errors import ConfigError, FactorsError
+from infscan.influence.blocks import BlockDiagonal, block_sizes
+from infscan.influence.eigenbasis import check_finite
+from infscan.influence.layers import Layer, LayerFactors
+from infscan.results.tensor_files import FINISHED_FACTORS, damaged, read_tensors
+from infscan.storage import Store
+
+PLAN, COMPLETE = "plan.json", "factors.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FactorsPlan:
+    """What is fitted and in which pieces; it never changes once it is in storage.
+
+    fields: what the fingerprint covers (model, tokenizer, tracked layers, corpus, labels, blocks, seed, ...), by name.
+    slices: bounds of the slices as positions of the selection. groups: names of the layers summed together.
+    """
+
+    fields: dict[str, Any]
+    layers: tuple[Layer, ...]
+    selection: Selection
+    slices: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[str, ...], ...]
+    tokens_per_batch: int
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.fields)
+
+    @property
+    def blocks(self) -> int:
+        """Diagonal blocks of every A and S; a plan that does not say has one."""
+        return int(self.fields.get("blocks", 1))
+
+    def group(self, index: int) -> tuple[Layer, ...]:
+        names = set(self.groups[index])
+        return tuple(layer for layer in self.layers if layer.name in names)
+
+    def partial_bytes(self) -> int:
+        """Bytes of all partial sums (float32): they stay in storage until the factors are complete."""
+        return partial_bytes(self.layers, self.blocks, len(self.slices))
+
+    def to_json(self) -> dict[str, Any]:
+        return sealed({"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)})
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> FactorsPlan:
+        return FactorsPlan(
+            fields=dict(value["fields"]),
+            layers=tuple(Layer(**layer) for layer in value["layers"]),
+            selection=Selection(**value["selection"]),
+            slices=tuple((start, stop) for start, stop in value["slices"]),
+            groups=tuple(tuple(group) for group in value["groups"]),
+            tokens_per_batch=value["tokens_per_batch"],
+        )
+
+
+def partial_bytes(layers: Sequence[Layer], blocks: int, slices: int) -> int:
+    """Bytes of all partial sums (float32) of so many slices, headers apart."""
+    covariance = sum(
+        _entries(layer.outputs, blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, blocks)
+        for layer in layers
+    )
+    return 4 * slices * (covariance + sum(layer.size for layer in layers))
+
+
+def _entries(n: int, blocks: int) -> int:
+    """Entries of an [n, n] matrix that lie in its diagonal blocks."""
+    return sum(size**2 for size in block_sizes(n, blocks))
+
+
+def _layer_bytes(layer: Layer, blocks: int) -> int:
+    """Bytes of a layer's A, S (or Q_A, Q_S) and Lambda in float32."""
+    return 4 * (_entries(layer.inputs, blocks) + _entries(layer.outputs, blocks) + layer.size)
+
+
+def layer_groups(layers: Sequence[Layer], max_bytes: int, blocks: int = 1) -> tuple[tuple[str, ...], ...]:
+    """Consecutive layers whose A, S (or Q_A, Q_S) and Lambda fit `max_bytes` in float32 together; at least one each.
+
+    Raises:
+        ConfigError: where a layer has fewer outputs or inputs than there are to be blocks.
+        FactorsError: where a single layer needs more than `max_bytes`.
+    """
+    groups: list[list[str]] = []
+    used = 0
+    for layer in layers:
+        if blocks > min(layer.outputs, layer.inputs):
+            raise ConfigError(
+                f"factors.blocks={blocks}: {layer.name} is {layer.outputs} x {layer.inputs} and cannot be cut into so "
+                f"many; give at most {_most_blocks(layers)}, or leave the layer out with model.tracked=<regex>."
+            )
+        need = _layer_bytes(layer, blocks)
+        if need > max_bytes:
+            raise FactorsError(
+                f"{layer.name} ({layer.outputs} x {layer.inputs}) needs {_size(need)} of factors, more than "
+                f"factors.max_group_bytes={max_bytes}; raise it, {_with_blocks(layers, layer, max_bytes)}or leave the "
+                "layer out with model.tracked=<regex>."
+            )
+        if not groups or used + need > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer.name)
+        used += need
+    return tuple(tuple(group) for group in groups)
+
+
+def _most_blocks(layers: Sequence[Layer]) -> int:
+    return min(min(layer.outputs, layer.inputs) for layer in layers)
+
+
+def _with_blocks(layers: Sequence[Layer], layer: Layer, max_bytes: int) -> str:
+    """The fewest blocks with which every layer fits, and what `layer` then needs; nothing where none are enough."""
+    counts = range(1, _most_blocks(layers) + 1)
+    # More blocks never need more bytes.
+    at = bisect_left(counts, True, key=lambda blocks: all(_layer_bytes(each, blocks) <= max_bytes for each in layers))
+    return f"give factors.blocks={counts[at]} ({_size(_layer_bytes(layer, counts[at]))}), " if at < len(counts) else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def read_plan(store: Store) -> FactorsPlan:
+    """The plan that is in storage.
+
+    Raises:
+        FactorsError: where it is not what was written.
+    """
+    value = store.read_json(PLAN)
+    if not is_intact(value):
+        raise FactorsError(
+            f"{store.uri}/{PLAN} is not what was written, or of another version of infscan; restore it, or remove "
+            f"{store.uri} and fit again."
+        )
+    return FactorsPlan.from_json(value)
+
+
+def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
+    """The plan in storage: created if absent, then read back and compared.
+
+    Raises:
+        FactorsError: where it is for something else, naming what differs.
+    """
+    store.create(PLAN, json.dumps(made.to_json(), indent=2).encode() + b"\n")
+    plan = read_plan(store)
+    # Factors that were fitted before there was a choice.
+    stored = {"attention": Attention.across.value} | plan.fields | {"blocks": plan.blocks}
+    differing = [
+        f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in made.fields.items() if stored.get(key) != value
+    ]
+    if differing:
+        raise FactorsError(
+            f"{store.uri} holds factors for something else ({'; '.join(differing)}). Give another factors.path, or the "
+            "settings they were fitted with."
+        )
+    return plan
+
+
+def complete(store: Store, plan: FactorsPlan, **facts: Any) -> dict[str, Any]:
+    """What factors.json says: what the factors are of, the sizes of their files, and `facts`."""
+    files = {
+        entry.name: entry.size for entry in store.list(suffix=".safetensors") if entry.name.startswith(FINISHED_FACTORS)
+    }
+    return sealed({"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files} | facts)
+
+
+def check_files(store: Store) -> dict[str, Any]:
+    """What `complete` gave, after one listing of the files that it names.
+
+    Raises:
+        DamagedError: with the first that is missing or has another size.
+    """
+    value = store.read_json(COMPLETE)
+    if not is_intact(value):
+        raise damaged(store, COMPLETE, "it is not what was written")
+    there = {entry.name: entry.size for entry in store.list(suffix=".safetensors")}
+    for name, size in value["files"].items():
+        if there.get(name) != size:
+            found = "it is missing" if name not in there else f"{there[name]} bytes where {size} were written"
+            raise damaged(store, name, found)
+    facts: dict[str, Any] = value
+    return facts
+
+
+def labels_path(slice_index: int) -> str:
+    return f"labels/slice-{slice_index:04d}.safetensors"
+
+
+def partial_path(kind: str, group: int, slice_index: int) -> str:
+    """kind: `covariance` or `lambda`."""
+    return f"{kind}/group-{group:03d}-slice-{slice_index:04d}.safetensors"
+
+
+def block_keys(key: str, blocks: int) -> list[str]:
+    """The keys of a matrix's blocks: its own, then numbered ones."""
+    return [key, *(f"{key}.{index}" for index in range(1, blocks))]
+
+
+def named_blocks(key: str, matrix: BlockDiagonal) -> dict[str, Tensor]:
+    return dict(zip(block_keys(key, len(matrix.blocks)), matrix.blocks, strict=True))
+
+
+def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
+    """One layer's finished factors, on the CPU.
+
+    Raises:
+        DamagedError: where a file does not hold what was written.
+        FactorsError: where an entry is NaN or infinite.
+    """
+    A = read_tensors(store, f"A/{layer.input_of}.safetensors")
+    S = read_tensors(store, f"S/{layer.name}.safetensors")
+    Lambda = read_tensors(store, f"Lambda/{layer.name}.safetensors")
+    for kind, tensors in (("A", A), ("S", S), ("Lambda", Lambda)):
+        check_finite(tensors.values(), f"{kind} of {layer.name}")
+    return LayerFactors(
+        A=_from_blocks(A, "A"),
+        S=_from_blocks(S, "S"),
+        Q_A=_from_blocks(A, "Q_A"),
+        Q_S=_from_blocks(S, "Q_S"),
+        A_eigenvalues=A["eigenvalues"],
+        S_eigenvalues=S["eigenvalues"],
+        Lambda=Lambda["Lambda"],
+    )
+
+
+def _from_blocks(tensors: Mapping[str, Tensor], key: str) -> BlockDiagonal:
+    blocks = sum(name.partition(".")[0] == key for name in tensors)
+    return BlockDiagonal(tuple(tensors[name] for name in block_keys(key, blocks)))
+
+
+def read_factors(uri: str) -> dict[str, LayerFactors]:
+    """All finished factors of a folder or URI, by layer.
+
+    Raises:
+        FactorsError: where they are not complete.
+    """
+    store = Store(uri)
+    if not store.exists(COMPLETE):
+        raise FactorsError(
+            f"{uri} has no {COMPLETE}: its factors are not complete; run jobs/fit.py again to finish them."
+        )
+    plan = read_plan(store)
+    return {layer.name: read_layer_factors(store, layer) for layer in plan.layers}

@@ -1,0 +1,328 @@
+"""Fit EK-FAC factors, or reuse those in storage (docs/method.md: EK-FAC).
+
+Covariance sums per (layer group, slice of sequences), eigenbases per layer, Lambda sums per (layer group, slice),
+Lambda per layer. Slices are fixed in the factors' plan and sums are added in their order, so the factors do not depend
+on which worker did what; whatever is in storage already is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infscan.config import Labels, Solver
+from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
+from infscan.corpus.plan import Selection
+from infscan.engine.executor import Executor, Step, TaskMap
+from infscan.errors import UnwritableError
+from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.covariance import add_second_moment, mirror
+from infscan.influence.eigenbasis import add_squared_gradients
+from infscan.influence.layers import Layer
+from infscan.model.worker import Batch, LayerConsumer, ModelWorker
+from infscan.results.tensor_files import read_facts, read_tensor, write_tensors
+from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
+from infscan.steps.factor_files import (
+    COMPLETE,
+    FactorsPlan,
+    block_keys,
+    check_files,
+    complete,
+    labels_path,
+    layer_groups,
+    named_blocks,
+    partial_path,
+    store_plan,
+)
+from infscan.steps.inputs import Inputs
+from infscan.steps.labels import FitTask, Targets
+from infscan.steps.preconditioner import Preconditioner, StoredGradients
+from infscan.steps.prepare import prepare_factors_corpus
+from infscan.steps.run import Run
+from infscan.steps.volume import check_disk_for_factors
+from infscan.storage import MissingError, Store
+
+log = logging.getLogger("infscan")
+
+# A layer group's number and a slice's.
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Finished factors, as the steps after them use them."""
+
+    inverse: Preconditioner
+    # None for solver=identity, as is what follows.
+    fingerprint: str | None
+    # The corpus and the sequences of it that they are of.
+    curvature: tuple[AddressableCorpus, Selection] | None = None
+    # What `infscan.steps.solve` found, by query, for summary.json.
+    iteration: dict[str, Any] | None = None
+
+
+def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
+    """Covariance sums, eigenbases, Lambda sums; each piece that is in storage already is kept.
+
+    vectors: with stages, what the later ones left of the queries; the inverse is applied to them.
+
+    Raises:
+        FactorsError: where factors.path holds factors of another model, corpus or setting, naming what differs.
+    """
+    config, store = run.config, run.folder.factors
+    inverse = Preconditioner(store, config.factors.solver, config.factors.damping, config.alpha, vectors)
+    if config.factors.solver is Solver.identity:
+        return Factors(inverse, None)
+    corpus = prepare_factors_corpus(run)
+    plan = store_plan(store, plan_factors(run.inputs, corpus))
+    if not store.exists(COMPLETE):
+        check_disk_for_factors(config, plan, store)
+    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed)
+    return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
+
+
+def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
+    """What is to be fitted on a corpus, and in which pieces."""
+    config, settings, layers = inputs.config, inputs.config.factors, inputs.layers
+    wanted = min(settings.num_sequences, settings.corpus.max_sequences or settings.num_sequences)
+    selection = Selection.of(corpus.sequences, wanted, config.seed, share=settings.corpus.sample)
+    fields: dict[str, Any] = {
+        "model": inputs.architecture.fingerprint,
+        "dtype": inputs.dtype,
+        "tracked": [layer.name for layer in layers],
+        "tokenizer": corpus.tokenizer,
+        "corpus": corpus.fingerprint,
+        "attention": corpus.attention.value,
+        "labels": settings.labels.value,
+        "blocks": settings.blocks,
+        "num_sequences": selection.size,
+        "sample": selection.digest(),
+        "seed": config.seed,
+    }
+    return FactorsPlan(
+        fields=fields,
+        layers=layers,
+        selection=selection,
+        slices=slice_bounds(selection.size, settings.slices),
+        groups=layer_groups(layers, settings.max_group_bytes, settings.blocks),
+        tokens_per_batch=config.scan.tokens_per_batch,
+    )
+
+
+def fit_factors(
+    executor: Executor, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, labels: Labels, seed: int
+) -> None:
+    """Fit what the plan says into `store`, or check what is complete there."""
+    if store.exists(COMPLETE):
+        check_files(store)
+        log.info("factors     reused from %s", store.uri)
+        _remove_partials(store)
+        return
+    log.info(
+        "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
+        len(plan.layers), plan.selection.size, len(plan.slices), len(plan.groups), plan.partial_bytes() / 2**20,
+    )  # fmt: skip
+    fitting = _Fitting(store, CorpusAddress.of(corpus), plan, labels, seed)
+    try:
+        fitting.sum_covariances(executor)
+        executor.map_tasks(fitting.on_layers("eigenbasis", decompose_layer))
+        fitting.sum_lambdas(executor)
+        executor.map_tasks(fitting.on_layers("factors", finish_layer))
+        store.write_json(COMPLETE, complete(store, plan))
+    except MissingError:
+        # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
+        if not store.exists(COMPLETE):
+            raise
+    _remove_partials(store)
+    executor.forget()
+
+
+def _remove_partials(store: Store) -> None:
+    """Partial sums of complete factors: this process's, or those that an earlier one left when it died."""
+    for kind in ("covariance", "lambda"):
+        for entry in store.list(kind):
+            try:
+                store.remove(entry.name)
+            except UnwritableError as error:
+                log.warning("factors     finished, and a partial sum is left: %s", error)
+                return
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """The steps of one fit."""
+
+    store: Store
+    corpus: CorpusAddress
+    plan: FactorsPlan
+    labels: Labels
+    seed: int
+
+    def sum_covariances(self, executor: Executor) -> None:
+        """The first layer group draws the labels; the other groups read them, so they go second."""
+        if all(self.store.exists(f"S/{layer.name}.safetensors") for layer in self.plan.layers):
+            return
+        for groups in ([0], list(range(1, len(self.plan.groups)))):
+            executor.run(self._step("covariance", groups, covariance_task, self._covariance_task, self._has_covariance))
+
+    def _covariance_task(self, cell: Cell) -> FitTask:
+        drawn = cell[0] == 0 and not self.store.exists(labels_path(cell[1]))
+        return self._task(cell, draw_labels=self.labels is Labels.sampled and drawn)
+
+    def _has_covariance(self, cell: Cell) -> bool:
+        return self.store.exists(partial_path("covariance", *cell))
+
+    def sum_lambdas(self, executor: Executor) -> None:
+        groups = range(len(self.plan.groups))
+        digests = [eigenbases_digest(self.store, self.plan.group(group)) for group in groups]
+
+        def is_done(cell: Cell) -> bool:
+            path = partial_path("lambda", *cell)
+            return self.store.exists(path) and read_facts(self.store, path)["eigenbases"] == digests[cell[0]]
+
+        executor.run(self._step("lambda", list(groups), lambda_task, self._task, is_done))
+
+    def _step(
+        self,
+        name: str,
+        groups: list[int],
+        function: Callable[..., int],
+        task: Callable[[Cell], FitTask],
+        is_done: Callable[[Cell], bool],
+    ) -> Step[Cell]:
+        def progress(cell: Cell, tokens: int) -> tuple[int, int]:
+            start, stop = self.plan.slices[cell[1]]
+            return stop - start, tokens
+
+        cells = [(group, index) for group in groups for index in range(len(self.plan.slices))]
+        return Step(name, "slices", cells, function, task, is_done, progress)
+
+    def _task(self, cell: Cell, *, draw_labels: bool = False) -> FitTask:
+        return FitTask(self.store, self.corpus, self.plan, *cell, self.labels, self.seed, draw_labels)
+
+    def on_layers(self, name: str, function: Callable[[Store, FactorsPlan, Layer], None]) -> TaskMap[Layer]:
+        """One task per layer, without a model. They ask for no core: ranks, which wait meanwhile, may hold all of them,
+        and a task that asked for one of its own would never run."""
+        return TaskMap(
+            name, "layers", self.plan.layers, function, lambda layer: (self.store, self.plan, layer), cores=0
+        )
+
+
+def covariance_task(worker: ModelWorker, task: FitTask) -> int:
+    """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
+
+    Every position that is not padding counts, the last one included; of sequences with a loss mask those alone that
+    predict a token with a loss (`Batch.positions`). Returns the tokens read.
+    """
+    sequences = task.sequences(worker)
+    layers = task.plan.group(task.group)
+    sums = CovarianceSums(layers, task.plan.blocks, worker.wide, worker.device)
+    counted = torch.zeros(1, dtype=torch.int64, device=worker.device)
+    targets = Targets(task, worker, sequences)
+    for batch in worker.batches(sequences, task.plan.tokens_per_batch):
+        loss = targets.loss(batch)
+        worker.backward(batch, layers, loss, sums.consumer(batch), ones=False)
+        targets.keep(batch, loss)
+        counted += batch.positions().sum()
+    blocks = {
+        f"{key}|{name}": worker.reduce(block)
+        for kind, totals in (("A", sums.A), ("S", sums.S))
+        for name, total in totals.items()
+        for key, block in named_blocks(kind, mirror(total)).items()
+    }
+    targets.store()
+    counted = worker.reduce(counted)
+    if worker.leads:
+        path = partial_path("covariance", task.group, task.slice)
+        write_tensors(task.factors, path, blocks | {"tokens": counted})
+    return sum(len(sequence) for sequence in sequences)
+
+
+class CovarianceSums:
+    """A and S of some layers, upper triangles, as they are summed: A for every input, S for every layer."""
+
+    def __init__(self, layers: tuple[Layer, ...], blocks: int, dtype: torch.dtype, device: str) -> None:
+        def zeros(n: int) -> BlockDiagonal:
+            return BlockDiagonal.zeros(n, blocks, dtype=dtype, device=device)
+
+        self.A = {layer.name: zeros(layer.inputs) for layer in layers if layer.input_of == layer.name}
+        self.S = {layer.name: zeros(layer.outputs) for layer in layers}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for total in (*self.A.values(), *self.S.values()) for block in total.blocks)
+
+    def consumer(self, batch: Batch) -> LayerConsumer:
+        """Adds what a micro-batch's backward hands over."""
+        positions_bt = batch.positions()
+        masked_bt1 = None if batch.loss_bt is None else ~positions_bt[..., None]
+
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+            if masked_bt1 is not None:
+                s_bto, a_bti = s_bto.masked_fill(masked_bt1, 0), a_bti.masked_fill(masked_bt1, 0)
+            add_second_moment(self.S[layer.name], s_bto)
+            if layer.name in self.A:
+                add_second_moment(self.A[layer.name], a_bti, positions_bt if layer.bias else None)
+
+        return consume
+
+
+# (Q_S, Q_A) by layer.
+Bases = Mapping[str, tuple[BlockDiagonal, BlockDiagonal]]
+
+
+def lambda_task(worker: ModelWorker, task: FitTask) -> int:
+    """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
+    sequences = task.sequences(worker)
+    layers = task.plan.group(task.group)
+    bases, digest = worker.cached(
+        "eigenbases", (task.factors, task.plan.fingerprint, task.group), lambda: _bases(worker, task)
+    )
+    Lambda = lambda_sums(layers, worker.wide, worker.device)
+    targets = Targets(task, worker, sequences)
+    for batch in worker.batches(sequences, task.plan.tokens_per_batch):
+        worker.backward(batch, layers, targets.loss(batch), lambda_consumer(Lambda, bases), ones=False)
+    sums = {name: worker.reduce(total) for name, total in Lambda.items()}
+    if worker.leads:
+        path = partial_path("lambda", task.group, task.slice)
+        write_tensors(task.factors, path, sums, {"eigenbases": digest})
+    return sum(len(sequence) for sequence in sequences)
+
+
+def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Zeros [O, I] for every layer."""
+    return {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
+
+
+def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases) -> LayerConsumer:
+    """Adds every sequence's squared gradient in the eigenbases."""
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
+
+    return consume
+
+
+def _bases(worker: ModelWorker, task: FitTask) -> tuple[Bases, str]:
+    def read(path: str, key: str) -> BlockDiagonal:
+        blocks = [read_tensor(task.factors, path, name) for name in block_keys(key, task.plan.blocks)]
+        return BlockDiagonal(tuple(blocks)).to(worker.device, worker.wide)
+
+    bases = {}
+    for layer in task.plan.group(task.group):
+        Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
+        bases[layer.name] = (Q_S, read(f"A/{layer.input_of}.safetensors", "Q_A"))
+    return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
+
+
+def slice_bounds(size: int, slices: int) -> tuple[tuple[int, int], ...]:
+    """[0, size) cut into at most `slices` near-equal pieces, none empty."""
+    edges = np.linspace(0, size, min(slices, size) + 1).round().astype(int).tolist()
+    return tuple(pairwise(edges))

@@ -1,0 +1,64 @@
+"""A finished run, opened again: for further passes over its model, with its factors and its queries."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, stage_output, stored_config
+from infscan.corpus.addressable import AddressableCorpus, is_prepared
+from infscan.errors import ConfigError, RunError
+from infscan.queries import read_measured
+from infscan.results.read import read_summary
+from infscan.steps.factor_files import COMPLETE
+from infscan.steps.factors import Factors, fit
+from infscan.steps.prepare import prepare_corpus
+from infscan.steps.run import Run, open_run
+from infscan.steps.run_folder import CONFIG
+from infscan.steps.solve import solve
+from infscan.steps.stages import pull_back_queries
+from infscan.storage import Store
+
+
+def reopen(uri: str, cluster: ClusterConfig) -> AbstractContextManager[Run]:
+    """A finished run, to be entered as from `open_run`; nothing of its folder is changed by it.
+
+    What the run prepared is read where it lies; its corpus's files and its query file are not asked for again. The
+    model must be where the run found it.
+
+    Raises:
+        RunError: where the run is not finished, its config.yaml is damaged or its factors are gone.
+    """
+    store = Store(uri)
+    read_summary(uri)
+    try:
+        config = stored_config(store.read(CONFIG).decode(errors="replace"), store.uri)
+    except ConfigError as error:
+        raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
+    config.cluster = cluster
+    _read_what_was_prepared(config)
+    for factors in (config.factors, *(stage.factors for stage in config.stages[config.scan.stage :])):
+        if factors.solver is not Solver.identity and not Store(factors.path or "").exists(COMPLETE):
+            raise RunError(f"{factors.path} holds no complete factors any more; run jobs/scan.py on {uri} again.")
+    return open_run(config, queries=read_measured(store))
+
+
+def factors_of(run: Run) -> tuple[AddressableCorpus, Factors]:
+    """The run's corpus, and its inverse as refining used it: nothing is computed that the run left in storage."""
+    corpus = prepare_corpus(run)
+    return corpus, solve(run, fit(run, pull_back_queries(run)))
+
+
+def _read_what_was_prepared(config: Config) -> None:
+    """Point the corpora at what the run made of them, where it made something."""
+    places = [(config.scan.stage, config.corpus, config.factors)]
+    places += [(number, stage.corpus, stage.factors) for number, stage in enumerate(config.stages, start=1)]
+    for number, corpus, factors in places:
+        output = config.output if number == config.scan.stage else stage_output(config.output, number)
+        of_one = factors.corpus.same_corpus(corpus)
+        _read_from(corpus, f"{output}/corpus")
+        _read_from(factors.corpus, f"{output}/corpus" if of_one else f"{factors.path}/corpus")
+
+
+def _read_from(corpus: CorpusConfig, folder: str) -> None:
+    if is_prepared(folder):
+        corpus.path, corpus.paths = folder, {}

@@ -1,0 +1,50 @@
+"""A run's plan: which sequences are scanned in which shards, fixed by the first process that works on the run."""
+
+from __future__ import annotations
+
+import json
+
+from infscan.config import is_intact, sealed
+from infscan.corpus.addressable import AddressableCorpus
+from infscan.corpus.plan import Plan, Selection, default_shard_sequences
+from infscan.errors import RunError
+from infscan.results.schema import to_parquet
+from infscan.results.shard_file import finished_shards
+from infscan.steps.run import Run
+from infscan.steps.run_folder import PLAN
+from infscan.steps.volume import check_disk_for_scan
+
+
+def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
+    """The run's plan: created if absent, then read back; inputs whose content changed are refused by name.
+
+    Raises:
+        RunError: where the model, the queries or the corpus are not those the run was planned with.
+        StorageError: where a local disk has no space for what the scan will write.
+    """
+    settings = run.config.corpus
+    selection = Selection.of(corpus.sequences, settings.max_sequences, settings.seed, corpus.chosen, settings.sample)
+    shard_sequences = run.config.scan.shard_sequences or default_shard_sequences(selection.size)
+    made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
+    run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
+    run.folder.claim(run.config)
+    attention = settings.attention.value
+    value = sealed(made.to_json() | {"inputs": run.inputs.fingerprints(), "attention": attention})
+    run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
+    found = run.store.read_json(PLAN)
+    if not is_intact(found):
+        raise RunError(f"{run.store.uri}/{PLAN} is not what was written; restore it, or give another output=...")
+    wanted = {"corpus": corpus.fingerprint, "attention": attention, **run.inputs.fingerprints()}
+    planned = {"corpus": found["corpus_fingerprint"], "attention": found["attention"], **found["inputs"]}
+    changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
+    if changed:
+        raise RunError(
+            f"{run.store.uri} was planned with another {', '.join(changed)}: the content differs, whatever the path. "
+            f"Put back what it was planned with, or give another output=...; to ask other queries of the same corpus, "
+            f"add corpus.path={corpus.store.uri} factors.path={run.folder.factors.uri}, which are then reused."
+        )
+    plan = Plan.from_json(found, corpus.chosen)
+    left = (plan.num_shards - len(finished_shards(run.store))) / plan.num_shards
+    N, T = plan.selection.size, corpus.sequence_length
+    check_disk_for_scan(run.config, run.inputs.layers, len(run.queries), N, T, left, run.store)
+    return plan

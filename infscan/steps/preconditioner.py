@@ -1,0 +1,245 @@
+"""The query side: gradients of -f, preconditioned, and (for the scan) compressed and stored (METHOD: query batching).
+
+Everything the factors do happens here, once per query; the scan only sees U, V (or P). Where a fine-tuned model is
+asked (stages), what its stage left of the gradients comes from storage: `infscan.steps.stages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infscan.config import DampingConfig, Solver, fingerprint, plain
+from infscan.errors import QueryError
+from infscan.influence.eigenbasis import rotate_tokens_first
+from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
+from infscan.influence.layers import Layer, LayerFactors
+from infscan.model.losses import Loss
+from infscan.model.worker import Batch, LayerConsumer, ModelWorker
+from infscan.queries import Part, Query
+from infscan.results.tensor_files import read_tensor
+from infscan.steps.factor_files import read_layer_factors
+from infscan.storage import Store
+
+
+@dataclass(frozen=True)
+class StoredGradients:
+    """Full-rank vectors of queries in storage: an iterated inverse's solutions, or what a later stage left."""
+
+    store: Store
+    # By query id, a file with every layer's [O, I]; where layers are in several, the name has `{part}` in it.
+    names: Mapping[str, str]
+    # By layer, the part that it is in.
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def file(self, query_id: str, layer: Layer) -> str:
+        return self.names[query_id].format(part=self.parts.get(layer.name, 0))
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """How gradients are preconditioned: with factors in storage, or not at all (solver=identity)."""
+
+    factors: Store
+    solver: Solver
+    damping: DampingConfig
+    # Of the proximal term that held the stage whose factors they are (docs/method.md: multi-stage); it adds to damping.
+    alpha: float = 0.0
+    # What a later stage left, in place of the gradients at this stage's own model.
+    vectors: StoredGradients | None = None
+    # Of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
+    solutions: StoredGradients | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that fixes what it does, the factors' own content apart."""
+        known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
+        known["solutions"] = dict(self.solutions.names) if self.solutions else None
+        if self.alpha or self.vectors:
+            known |= {"alpha": self.alpha, "vectors": dict(self.vectors.names) if self.vectors else None}
+        return fingerprint(known)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A query's gradient V = grad(-f) = sum_t s_t a_t^T, by its tokens: s_to [n, O], a_ti [n, I], float32 or wider.
+
+    Signs are in s. A query has few tokens, so this is far smaller than V, and cheaper to rotate.
+    """
+
+    s_to: Tensor
+    a_ti: Tensor
+
+    def matrix(self) -> Tensor:
+        """V, [O, I]."""
+        return self.s_to.T @ self.a_ti
+
+
+def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, list[Tokens]]:
+    """V of every query, by layer and by its tokens.
+
+    Every rank of a group computes all of them, in step; the measurement's signs are in the loss. One token sequence at
+    a time: beside others, longer or shorter, a query's gradient would round otherwise.
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
+    found: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
+    for query in queries:
+        parts: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
+        for part in query.parts:
+
+            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, parts: dict[str, list[Tokens]] = parts) -> None:
+                parts[layer.name].append(Tokens(s_bto[0].to(worker.wide), a_bti[0].to(worker.wide)))
+
+            backward_of_part(worker, part, layers, consume)
+        for name, tokens in parts.items():
+            whole = Tokens(torch.cat([one.s_to for one in tokens]), torch.cat([one.a_ti for one in tokens]))
+            found[name].append(whole)
+    for name, mine in found.items():
+        finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in mine])
+        check_finite(name, queries, finite)
+    return found
+
+
+def backward_of_part(worker: ModelWorker, part: Part, layers: Sequence[Layer], consume: LayerConsumer) -> Tensor:
+    """One part of a query forward and back through `layers`; returns its share of -f, signed, [1]."""
+    # Nothing from the last measured token on has a gradient.
+    ids = np.asarray([part.token_ids[: max(part.positions)]], np.int64)
+    targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+    at = np.asarray(part.positions)
+    # The input position t - 1 predicts token t.
+    targets[0, at - 1] = np.asarray(part.token_ids)[at]
+    weights[0, at - 1] = part.sign
+    batch = Batch(np.arange(1), worker.to_device(ids), worker.to_device(np.ones(ids.shape, np.bool_)))
+    return worker.backward(batch, layers, Loss(worker.to_device(targets), worker.to_device(weights)), consume)
+
+
+def check_finite(layer: str, queries: Sequence[Query], finite_q: Tensor) -> None:
+    """Raises QueryError with the first query whose gradient at the layer is not finite."""
+    if not bool(finite_q.all()):
+        bad = queries[int((~finite_q).nonzero()[0])].id
+        raise QueryError(
+            f"query {bad!r}: its gradient at {layer} is NaN or infinite; use model.dtype=float32, or leave it out."
+        )
+
+
+def query_gradients(worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """V = grad(-f) of every query, by layer: [Q, O, I] float32 or wider.
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
+    tokens = query_tokens(worker, queries, layers)
+    V = {}
+    for name in list(tokens):
+        V[name] = torch.stack([one.matrix() for one in tokens.pop(name)])
+        check_finite(name, queries, torch.isfinite(V[name]).flatten(1).all(dim=1))
+    return V
+
+
+def gradients(
+    worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
+) -> dict[str, Tensor]:
+    """What the inverse is applied to, by layer [Q, O, I]: grad(-f) at this model, or what a later stage left of it."""
+    if inverse.vectors is not None:
+        return read_vectors(worker, queries, layers, inverse.vectors)
+    return query_gradients(worker, queries, layers)
+
+
+def layer_factors(
+    inverse: Preconditioner, layer: Layer, device: str, dtype: torch.dtype
+) -> tuple[LayerFactors, float] | None:
+    """A layer's factors and what is added to Lambda (its damping, and alpha), or None for the identity."""
+    if inverse.solver is Solver.identity:
+        return None
+    factors = read_layer_factors(inverse.factors, layer).to(device)
+    lam = damping(factors.Lambda, inverse.damping.relative, inverse.damping.absolute, layer.name)
+    # A relative damping is of Lambda alone.
+    return factors.to(device, dtype), lam + inverse.alpha
+
+
+def preconditioned(
+    worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
+) -> dict[str, Tensor]:
+    """P = (G + alpha + lambda)^-1 V at full rank, by layer: [Q, O, I]. V: grad(-f), or what a later stage left of it.
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
+    if inverse.solutions is not None:
+        return read_vectors(worker, queries, layers, inverse.solutions)
+    V = dict(sources(worker, queries, layers, inverse))
+    P: dict[str, Tensor] = {}
+    for layer in layers:
+        known = layer_factors(inverse, layer, worker.device, worker.wide)
+        mine = V.pop(layer.name)
+        P[layer.name] = torch.stack([full_rank(core(one, layer, known), known) for one in mine])
+        check_finite(layer.name, queries, torch.isfinite(P[layer.name]).flatten(1).all(dim=1))
+    return P
+
+
+def read_vectors(
+    worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], found: StoredGradients
+) -> dict[str, Tensor]:
+    """The stored vectors of every query, by layer: [Q, O, I]; read by byte range, layer by layer."""
+
+    def one(query: Query, layer: Layer) -> Tensor:
+        return read_tensor(found.store, found.file(query.id, layer), layer.name).to(worker.device, worker.wide)
+
+    return {layer.name: torch.stack([one(query, layer) for query in queries]) for layer in layers}
+
+
+DampedFactors = tuple[LayerFactors, float] | None
+
+
+def sources(
+    worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
+) -> Mapping[str, Sequence[Tokens] | Tensor]:
+    """Of every query, by layer: the solution where there is one, what a later stage left, or the gradient's tokens."""
+    stored = inverse.solutions or inverse.vectors
+    return read_vectors(worker, queries, layers, stored) if stored else query_tokens(worker, queries, layers)
+
+
+def core(V: Tokens | Tensor, layer: Layer, known: DampedFactors, *, solved: bool = False) -> Tensor:
+    """(Q_S^T V Q_A) / (Lambda + lambda), [O, I]; V itself without factors. A solution is only rotated."""
+    if known is None:
+        return V.matrix() if isinstance(V, Tokens) else V
+    factors, lam = known
+    if isinstance(V, Tensor):
+        rotated = to_core(V, factors)
+    elif rotate_tokens_first(len(V.s_to), layer.outputs, layer.inputs):
+        rotated = tokens_to_core(V.s_to, V.a_ti, factors)
+    else:
+        rotated = to_core(V.matrix(), factors)
+    return rotated if solved else damped_core(rotated, factors, lam)
+
+
+def full_rank(C_oi: Tensor, known: DampedFactors) -> Tensor:
+    """P, [O, I], from its core in the eigenbases."""
+    return from_core(C_oi, known[0]) if known else C_oi
+
+
+def query_groups(count: int, layers: Sequence[Layer], max_bytes: int) -> tuple[list[range], list[tuple[Layer, ...]]]:
+    """Groups of queries and of layers whose full-rank gradients fit `max_bytes` in float32 on a rank.
+
+    Where one query's gradients over all layers fit, layers stay together; else queries go one by one, by layer groups.
+    """
+    per_query = 4 * sum(layer.size for layer in layers)
+    size = min(count, max_bytes // per_query)
+    if size >= 1:
+        return [range(start, min(start + size, count)) for start in range(0, count, size)], [tuple(layers)]
+    groups: list[list[Layer]] = [[]]
+    used = 0
+    for layer in layers:
+        if groups[-1] and used + 4 * layer.size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += 4 * layer.size
+    return [range(index, index + 1) for index in range(count)], [tuple(group) for group in groups]

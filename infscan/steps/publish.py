@@ -1,0 +1,168 @@
+"""Rank what was refined, write the tables, the summary and _SUCCESS."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from infscan.config import fingerprint, lasting
+from infscan.corpus.addressable import AddressableCorpus, label_of
+from infscan.corpus.plan import Plan, shard_name
+from infscan.errors import RunError
+from infscan.results.publish import INDEX, SUCCESS, Publisher, rank_rows
+from infscan.results.refined import RefinedRows
+from infscan.results.schema import RUN, SCHEMA_VERSION, to_parquet
+from infscan.steps.refine import Refined
+from infscan.steps.run import Run
+from infscan.steps.scan import Scanned
+from infscan.storage import storage_faults
+
+
+def publish(
+    run: Run,
+    plan: Plan,
+    corpus: AddressableCorpus,
+    scanned: Scanned,
+    refined: Refined,
+    approximation: dict[str, Any] | None = None,
+    iteration: dict[str, Any] | None = None,
+    planned_bytes: Mapping[str, int] | None = None,
+) -> None:
+    """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
+
+    approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
+    planned_bytes: what a rank of the scan was to hold at once, by part.
+
+    Raises:
+        RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
+            without _SUCCESS.
+    """
+    with run.telemetry.phase("publish", 1, "tables") as phase:
+        layers = [layer.name for layer in run.inputs.layers]
+        decode = run.inputs.tokenizer.decode if run.inputs.tokenizer else None
+        publisher = Publisher(
+            run.store,
+            layers,
+            run.inputs.query_ids,
+            decode,
+            fingerprint(run.inputs.fingerprints()),
+            partial(label_of, corpus),
+        )
+        rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.inputs.query_ids, scanned.best)
+        nonfinite = int((~np.isfinite(rows.scores)).sum())
+        if nonfinite:
+            run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
+        ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
+        # Ids and scores first, since top says of each row which document it is; margins later, some at a time.
+        provenance = publisher.write_sequences(plan.by_shard(ranking.sequence_ids))
+        publisher.write_rows(ranking, rows.margins, provenance, corpus.sequence_length)
+        publisher.remove_stale()
+        phase.advance(sequences=len(provenance))
+    if scanned.counts.halved:
+        run.telemetry.warn(
+            f"{scanned.counts.halved} shards ran out of memory at "
+            f"scan.tokens_per_batch={run.config.scan.tokens_per_batch} and were scanned in smaller micro-batches; "
+            "a lower value saves the attempts that failed"
+        )
+    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)
+    run.store.write_json("summary.json", summary | {"approximation": approximation, "iteration": iteration})
+    if len(scanned.quarantined) > run.config.scan.allow_quarantined:
+        names = ", ".join(map(shard_name, sorted(scanned.quarantined)[:3]))
+        raise RunError(
+            f"{len(scanned.quarantined)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
+            f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
+            "raise the limit."
+        )
+    run.store.write(INDEX, to_parquet(_index(run, summary), publisher.footer))
+    run.store.write(SUCCESS, b"")
+
+
+def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
+    """The row by which a sweep's runs are told apart (`infscan.results.schema.RUN`)."""
+    config, counts, inputs = run.config, summary["counts"], summary["inputs"]
+    several = ", ".join(f"{label}={path}" for label, path in config.corpus.paths.items())
+    row = {
+        "model": config.model.path,
+        "corpus": config.corpus.path or several,
+        "queries": config.queries.path,
+        "model_fingerprint": inputs["model"],
+        "corpus_fingerprint": inputs["corpus"],
+        "queries_fingerprint": inputs["queries"],
+        "parameters": run.architecture.parameters,
+        "sequences": counts["scanned"]["sequences"],
+        "tokens": counts["scanned"]["tokens"],
+        "num_queries": len(run.queries),
+        "quarantined_shards": counts["quarantined"]["shards"],
+        "settings": [{"key": key, "value": str(value)} for key, value in lasting(config)],
+    }
+    return pa.Table.from_pylist([row], schema=RUN)
+
+
+def _summary(
+    run: Run,
+    plan: Plan,
+    corpus: AddressableCorpus,
+    scanned: Scanned,
+    nonfinite: int,
+    rows: int,
+    sequences: int,
+    planned_bytes: Mapping[str, int] | None,
+) -> dict[str, Any]:
+    """Counts that add up: what was read, scanned, kept and published, and what was not."""
+    counts = scanned.counts
+    left_out = sum(len(plan.shard(number)) for number in scanned.quarantined)
+    workers = _workers(run, planned_bytes)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "inputs": run.inputs.fingerprints() | {"corpus": corpus.fingerprint},
+        "counts": {
+            "corpus": corpus.counts,
+            "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},
+            "scanned": {
+                "shards": counts.shards,
+                "sequences": counts.sequences,
+                "tokens": counts.tokens,
+                "nonfinite": counts.nonfinite,
+                "rows_kept": counts.rows,
+                "sequences_kept": counts.kept,
+                "halved": counts.halved,
+            },
+            "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
+            "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},
+            "published": {"rows": rows, "sequences": sequences},
+        },
+        "warnings": run.telemetry.warnings,
+        "workers": workers,
+        "driver": run.records.recovery.driver(),
+        "storage_faults": _storage_faults(run, workers),
+        "phases": run.telemetry.phases,
+    }
+
+
+def _workers(run: Run, planned_bytes: Mapping[str, int] | None) -> dict[str, Any]:
+    """The workers; by rank only where this process started them, those that ended for another dtype first."""
+    cluster, failures = run.config.cluster, run.records.recovery.failures
+    return {
+        "num_workers": cluster.num_workers,
+        "ranks_per_worker": cluster.ranks_per_worker,
+        "parameters": run.architecture.parameters,
+        "rebuilds": len(failures),
+        "losses": [failure.to_json() for failure in failures],
+        "halvings": run.executor.oom_retries,
+        "planned_bytes": dict(planned_bytes) if planned_bytes else None,
+        "ranks": [[vars(rank) for rank in group] for group in run.executor.facts()],
+    }
+
+
+def _storage_faults(run: Run, workers: dict[str, Any]) -> dict[str, int]:
+    """Transient faults of storage by kind: of this process since the run was opened, and of the ranks in `workers`."""
+    found = Counter(storage_faults())
+    found.subtract(run.records.faults_before)
+    for rank in (rank for group in workers["ranks"] for rank in group):
+        found.update(rank["storage_faults"])
+    return {kind: count for kind, count in sorted(found.items()) if count}

@@ -1,0 +1,314 @@
+"""The query batch: every query's gradient, preconditioned, compressed, laid out and given to every rank.
+
+Each group of queries and layers is one file in <output>/queries; so is each shared basis. The scan sees the layout only
+(`infscan.influence.layout`), and nothing of the factors (docs/method.md: query batching).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infscan.config import Compression, Dtype, fingerprint
+from infscan.engine.executor import Step
+from infscan.errors import DamagedError
+from infscan.influence import layout
+from infscan.influence.compress import Compressed, compress, compress_weighted
+from infscan.influence.layers import Layer
+from infscan.influence.layout import (
+    Array,
+    Basis,
+    Factored,
+    LayoutPlan,
+    QueryBatch,
+    SharedBasis,
+    StoredQueries,
+    Way,
+    basis_from_arrays,
+    basis_to_arrays,
+    lay_out,
+    plan_layouts,
+    query_weights,
+    shared_basis_pays,
+    stored_dense,
+    to_arrays,
+    to_tensor,
+)
+from infscan.influence.score import LayerQueries, Scratch
+from infscan.influence.shared_basis import shared_basis
+from infscan.model.worker import ModelWorker
+from infscan.queries import MEASURED, Query, measured_jsonl
+from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
+from infscan.steps.factors import Factors
+from infscan.steps.inputs import in_dtype
+from infscan.steps.preconditioner import (
+    DampedFactors,
+    Preconditioner,
+    check_finite,
+    core,
+    full_rank,
+    layer_factors,
+    query_groups,
+    sources,
+)
+from infscan.steps.run import Run
+from infscan.storage import Store
+
+# The ways of scoring a layer as approximation.json has always named them.
+_PUBLISHED: dict[Way, str] = {"factored": "low", "dense": "full", "shared_basis": "joint"}
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BroadcastQueries:
+    """All queries' compressed gradients, laid out for scoring, as every rank reads them."""
+
+    fingerprint: str
+    # A `QueryBatch`, as `Executor.share` gave it.
+    batch: Any
+    # How many layers are scored in each way, as approximation.json names them.
+    layouts: dict[str, int]
+
+
+def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
+    """Gradients, inverse and compression of all queries; stored in <output>/queries, then broadcast."""
+    config, inputs = run.config, run.inputs
+    key = fingerprint(
+        {
+            **inputs.fingerprints(),
+            "factors": factors.fingerprint,
+            "inverse": factors.inverse.fingerprint,
+            "rank": config.scan.rank,
+            "energy": config.scan.energy if config.scan.rank == "auto" else None,
+            "compression": config.scan.compression,
+            "query_dtype": str(inputs.query_dtype),
+        }
+    )
+    run.store.write(MEASURED, measured_jsonl(run.queries))
+    stored, auto = read_query_batch(run.store, _compress(run, factors, key)), config.scan.rank == "auto"
+    plan = plan_layouts(
+        stored.spectra,
+        inputs.layers,
+        run.architecture.sequence_length(config.corpus.sequence_length),
+        config.scan.query_group_bytes // inputs.query_dtype.itemsize,
+        config.scan.energy if auto else None,
+        share=auto,
+    )
+    batch = lay_out(stored.batch, plan)
+    if plan.candidates:
+        bases = _shared_bases(run, factors, batch, plan, query_weights(stored.spectra, inputs.layers), key)
+        plan = plan.with_bases({name: found.basis for name, found in bases.items()})
+        batch = lay_out({**batch, **bases}, plan)
+    _warn_over_budget(run, plan)
+    counted = Counter(plan.ways.values())
+    # Its arrays are numpy's, not tensors: Ray hands them to every rank of a node without a copy.
+    return BroadcastQueries(key, run.executor.share(batch), {name: counted[way] for way, name in _PUBLISHED.items()})
+
+
+def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
+    """Have every file of the query batch written; their names, by group of queries and then of layers."""
+    config = run.config
+    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.scan.query_group_bytes)
+    names = [
+        [f"queries/batch-{q:04d}-layers-{g:02d}.safetensors" for g in range(len(layer_groups))]
+        for q in range(len(groups))
+    ]
+
+    def task(cell: Cell) -> QueryTask:
+        q, g = cell
+        return QueryTask(
+            store=run.store,
+            name=names[q][g],
+            queries=tuple(run.queries[index] for index in groups[q]),
+            layers=layer_groups[g],
+            inverse=factors.inverse,
+            rank=config.most_rank,
+            compression=config.scan.compression,
+            fingerprint=key,
+        )
+
+    step = Step(
+        name="queries",
+        unit_name="groups",
+        units=[(q, g) for q in range(len(groups)) for g in range(len(layer_groups))],
+        function=query_task,
+        task=task,
+        is_done=lambda cell: _is_made(run, names[cell[0]][cell[1]], key),
+        progress=lambda cell, tokens: (len(groups[cell[0]]), tokens),
+    )
+    run.executor.run(step)
+    return names
+
+
+def _shared_bases(
+    run: Run, factors: Factors, batch: QueryBatch, plan: LayoutPlan, weights: np.ndarray, key: str
+) -> dict[str, SharedBasis[Array]]:
+    """A shared basis for every candidate of the plan where that is cheaper; found once, then read back."""
+    names = {
+        number: f"queries/joint-{number:04d}.safetensors"
+        for number, layer in enumerate(plan.layers)
+        if layer.name in plan.candidates
+    }
+
+    def task(number: int) -> SharedBasisTask:
+        layer = plan.layers[number]
+        return SharedBasisTask(
+            store=run.store,
+            name=names[number],
+            layer=layer,
+            inverse=factors.inverse,
+            compression=run.config.scan.compression,
+            weights=weights,
+            energy=run.config.scan.energy,
+            tokens=plan.tokens,
+            entries=plan.candidates[layer.name],
+            fingerprint=key,
+        )
+
+    step = Step(
+        name="joint",
+        unit_name="layers",
+        units=list(names),
+        function=shared_basis_task,
+        task=task,
+        is_done=lambda number: _is_made(run, names[number], key),
+    )
+    run.executor.run(step, shared=[run.executor.share(batch)])
+    return read_shared_bases(run.store, [(plan.layers[number], name) for number, name in names.items()])
+
+
+def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
+    if plan.over_budget:
+        itemsize = run.inputs.query_dtype.itemsize
+        needed = len(run.queries) * sum(layer.size for layer in plan.layers) * itemsize
+        halved = "" if itemsize <= 2 else ", or scan.query_dtype=bfloat16, which halves them"
+        run.telemetry.warn(
+            f"{len(plan.over_budget)} layers are scored by their queries' columns, {plan.times:.1f} times the products "
+            f"that matrices would take: those have no room in scan.query_group_bytes="
+            f"{run.config.scan.query_group_bytes}; give up to {needed} of a rank's memory{halved}."
+        )
+
+
+def _is_made(run: Run, name: str, key: str) -> bool:
+    """Whether a file of the query batch is there, of this key and whole; a damaged one is made again."""
+    if not run.store.exists(name):
+        return False
+    try:
+        if read_facts(run.store, name).get("fingerprint") != key:
+            return False
+        read_tensors(run.store, name)
+    except DamagedError as error:
+        run.telemetry.warn(f"{error} It is computed again now.")
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class QueryTask:
+    """A group of queries for a group of layers; the result is one file of the query batch."""
+
+    store: Store
+    name: str
+    queries: tuple[Query, ...]
+    layers: tuple[Layer, ...]
+    inverse: Preconditioner
+    # Columns that are kept of each query and layer; None: all, as one matrix.
+    rank: int | None
+    compression: Compression
+    fingerprint: str
+
+
+def query_task(worker: ModelWorker, task: QueryTask) -> int:
+    """Gradients, inverse and compression of a group of queries for a group of layers; rank 0 writes one file.
+
+    Returns the tokens measured.
+    """
+    V = sources(worker, task.queries, task.layers, task.inverse)
+    solved = task.inverse.solutions is not None
+    tensors: dict[str, Tensor] = {}
+    for layer in task.layers:
+        known = layer_factors(task.inverse, layer, worker.device, worker.wide)
+        # One query at a time: within a product of all of them a query's bits could depend on the others.
+        by_query = [_compressed(task, layer, core(one, layer, known, solved=solved), known) for one in V[layer.name]]
+        tensors |= to_arrays(layer.name, by_query)
+        finite = [torch.isfinite(one if isinstance(one, Tensor) else one.U_or).all() for one in by_query]
+        check_finite(layer.name, task.queries, torch.stack(finite))
+    if worker.leads:
+        write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
+    return sum(len(part.token_ids) for query in task.queries for part in query.parts)
+
+
+def _compressed(task: QueryTask, layer: Layer, C_oi: Tensor, known: DampedFactors) -> Compressed | Tensor:
+    """One query and layer: its columns, or P. C: its core in the eigenbases, or (without factors) its gradient."""
+    if task.rank is None or stored_dense(layer, task.rank):
+        return full_rank(C_oi, known)
+    if known and task.compression is Compression.weighted:
+        return compress_weighted(C_oi, known[0], task.rank)
+    return compress(full_rank(C_oi, known), task.rank)
+
+
+@dataclass(frozen=True)
+class SharedBasisTask:
+    """One layer of a query batch whose ranks are allocated; the result is one file."""
+
+    store: Store
+    name: str
+    layer: Layer
+    inverse: Preconditioner
+    compression: Compression
+    weights: np.ndarray  # float64 [Q], by which a query's squares count
+    energy: float  # of the layer's squares in the columns, what the basis keeps
+    tokens: int  # T of a sequence, which settles what is cheaper
+    entries: int  # that the cores may have, or the dense matrices instead
+    fingerprint: str
+
+
+def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: QueryBatch) -> Basis | None:
+    """Find the layer's shared basis and write it; or an empty file, where another way is cheaper or nothing fits.
+
+    Returns (m, n), zeros for an empty file, on rank 0.
+    """
+    if not worker.leads:
+        return None
+    layer, columns = task.layer, batch[task.layer.name]
+    assert isinstance(columns, Factored), f"{layer.name} is stored dense"
+    U_xo, V_xi = (to_tensor(side, worker.device, worker.wide) for side in (columns.U_xo, columns.V_xi))
+    known = layer_factors(task.inverse, layer, worker.device, worker.wide)
+    factors = known[0] if known and task.compression is Compression.weighted else None
+    weights = worker.to_device(task.weights)
+    found = shared_basis(U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens, task.entries)
+    if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries):
+        found = None
+    write_tensors(task.store, task.name, basis_to_arrays(found), {"fingerprint": task.fingerprint})
+    return found.basis if found else (0, 0)
+
+
+def read_shared_bases(store: Store, names: Sequence[tuple[Layer, str]]) -> dict[str, SharedBasis[Array]]:
+    """The shared bases of those layers that have one, by name. names: every layer that was tried, with its file."""
+    read = {
+        layer.name: basis_from_arrays({kind: tensor.numpy() for kind, tensor in read_tensors(store, name).items()})
+        for layer, name in names
+    }
+    return {name: found for name, found in read.items() if found}
+
+
+def read_query_batch(store: Store, names: Sequence[Sequence[str]]) -> StoredQueries:
+    """Read the whole query batch. names: its files, by group of queries and then by group of layers."""
+    return layout.from_arrays(
+        [
+            {key: tensor.numpy() for name in files for key, tensor in read_tensors(store, name).items()}
+            for files in names
+        ]
+    )
+
+
+def on_device(worker: ModelWorker, batch: QueryBatch, dtype: Dtype | None = None) -> dict[str, LayerQueries]:
+    """The query batch laid out for scoring, on this rank's device. dtype: as of `in_dtype`."""
+    scratch = Scratch.on(worker.device)
+    return layout.on_device(batch, worker.layers, worker.device, in_dtype(dtype, worker.model.dtype), scratch)

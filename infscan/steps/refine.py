@@ -1,0 +1,250 @@
+"""Score the best candidates again with full-rank query gradients, by layer and by token (docs/method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infscan.config import fingerprint
+from infscan.corpus.plan import Plan
+from infscan.corpus.sequences import Sequence
+from infscan.engine.executor import Step
+from infscan.influence.layers import Layer
+from infscan.influence.score import score_tokens
+from infscan.influence.standings import Hits
+from infscan.model.worker import LayerConsumer, ModelWorker
+from infscan.queries import Query
+from infscan.results.refined import unit_path, write_unit
+from infscan.results.shard_file import read_candidates
+from infscan.steps.factors import Factors
+from infscan.steps.preconditioner import Preconditioner, preconditioned, query_groups
+from infscan.steps.run import Run
+from infscan.steps.scan import Scanned
+from infscan.storage import Store
+
+_SEQUENCES_PER_UNIT = 256
+# A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
+_PAIRS_PER_UNIT = 1 << 14
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Where the refined units are stored: for each query group, its units by layer group."""
+
+    groups: list[range]
+    paths: list[list[list[str]]]
+
+
+def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
+    """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files, the
+    model in scan.refine_dtype."""
+    inputs, config = run.inputs, run.config
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.scan.query_group_bytes)
+    units = refine_units(scanned.best, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    # The files of other candidates, or of the same ones cut otherwise, are elsewhere.
+    cut = sha256(b"".join(array.tobytes() for unit in units for array in (unit.sequence_ids, unit.queries)))
+    sizes = [(unit.group, len(unit.queries)) for unit in units]
+    digest = fingerprint(
+        [cut.hexdigest(), sizes, factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype]
+    )
+    cells = [(number, layers) for number in range(len(units)) for layers in range(len(layer_groups))]
+    path_of = {cell: unit_path(digest, cell[0] * len(layer_groups) + cell[1]) for cell in cells}
+    paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
+    for number, layers in cells:
+        paths[units[number].group][layers].append(path_of[number, layers])
+    there = set(run.store.names(f"refined/{digest[:16]}"))
+
+    def task(cell: tuple[int, int]) -> RefineTask:
+        unit = units[cell[0]]
+        return RefineTask(
+            run=run.store,
+            path=path_of[cell],
+            group=f"{unit.group}/{cell[1]}/{digest}",
+            queries=tuple(run.queries[query] for query in groups[unit.group]),
+            layers=layer_groups[cell[1]],
+            inverse=factors.inverse,
+            shards=tuple(plan.by_shard(unit.sequence_ids)),
+            wanted=unit.wanted,
+            tokens_per_batch=config.scan.tokens_per_batch,
+        )
+
+    step = Step(
+        name="refine",
+        unit_name="units",
+        units=cells,
+        function=refine_task,
+        task=task,
+        is_done=lambda cell: path_of[cell] in there,
+        progress=lambda cell, tokens: (len(np.unique(units[cell[0]].sequence_ids)), tokens),
+    )
+    if not all(map(step.is_done, cells)):
+        run.hold_model_in(config.refine_dtype)
+        run.executor.run(step)
+    return Refined(groups, paths)
+
+
+@dataclass(frozen=True)
+class RefineTask:
+    """Some candidates of a group of queries, for a group of layers.
+
+    shards: shard names with the sequence_ids to take from each (their tokens lie in the shard's file).
+    wanted: sequence_id -> indices into `queries`.
+    """
+
+    run: Store
+    path: str
+    group: str
+    queries: tuple[Query, ...]
+    layers: tuple[Layer, ...]
+    inverse: Preconditioner
+    shards: tuple[tuple[str, np.ndarray], ...]
+    wanted: dict[int, tuple[int, ...]]
+    tokens_per_batch: int
+
+
+def refine_task(worker: ModelWorker, task: RefineTask) -> int:
+    """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
+    P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
+    sequences = _candidates(task)
+    wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
+    pairs = pairs_of(wanted)
+    longest = max(len(sequence) for sequence in sequences)
+    layer_scores = torch.zeros(len(pairs), len(task.layers), dtype=worker.wide, device=worker.device)
+    token_scores = torch.zeros(len(pairs), longest, dtype=worker.wide, device=worker.device)
+    column = {layer.name: index for index, layer in enumerate(task.layers)}
+
+    def keep(layer: Layer, pairs_n: Tensor, scores_nt: Tensor) -> None:
+        token_scores[pairs_n, : scores_nt.shape[1]] += scores_nt
+        layer_scores[pairs_n, column[layer.name]] = scores_nt.sum(dim=1)
+
+    score_pairs(worker, sequences, wanted, task.layers, P, task.tokens_per_batch, keep)
+    layer_scores, token_scores = worker.reduce(layer_scores), worker.reduce(token_scores)
+    if worker.leads:
+        by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
+        write_unit(
+            task.run,
+            task.path,
+            [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
+            by_layer,
+            [by_token[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
+            [layer.name for layer in task.layers],
+        )
+    return sum(len(sequence) for sequence in sequences)
+
+
+# keep(layer, pairs_n, scores_nt): of some pairs (their numbers in `pairs_of`), a layer's scores by input position.
+Keep = Callable[[Layer, Tensor, Tensor], None]
+
+
+def pairs_of(wanted: Sequences[Sequences[int]]) -> list[tuple[int, int]]:
+    """(row, query) of every pair, in order. wanted: by row, the queries that it is scored against."""
+    return [(row, query) for row, queries in enumerate(wanted) for query in queries]
+
+
+def score_pairs(
+    worker: ModelWorker,
+    sequences: Sequences[Sequence],
+    wanted: Sequences[Sequences[int]],
+    layers: Sequences[Layer],
+    P: Mapping[str, Tensor],
+    tokens_per_batch: int,
+    keep: Keep,
+) -> None:
+    """s_t^T P_q a_t of every wanted pair, layer by layer, handed to `keep` once for each layer and pair.
+
+    P: [Q, O, I] by layer, full rank. scores_nt: [n, T of the micro-batch], float32 or wider, zero on padding; each rank
+    of a group keeps its own micro-batches' pairs.
+    """
+    first = np.cumsum([0, *map(len, wanted)]).tolist()
+    for batch in worker.batches(sequences, tokens_per_batch):
+        by_query: dict[int, list[tuple[int, int]]] = {}
+        for place, row in enumerate(batch.rows.tolist()):
+            for offset, query in enumerate(wanted[row]):
+                by_query.setdefault(query, []).append((place, first[row] + offset))
+        index = {query: worker.to_device(np.asarray(found, np.int64).T.copy()) for query, found in by_query.items()}
+        worker.backward(batch, layers, batch.loss(), pair_scoring(index, P, keep), ones=False)
+
+
+def pair_scoring(index: Mapping[int, Tensor], P: Mapping[str, Tensor], keep: Keep) -> LayerConsumer:
+    """Scores a micro-batch's pairs, layer by layer. index: by query, int64 [2, n]: rows of the batch, and pairs."""
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        for query, (places, pairs_n) in index.items():
+            keep(layer, pairs_n, score_tokens(s_bto[places], a_bti[places], P[layer.name][query]))
+
+    return consume
+
+
+def _candidates(task: RefineTask) -> list[Sequence]:
+    """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
+    found: list[Sequence] = []
+    for name, sequence_ids in task.shards:
+        for row in read_candidates(task.run, name, sequence_ids, tokens_only=True).to_pylist():
+            mask, starts = row["loss_mask"], row["document_starts"]
+            found.append(
+                Sequence(
+                    sequence_id=row["sequence_id"],
+                    token_ids=np.asarray(row["token_ids"], np.int64),
+                    documents=(),
+                    byte_offset=0,
+                    path="",
+                    loss=None if mask is None else np.asarray(mask, np.bool_),
+                    starts=None if starts is None else np.asarray(starts, np.int64),
+                )
+            )
+    assert len(found) == len(task.wanted), "a candidate is missing from its shard's file"
+    return sorted(found, key=lambda sequence: sequence.sequence_id)
+
+
+@dataclass(frozen=True)
+class RefineUnit:
+    """Candidates of one query group, by sequence_id and query, as columns of one length.
+
+    sequence_ids: int64. queries: int32, indices within the group.
+    """
+
+    group: int
+    sequence_ids: NDArray[np.int64]
+    queries: NDArray[np.int32]
+
+    @property
+    def wanted(self) -> dict[int, tuple[int, ...]]:
+        """As RefineTask has it."""
+        found: dict[int, list[int]] = {}
+        for sequence_id, query in zip(self.sequence_ids.tolist(), self.queries.tolist(), strict=True):
+            found.setdefault(sequence_id, []).append(query)
+        return {sequence_id: tuple(queries) for sequence_id, queries in found.items()}
+
+
+def refine_units(
+    candidates: Hits, query_groups: Sequences[range], most_sequences: int, most_pairs: int
+) -> list[RefineUnit]:
+    """Cut candidates into units, each of one query group and of so many sequences and pairs at most.
+
+    A sequence's pairs stay together: one alone may have more of them. It depends on the candidates alone, so that
+    micro-batches do too.
+    """
+    units: list[RefineUnit] = []
+    group_of = np.searchsorted([group.stop for group in query_groups], candidates.queries, side="right")
+    order = np.lexsort((candidates.queries, candidates.sequence_ids, group_of))
+    ends = np.searchsorted(group_of[order], np.arange(len(query_groups)), side="right")
+    for number, (group, mine) in enumerate(zip(query_groups, np.split(order, ends)[:-1], strict=True)):
+        sequence_ids, local = candidates.sequence_ids[mine], candidates.queries[mine] - np.int32(group.start)
+        # Of every sequence, where its pairs begin; and where the last one's end.
+        starts = [*np.flatnonzero(np.diff(sequence_ids, prepend=-1)).tolist(), len(mine)]
+        first = 0
+        while first + 1 < len(starts):
+            last = min(first + most_sequences, len(starts) - 1)
+            while last > first + 1 and starts[last] - starts[first] > most_pairs:
+                last -= 1
+            stretch = slice(starts[first], starts[last])
+            units.append(RefineUnit(number, sequence_ids[stretch], local[stretch]))
+            first = last
+    return units

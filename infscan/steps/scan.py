@@ -1,0 +1,231 @@
+"""Scan the corpus: every sequence's score against all queries, from one forward and one backward; best rows to storage.
+
+A shard is a unit. Its file's presence is the fact that it is done; with its task it gets the thresholds of the shard
+files that are in storage, so it writes only rows that may still be among the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infscan.config import Dtype, fingerprint
+from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
+from infscan.corpus.plan import Plan, shard_name
+from infscan.engine.executor import Step
+from infscan.errors import DamagedError, RunError
+from infscan.influence.layers import Layer
+from infscan.influence.layout import QueryBatch
+from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
+from infscan.model.worker import LayerConsumer, ModelWorker
+from infscan.results.dense import write_scores
+from infscan.results.publish import SUCCESS
+from infscan.results.shard_file import (
+    QUARANTINE,
+    ScanCounts,
+    ShardCounts,
+    finished_shards,
+    read_hits,
+    shard_path,
+    write_shard,
+)
+from infscan.secrets import redact
+from infscan.steps.queries import BroadcastQueries, on_device
+from infscan.steps.run import Run
+from infscan.storage import Store
+from infscan.storage.ahead import ahead
+
+# A shard's rows, and what it counted.
+ShardResult = tuple[Hits, ShardCounts]
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the scan left."""
+
+    # The C best rows per query and side.
+    best: Hits
+    # Of all finished shards.
+    counts: ScanCounts
+    # The shards given up, with reasons.
+    quarantined: dict[int, str]
+
+
+def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries) -> Scanned:
+    """Scan every shard whose file is not there yet; thresholds come from the files that are.
+
+    Raises:
+        RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
+    """
+    run.store.remove(SUCCESS)
+    for entry in run.store.list(QUARANTINE):
+        run.store.remove(entry.name)
+    tally = _Tally(run, plan)
+    done = tally.add_finished()
+    config = run.config
+    fields = {"plan": plan.to_json(), "queries": batch.fingerprint, "attention": corpus.attention}
+    run_fingerprint = fingerprint(fields)
+
+    def task(number: int) -> ScanTask:
+        return ScanTask(
+            run=run.store,
+            corpus=CorpusAddress.of(corpus),
+            shard=shard_name(number),
+            sequence_ids=plan.ids(number),
+            query_ids=run.inputs.query_ids,
+            query_batch=batch.fingerprint,
+            sides=config.sides,
+            candidates=config.candidates,
+            thresholds=tally.standings.thresholds,
+            tokens_per_batch=config.scan.tokens_per_batch,
+            dense=config.scan.scores.value == "all",
+            fingerprint=run_fingerprint,
+            query_dtype=config.scan.query_dtype,
+        )
+
+    step = Step(
+        name="scan",
+        unit_name="shards",
+        units=plan.order().tolist(),
+        function=scan_task,
+        task=task,
+        is_done=lambda number: bool(done[number]),
+        progress=lambda number, result: (result[1].sequences, result[1].tokens),
+    )
+    run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
+    run.executor.forget()
+    tally.check_nonfinite()
+    return Scanned(tally.standings.best(), tally.counts, tally.quarantined)
+
+
+class _Tally:
+    """The finished shards together. Sums alone are kept of them: a scan may have a million."""
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self.run, self.plan = run, plan
+        self.standings = Standings(len(run.queries), run.config.sides, run.config.candidates)
+        self.counts = ScanCounts()
+        self.quarantined: dict[int, str] = {}
+
+    def add_finished(self) -> NDArray[np.bool_]:
+        """Add the shards whose files are in storage; a damaged one is removed. Returns which are done."""
+        store, shards = self.run.store, self.plan.num_shards
+        there = finished_shards(store)
+        done = np.fromiter((shard_name(number) in there for number in range(shards)), np.bool_, shards)
+        for number, found in ahead(store, self._read, map(int, np.flatnonzero(done))):
+            if isinstance(found, DamagedError):
+                self.run.telemetry.warn(f"{found} It is scanned again now.")
+                store.remove(shard_path(shard_name(number)))
+                done[number] = False
+            else:
+                self._sum(found)
+        return done
+
+    def _read(self, number: int) -> tuple[int, ShardResult | DamagedError]:
+        try:
+            return number, read_hits(self.run.store, shard_name(number), self.run.inputs.query_ids)
+        except DamagedError as error:
+            return number, error
+
+    def _sum(self, result: ShardResult) -> None:
+        self.standings.add(result[0])
+        self.counts.add(result[1])
+
+    def add(self, number: int, result: ShardResult) -> None:
+        self._sum(result)
+        self.check_nonfinite()
+
+    def give_up(self, number: int, reason: str) -> None:
+        """Quarantine a shard, with a note."""
+        store, name, ids = self.run.store, shard_name(number), self.plan.ids(number)
+        if store.exists(shard_path(name)):
+            # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
+            self._sum(read_hits(store, name, self.run.inputs.query_ids))
+            return
+        self.quarantined[number] = reason = redact(reason)
+        note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
+        store.write_json(f"{QUARANTINE}/{name}.json", note)
+
+    def check_nonfinite(self) -> None:
+        limit = self.run.config.scan.max_nonfinite
+        if self.counts.nonfinite > limit * self.plan.selection.size:
+            raise RunError(
+                f"{self.counts.nonfinite} sequences have scores that are NaN or infinite, more than scan.max_nonfinite="
+                f"{limit} of {self.plan.selection.size}; use model.dtype=float32, or raise the limit."
+            )
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """One shard."""
+
+    run: Store
+    corpus: CorpusAddress
+    shard: str
+    sequence_ids: np.ndarray
+    query_ids: tuple[str, ...]
+    # The fingerprint of the broadcast batch, so that a rank lays it out once, in query_dtype.
+    query_batch: str
+    sides: tuple[str, ...]
+    candidates: int
+    # Of the shard files that were in storage when it was handed out.
+    thresholds: Thresholds
+    tokens_per_batch: int
+    dense: bool
+    fingerprint: str
+    query_dtype: Dtype | None = None
+
+
+def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> ShardResult | None:
+    """Score every sequence of the shard and write its file; returns what was written, on rank 0.
+
+    score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
+    """
+    queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))
+    with worker.span("read", shard=task.shard):
+        sequences = worker.read(task.corpus, task.sequence_ids)
+    scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=worker.wide, device=worker.device)
+    losses_n = torch.zeros(len(sequences), dtype=worker.wide, device=worker.device)
+    for batch in worker.batches(sequences, task.tokens_per_batch):
+        rows = worker.to_device(batch.rows)
+        partial_bq = torch.zeros(len(batch.rows), len(task.query_ids), dtype=worker.wide, device=worker.device)
+        losses_b = worker.backward(batch, worker.layers, batch.loss(), scoring(partial_bq, queries), ones=False)
+        if batch.scored:
+            scores_nq[rows], losses_n[rows] = partial_bq, losses_b
+    scores_nq, losses_n = worker.reduce(scores_nq), worker.reduce(losses_n)
+    if not worker.leads:
+        return None
+    scores, losses = scores_nq.float().cpu().numpy(), losses_n.float().cpu().numpy()
+    hits = shard_hits(scores, task.sequence_ids, task.sides, task.candidates, task.thresholds)
+    counts = ShardCounts(
+        sequences=len(sequences),
+        tokens=sum(len(sequence) for sequence in sequences),
+        nonfinite=int((~np.isfinite(scores).all(axis=1)).sum()),
+        kept=len(np.unique(hits.sequence_ids)),
+        rows=len(hits),
+        halvings=worker.oom_retries,
+    )
+    if task.run.exists(shard_path(task.shard)):
+        # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
+        return read_hits(task.run, task.shard, task.query_ids)
+    with worker.span("write", shard=task.shard):
+        if task.dense:
+            write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+        if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
+            return read_hits(task.run, task.shard, task.query_ids)
+    return hits, counts
+
+
+def scoring(scores_bq: Tensor, queries: Mapping[str, LayerQueries]) -> LayerConsumer:
+    """Adds every layer's scores of a micro-batch to scores_bq, [B, Q]."""
+
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        scores_bq.add_(score_layer(s_bto, a_bti, queries[layer.name]))
+
+    return consume

@@ -1,0 +1,85 @@
+"""A validation on a terminal: a line per method, the average over queries its interval, how far the truth came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from infscan_studies.comparison import AVERAGE, EKFAC
+
+
+def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """Each method against the reference, EK-FAC's lead over it, its seconds; then how well the reference converged."""
+    console = Console(soft_wrap=True, highlight=False, width=120)
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column("method")
+    for name in (f"Pearson with {facts['reference']} [95 %]", "Spearman", "recall", "EK-FAC's lead [95 %]", "seconds"):
+        shown.add_column(name, justify="right")
+    for row in table.filter(pc.field("query") == AVERAGE).to_pylist():
+        lead = facts["gain_of_ekfac"].get(row["method"])
+        shown.add_row(
+            row["method"],
+            f"{row['pearson']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+            f"{row['spearman']:+.3f}",
+            "-" if row["recall"] is None else f"{row['recall']:.2f}",
+            "-" if lead is None else f"{lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]",
+            f"{row['seconds']:.1f}",
+            style="bold" if row["method"] == EKFAC else "",
+        )
+    console.print(shown)
+    console.print()
+    for line in lines(facts):
+        console.print(line)
+
+
+def show_coverage(table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """A line per side and top, a column per k: the queries' average share that the filter keeps."""
+    console = Console(soft_wrap=True, highlight=False, width=120)
+    rows = table.filter(pc.field("query") == AVERAGE).to_pylist()
+    ks = sorted({row["k"] for row in rows})
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column("of the scan's")
+    for k in ks:
+        shown.add_column(f"best {k:,}", justify="right")
+    for side, top in sorted(
+        {(row["side"], row["top"]) for row in rows}, key=lambda each: (each[0] != "proponent", each)
+    ):
+        shares = {row["k"]: row["share"] for row in rows if (row["side"], row["top"]) == (side, top)}
+        shown.add_row(f"top {top} {side}s", *(f"{shares[k]:.2f}" for k in ks))
+    by_chance = (min(1.0, k / facts["sequences"]) for k in ks)
+    shown.add_row("any sequence", *(f"{share:.2f}" for share in by_chance), style="dim")
+    console.print("Share that the TF-IDF filter keeps, by how many sequences it keeps per query\n")
+    console.print(shown)
+
+
+def lines(facts: Mapping[str, Any]) -> list[str]:
+    """What was compared, and how well each truth converged."""
+    said = []
+    if "pbrf" in facts:
+        pbrf = facts["pbrf"]
+        missed = f"{pbrf['not_converged']} of {pbrf['minimisations']} minimisations did NOT reach the tolerance of"
+        said.append(
+            f"PBRF, the reference: {facts['points']} training points, {pbrf['seconds']:.0f} s; "
+            + (missed if pbrf["not_converged"] else f"all {pbrf['minimisations']} minimisations reached")
+            + f" {pbrf['settings']['tolerance']:g} (relative gradient; median {pbrf['residual']['median']:.2g}, "
+            f"largest {pbrf['residual']['largest']:.2g}). Responses to eps = +1/N and -1/N correlate at "
+            f"{pbrf['both_ways']:.3f}."
+        )
+    if "cg" in facts:
+        cg = facts["cg"]
+        residual, iterations = max(cg["residual"].values()), max(cg["iterations"].values())
+        reached = "" if residual <= cg["tolerance"] else f" (the tolerance of {cg['tolerance']:g} was NOT reached)"
+        role = ", the reference" if "pbrf" not in facts else ""
+        said.append(
+            f"CG{role}: {iterations} iterations, largest relative residual {residual:.2g}{reached}, "
+            f"{cg['seconds']:.0f} s."
+        )
+    return [
+        *said,
+        f"Seconds are for all queries together; EK-FAC's and CG's hold the fit's {facts['fit_seconds']:.1f} s.",
+    ]

@@ -1,0 +1,45 @@
+"""Whether a worker fits the cluster is found before the first one starts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from infscan.config import ClusterConfig, Placement
+from infscan.engine import cluster as module
+from infscan.errors import ConfigError
+
+
+def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    ray = SimpleNamespace(
+        cluster_resources=lambda: {kind: sum(one.get(kind, 0) for one in resources) for kind in ("CPU", "GPU")},
+        nodes=lambda: [{"Alive": True, "Resources": one} for one in resources],
+    )
+    monkeypatch.setattr(module, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "said"),
+    [
+        (ClusterConfig(ranks_per_worker=3), 0.0, r"3 x \{CPU 1\}"),
+        (ClusterConfig(cpus_per_rank=3), 0.0, r"1 x \{CPU 3\}"),
+        (ClusterConfig(), 1.0, r"1 x \{CPU 1, GPU 1\}.*\{CPU 2, GPU 0\}"),
+        (ClusterConfig(ranks_per_worker=2, placement=Placement.STRICT_SPREAD), 0.0, "STRICT_SPREAD"),
+    ],
+)
+def test_a_machine_without_room_for_one_worker_is_refused_at_once(
+    cluster: ClusterConfig, gpus: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes(monkeypatch, {"CPU": 2.0})
+    with pytest.raises(ConfigError, match=f"this machine has no room for a worker: one needs .*{said}"):
+        module.check_capacity(cluster, gpus)
+    # A cluster may grow: it is waited for.
+    cluster.address = "auto"
+    module.check_capacity(cluster, gpus)
+
+
+def test_room_for_one_worker_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, {"CPU": 2.0})
+    module.check_capacity(ClusterConfig(num_workers=50, ranks_per_worker=2), 0.0)

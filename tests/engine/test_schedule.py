@@ -1,0 +1,156 @@
+"""The schedule keeps every unit in exactly one place, and ends each of them, whatever becomes of its attempts."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from infscan.engine.schedule import LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, Schedule
+
+_UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
+
+
+class AnyTrace(RuleBasedStateMachine):
+    """Attempts that succeed, fail, get lost or run out of memory in any order, beside a model of what became of it."""
+
+    @initialize(units=_UNITS, max_attempts=st.integers(1, 3))
+    def start(self, units: list[int], max_attempts: int) -> None:
+        self.units, self.max_attempts = units, max_attempts
+        self.schedule = Schedule(iter(units), max_attempts)
+        self.errors, self.losses, self.oom_retries = (dict.fromkeys(units, 0) for _ in range(3))
+        self.ended: set[int] = set()
+        self.ran_out: set[int] = set()
+        self.queue = list(units)
+
+    @rule()
+    def take(self) -> None:
+        assert self.schedule.take() == (self.queue.pop(0) if self.queue else None)
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        self.schedule.succeed(unit)
+        self.ended.add(unit)
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        self.errors[unit] += 1
+        last = self.schedule.fail(unit, f"error {self.errors[unit]}")
+        assert last == (self.errors[unit] == self.max_attempts)
+        self._again(unit, last, f"error {self.errors[unit]}")
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data(), times=st.sampled_from([1, LOSSES_PER_ATTEMPT - 1]))
+    def lose(self, data: st.DataObject, times: int) -> None:
+        """One unit's machine goes away, some times in a row (the budget is too large for single steps)."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        for _ in range(times):
+            self.losses[unit] += 1
+            last = self.schedule.lose(unit, f"loss {self.losses[unit]}")
+            assert last == (self.losses[unit] == self.max_attempts * LOSSES_PER_ATTEMPT)
+            self._again(unit, last, f"loss {self.losses[unit]}")
+            if last:
+                return
+            self._take_until(unit)
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data(), times=st.sampled_from([1, MOST_OOM_RETRIES - 1]))
+    def retry_smaller(self, data: st.DataObject, times: int) -> None:
+        """One unit's memory runs out, some times in a row."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        for _ in range(times):
+            last = self.schedule.retry_smaller(unit, "memory")
+            assert last == (self.oom_retries[unit] == MOST_OOM_RETRIES)
+            self._again(unit, last, "memory")
+            if last:
+                self.ran_out.add(unit)
+                return
+            self.oom_retries[unit] += 1
+            self._take_until(unit)
+
+    @precondition(lambda self: self.units)
+    @rule(data=st.data())
+    def halve(self, data: st.DataObject) -> None:
+        """It shows later that it was memory: wherever the unit is, it stays, and what has ended is left alone."""
+        unit = data.draw(st.sampled_from(self.units))
+        halved = self.schedule.allow_smaller(unit)
+        assert halved == (unit not in self.ended and self.oom_retries[unit] < MOST_OOM_RETRIES)
+        self.oom_retries[unit] += halved
+
+    def _take_until(self, unit: int) -> None:
+        while self.schedule.take() != unit:
+            pass
+        self.queue.clear()
+
+    def _again(self, unit: int, last: bool, reason: str) -> None:
+        if last:
+            self.ended.add(unit)
+            assert self.schedule.given_up[unit] == reason
+        else:
+            self.queue.append(unit)
+
+    @invariant()
+    def every_unit_is_in_exactly_one_place(self) -> None:
+        places = [list(self.schedule.waiting), self.schedule.running, self.schedule.done, self.schedule.given_up]
+        assert sorted(unit for place in places for unit in place) == sorted(self.units)
+
+    @invariant()
+    def units_that_wait_go_out_in_turn(self) -> None:
+        assert list(self.schedule.waiting) == self.queue
+
+    @invariant()
+    def what_ended_has_ended(self) -> None:
+        assert self.schedule.done | set(self.schedule.given_up) == self.ended
+
+    @invariant()
+    def budgets_are_apart(self) -> None:
+        for unit in self.units:
+            spent = (
+                self.errors[unit] >= self.max_attempts
+                or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
+                or unit in self.ran_out
+            )
+            assert (unit in self.schedule.given_up) == spent
+            assert self.schedule.oom_retries.get(unit, 0) == self.oom_retries[unit]
+
+    @invariant()
+    def finished_is_when_nothing_waits_or_runs(self) -> None:
+        assert self.schedule.finished == (len(self.ended) == len(self.units))
+
+    def teardown(self) -> None:
+        """From anywhere, attempts that all fail come to an end, and every unit is done or given up."""
+        if not hasattr(self, "schedule"):
+            return
+        for _ in range(len(self.units) * self.max_attempts + len(self.schedule.running)):
+            while self.schedule.take() is not None:
+                pass
+            for unit in sorted(self.schedule.running):
+                self.schedule.fail(unit, "no luck")
+        assert self.schedule.finished
+        assert self.schedule.done | set(self.schedule.given_up) == set(self.units)
+        assert not self.schedule.done & set(self.schedule.given_up)
+
+
+TestAnyTrace = AnyTrace.TestCase
+TestAnyTrace.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_an_error_costs_no_loss_and_a_loss_no_error() -> None:
+    schedule = Schedule([7], max_attempts=2)
+    for _ in range(2 * LOSSES_PER_ATTEMPT - 1):
+        schedule.take()
+        assert not schedule.lose(7, "gone")
+    schedule.take()
+    assert not schedule.fail(7, "wrong")
+    schedule.take()
+    assert schedule.fail(7, "wrong again")
+    assert schedule.given_up == {7: "wrong again"}
+
+
+def test_no_units_are_finished() -> None:
+    assert Schedule([], 1).finished
+    assert Schedule([], 1).take() is None

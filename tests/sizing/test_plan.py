@@ -1,0 +1,129 @@
+"""What a plan says before a run is what the run then finds: sequences, tokens, shards and bytes, to the last one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infscan.config import Config
+from infscan.config.jobs import PlanConfig, PlanJob
+from infscan.errors import ConfigError
+from infscan.pipeline import answer
+from infscan.results.read import read_summary
+from infscan.sizing.estimate import Rate, Work, timed
+from infscan.sizing.plan import estimate
+from infscan.steps.factor_files import check_files
+from infscan.storage import Store
+from tests.chaos.one_process import without_ray
+from tests.steps.runs import compose, small_run, text_corpus, text_queries, tiny_model
+
+
+def job(config: Config, **asked: object) -> PlanJob:
+    return PlanJob(**vars(config), plan=PlanConfig(**asked))  # type: ignore[arg-type]
+
+
+def texts(tmp_path: Path) -> list[str]:
+    tiny_model(tmp_path / "model", family="llama", tokenizer=True)
+    corpus, queries = text_corpus(tmp_path / "c.jsonl", 60), text_queries(tmp_path / "q.jsonl", 2)
+    packed = ["corpus.tokens_field=null", "corpus.packing=concat", "corpus.sequence_length=32"]
+    return [*packed, f"corpus.path={corpus}", f"queries.path={queries}"]
+
+
+@pytest.mark.parametrize("kind", ["documents", "texts", "sample", "identity"])
+def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> None:
+    given = {
+        "documents": ["factors.blocks=2", "factors.num_sequences=21"],
+        "texts": texts(tmp_path) if kind == "texts" else [],
+        "sample": ["corpus.max_sequences=17", "scan.scores=all", "factors.max_group_bytes=30000"],
+        "identity": ["factors=identity", "scan.compression=plain", "queries.measure=tokens"],
+    }[kind]
+    config = small_run(tmp_path, *given)
+    before = estimate(job(config))
+    with without_ray():
+        answer(config)
+    summary, store = read_summary(config.output), Store(config.output)
+    assert before.corpus.how == "exact"
+    assert before.corpus.sequences == summary["counts"]["planned"]["sequences"]
+    assert before.corpus.tokens == summary["counts"]["scanned"]["tokens"]
+    assert before.shards == summary["counts"]["planned"]["shards"] == before.writes["shards"]
+    phases = {work.name: work for work in before.work}
+    for name in ("covariance", "lambda", "scan"):
+        if name in summary["phases"]:
+            assert phases[name].tokens == summary["phases"][name]["tokens"]
+            assert phases[name].sequences == summary["phases"][name]["sequences"]
+    # One query group here: no more sequences than there are, however many candidates.
+    refined = summary["phases"]["refine"]["sequences"]
+    assert refined <= phases["refine"].sequences <= summary["counts"]["planned"]["sequences"]
+    assert before.corpus.prepared_bytes == sum(
+        entry.size for entry in store.list("corpus", suffix=".parquet") if "/part-" in entry.name
+    )
+    batch = [entry.size for entry in store.list("queries", suffix=".safetensors")]
+    assert (sum(batch), len(batch)) == (before.bytes["query batch"], before.writes["query batch"])
+    if kind != "identity":
+        files = check_files(Store(config.factors.path or ""))["files"]
+        assert (before.factors.bytes, before.factors.files) == (sum(files.values()), len(files))
+    assert len(store.list("scores")) == before.writes["dense scores"]
+    assert len(store.list("refined")) <= before.writes["refined units, at most"]
+    assert summary["workers"]["planned_bytes"] == vars(before.costs["scan"].memory)
+    # Afterwards: what lies there is read in place of the input, and says the same.
+    after = estimate(job(config))
+    assert (after.corpus.sequences, after.corpus.tokens, after.shards) == (
+        before.corpus.sequences, before.corpus.tokens, before.shards,
+    )  # fmt: skip
+    assert "covariance" not in {work.name for work in after.work}
+    json.dumps(before.to_json(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_large_corpus_is_estimated_from_all_over_it(tmp_path: Path) -> None:
+    config = small_run(tmp_path, *texts(tmp_path))
+    exact = estimate(job(config))
+    sampled = estimate(job(config, sample_bytes=2000))
+    assert sampled.corpus.how.startswith("estimated from ")
+    assert sampled.corpus.tokens == pytest.approx(exact.corpus.tokens, rel=0.3)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_a_configuration_alone_is_planned_by_numbers(tmp_path: Path) -> None:
+    plan = ["plan.sequences=10000000", "plan.queries=100", "plan.device=h100", "plan.price_per_hour=2"]
+    config = compose("plan", "model=shape-7b", f"output={tmp_path}", *plan)
+    assert isinstance(config, PlanJob)
+    found = estimate(config)
+    assert (found.corpus.sequences, found.corpus.tokens, found.shards) == (10_000_000, 5_120_000_000, 2442)
+    assert found.parameters == 6_738_415_616
+    scan = next(work for work in found.work if work.name == "scan")
+    # 4 N and what 100 queries of rank 32 take: 2 * 3200 * (O + I) a layer.
+    N = found.parameters - 32000 * 4096
+    scoring = 32 * 2 * 3200 * 3 * (4096 + 11008)
+    assert scan.flop / scan.tokens == pytest.approx(4 * N + scoring, rel=0.05)
+    assert scan.seconds == pytest.approx(scan.flop / (0.4 * 989e12))
+    assert found.rank_hours == pytest.approx(sum(work.seconds or 0 for work in found.work) / 3600)
+    assert found.price == pytest.approx(2 * (found.rank_hours or 0))
+
+
+def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
+    config = job(small_run(tmp_path))
+    config.corpus.path = ""
+    with pytest.raises(ConfigError, match=r"corpus\.path=\.\.\., or plan\.sequences"):
+        estimate(config)
+    config = job(small_run(tmp_path), device="abacus")
+    with pytest.raises(ConfigError, match=r"plan\.device=abacus.*h100"):
+        estimate(config)
+    config = job(small_run(tmp_path))
+    config.queries.path = ""
+    with pytest.raises(ConfigError, match=r"queries\.path=\.\.\., or plan\.queries"):
+        estimate(config)
+
+
+def test_a_measured_rate_is_of_the_scan_and_others_go_by_their_work() -> None:
+    work = [Work("covariance", 5, 50, 300.0), Work("scan", 10, 100, 200.0), Work("eigenbasis", 0, 0, 0.0, 9.0)]
+    by_rate = timed(work, Rate(tokens_per_s=10.0), workers=2, ranks=1)
+    assert [one.seconds for one in by_rate] == [7.5, 5.0, None]
+    like = {"scan": {"seconds": 1.0, "tokens_per_s": 20.0}, "eigenbasis": {"seconds": 3.0}}
+    measured = timed(work, Rate(measured=like), workers=2, ranks=1)
+    assert [one.seconds for one in measured] == [None, 2.5, 3.0]
+    again = [*work, Work("refine", 1, 10, 40.0)]
+    for rate in (Rate(tokens_per_s=10.0, refine_speed=0.5), Rate(flops=20.0, refine_speed=0.5)):
+        assert [one.seconds for one in timed(again, rate, workers=2, ranks=1)] == [7.5, 5.0, None, 2.0]

@@ -1,0 +1,99 @@
+"""Refined units: each candidate exactly once, cut alike whatever the order they come in; scores at full rank."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infscan.corpus.addressable import PreparedCorpus
+from infscan.influence.standings import Hits
+from infscan.model.worker import ModelWorker
+from infscan.queries import Part, Query
+from infscan.results.refined import read_unit
+from infscan.results.shard_file import ShardCounts, write_shard
+from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
+from infscan.steps.refine import RefineTask, refine_task, refine_units
+from infscan.storage import Store
+
+_PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), unique=True, max_size=60)
+
+
+def _candidates(pairs: list[tuple[int, int]]) -> Hits:
+    queries, sequence_ids = np.asarray(pairs, np.int64).reshape(-1, 2).T
+    return Hits(queries.astype(np.int32), np.zeros(len(pairs), np.int8), sequence_ids, np.ones(len(pairs), np.float32))
+
+
+@given(
+    pairs=_PAIRS,
+    size=st.integers(1, 9),
+    most=st.integers(1, 20),
+    per_group=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_units_partition_the_candidates_whatever_their_order(
+    pairs: list[tuple[int, int]], size: int, most: int, per_group: int, seed: int
+) -> None:
+    groups = [range(start, min(start + per_group, 8)) for start in range(0, 8, per_group)]
+    units = refine_units(_candidates(pairs), groups, size, most)
+    found = [
+        (groups[unit.group][query], sequence_id)
+        for unit in units
+        for sequence_id, queries in unit.wanted.items()
+        for query in queries
+    ]
+    assert sorted(found) == sorted(pairs)
+    assert len(found) == len(set(found))
+    for unit in units:
+        group, wanted = unit.group, unit.wanted
+        assert 1 <= len(wanted) <= size
+        assert len(unit.queries) <= most or len(wanted) == 1
+        assert list(wanted) == sorted(wanted)
+        assert all(queries == tuple(sorted(queries)) for queries in wanted.values())
+        assert all(0 <= query < len(groups[group]) for queries in wanted.values() for query in queries)
+    shuffled = pairs.copy()
+    random.Random(seed).shuffle(shuffled)
+    again = refine_units(_candidates(shuffled), groups, size, most)
+    assert [(unit.group, list(unit.wanted.items())) for unit in again] == [
+        (unit.group, list(unit.wanted.items())) for unit in units
+    ]
+    # A sequence's pairs of one query group lie in one unit.
+    places = [(unit.group, sequence_id) for unit in units for sequence_id in unit.wanted]
+    assert len(places) == len(set(places))
+
+
+def test_a_refined_score_is_the_product_of_two_gradients(
+    rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path
+) -> None:
+    """<P_q, grad L(z)> by layer, from the tokens in shard files; the margins over tokens add up to the same."""
+    store = Store(str(tmp_path))
+    queries = (Query("a", (Part((5, 9, 33, 4), (2, 3)),)), Query("b", (Part((7, 7, 12), (2,)),)))
+    wanted = {2: (0,), 3: (0, 1), 9: (1,), 11: (0, 1)}
+    for name, ids in (("shard-000000", [2, 3]), ("shard-000001", [9, 11])):
+        sequences = corpus.read(np.asarray(ids))
+        hits = Hits(np.zeros(2, np.int32), np.zeros(2, np.int8), np.asarray(ids, np.int64), np.ones(2, np.float32))
+        counts = ShardCounts(2, 2, 0, 2, 2)
+        write_shard(store, name, sequences, np.zeros(2, np.float32), hits, ["a", "b"], counts, "print")
+    shards = (("shard-000000", np.asarray([2, 3])), ("shard-000001", np.asarray([9, 11])))
+    task = RefineTask(store, "unit.parquet", "group", queries, rank.layers, inverse, shards, wanted, 100)
+    assert refine_task(rank, task) == sum(map(len, corpus.read(np.asarray(list(wanted)))))
+    layers = [layer.name for layer in rank.layers]
+    unit = read_unit(store, ["unit.parquet"], layers)
+    rows = list(zip(unit.query_ids.to_pylist(), unit.sequence_ids.tolist(), strict=True))
+    assert sorted(rows) == sorted(("ab"[query], sequence_id) for sequence_id, some in wanted.items() for query in some)
+    P = preconditioned(rank, queries, rank.layers, inverse)
+    for row, (query_id, sequence_id) in enumerate(rows):
+        tokens = unit.token_scores[unit.starts[row] : unit.starts[row + 1]]
+        [sequence] = corpus.read(np.asarray([sequence_id]))
+        ids = tuple(sequence.token_ids.tolist())
+        # A training sequence's loss is the measurement of all its tokens but the first.
+        g = query_gradients(rank, [Query("z", (Part(ids, tuple(range(1, len(ids)))),))], rank.layers)
+        by_layer = [float((P[name]["ab".index(query_id)] * g[name][0]).sum()) for name in layers]
+        np.testing.assert_allclose(unit.layer_scores[row], by_layer, rtol=1e-3, atol=1e-3 * np.abs(by_layer).max())
+        assert len(tokens) == len(ids)
+        score = float(unit.scores[row])
+        assert float(tokens.sum()) == pytest.approx(score, rel=1e-3, abs=1e-3 * abs(score) + 1e-2)
