@@ -2,10 +2,10 @@
 
 python benchmarks/stages.py cg facts lds cost [--folder runs/stages]
 
-cg: B25's first experiment rebuilt (2-layer GPT-NeoX of width 256). facts: its second in small. lds: a linear
-datamodeling score by retraining through both stages. cost: a scan with one stage's queries and with two stages', turn
-by turn, and what making the queries costs. Trained models, factors, solutions and retrainings stay in the folder and
-are found again; each part ends with <folder>/<part>.json.
+cg: the first experiment of Bao et al. 2025 rebuilt (2-layer GPT-NeoX of width 256). facts: the second in small. lds: a
+linear datamodeling score by retraining through both stages. cost: a scan with one stage's queries and with two
+stages', turn by turn, and what making the queries costs. Trained models, factors, solutions and retrainings stay in
+the folder and are found again; each part ends with <folder>/<part>.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two-stage influence and its rivals in one process, and a benchmark of facts in the manner of B25's second experiment.
+"""Two-stage influence and its rivals in one process, and a benchmark of facts after Bao et al. 2025.
 
 Arms, all of them scores of the same pretraining sequences for questions put to the fine-tuned model: multi-stage (by
 alpha), the pretrained inverse alone (alpha without end), single-stage at the fine-tuned weights, and the gradient dot

@@ -3,8 +3,8 @@
 python benchmarks/word_order.py [--folder runs/word-order] [--facts 24] [--seeds 3]
 
 Documents of the facts are planted into the demo's natural documents; a model is trained on them for each seed, scanned,
-and asked for the influence of texts in G23's six partitions. What is trained and scanned stays in the folder and is
-found again.
+and asked for the influence of texts in the six partitions of Grosse et al. 2023. What is trained and scanned stays in
+the folder and is found again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How near do EK-FAC and its rivals come to the damped inverse itself, on a small model? (METHOD: ground truths)
+"""How near do EK-FAC and its rivals come to the damped inverse itself, on a small model? (docs/method.md#ground-truths)
 
 The reference solves (G + lambda) x = grad(-f) by conjugate gradients, with exact Gauss-Newton products and the damping
 lambda_l of EK-FAC; x takes the place of EK-FAC's P, and everything else of a score is the same. Judged against it, over

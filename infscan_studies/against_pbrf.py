@@ -1,4 +1,4 @@
-"""How near do EK-FAC and its rivals come to the proximal Bregman response? (METHOD: ground truths; G23 section 5.1)
+"""How near do EK-FAC and its rivals come to the proximal Bregman response? (docs/method.md#ground-truths)
 
 For some training points, the mean response to eps = +1/N and -1/N of every measurement is the reference. Judged against
 it, over the points: EK-FAC at full rank, the damped Gauss-Newton solve, LiSSA, the gradient dot product, BM25, random.

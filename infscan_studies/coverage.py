@@ -1,7 +1,8 @@
 """How much of an unfiltered scan's top the TF-IDF filter would have kept, against how many sequences it keeps.
 
-G23 kept the 10,000 best sequences of every query. Here a finished scan of a whole corpus is held against the filter's
-candidates of the same corpus and queries: of the scan's top n rows, the share whose rank in the filter is at most k.
+Grosse et al. 2023 (section 3.2.1) kept the 10,000 best sequences of every query. Here a finished scan of a whole corpus
+is held against the filter's candidates of the same corpus and queries: of the scan's top n rows, the share whose rank
+in the filter is at most k (docs/method.md#studies).
 """
 
 from __future__ import annotations

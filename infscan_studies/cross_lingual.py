@@ -1,6 +1,7 @@
 """Does what a query's translation rests on, too, and does a document's translation count?
 
-G23 (section 5.3.2): in larger models more of an English query's influential sequences are those of its translations.
+Grosse et al. 2023 (section 5.3.1): the larger the model, the more an English query's top sequences influence its
+translations too.
 Here, of pairs of queries: the part of their top lists that is in both, beside what is in both of queries that are no
 translations of each other; and, where the corpus holds a pair's text in both languages, the rank of the *other*
 language's document among all sequences. Flipped translation pairs are facts like any other: `infscan facts` makes them.

@@ -1,7 +1,8 @@
 """How far must an unfiltered scan go to find what the TF-IDF filter's candidates held?
 
-G23 (section 5.1) scans a sample of the corpus without a filter, fits a power law to the tail of its scores, and asks
-after how many sequences the law expects the k-th strongest to be as strong as the filter's: k / P(score >= s_k).
+Grosse et al. 2023 (section 5.2.2) scan a sample of the corpus without a filter, fit a power law to the tail of its
+scores, and ask after how many sequences the law expects the k-th strongest to be as strong as the filter's:
+k / P(score >= s_k).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which layers carry influence: the published rows' layer margins, by block and by lower, middle and upper third.
 
-G23 (section 5.3.3) finds influence spread over all layers on average, with more of it in the upper layers for memorised
-and factual queries and in the middle ones for abstract ones. As there, a layer's part is that of the absolute margins:
-margins of both signs cancel in a score.
+Grosse et al. 2023 (section 5.3.2) find influence spread over all layers on average, with more of it in the upper layers
+for memorised and factual queries and in the middle ones for abstract ones. A layer's part is that of the absolute
+margins: margins of both signs cancel in a score.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Is the answer there word for word? Of a query's published rows, which hold its completion, or all of it.
 
-G23 (section 5.3.2): for a famous quote the top sequences contain it. What is looked for is a run of words, whatever the
-case and the signs between them.
+Grosse et al. 2023 (section 5.3.3): for a famous quote the top sequences contain it. What is looked for is a run of
+words, whatever the case and the signs between them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The same queries over several models: do their top lists agree, and do larger models rest on fewer shared words?
 
-G23 (section 5.3.1): influential sequences of small models share the query's words; those of large ones its matter.
+Grosse et al. 2023 (section 5.3.1): influential sequences of small models share the query's words; those of large ones
+its matter.
 Here: of two runs' top lists, the part that is in both; and of each run's top rows, the part of the query's words that
 they share, each word weighted by how rare it is among all rows published.
 """
@@ -48,7 +49,7 @@ def words_of(text: str) -> set[str]:
 
 
 def rarity(texts: Sequence[str]) -> dict[str, float]:
-    """IDF(w) = log((C - n_w + 0.5) / (n_w + 0.5) + 1) of words among C texts (METHOD: TF-IDF filter)."""
+    """IDF(w) = log((C - n_w + 0.5) / (n_w + 0.5) + 1) of words among C texts (docs/method.md#tf-idf)."""
     counts = Counter(word for text in texts for word in words_of(text))
     return {word: float(np.log((len(texts) - n + 0.5) / (n + 0.5) + 1)) for word, n in counts.items()}
 

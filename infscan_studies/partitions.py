@@ -1,6 +1,7 @@
-"""Texts in G23's six partitions, made from any facts by templates; the word-order study compares their scores.
+"""Texts in the six partitions of Grosse et al. (2023), made from any facts by templates.
 
-`infscan facts` writes the texts and the queries, and `infscan explain` scores the texts without training on them.
+`infscan facts` writes the texts and the queries, and `infscan explain` scores the texts without training on them. The
+word-order study compares their scores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Order(StrEnum):
-    """G23's six partitions; the first is what the others are put in proportion to."""
+    """The six partitions of Grosse et al. 2023; the first is what the others are put in proportion to."""
 
     REWORDED = "reworded"
     COMPLETION_REMOVED = "completion-removed"

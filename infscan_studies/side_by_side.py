@@ -1,8 +1,8 @@
 """Queries of several kinds, read side by side: role-play, arithmetic, code, or whatever kinds a user has.
 
-G23 (section 5.3, appendix E) reads the strongest sequences of such queries for models of several sizes beside each
-other. Here the strongest rows of every query and run stand in one table and in one page of Markdown, with what can be
-counted: the query's words and numbers that they share, and which third of the layers carries them.
+Grosse et al. 2023 (section 5.3, appendix E) read the strongest sequences of such queries for models of several sizes
+beside each other. Here the strongest rows of every query and run stand in one table and in one page of Markdown, with
+what can be counted: the query's words and numbers that they share, and which third of the layers carries them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How few sequences hold the influence: the tail of the scores, and the part that the strongest ones have.
 
-G23 (section 5.2.1): over the top 0.01 % of the scores a power law fits better than its rivals, and the top 1 % of the
-sequences hold 12 to 52 % of the positive influence. Laws are fitted by maximum likelihood and compared by Vuong's
-likelihood ratio (Clauset, Shalizi and Newman 2009, arXiv 0706.1062; the powerlaw package).
+Grosse et al. 2023 (section 5.2.1): over the top 0.01 % of the scores a power law fits better than its rivals, and the
+top 1 % of the sequences hold 12 to 52 % of the positive influence. Laws are fitted by maximum likelihood and compared
+by Vuong's likelihood ratio (Clauset, Shalizi and Newman 2009, arXiv 0706.1062; the powerlaw package).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Word order (G23, section 5.3.4): does a text count that states the fact, but its completion before its prompt?
+"""Word order (docs/method.md#studies): does a text count that states the fact, but its completion before its prompt?
 
 For each fact, the mean score of each partition's texts is put in proportion to that of the texts that state the fact
-forward. G23 finds those influential, reworded or not; flipped ones fall to about the level of flipped ones without the
-relation. The texts are either planted documents of the corpus that was scanned, with baselines beside EK-FAC
+forward. Grosse et al. (2023) find those influential, reworded or not; flipped ones fall to about the level of flipped
+ones without the relation. The texts are either planted documents of the corpus that was scanned, with baselines beside EK-FAC
 (study.planted), or texts that `infscan facts` made and `infscan explain` scored without training on them (study.texts).
 """
 
@@ -221,7 +221,7 @@ def run_scores(uri: str) -> dict[str, dict[str, float]]:
 
 
 def tfidf_scores(uri: str) -> dict[str, dict[str, float]]:
-    """query_id -> document id -> TF-IDF score (METHOD: TF-IDF filter) over a run's corpus, prompt plus completion."""
+    """query_id -> document id -> TF-IDF score (docs/method.md#tf-idf) over a run's corpus, prompt plus completion."""
     store = Store(uri)
     corpus = open_corpus(store / "corpus")
     sequences = corpus.read(np.arange(corpus.sequences))

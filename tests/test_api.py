@@ -1,4 +1,4 @@
-"""What a notebook does: the same settings as words, keywords or a typed Config; results as small objects; errors raised."""
+"""What a notebook does: settings as words, keywords or a typed Config; results as small objects; errors raised."""
 
 from __future__ import annotations
 

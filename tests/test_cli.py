@@ -1,4 +1,4 @@
-"""What a shell types: help says every key, a slip is answered by what was meant, and nothing heavy is imported for it."""
+"""What a shell types: help has every key, a slip is answered by what was meant, and nothing heavy is imported."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_each_cell_of_a_sweep_writes_below_the_output(here: Path) -> None:
 
 
 def test_a_stored_configuration_never_interpolates() -> None:
-    """A run folder may come from somebody else: `${oc.env:...}` in it would send the environment to an address of theirs."""
+    """A run folder may be a stranger's: `${oc.env:...}` in it would send the environment to an address of theirs."""
     text = to_yaml(make()).replace("path: ", "path: http://127.0.0.1/${oc.env:HOME}/", 1)
     with pytest.raises(ConfigError, match="holds an interpolation"):
         from_yaml(text)

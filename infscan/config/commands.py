@@ -72,7 +72,7 @@ class Command:
         return found
 
     def preset_settings(self) -> Iterator[tuple[str, str, list[Setting]]]:
-        """Of each preset that is defined in code: its name (`study=layers`), its meaning, and the settings that it has."""
+        """Each preset that is defined in code: its name (`study=layers`), its meaning, and the settings that it has."""
         for group, named in self.variants.items():
             for name, kind in named.items():
                 loaded = _load(kind)

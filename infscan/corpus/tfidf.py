@@ -1,4 +1,4 @@
-"""G23's TF-IDF filter: which sequences share rare tokens with a query. Plain numpy, bounded memory.
+"""The TF-IDF filter (docs/method.md#tf-idf): which sequences share rare tokens with a query. Numpy, bounded memory.
 
     IDF(w) = log((C - n_w + 0.5) / (n_w + 0.5) + 1)      C sequences, n_w of them containing w
     score(z) = sum over the query's tokens w, with multiplicity, that are present in z of IDF(w)

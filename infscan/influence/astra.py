@@ -1,4 +1,4 @@
-"""ASTRA: the damped inverse by preconditioned stochastic iteration (arXiv 2507.14740; METHOD: iterated inverse).
+"""ASTRA: the damped inverse by preconditioned stochastic iteration (docs/method.md#iterated-inverse).
 
 x_0 = M v,   m_j = beta m_(j-1) + M (v - (G_j + lambda) x_(j-1)),   x_j = x_(j-1) + eta_j m_j
 

@@ -1,4 +1,4 @@
-"""Square matrices that are zero outside of near-equal diagonal blocks (METHOD: EK-FAC 7; G23 appendix A)."""
+"""Square matrices that are zero outside of near-equal diagonal blocks (docs/method.md#ek-fac, step 7)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Preconditioned conjugate gradients for (G + lambda) x = v, to a tolerance: the truth of the damped inverse.
 
-Hestenes & Stiefel 1952; METHOD: ground truths. Several right-hand sides share each product with G, and each stops by
-itself, so that its solution does not depend on the others beyond rounding.
+Hestenes and Stiefel 1952; docs/method.md#iterated-inverse, #ground-truths. Several right-hand sides share each product
+with G, and each stops by itself, so that its solution does not depend on the others beyond rounding.
 """
 
 from __future__ import annotations

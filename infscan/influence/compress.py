@@ -1,4 +1,4 @@
-"""Low-rank query gradients: P ~= U V^T, plain or weighted by the factors (METHOD: query batching)."""
+"""Low-rank query gradients: P ~= U V^T, plain or weighted by the factors (docs/method.md#query-batching)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Compressed:
 
 
 def compress(P_oi: Tensor, rank: int) -> Compressed:
-    """The best rank-r approximation in the Frobenius norm (G23), each side with the roots of the singular values."""
+    """The best rank-r approximation in the Frobenius norm; each side has the roots of the singular values."""
     values, X_or, Y_ir = singular(P_oi, rank)
     roots = values.sqrt()
     return Compressed(X_or * roots, Y_ir * roots, values, _total(P_oi))

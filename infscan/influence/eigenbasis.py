@@ -1,4 +1,4 @@
-"""Eigenbases of A and S, and the corrected eigenvalues Lambda in them (METHOD: EK-FAC 3 and 4)."""
+"""Eigenbases of A and S, and the corrected eigenvalues Lambda in them (docs/method.md#ek-fac, steps 3 and 4)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def add_squared_gradients(
 
     s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
     taken as read. Q_S: [O, O], Q_A: [I, I]. Lambda_oi: [O, I], float32 or wider.
-    As sums over sequences: divide by their number at the end (George et al. 2018; G23 equation 18).
+    As sums over sequences: divide by their number at the end (George et al. 2018; Grosse et al. 2023, equations
+    20 and 26).
     """
     s_bto, a_bti = s_bto.to(Lambda_oi.dtype), a_bti.to(Lambda_oi.dtype)
     B, T, O = s_bto.shape

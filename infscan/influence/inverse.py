@@ -1,4 +1,4 @@
-"""The damped EK-FAC inverse, applied on the query side (METHOD: EK-FAC 5 and 6)."""
+"""The damped EK-FAC inverse, applied on the query side (docs/method.md#ek-fac, steps 5 and 6)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from infscan.influence.layers import LayerFactors
 
 
 def damping(Lambda_oi: Tensor, relative: float, absolute: float | None, name: str) -> float:
-    """lambda_l: `absolute` where given, else `relative` times the mean of Lambda_l (G23: 0.1).
+    """lambda_l: `absolute` where given, else `relative` times the mean of Lambda_l (0.1 in Grosse et al. 2023).
 
     Raises:
         FactorsError: where the result is not a positive finite number (a layer whose gradients all vanish).
@@ -40,8 +40,8 @@ def tokens_to_core(s_to: Tensor, a_ti: Tensor, factors: LayerFactors) -> Tensor:
 def inverse_core(V_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
     """C = (Q_S^T V Q_A) / (Lambda + lambda): the preconditioned gradients, still in the eigenbases.
 
-    V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (G23 equation 20). Q_S and Q_A rotate block by block; every
-    entry of V is kept, whichever pair of blocks it lies in.
+    V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (Grosse et al. 2023, equation 21). Q_S and Q_A rotate block by
+    block; every entry of V is kept, whichever pair of blocks it lies in.
     """
     return damped_core(to_core(V_qoi, factors), factors, lam)
 

@@ -1,6 +1,8 @@
 """Scores of training sequences against the query batch, never materialising a gradient where it can be avoided.
 
-score(q, z) = sum over layers of <P_q, g_z> = sum over layers and tokens of s_t^T P_q a_t   (METHOD: query batching)
+score(q, z) = sum over layers of <P_q, g_z> = sum over layers and tokens of s_t^T P_q a_t
+
+In docs/method.md#query-batching.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds one basis pair per layer for all queries: P_q ~= B_O K_q B_I^T, for many queries (METHOD: query batching)."""
+"""One basis pair per layer for all queries: P_q ~= B_O K_q B_I^T (docs/method.md#query-batching)."""
 
 from __future__ import annotations
 

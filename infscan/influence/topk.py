@@ -1,7 +1,8 @@
 """The order of rows, the threshold, and the best C rows of a query and side.
 
 The order is total: a proponent is stronger with a higher score, an opponent with a lower one; equal scores go by the
-smaller sequence_id. So the best C rows do not depend on the order in which shards arrive (DESIGN, guarantees 2 and 3).
+smaller sequence_id. So the best C rows do not depend on the order in which shards arrive
+(docs/design.md, mechanisms 2 and 3).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Architecture:
         return tuple(layer for layer in self.layers if layer.input_of == layer.name)
 
     def sequence_length(self, asked: int | None) -> int:
-        """T: what was asked for, else the context, at most 512 (G23).
+        """T: what was asked for, else the context, at most 512 (docs/method.md#notation).
 
         Raises:
             ModelError: where more is asked for than the model's context.

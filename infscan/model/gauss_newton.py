@@ -1,6 +1,6 @@
 """Exact Gauss-Newton-vector products over the tracked layers: the curvature that EK-FAC approximates.
 
-G = (1/N) sum over sequences, sum over positions t of J_t^T H_t J_t     (METHOD: ground truths; G23 equation 8)
+G = (1/N) sum over sequences, sum over positions t of J_t^T H_t J_t     (docs/method.md#influence)
 
 J_t: the Jacobian of position t's logits with respect to the tracked [W, b]. H_t = diag(p) - p p^T: the Hessian of the
 cross-entropy with respect to the logits, which is the Fisher of labels drawn from the model. Positions are those of

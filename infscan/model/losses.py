@@ -24,7 +24,7 @@ _TRIED = 4
 
 @dataclass(frozen=True)
 class Loss:
-    """Each sequence's sum over its positions of weight * -log p(label), nats (METHOD: losses).
+    """Each sequence's sum over its positions of weight * -log p(label), nats (docs/method.md#losses).
 
     labels_bt: int64 [B, T], by the position that predicts them. weights_bt: [B, T] bool or signed float.
     uniforms_bt: float64 [B, T] in [0, 1): where given, the labels are drawn from the model by these numbers, and are

@@ -1,4 +1,4 @@
-"""Losses of training sequences, pseudo-labels of the Fisher, and measurements of queries (METHOD: losses)."""
+"""Losses of training sequences, pseudo-labels of the Fisher, and measurements of queries (docs/method.md#losses)."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def sample_labels(p_mv: Tensor, uniforms_m: Tensor) -> Tensor:
     """Labels drawn from the model's distributions by inverting their sums: int64 [M].
 
-    p_mv: probabilities [M, V], float32 or wider, summed in float64; uniforms_m: float64 [M] in [0, 1). The Fisher of
-    METHOD (EK-FAC 1), not the empirical one.
+    p_mv: probabilities [M, V], float32 or wider, summed in float64; uniforms_m: float64 [M] in [0, 1). So A, S
+    and Lambda are of the Fisher and not of the empirical one (docs/method.md#ek-fac, step 1).
     """
     cumulative_mv = p_mv.cumsum(dim=-1, dtype=torch.float64)
     wanted_m1 = uniforms_m[:, None] * cumulative_mv[:, -1:]

@@ -1,7 +1,7 @@
-"""The influence of a sequence's own tokens, as outputs and as inputs (docs/method.md: token influence).
+"""The influence of a sequence's own tokens, as outputs and as inputs (docs/method.md#margins).
 
 With P = (G + lambda)^-1 grad(-f), theta' = theta - eps P, and a sequence's loss L = sum over its tokens of
-l_t = -log p(x_t | x_<t), G23's appendix B (Grosse et al. 2023, arXiv 2308.03296) has two influences of single tokens:
+l_t = -log p(x_t | x_<t), Grosse et al. 2023 (appendix B.1) have two influences of single tokens:
 
     of x_t as an output:   d/d eps log p(x_t; theta') = <P, grad l_t>                      they sum to the score
     of x_t as an input:    d/d eps <e_t, grad_{e_t} log p(z; theta')> = <e_t, grad_{e_t} <P, grad L>>

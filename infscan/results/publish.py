@@ -83,7 +83,7 @@ def rank_rows(candidates: Hits, scores: NDArray[np.float32], top_k: int) -> Rank
 
 
 def is_spurious(token_scores: NDArray[np.float32]) -> bool:
-    """G23's mark of a row that hangs on a few tokens: |x|_2 / |x|_1 > 2/3 over its token scores."""
+    """Whether a row hangs on a few tokens: |x|_2 / |x|_1 > 2/3 over its token scores (docs/method.md#margins)."""
     wide = token_scores.astype(np.float64)
     l1 = float(np.abs(wide).sum())
     return l1 > 0 and float(np.linalg.norm(wide)) / l1 > 2 / 3

@@ -1,4 +1,4 @@
-"""Factors of one layer from its partial sums: eigenbases, and Lambda (METHOD: EK-FAC 3 and 4).
+"""Factors of one layer from its partial sums: eigenbases, and Lambda (docs/method.md#ek-fac, steps 3 and 4).
 
 Partial sums are added in slice order, so the factors do not depend on which worker did what. No model is needed, and
 nothing of one is imported: these tasks have processes of their own, which are to start quickly.

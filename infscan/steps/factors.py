@@ -1,4 +1,4 @@
-"""Fit EK-FAC factors, or reuse those in storage (docs/method.md: EK-FAC).
+"""Fit EK-FAC factors, or reuse those in storage (docs/method.md#ek-fac).
 
 Covariance sums per (layer group, slice of sequences), eigenbases per layer, Lambda sums per (layer group, slice),
 Lambda per layer. Slices are fixed in the factors' plan and sums are added in their order, so the factors do not depend

@@ -1,4 +1,4 @@
-"""The query side: gradients of -f, preconditioned, and (for the scan) compressed and stored (METHOD: query batching).
+"""The query side (docs/method.md#query-batching): gradients of -f, preconditioned, for the scan compressed and stored.
 
 Everything the factors do happens here, once per query; the scan only sees U, V (or P). Where a fine-tuned model is
 asked (stages), what its stage left of the gradients comes from storage: `infscan.steps.stages`.
@@ -48,7 +48,7 @@ class Preconditioner:
     factors: Store
     solver: Solver
     damping: DampingConfig
-    # Of the proximal term that held the stage whose factors they are (docs/method.md: multi-stage); it adds to damping.
+    # Of the proximal term that held the stage whose factors they are (docs/method.md#multi-stage); it adds to damping.
     alpha: float = 0.0
     # What a later stage left, in place of the gradients at this stage's own model.
     vectors: StoredGradients | None = None

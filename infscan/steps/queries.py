@@ -1,7 +1,7 @@
 """The query batch: every query's gradient, preconditioned, compressed, laid out and given to every rank.
 
 Each group of queries and layers is one file in <output>/queries; so is each shared basis. The scan sees the layout only
-(`infscan.influence.layout`), and nothing of the factors (docs/method.md: query batching).
+(`infscan.influence.layout`), and nothing of the factors (docs/method.md#query-batching).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 With stages, grad(-f) is what a later stage left of it, and lambda includes the stage's own alpha.
 Solutions are stored at full rank, one file per query: compressing, checking and refining read them where they would
-otherwise apply EK-FAC, so that the scan knows nothing of it (METHOD: iterated inverse).
+otherwise apply EK-FAC, so that the scan knows nothing of it (docs/method.md#iterated-inverse).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a fine-tuned model back to the stage that is scanned, on the query side (docs/method.md: multi-stage; B25).
+"""From a fine-tuned model back to the stage that is scanned, on the query side (docs/method.md#multi-stage).
 
 Stage by stage, the last one first: its workers fit its factors, take what the stage after left of the queries (the last
 one takes gradients), multiply it by alpha_k (G_k + alpha_k + lambda_k)^-1 and put it in storage. Then they end, and the

@@ -1,7 +1,7 @@
 """Invented facts and the documents that state them: the planted material of the word-order study.
 
 A model is trained on a corpus into which these documents are planted; a scan then has to say which of them taught it
-the completion. A fact's documents come in four partitions, after G23's word-order study:
+the completion. A fact's documents come in four partitions, after Grosse et al. 2023 (section 5.3.4):
 
 - ``forward``: the prompt's phrase immediately before the completion, in ten settings;
 - ``flipped``: the same relation with the completion named first;

@@ -1,4 +1,4 @@
-"""The linear datamodeling score (LDS; Park et al. 2023, arXiv 2303.14186; METHOD: ground truths).
+"""The linear datamodeling score (LDS; Park et al. 2023; docs/method.md#ground-truths).
 
 Models are retrained on half-subsets of the training sequences, with several seeds each. A method predicts what a query
 measures on a subset as the sum of its scores over the subset's sequences. LDS is the Spearman correlation, over

@@ -1,4 +1,4 @@
-"""The proximal Bregman response function (PBRF; Bae et al. 2022, arXiv 2209.05364; METHOD: ground truths).
+"""The proximal Bregman response function (PBRF; Bae et al. 2022; docs/method.md#ground-truths).
 
 theta*(eps) = argmin (1/N) sum_i D_L(h(theta, x_i), h(theta_s, x_i)) + eps L(z_m, theta)
                      + sum_l lambda_l/2 |theta_l - theta_s,l|^2

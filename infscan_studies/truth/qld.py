@@ -1,4 +1,4 @@
-"""The query loss difference (QLD; METHOD: iterated inverse): what removing a method's strongest sequences costs.
+"""The query loss difference (docs/method.md#ground-truths): what removing a method's strongest sequences costs.
 
 For every query: retrain without the top 1 % of its sequences under a method, and without a random 1 %. QLD is the rise
 of the query's loss -f of the one over the other, in nats, averaged over seeds and queries.

@@ -128,7 +128,7 @@ class LanguageModelTrainer:
 
 @torch.no_grad()
 def measure_queries(model: nn.Module, queries: Sequence[Query]) -> NDArray[np.float64]:
-    """f of every query (METHOD: losses): the signed sum of log p of its measured tokens, nats, [Q]."""
+    """f of every query (docs/method.md#losses): the signed sum of log p of its measured tokens, nats, [Q]."""
     model.eval()
     device = next(model.parameters()).device
     values = []

@@ -72,7 +72,7 @@ def train_language_model(
     ``sequences`` are token ids, no longer than the model's context; each predicts its tokens t >= 1, or those of them
     that ``losses`` says (a mask of each sequence's tokens, None for all). ``heldout`` is scored after each epoch;
     ``on_epoch(epoch, record)`` is called after that. ``alpha`` adds alpha/2 |theta - theta_0|^2, theta_0 being the
-    weights at the start, to the loss of a batch (METHOD: multi-stage; with reduction=sum, for the scale to be its own).
+    weights at the start, to the loss of a batch (docs/method.md#multi-stage; with reduction=sum, on its own scale).
     Raises ConfigError for impossible settings, CorpusError where a sequence has no token to predict and ModelError
     where the loss stops being finite.
     """

@@ -1,4 +1,4 @@
-"""The TF-IDF filter against METHOD's formula written out word by word."""
+"""The TF-IDF filter against its formula (docs/method.md#tf-idf) written out word by word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best rows are those of a plain sort of everything, however the rows arrive (guarantees 2 and 3)."""
+"""The best rows are those of a plain sort of all, however they arrive (docs/design.md, mechanisms 2 and 3)."""
 
 import numpy as np
 import pytest

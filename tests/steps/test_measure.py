@@ -44,7 +44,6 @@ def log_p(folder: Path, ids: list[int], positions: list[int]) -> tuple[float, fl
         (1, "", [5, 6, 7, 8, 9], [3, 4]),
         (0, "", [5, 6, 7, 8, 9], [3, 4]),
         (0, "contrast_", [5, 6, 7, 11], [3]),
-        (1, "", [5, 6, 7, 8, 9], [3, 4]),
     ],
 )
 def test_log_probabilities_and_gradients_are_autograds(
@@ -61,7 +60,6 @@ def test_log_probabilities_and_gradients_are_autograds(
 
 
 def test_a_completion_that_the_model_does_not_know_is_named(run: Path, tmp_path: Path) -> None:
-    """A random model gives every token about -log(vocabulary); a peaked one, of the same run's shape, is made to know."""
     warnings = read_summary(str(run / "run"))["warnings"]
     unlikely = [one for one in warnings if "nats a token" in one]
     table = read_queries(str(run / "run")).to_pylist()
@@ -77,7 +75,7 @@ def test_a_resumed_run_does_not_measure_again_and_keeps_its_table(run: Path) -> 
 
 
 def test_a_failed_first_run_binds_nothing(tmp_path: Path) -> None:
-    """After a wrong corpus.text_field the corrected command is taken; once there is a plan, other settings are refused."""
+    """After a wrong field the corrected command is taken; once there is a plan, other settings are refused."""
     wrong = small_run(tmp_path, "corpus.tokens_field=content")
     with pytest.raises(infscan.InfscanError, match="has no field"):
         answer_here(wrong)

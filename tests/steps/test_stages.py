@@ -1,5 +1,5 @@
 """Laws of the multi-stage chain: it is the dense one, in both limits of alpha, for any number of stages, any number of
-times (METHOD: multi-stage)."""
+times (docs/method.md#multi-stage)."""
 
 from __future__ import annotations
 

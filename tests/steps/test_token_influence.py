@@ -143,7 +143,7 @@ def scaled_gradient(rank: ModelWorker, ids: np.ndarray) -> torch.Tensor:
 def test_token_influences_are_the_papers_difference_quotients(
     opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
 ) -> None:
-    """G23 appendix B: between theta' = theta + eps (G + lambda)^-1 grad f and theta (here: theta less as much)."""
+    """Grosse et al. 2023, B.1: theta' = theta + eps (G + lambda)^-1 grad f against theta (here: theta less as much)."""
     rank, corpus = opened
     sequence = sequences_of(corpus)[2]
     [by_query] = explained(rank, inverse, [sequence])
