@@ -2,8 +2,9 @@
 
 For each fact, the mean score of each partition's texts is put in proportion to that of the texts that state the fact
 forward. Grosse et al. (2023) find those influential, reworded or not; flipped ones fall to about the level of flipped
-ones without the relation. The texts are either planted documents of the corpus that was scanned, with baselines beside EK-FAC
-(study.planted), or texts that `infscan facts` made and `infscan explain` scored without training on them (study.texts).
+ones without the relation. The texts are either planted documents of the corpus that was scanned, with baselines beside
+EK-FAC (study.planted), or texts that `infscan facts` made and `infscan explain` scored without training on them
+(study.texts).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from infscan.config import (
     fingerprint,
     from_yaml,
     plain,
+    stored_config,
     to_yaml,
 )
 from infscan.config.arguments import read_arguments
@@ -115,10 +116,10 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
             "cluster.cpus_per_rank",
             "cluster.max_attempts",
             "cluster.deadline_s",
-            "cluster.startup_s",
+            "cluster.startup_timeout_s",
             "cluster.heartbeat_s",
-            "cluster.silence_s",
-            "cluster.capacity_s",
+            "cluster.heartbeat_timeout_s",
+            "cluster.placement_timeout_s",
             "cluster.lease_s",
         )
     ],
@@ -239,3 +240,9 @@ def test_a_stored_configuration_never_interpolates() -> None:
     text = to_yaml(make()).replace("path: ", "path: http://127.0.0.1/${oc.env:HOME}/", 1)
     with pytest.raises(ConfigError, match="holds an interpolation"):
         from_yaml(text)
+
+
+def test_keys_that_were_renamed_are_taken_under_their_old_names() -> None:
+    assert make("cluster.silence_s=7").cluster.heartbeat_timeout_s == 7
+    old = to_yaml(make("cluster.heartbeat_timeout_s=7")).replace("heartbeat_timeout_s", "silence_s")
+    assert stored_config(old, "/elsewhere").cluster.heartbeat_timeout_s == 7

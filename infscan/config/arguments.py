@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infscan.config.schema import RENAMED
 from infscan.config.settings import Setting
 from infscan.errors import ConfigError
 from infscan.secrets import MEND, holds_secret, redact
@@ -105,6 +106,7 @@ def _read(command: Command, known: dict[str, Setting], word: str, folders: Seque
             f"{_shorten(word)}: settings are written key=value; infscan {command.name} --help lists them."
         )
     sign, key, value = match["sign"], match["key"], match["value"]
+    key = RENAMED.get(key, key)
     key = _SHORT.get(key, key) if "queries.prompt" in known else key
     if key in (*command.groups, *command.variants):
         return f"{sign}{key}={_preset(command, key, value, folders)}" if value is not None else word

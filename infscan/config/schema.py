@@ -223,6 +223,13 @@ class CorpusConfig:
         return replace(self, **_WHOLE) == replace(other, **_WHOLE)
 
 
+# Keys of infscan 0.1 that have other names now: taken on a command line and in a stored config.yaml.
+RENAMED = {
+    "cluster.silence_s": "cluster.heartbeat_timeout_s",
+    "cluster.capacity_s": "cluster.placement_timeout_s",
+    "cluster.startup_s": "cluster.startup_timeout_s",
+}
+
 # What of a corpus is scanned, as opposed to what the corpus is. Factors do not inherit it.
 SELECTION = ("max_sequences", "sample")
 _WHOLE: dict[str, Any] = {"max_sequences": None, "sample": None, "seed": 0}
@@ -387,13 +394,13 @@ class ClusterConfig:
     """Errors of a unit of work after which it is given up."""
     deadline_s: float = 3600.0
     """Seconds that one unit of work may take."""
-    startup_s: float = 600.0
+    startup_timeout_s: float = 600.0
     """Seconds that a worker may take to load the model, once it is placed."""
     heartbeat_s: float = 10.0
     """Seconds between two heartbeats of a rank."""
-    silence_s: float = 60.0
+    heartbeat_timeout_s: float = 60.0
     """Seconds without a heartbeat before a rank is considered lost."""
-    capacity_s: float = 1800.0
+    placement_timeout_s: float = 1800.0
     """Seconds without capacity for a single worker after which the job ends."""
     lease_s: float = 60.0
     """Seconds without a renewed lease after which another host's driver is considered dead."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 
 from infscan.config.identity import leaves, plain
-from infscan.config.schema import Config
+from infscan.config.schema import RENAMED, Config
 from infscan.errors import ConfigError
 
 
@@ -34,6 +34,15 @@ def from_yaml(text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of an earlier version under the names that they have now."""
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        if name in values.get(group, {}):
+            values[group][new.partition(".")[2]] = values[group].pop(name)
+    return values
+
+
 def stored_config(text: str, output: str) -> Config:
     """What `to_yaml` wrote, as a configuration again; `output` is where the run is now, wherever it was made.
 
@@ -44,7 +53,7 @@ def stored_config(text: str, output: str) -> Config:
     from infscan.config.compose import typed
 
     try:
-        config = typed(Config, from_yaml(text))
+        config = typed(Config, _renamed(from_yaml(text)))
     except ConfigError as error:
         said = str(error)
         raise ConfigError(said if said.startswith("not a conf") else f"not a configuration ({said})") from None

@@ -86,7 +86,11 @@ def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
             f"cluster: this machine has no room for a worker: {missing}. Lower cluster.ranks_per_worker, "
             "cluster.cpus_per_rank or cluster.gpus_per_rank, or name a larger cluster with cluster.address=..."
         )
-    log.warning("workers     no room yet: %s; waiting up to cluster.capacity_s=%g s", missing, cluster.capacity_s)
+    log.warning(
+        "workers     no room yet: %s; waiting up to cluster.placement_timeout_s=%g s",
+        missing,
+        cluster.placement_timeout_s,
+    )
 
 
 def bundle_of(cluster: ClusterConfig, gpus: float, host_bytes: int | None = None) -> dict[str, float]:

@@ -34,8 +34,8 @@ class Heartbeats:
     in a collective, does. A process that still starts has not answered yet: that is for the start's deadline.
     """
 
-    def __init__(self, actors: Sequence[Any], heartbeat_s: float, silence_s: float) -> None:
-        self.heartbeat_s, self.silence_s = heartbeat_s, silence_s
+    def __init__(self, actors: Sequence[Any], heartbeat_s: float, heartbeat_timeout_s: float) -> None:
+        self.heartbeat_s, self.heartbeat_timeout_s = heartbeat_s, heartbeat_timeout_s
         self.pings = [_Ping(actor) for actor in actors]
 
     @property
@@ -56,8 +56,10 @@ class Heartbeats:
                     except ray.exceptions.RayError as error:
                         return error
                     ping.answered, ping.due = True, now + self.heartbeat_s
-                elif ping.answered and now - ping.asked > self.silence_s:
-                    return TimeoutError(f"rank {rank} has not answered for cluster.silence_s={self.silence_s:g} s")
+                elif ping.answered and now - ping.asked > self.heartbeat_timeout_s:
+                    return TimeoutError(
+                        f"rank {rank} has not answered for cluster.heartbeat_timeout_s={self.heartbeat_timeout_s:g} s"
+                    )
             if ping.ref is None and now >= ping.due:
                 ping.ref, ping.asked = ping.actor.ping.remote(), now
         return None

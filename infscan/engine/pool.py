@@ -165,7 +165,7 @@ class Pool:
         return list({group.index: group for group in map(asked.__getitem__, answered)}.values())
 
     def _check_placement(self) -> None:
-        """Raise where for cluster.capacity_s there was no room for a single group."""
+        """Raise where for cluster.placement_timeout_s there was no room for a single group."""
         if any(group.state is not State.starting or group.is_placed() for group in self.groups):
             if self._unplaced_since is not None:
                 self.announce("")
@@ -177,11 +177,11 @@ class Pool:
         if waited <= _ANNOUNCED_AFTER_S:
             return
         missing = missing_capacity(self.cluster, self.gpus, self.host_bytes)
-        if waited <= self.cluster.capacity_s:
+        if waited <= self.cluster.placement_timeout_s:
             self.announce(f"waiting for capacity: {missing}")
             return
         raise RunError(
-            f"no worker could be placed for cluster.capacity_s={self.cluster.capacity_s:g} s: {missing}. Add "
+            f"no worker could be placed for cluster.placement_timeout_s={self.cluster.placement_timeout_s:g} s: {missing}. Add "
             "nodes, or free them from other jobs, and run the same command again: it goes on from here."
         )
 

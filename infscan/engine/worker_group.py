@@ -195,7 +195,7 @@ class WorkerGroup:
                 device="cuda" if self.gpus else "cpu",
                 threads=self.cluster.cpus_per_rank,
                 # Ranks meet while they load. A hang is ended by this process's deadlines, not by the collective's.
-                timeout_s=max(self.cluster.deadline_s, self.cluster.startup_s),
+                timeout_s=max(self.cluster.deadline_s, self.cluster.startup_timeout_s),
             )
             for rank in range(world)
         ]
@@ -207,9 +207,9 @@ class WorkerGroup:
             actor.start.remote(self.settings, context, env)
             for actor, context in zip(self.actors, contexts, strict=True)
         ]
-        self.heartbeats = Heartbeats(self.actors, self.cluster.heartbeat_s, self.cluster.silence_s)
+        self.heartbeats = Heartbeats(self.actors, self.cluster.heartbeat_s, self.cluster.heartbeat_timeout_s)
         self._placed, self._ask_place_at = False, 0.0
-        self._began(State.starting, None, self.cluster.startup_s)
+        self._began(State.starting, None, self.cluster.startup_timeout_s)
 
     def submit(self, unit: Any, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
         """Have every rank run function(worker, *arguments); object references among the arguments are fetched there."""
@@ -239,7 +239,7 @@ class WorkerGroup:
             # The start is timed from when there is room for it.
             self.deadline = time.monotonic() + self.limit_s
         if self.state is not State.idle and time.monotonic() > self.deadline:
-            limit = "cluster.startup_s" if self.state is State.starting else "cluster.deadline_s"
+            limit = "cluster.startup_timeout_s" if self.state is State.starting else "cluster.deadline_s"
             return Outcome.lost, TimeoutError(f"no answer within {limit}={self.limit_s:g} s")
         return None
 

@@ -63,10 +63,10 @@ def test_a_fault_costs_time_and_nothing_else(harness: Harness, fault: str) -> No
 
 def test_without_room_for_a_worker_the_end_is_clear(harness: Harness) -> None:
     """No node has three CPUs, and none comes."""
-    overrides = ["cluster.cpus_per_rank=3", "cluster.capacity_s=2"]
+    overrides = ["cluster.cpus_per_rank=3", "cluster.placement_timeout_s=2"]
     assert harness.drive("no-room", overrides=overrides).wait() == 2
     said = harness.said("no-room")
-    assert "no worker could be placed for cluster.capacity_s=2 s: one needs 1 x {CPU 3}" in said
+    assert "no worker could be placed for cluster.placement_timeout_s=2 s: one needs 1 x {CPU 3}" in said
     assert "alive have in all {CPU 1; CPU 1; CPU 2}" in said
 
 

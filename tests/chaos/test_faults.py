@@ -114,7 +114,7 @@ def assert_counts_add_up(config: Config, *, quarantined: int = 0) -> dict[str, A
         pytest.param(
             signal.SIGKILL, ("cluster.num_workers=1", "cluster.ranks_per_worker=2"), id="one of two ranks is killed"
         ),
-        pytest.param(signal.SIGSTOP, ("cluster.heartbeat_s=0.5", "cluster.silence_s=5"), id="a rank hangs"),
+        pytest.param(signal.SIGSTOP, ("cluster.heartbeat_s=0.5", "cluster.heartbeat_timeout_s=5"), id="a rank hangs"),
     ],
 )
 def test_a_lost_rank_costs_one_more_attempt(
