@@ -1,4 +1,4 @@
-"""What `pip install` gives: the wheel, outside the checkout, has the command, the Python API, presets, jobs and the demo."""
+"""What `pip install` gives: outside the checkout, the wheel has the command, the API, presets, jobs and the demo."""
 
 from __future__ import annotations
 
