@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infscan.cli import help_of, main
-from infscan.config.commands import commands
+from infscan.config.commands import Command, commands
 from infscan_studies.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -17,15 +17,15 @@ every_command = pytest.mark.parametrize("command", COMMANDS, ids=[command.name f
 
 
 @every_command
-def test_a_command_is_found_and_has_a_job(command: object) -> None:
-    name = command.name  # type: ignore[attr-defined]
+def test_a_command_is_found_and_has_a_job(command: Command) -> None:
+    name = command.name
     assert commands()[name] == command
     assert f'main("{name}")' in (ROOT / "jobs" / f"{name}.py").read_text()
 
 
 @every_command
-def test_every_key_has_its_meaning(command: object) -> None:
-    settings = list(command.all_settings())  # type: ignore[attr-defined]
+def test_every_key_has_its_meaning(command: Command) -> None:
+    settings = list(command.all_settings.values())
     assert settings
     assert not [setting.key for setting in settings if not setting.meaning]
 
