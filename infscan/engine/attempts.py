@@ -8,6 +8,7 @@ from typing import Any
 
 from infscan.engine.schedule import Schedule
 from infscan.errors import (
+    ChangedCorpusError,
     ConfigError,
     FactorsError,
     InfscanError,
@@ -20,7 +21,7 @@ from infscan.errors import (
 from infscan.model.out_of_memory import RankMemoryError
 
 # Errors that another attempt cannot fix: they end the step at once.
-FATAL = (ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
+FATAL = (ChangedCorpusError, ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
 LONGEST_BACK_OFF_S = 60.0
 
 OnGivenUp = Callable[[Any, str], None]
