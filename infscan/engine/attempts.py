@@ -41,9 +41,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def judge(
-    schedule: Schedule, unit: Any, error: BaseException, reason: str, *, lost: bool = False, killed: bool = False
+    schedule: Schedule,
+    unit: Any,
+    error: BaseException,
+    reason: str,
+    *,
+    lost: bool = False,
+    killed: bool = False,
+    worker: int | None = None,
 ) -> Verdict:
-    """Record a failed attempt. lost: its worker failed, not the unit. killed: for the memory that it took.
+    """Record a failed attempt. lost: its worker failed, which one. killed: for the memory that it took.
 
     Raises:
         RunError: where one sequence alone does not fit a rank's memory.
@@ -60,7 +67,9 @@ def judge(
     if killed or (isinstance(error, RankMemoryError) and error.rows is not None):
         return Verdict(schedule.retry_smaller(unit, reason), "memory")
     if lost or is_transient(error):
-        return Verdict(schedule.lose(unit, reason), "storage" if is_transient(error) else "lost")
+        return Verdict(
+            schedule.lose(unit, reason, worker if lost else None), "storage" if is_transient(error) else "lost"
+        )
     return Verdict(schedule.fail(unit, reason), "error")
 
 
