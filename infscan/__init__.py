@@ -2,7 +2,8 @@
 
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
-Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`),
+Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`,
+`verify`),
 and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
 """
 
@@ -42,7 +43,7 @@ _HOMES = {
 }
 # Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
 _COMMANDS = {
-    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status")},
+    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status", "verify")},
     **{name: name for name in ("study", "validate")},
     "write_report": "report",
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from infscan.config.arguments import read_arguments
 from infscan.config.commands import assign, command_of, compose, settle, structured
-from infscan.config.jobs import ExplainJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob
+from infscan.config.jobs import ExplainJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob, VerifyJob
 from infscan.config.paths import absolute
 from infscan.config.schema import Config
 from infscan.errors import ConfigError, RunError
@@ -222,6 +222,22 @@ class MergeResult:
 
 
 @dataclass(frozen=True)
+class VerifyResult:
+    """A finished run whose files are those that were committed."""
+
+    uri: str
+    files: int
+    # False where infscan 0.1 finished it: its tables were held to their own footers alone.
+    has_manifest: bool
+
+    def show(self) -> None:
+        against = (
+            "what _SUCCESS says" if self.has_manifest else "their own checksums (an empty _SUCCESS, of infscan 0.1)"
+        )
+        print(f"verified    {self.uri}: {self.files} files are {against}")
+
+
+@dataclass(frozen=True)
 class StatusResult:
     """How far a run is, or every cell of a sweep by name."""
 
@@ -338,13 +354,21 @@ def run_status(job: StatusJob) -> StatusResult:
     return StatusResult(job.run, {job.run: read_status(job.run, rows=job.top)}, False, job.json)
 
 
+def run_verify(job: VerifyJob) -> VerifyResult:
+    from infscan.results.verify import verify
+
+    where = absolute(job.run)
+    files, has_manifest = verify(where)
+    return VerifyResult(where, files, has_manifest)
+
+
 def read_run(uri: str) -> RunResult:
     """A run that is finished, to read its tables.
 
     Raises:
         RunError: where it is not finished, or is no run's folder.
     """
-    from infscan.results.publish import SUCCESS
+    from infscan.results.manifest import SUCCESS
     from infscan.storage import Store
 
     where = absolute(uri)

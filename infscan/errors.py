@@ -34,6 +34,10 @@ class CorpusError(InfscanError):
     """A corpus that is missing, empty, malformed or changed; names the file and the line or row."""
 
 
+class ChangedCorpusError(CorpusError):
+    """A corpus, or a file of it, that is not the one that the run was planned with: no other attempt mends it."""
+
+
 class BadDocumentError(CorpusError):
     """One document that cannot be used; as many as corpus.allow_bad_documents may be left out, counted by `reason`."""
 

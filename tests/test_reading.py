@@ -21,7 +21,8 @@ from infscan.corpus.sequences import Sequence, Span
 from infscan.influence.standings import Hits
 from infscan.influence.topk import OPPONENT, PROPONENT, SIDES
 from infscan.results.dense import write_scores
-from infscan.results.publish import SUCCESS, Publisher, rank_rows
+from infscan.results.manifest import SUCCESS
+from infscan.results.publish import Publisher, rank_rows
 from infscan.results.refined import Margins
 from infscan.results.shard_file import ShardCounts, write_shard
 from infscan.storage import Store

@@ -2,7 +2,7 @@
 does."""
 
 from infscan.config.checks import check
-from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, sealed, unsealed
+from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, seal_of, sealed, unsealed
 from infscan.config.paths import absolute, stage_output
 from infscan.config.schema import (
     MISSING,
@@ -73,6 +73,7 @@ __all__ = [
     "is_intact",
     "lasting",
     "plain",
+    "seal_of",
     "sealed",
     "stage_output",
     "stored_config",

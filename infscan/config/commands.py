@@ -190,6 +190,14 @@ _CORE = (
         positional=("run",),
         examples=("runs/demo", "s3://bucket/runs/pile --json"),
     ),
+    Command(
+        name="verify",
+        summary="Read every file of a finished run and hold it to what was committed; nothing is written.",
+        settings=f"{_JOBS}:VerifyJob",
+        run=f"{_API}:run_verify",
+        positional=("run",),
+        examples=("runs/demo", "s3://bucket/runs/pile"),
+    ),
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 RUN_TIME_FIELDS = (
     "output",
     "cluster.",
+    "resume.",
     "model.sharding",
     "model.zero.",
     "model.gradient_checkpointing",
@@ -68,6 +69,11 @@ def is_intact(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     return value.get(_SEAL) == _digest(unsealed(value))
+
+
+def seal_of(value: dict[str, Any]) -> str:
+    """The fingerprint that `sealed` added."""
+    return str(value[_SEAL])
 
 
 def unsealed(value: dict[str, Any]) -> dict[str, Any]:

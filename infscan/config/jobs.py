@@ -132,6 +132,14 @@ class MergeJob:
 
 
 @dataclass
+class VerifyJob:
+    """A finished run, held to its manifest."""
+
+    run: str = MISSING
+    """A finished run: folder or URI."""
+
+
+@dataclass
 class StatusJob:
     """How far a run or a sweep is."""
 

@@ -411,6 +411,13 @@ class ClusterConfig:
 
 
 @dataclass
+class ResumeConfig:
+    allow_other_versions: bool = False
+    """Let another version of infscan, torch, transformers, tokenizers, numpy or Python go on with a run; summary.json
+    then warns of it. Another arithmetic or dtype is refused all the same."""
+
+
+@dataclass
 class Config:
     """The settings of a run."""
 
@@ -420,6 +427,7 @@ class Config:
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     stages: list[StageConfig] = field(default_factory=list)
     """Stages of training, pretraining first; empty where the scanned model is the one that is asked."""
     output: str = MISSING
@@ -462,6 +470,11 @@ class Config:
     def most_rank(self) -> int | None:
         """The rank at which query gradients are stored, the largest that any layer scans with; None is full rank."""
         return MOST_RANK if isinstance(self.scan.rank, str) else self.scan.rank
+
+    @property
+    def dense(self) -> bool:
+        """Whether every sequence's scores are kept."""
+        return self.scan.scores is Scores.all
 
     @property
     def sides(self) -> tuple[str, ...]:

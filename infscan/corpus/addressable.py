@@ -17,8 +17,8 @@ from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.mds import MdsSamples
 from infscan.corpus.parts import PreparedCorpus, open_prepared
 from infscan.corpus.sequences import AddressableCorpus
-from infscan.errors import CorpusError
-from infscan.storage import MissingError, Store
+from infscan.errors import ChangedCorpusError, CorpusError
+from infscan.storage import Identity, MissingError, Store
 
 __all__ = [
     "AddressableCorpus",
@@ -75,17 +75,30 @@ def open_corpus(store: Store, attention: Attention = Attention.across) -> Addres
 
 @dataclass(frozen=True)
 class CorpusAddress:
-    """How a task opens the corpus that it reads: what travels to a rank in place of the corpus."""
+    """How a task opens the corpus that it reads: what travels to a rank in place of the corpus.
+
+    identity: what it is; None where whatever lies there is to be read.
+    """
 
     store: Store
     attention: Attention = Attention.across
+    identity: Identity | None = None
 
     @classmethod
     def of(cls, corpus: AddressableCorpus) -> CorpusAddress:
-        return cls(corpus.store, corpus.attention)
+        return cls(corpus.store, corpus.attention, identity_of(corpus))
 
     def open(self) -> AddressableCorpus:
-        return open_corpus(self.store, self.attention)
+        """Raises ChangedCorpusError where another corpus lies there by now."""
+        corpus = open_corpus(self.store, self.attention)
+        if self.identity is not None:
+            self.identity.check(corpus.fingerprint, ChangedCorpusError)
+        return corpus
+
+
+def identity_of(corpus: AddressableCorpus) -> Identity:
+    """A corpus as it travels with units of work."""
+    return Identity("corpus", corpus.store.uri, corpus.fingerprint, "manifest or description; parts when opened")
 
 
 def label_of(corpus: AddressableCorpus, number: int) -> str | None:

@@ -103,6 +103,7 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
         raise CorpusError(f"{config.path}: its {len(files)} files hold no token.")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         digests = list(pool.map(lambda file: _digests(file, len(found)), found))
+    found = [replace(file, digests=tuple(digest)) for file, digest in zip(found, digests, strict=True)]
     content = {
         "format": kind,
         "packing": pack.packing,
@@ -128,8 +129,7 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
 
 
 def _digests(file: TokenFile, files: int) -> list[str]:
-    index = file.facts.get("index")
-    return [sampled_digest(each, files) for each in (file.data, *([InputFile(**index)] if index else ()))]
+    return [sampled_digest(each, files) for each in file.sources]
 
 
 Found = tuple[list[TokenFile], int, int | None]

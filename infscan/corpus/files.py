@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infscan.errors import CorpusError
+from infscan.errors import ChangedCorpusError
 from infscan.storage import InputFile, changed
 
 
@@ -11,9 +11,10 @@ def file_name(uri: str) -> str:
 
 
 def check_same_file(file: InputFile) -> None:
-    """Raises CorpusError where a file is not the one that was listed or described (bytes, ETag or time of change)."""
+    """Raises ChangedCorpusError where a file is not the one that was listed or described (bytes, ETag or time of
+    change)."""
     found = changed(file)
     if found is not None:
-        raise CorpusError(
+        raise ChangedCorpusError(
             f"{file.uri} {found}: it changed under the run; put the old file back, or start a new output."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -18,8 +19,9 @@ import numpy as np
 from infscan.config import Attention, Packing
 from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
-from infscan.errors import CorpusError
-from infscan.storage import InputFile, Store, read_range
+from infscan.errors import ChangedCorpusError, CorpusError, StorageError
+from infscan.storage import InputFile, Store, read_range, stamp_of
+from infscan.storage.identity import Stamp
 
 DESCRIPTION = "addressable.json"
 SCHEMA_VERSION = 1
@@ -31,16 +33,27 @@ _SAMPLES = 4096  # of all files together, but at least two of each
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One file of token ids. `sequences`: how many it has. `facts`: what its format wants to know of it again."""
+    """One file of token ids.
+
+    sequences: how many it has. facts: what its format wants to know of it again. digests: `sampled_digest` of it, and
+    of its index where it has one; empty in descriptions of infscan 0.1.
+    """
 
     data: InputFile
     sequences: int
     tokens: int
     facts: dict[str, Any]
+    digests: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return file_name(self.data.uri)
+
+    @property
+    def sources(self) -> tuple[InputFile, ...]:
+        """The file, and its index."""
+        index = self.facts.get("index")
+        return (self.data, *([InputFile(**index)] if index else ()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Description:
             fields = {key: value[key] for key in cls.__dataclass_fields__}
             fields["packing"] = Packing(fields["packing"])
             fields["files"] = tuple(
-                TokenFile(**(file | {"data": InputFile(**file["data"])})) for file in fields["files"]
+                TokenFile(**(file | {"data": InputFile(**file["data"]), "digests": tuple(file.get("digests", ()))}))
+                for file in fields["files"]
             )
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
@@ -109,7 +123,8 @@ class InPlace(ABC):
     def _forget(self) -> None:
         sizes = [file.sequences for file in self.description.files]
         self._first = np.cumsum([0, *sizes], dtype=np.int64)
-        self._checked: set[int] = set()
+        # Of every file that was opened, by address: what it was when its content was looked at.
+        self._stamps: dict[str, Stamp | None] = {}
 
     @abstractmethod
     def block(self, index: int, start: int, stop: int) -> TokenBlock:
@@ -172,21 +187,50 @@ class InPlace(ABC):
     def read(self, ids: np.ndarray) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
-        within = self.attention is Attention.within
         found: dict[int, Sequence] = {}
-        for index, wanted in self._runs(np.unique(ids)):
-            start, stop = int(wanted[0]), int(wanted[-1]) + 1
-            block = self._checked_block(index, start, stop)
-            first = int(self._first[index])
-            path = self.description.files[index].data.uri
-            keep = set(wanted.tolist())
-            for row, (spans, offset) in enumerate(self.spans(index, start, stop, block)):
-                if start + row in keep:
-                    tokens = block.tokens[block.offsets[row] : block.offsets[row + 1]].astype(np.int64)
-                    number = first + start + row
-                    starts = document_starts(tokens, spans, self._separators) if within else None
-                    found[number] = Sequence(number, tokens, spans, offset, path, starts=starts)
+        touched: set[int] = set()
+        with self._watching(touched):
+            for index, wanted in self._runs(np.unique(ids)):
+                touched.add(index)
+                found |= self._sequences(index, wanted)
         return [found[int(number)] for number in ids]
+
+    def _sequences(self, index: int, wanted: np.ndarray) -> dict[int, Sequence]:
+        """Some of a file's sequences, by their numbers among all."""
+        start, stop = int(wanted[0]), int(wanted[-1]) + 1
+        block = self._checked_block(index, start, stop)
+        first, path = int(self._first[index]), self.description.files[index].data.uri
+        within, keep = self.attention is Attention.within, set(wanted.tolist())
+        found: dict[int, Sequence] = {}
+        for row, (spans, offset) in enumerate(self.spans(index, start, stop, block)):
+            if start + row in keep:
+                tokens = block.tokens[block.offsets[row] : block.offsets[row + 1]].astype(np.int64)
+                number = first + start + row
+                starts = document_starts(tokens, spans, self._separators) if within else None
+                found[number] = Sequence(number, tokens, spans, offset, path, starts=starts)
+        return found
+
+    @contextmanager
+    def _watching(self, touched: set[int]) -> Iterator[None]:
+        """Hold files to what they were, once they were read: of what is read before, nothing changes any more.
+
+        What is wrong with a file that changed is that it changed.
+        """
+        try:
+            yield
+        except (CorpusError, StorageError):
+            self._check_unchanged(touched)
+            raise
+        self._check_unchanged(touched)
+
+    def _check_unchanged(self, touched: set[int]) -> None:
+        for source in (source for index in sorted(touched) for source in self.description.files[index].sources):
+            if source.uri in self._stamps and stamp_of(source.uri) != self._stamps[source.uri]:
+                check_same_file(source)
+                raise ChangedCorpusError(
+                    f"{source.uri} was replaced or written to, with its size and times kept: it changed under the run; "
+                    "run the same command again, which looks at its content anew."
+                )
 
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         check_numbers(self.store.uri, np.array([start, stop - 1] if stop > start else [], np.int64), self.sequences)
@@ -195,7 +239,9 @@ class InPlace(ABC):
             index = int(np.searchsorted(self._first, start, side="right")) - 1
             first, after = int(self._first[index]), int(self._first[index + 1])
             end = min(stop, after, start + step)
-            yield self._checked_block(index, start - first, end - first)
+            with self._watching({index}):
+                block = self._checked_block(index, start - first, end - first)
+            yield block
             start = end
 
     def _runs(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -216,12 +262,30 @@ class InPlace(ABC):
 
     def _checked_block(self, index: int, start: int, stop: int) -> TokenBlock:
         file = self.description.files[index]
-        if index not in self._checked:
-            check_same_file(file.data)
-            self._checked.add(index)
+        self._look_at(file)
         block = self.block(index, start, stop)
         self.check_vocabulary(file.data.uri, block.tokens)
         return block
+
+    def _look_at(self, file: TokenFile) -> None:
+        """Hold a file's content to what was described, when it is first opened. On an object store its ETag says it.
+
+        Raises:
+            ChangedCorpusError: where it is another.
+        """
+        for number, source in enumerate(file.sources):
+            if source.uri in self._stamps:
+                continue
+            stamp = stamp_of(source.uri)
+            check_same_file(source)
+            on_disk = stamp is not None and stamp[3] is not None
+            files = len(self.description.files)
+            if on_disk and file.digests and sampled_digest(source, files) != file.digests[number]:
+                raise ChangedCorpusError(
+                    f"{source.uri} holds other tokens than when it was described, with its size and times kept: it "
+                    "changed under the run; put the old file back, or start a new output."
+                )
+            self._stamps[source.uri] = stamp
 
     def check_vocabulary(self, uri: str, tokens: np.ndarray) -> None:
         """Raises CorpusError for a token id that the model does not have."""

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from infscan.config import Attention, Packing
 from infscan.corpus.manifest import MANIFEST, Manifest, PartSummary, footer_digest
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
-from infscan.errors import CorpusError
-from infscan.storage import MissingError, Store
+from infscan.errors import ChangedCorpusError, CorpusError
+from infscan.storage import MissingError, Store, stamp_of
 
 _OPEN_PARTS = 4
 _DECODED_ROW_GROUPS = 4
@@ -64,6 +64,8 @@ class PreparedCorpus:
         self._first = self.manifest.first
         self._parts: OrderedDict[int, _OpenPart] = OrderedDict()
         self._row_groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
+        # The parts that were looked at in this call.
+        self._looked_at: set[int] = set()
 
     @property
     def sequences(self) -> int:
@@ -101,6 +103,7 @@ class PreparedCorpus:
     def read(self, ids: np.ndarray) -> list[Sequence]:
         ids = np.asarray(ids, np.int64)
         check_numbers(self.store.uri, ids, self.sequences)
+        self._looked_at.clear()
         found: list[Sequence | None] = [None] * len(ids)
         # Ascending, so that every row group is decoded once however the numbers are ordered; an empty part has no row.
         for at in np.argsort(ids, kind="stable"):
@@ -120,6 +123,7 @@ class PreparedCorpus:
     def token_blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         check_numbers(self.store.uri, np.array([start, stop - 1] if stop > start else [], np.int64), self.sequences)
         while start < stop:
+            self._looked_at.clear()
             index = int(np.searchsorted(self._first, start, side="right")) - 1
             first = int(self._first[index])
             opened = self._part(index)
@@ -143,12 +147,29 @@ class PreparedCorpus:
         return self._row_groups[key].sequence(row - int(opened.first_rows[group]), number)
 
     def _part(self, index: int) -> _OpenPart:
+        if index in self._parts and index not in self._looked_at and self._parts[index].changed:
+            self._open_anew(index)
+        self._looked_at.add(index)
         if index not in self._parts:
             self._parts[index] = _OpenPart(self.store, self.manifest.parts[index])
             if len(self._parts) > _OPEN_PARTS:
                 self._parts.popitem(last=False)[1].close()
         self._parts.move_to_end(index)
         return self._parts[index]
+
+    def _open_anew(self, index: int) -> None:
+        """Open a part that was replaced or written to; its footer says whether it holds the same sequences.
+
+        Raises:
+            ChangedCorpusError: where it does not.
+        """
+        self._parts.pop(index).close()
+        for key in [key for key in self._row_groups if key[0] == index]:
+            del self._row_groups[key]
+        try:
+            self._parts[index] = _OpenPart(self.store, self.manifest.parts[index])
+        except CorpusError as error:
+            raise ChangedCorpusError(f"{error} It changed under the run.") from error
 
     def close(self) -> None:
         """Close the files that are open; reading opens them again."""
@@ -169,6 +190,7 @@ class _OpenPart:
 
     def __init__(self, store: Store, part: PartSummary) -> None:
         self._name = f"{store}/{part.name}"
+        self._stamp = stamp_of(self._name)
         with ExitStack() as stack:
             try:
                 stream = stack.enter_context(store.open(part.name))
@@ -190,6 +212,11 @@ class _OpenPart:
                 raise self._damaged(f"{sum(sizes)} rows where the manifest says {part.sequences}")
             self.first_rows = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
             self._open = stack.pop_all()
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file is not the one that was opened, or was written to since."""
+        return stamp_of(self._name) != self._stamp
 
     def row_group(self, group: int) -> _RowGroup:
         return _RowGroup.of(self._read(group, None))

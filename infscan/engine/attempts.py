@@ -8,6 +8,7 @@ from typing import Any
 
 from infscan.engine.schedule import Schedule
 from infscan.errors import (
+    ChangedCorpusError,
     ConfigError,
     FactorsError,
     InfscanError,
@@ -20,7 +21,7 @@ from infscan.errors import (
 from infscan.model.out_of_memory import RankMemoryError
 
 # Errors that another attempt cannot fix: they end the step at once.
-FATAL = (ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
+FATAL = (ChangedCorpusError, ConfigError, FactorsError, ModelError, QueryError, UnwritableError)
 LONGEST_BACK_OFF_S = 60.0
 
 OnGivenUp = Callable[[Any, str], None]
@@ -40,9 +41,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def judge(
-    schedule: Schedule, unit: Any, error: BaseException, reason: str, *, lost: bool = False, killed: bool = False
+    schedule: Schedule,
+    unit: Any,
+    error: BaseException,
+    reason: str,
+    *,
+    lost: bool = False,
+    killed: bool = False,
+    worker: int | None = None,
 ) -> Verdict:
-    """Record a failed attempt. lost: its worker failed, not the unit. killed: for the memory that it took.
+    """Record a failed attempt. lost: its worker failed, which one. killed: for the memory that it took.
 
     Raises:
         RunError: where one sequence alone does not fit a rank's memory.
@@ -59,7 +67,9 @@ def judge(
     if killed or (isinstance(error, RankMemoryError) and error.rows is not None):
         return Verdict(schedule.retry_smaller(unit, reason), "memory")
     if lost or is_transient(error):
-        return Verdict(schedule.lose(unit, reason), "storage" if is_transient(error) else "lost")
+        return Verdict(
+            schedule.lose(unit, reason, worker if lost else None), "storage" if is_transient(error) else "lost"
+        )
     return Verdict(schedule.fail(unit, reason), "error")
 
 

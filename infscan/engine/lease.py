@@ -1,7 +1,8 @@
 """Who drives a run: a lease in its folder, so that a second driver does not do the same work beside the first.
 
-Nothing's correctness depends on it (two drivers at once are harmless), and no two machines' clocks are compared: a
-driver of another machine is alive if it renews its lease while the second one waits for as long as a lease lasts.
+Whoever publishes or removes anything asks storage first whether the lease is still its own (`Lease.confirm`): a driver
+that slept, and was taken for dead, finds out before it does harm. No two machines' clocks are compared: a driver of
+another machine is alive if it renews its lease while the second one waits for as long as a lease lasts.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Lease:
         self._wake = threading.Event()
         self._state = ""
         self._taken_by: Holder | None = None
+        self._gone = False
         self.followed: Holder | None = None
         self._renewals = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -103,12 +105,35 @@ class Lease:
         self._renewals.start()
 
     def check(self) -> None:
-        """Raises RunError where another driver took over, which thought this one dead."""
+        """Raises RunError where another driver took over, which thought this one dead, or the lease is gone."""
+        if self._gone:
+            raise RunError(
+                f"{self.store.uri}/{LEASE} is gone, which this driver wrote and renews: the folder was moved or "
+                "removed, its disk is not mounted any more, or another driver was here. Run the same command again "
+                "where the folder is now; it goes on from there."
+            )
         if self._taken_by is not None:
             raise RunError(
                 f"{self.store.uri} was taken over by {self._taken_by}: this driver gave no sign of life for "
                 f"cluster.lease_s={self.lease_s:g} s. Nothing is lost; the other one goes on."
             )
+
+    def confirm(self) -> None:
+        """As `check`, by what storage says now: before whatever would undo another driver's work."""
+        self._look()
+        self.check()
+
+    def _look(self) -> None:
+        """Note who holds the lease, if this driver does not. A file that nobody wrote so is still this driver's."""
+        try:
+            holder = Holder.from_bytes(self.store.read(LEASE))
+        except MissingError:
+            self._gone = True
+        except (ValueError, TypeError, KeyError):
+            return
+        else:
+            if holder.token != self.mine.token:
+                self._taken_by = holder
 
     def announce(self, state: str) -> None:
         """Write what this driver waits for, empty where it works: at once, if it changed, and with each renewal."""
@@ -161,11 +186,10 @@ class Lease:
             self._wake.clear()
             if self._ended.is_set():
                 return
-            # Storage in trouble is waited for; a lease that runs out meanwhile does no harm.
+            # Storage in trouble is waited for: whoever takes over meanwhile is noticed at the next look.
             with suppress(StorageError):
-                holder = self._read()
-                if holder is not None and holder.token != self.mine.token:
-                    self._taken_by = holder
+                self._look()
+                if self._gone or self._taken_by is not None:
                     return
                 held = replace(held, beat=held.beat + 1, state=self._state)
                 if not self._ended.is_set():

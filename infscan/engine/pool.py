@@ -226,7 +226,8 @@ class Pool:
         on_given_up: OnGivenUp | None,
     ) -> None:
         reason, lost = _reason(error), outcome is Outcome.lost
-        verdict = judge(schedule, unit, error, reason, lost=lost, killed=isinstance(error, OutOfMemoryError))
+        killed = isinstance(error, OutOfMemoryError)
+        verdict = judge(schedule, unit, error, reason, lost=lost, killed=killed, worker=group.index)
         self.oom_retries += verdict.cause == "memory" and not verdict.given_up
         facts = self.metrics.facts(group.index, unit, schedule.attempt(unit) - 1)
         what = "given up" if verdict.given_up else "tried again"

@@ -9,6 +9,8 @@ from typing import Any
 
 # A unit outlives many more losses of machines than errors of its own: pre-emption says nothing about the unit.
 LOSSES_PER_ATTEMPT = 10
+# A unit that took down two different workers is taken for the reason: it has this many tries in all.
+GUILTY_TRIES = 3
 # 2^16 tokens are more than a micro-batch has.
 MOST_OOM_RETRIES = 16
 
@@ -28,6 +30,8 @@ class Schedule:
     errors: dict[Any, int] = field(init=False, default_factory=dict)
     losses: dict[Any, int] = field(init=False, default_factory=dict)
     oom_retries: dict[Any, int] = field(init=False, default_factory=dict)
+    # The workers that died or fell silent under a unit, one for each time.
+    felled: dict[Any, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.units)
@@ -62,12 +66,23 @@ class Schedule:
     def fail(self, unit: Any, reason: str) -> bool:
         """The unit itself went wrong. Returns whether it is given up; else it waits again, behind the others."""
         self.errors[unit] = self.errors.get(unit, 0) + 1
-        return self._again(unit, reason, self.errors[unit] >= self.max_attempts)
+        return self._again(unit, reason, self.errors[unit] >= self.max_attempts or self._is_guilty(unit))
 
-    def lose(self, unit: Any, reason: str) -> bool:
-        """The machine under the unit went away. Returns whether the unit is given up."""
+    def lose(self, unit: Any, reason: str, worker: int | None = None) -> bool:
+        """The machine under the unit went away. Returns whether the unit is given up.
+
+        worker: that died or fell silent under it; None where it was storage that failed.
+        """
         self.losses[unit] = self.losses.get(unit, 0) + 1
-        return self._again(unit, reason, self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT)
+        if worker is not None:
+            self.felled.setdefault(unit, []).append(worker)
+        spent = self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
+        return self._again(unit, reason, spent or self._is_guilty(unit))
+
+    def _is_guilty(self, unit: Any) -> bool:
+        """Whether the unit took down two different workers, and had its tries."""
+        felled = self.felled.get(unit, [])
+        return len(set(felled)) > 1 and len(felled) + self.errors.get(unit, 0) >= GUILTY_TRIES
 
     def retry_smaller(self, unit: Any, reason: str) -> bool:
         """Its memory ran out: it waits again, with micro-batches of half the size. Returns whether it is given up."""

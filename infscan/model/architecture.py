@@ -93,6 +93,21 @@ class Architecture:
         return asked or min(self.context, DEFAULT_LENGTH)
 
 
+# A hub id, perhaps with a revision of it.
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+|[\w-]+)(@(?P<revision>[\w.-]+))?")
+
+
+def at_revision(path: str, revision: str | None) -> str:
+    """A hub id with the revision that it stands for; any other path as it is."""
+    return f"{path.partition('@')[0]}@{revision}" if revision else path
+
+
+def hub_revision(path: str, folder: str) -> str | None:
+    """The commit that a hub id was resolved to, by the folder that it was downloaded to; None for any other path."""
+    is_id = not is_uri(path) and not Path(path).expanduser().exists() and _HUB_ID.fullmatch(path)
+    return Path(folder).name if is_id else None
+
+
 def model_folder(path: str, *, weights: bool = True) -> Path:
     """The local folder of a model: as it is, downloaded once from a URI, or from the hub by its id.
 
@@ -106,11 +121,12 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         return localise(path, suffixes)
     if Path(path).expanduser().exists():
         return Path(path).expanduser()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", path):
+    if named := _HUB_ID.fullmatch(path):
         from huggingface_hub import snapshot_download
 
+        patterns = [f"*{suffix}" for suffix in suffixes]
         try:
-            return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in suffixes]))
+            return Path(snapshot_download(named["id"], revision=named["revision"], allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.path={path}: there is no such folder ({Path(path).absolute()}), and the hub gave none of that "
@@ -388,6 +404,12 @@ def _refuse_fused_experts(module: nn.Module, tracked: str) -> None:
                 f"{path} holds its experts fused in one parameter, whose inputs and gradients are not seen per expert; "
                 f"leave the mixture out with model.tracked={other}."
             )
+
+
+def fingerprint_of(path: str) -> str:
+    """A model's fingerprint, as `describe` gives it: of what lies at a path now."""
+    folder = model_folder(path)
+    return _fingerprint(folder, weight_files(folder))
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:

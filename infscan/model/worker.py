@@ -18,15 +18,17 @@ from infscan.config import Attention, ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
+from infscan.errors import ModelError
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
+from infscan.model.architecture import fingerprint_of
 from infscan.model.capture import backward, capturing
 from infscan.model.load import load
 from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens, predicting
 from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
-from infscan.storage import Store
+from infscan.storage import Identity, Store
 
 T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
@@ -48,6 +50,8 @@ class WorkerSettings:
     output: Store | None = field(default=None, repr=False)
     # Host memory that a rank asks a shared cluster for; None asks for none.
     host_bytes: int | None = None
+    # What the model is; None where whatever lies at its path is to be loaded.
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ class ModelWorker:
         self.layers = settings.layers
         self.context = context
         self.model: LoadedModel = load(settings.model, context, sharded=settings.sharded)
+        # After loading, so that what was replaced before or meanwhile is found.
+        if settings.identity is not None:
+            settings.identity.check(fingerprint_of(settings.model.path), ModelError)
         self._cache: dict[str, tuple[Any, Any]] = {}
         self._keeps_documents_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.

@@ -18,7 +18,8 @@ from infscan.corpus.tokenizer import Tokenizer
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
 from infscan.report.terminal import how_good, one_line
-from infscan.results.read import read_parts, read_summary, read_top
+from infscan.results.manifest import read_manifest
+from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.storage import Store, is_uri
 
@@ -162,8 +163,8 @@ def _sequences(store: Store, uri: str, rows: int) -> dict[int, dict[str, Any]]:
     """The sequences that are shown, by sequence_id."""
     wanted = pc.unique(read_top(uri).filter(pc.field("rank") <= rows)["sequence_id"])
     found: dict[int, dict[str, Any]] = {}
-    for entry in store.list("sequences", suffix=".parquet"):
-        table = read_parquet(store, entry.name, list(_SEQUENCE))
+    for name in parts_of(store, "sequences", read_manifest(store)):
+        table = read_parquet(store, name, list(_SEQUENCE))
         table = table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(wanted)))
         found |= {row["sequence_id"]: row for row in table.to_pylist()}
     return found

@@ -11,7 +11,7 @@ from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import InfscanError, RunError
 from infscan.report.assemble import Archive, assemble
 from infscan.report.contents import run_contents, settle
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_cells, read_summary
 from infscan.storage import Store
 

@@ -9,10 +9,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
-from infscan.results.schema import to_parquet
+from infscan.results.schema import OF, to_parquet
 from infscan.storage import Store
 
 FOLDER = "scores"
+
+
+def scores_path(name: str) -> str:
+    """Of a shard."""
+    return f"{FOLDER}/{name}.parquet"
 
 
 def score_column(query_id: str) -> str:
@@ -38,4 +43,5 @@ def write_scores(
     }
     for query, query_id in enumerate(query_ids):
         columns[score_column(query_id)] = pa.array(np.ascontiguousarray(scores_nq[:, query]), pa.float32())
-    store.write(f"{FOLDER}/{name}.parquet", to_parquet(pa.table(columns), {"fingerprint": fingerprint}))
+    path = scores_path(name)
+    store.write(path, to_parquet(pa.table(columns), {"fingerprint": fingerprint, OF: path}))

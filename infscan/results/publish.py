@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES, best_rows
+from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
 from infscan.results.schema import LAYERS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
 from infscan.storage import Store
 from infscan.storage.ahead import ahead
 
-SUCCESS = "_SUCCESS"
 INDEX = "run.parquet"
 # A part of top, layers and tokens ends with the query that fills it, one of sequences with the row.
 _QUERIES_PER_PART = 64
@@ -108,7 +108,12 @@ class Publisher:
     """Writes top, layers, tokens (by groups of queries) and sequences (by groups of shards), then removes stale parts.
 
     query_ids: of all queries, ascending. decode: token ids to text; None where the model has no tokenizer (text is then
-    null). label: a sequence's corpus among several, by its number; None where there is one.
+    null). label: a sequence's corpus among several, by its number; None where there is one. scan: the fingerprint that
+    shard files must have; None where any will do. fence: called before whatever is written or removed; it raises where
+    this driver may not any more.
+
+    Attributes:
+        parts: what was written, by name, for the manifest.
     """
 
     def __init__(
@@ -119,11 +124,14 @@ class Publisher:
         decode: Callable[[list[int]], str] | None,
         fingerprint: str,
         label: Callable[[int], str | None] = lambda number: None,
+        scan: str | None = None,
+        fence: Callable[[], None] = lambda: None,
     ):
         self.store, self.layers, self.decode, self.label = store, layers, decode, label
+        self.scan, self.fence = scan, fence
         self.query_ids = pa.array(query_ids, pa.string())
         self.footer = {"fingerprint": fingerprint}
-        self.written: set[str] = set()
+        self.parts: dict[str, Part] = {}
 
     def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Provenance:
         """The published sequences, each once, by sequence_id.
@@ -132,7 +140,7 @@ class Publisher:
         """
         sequence_ids, document_ids, sources = [np.empty(0, np.int64)], [], []
         for part, shards in enumerate(_sequence_parts(wanted)):
-            found = ahead(self.store, lambda shard: read_candidates(self.store, *shard), shards)
+            found = ahead(self.store, self._candidates, shards)
             table = self._sequences(list(found))
             self._write("sequences", part, table)
             sequence_ids.append(table["sequence_id"].to_numpy())
@@ -144,6 +152,9 @@ class Publisher:
             pa.chunked_array(document_ids, pa.string()),
             pa.chunked_array(sources, pa.dictionary(pa.int32(), pa.string())),
         )
+
+    def _candidates(self, shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
+        return read_candidates(self.store, *shard, fingerprint=self.scan)
 
     def _sequences(self, kept: list[pa.Table]) -> pa.Table:
         if not kept:
@@ -215,16 +226,22 @@ class Publisher:
         return pa.array(map(self.label, sequence_ids.tolist()), pa.string())
 
     def _write(self, folder: str, part: int, table: pa.Table) -> None:
-        name = f"{folder}/part-{part:05d}.parquet"
-        self.store.write(name, to_parquet(table, self.footer))
-        self.written.add(name)
+        data = to_parquet(table, self.footer)
+        self.put(table_part_name(folder, part, data), data, len(table))
+
+    def put(self, name: str, data: bytes, rows: int | None = None) -> None:
+        """Write a file of the publication."""
+        self.fence()
+        self.store.write(name, data)
+        self.parts[name] = Part.of(data, rows)
 
     def remove_stale(self) -> None:
-        """Parts that an earlier, larger publication left behind."""
-        for folder in ("top", "layers", "tokens", "sequences"):
-            for entry in self.store.list(folder, suffix=".parquet"):
-                if entry.name not in self.written:
-                    self.store.remove(entry.name)
+        """Parts that earlier publications left. Listed before the fence, none can be of a driver that took over."""
+        there = [name for folder in TABLES for name in self.store.names(folder)]
+        for name in there:
+            if is_table_part(name) and name not in self.parts:
+                self.fence()
+                self.store.remove(name)
 
 
 def _sequence_parts(wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Iterator[list[tuple[str, NDArray[np.int64]]]]:

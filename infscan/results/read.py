@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from infscan.errors import RunError
+from infscan.errors import DamagedError, RunError
 from infscan.results.dense import FOLDER as SCORES
-from infscan.results.publish import SUCCESS
-from infscan.results.schema import read_parquet
-from infscan.results.shard_file import quarantined_shards
+from infscan.results.dense import scores_path
+from infscan.results.manifest import SUCCESS, Manifest, read_manifest
+from infscan.results.schema import Check, read_parquet
+from infscan.results.shard_file import finished_shards, quarantined_shards
 from infscan.storage import Store
+
+SUMMARY = "summary.json"
 
 
 def read_top(uri: str, *, unfinished: bool = False) -> pa.Table:
@@ -52,7 +55,32 @@ def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     Not of quarantined shards: an attempt that died between a shard's scores and its file leaves scores that count
     nowhere.
     """
-    return _read(uri, SCORES, unfinished, without=quarantined_shards(Store(uri))).sort_by("sequence_id")
+    store = finished(uri, unfinished)
+    names = _score_parts(store, None if unfinished else read_manifest(store))
+    return _table(store, SCORES, names, lambda name: None).sort_by("sequence_id")
+
+
+def _score_parts(store: Store, manifest: Manifest | None) -> list[str]:
+    """The parts of scores/ that count.
+
+    Raises:
+        DamagedError: where one is missing.
+    """
+    there = {entry.name: entry.size for entry in store.list(SCORES, suffix=".parquet")}
+    if manifest is not None:
+        wanted = manifest.scores or {}
+    else:
+        given_up = quarantined_shards(store)
+        finished = {scores_path(shard) for shard in finished_shards(store)} if there else set()
+        lying = {name for name in there if name.rpartition("/")[2].removesuffix(".parquet") not in given_up}
+        wanted = {name: there.get(name, 0) for name in finished | lying}
+    for name, size in sorted(wanted.items()):
+        if there.get(name) != size:
+            gone = f"{there[name]} bytes where {size} were written" if name in there else "it is gone"
+            raise DamagedError(
+                f"{store.uri}/{name} is missing or damaged ({gone}); run the same command again, which makes it again."
+            )
+    return sorted(wanted)
 
 
 def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
@@ -63,16 +91,23 @@ def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
     Raises:
         RunError: as `read_top`.
     """
-    store = _finished(uri, unfinished=False)
-    for entry in store.list("top", suffix=".parquet"):
-        part = entry.name.rpartition("/")[2]
-        top, layers, tokens = (read_parquet(store, f"{folder}/{part}") for folder in ("top", "layers", "tokens"))
+    store = finished(uri, unfinished=False)
+    manifest = read_manifest(store)
+    names = [parts_of(store, folder, manifest) for folder in ("top", "layers", "tokens")]
+    for parts in zip(*names, strict=True):
+        top, layers, tokens = (read_parquet(store, part, check=_check(manifest, part)) for part in parts)
         yield top, layers, tokens
 
 
 def read_summary(uri: str, *, unfinished: bool = False) -> dict[str, Any]:
     """Counts, warnings and phases of a run."""
-    return _finished(uri, unfinished).read_json("summary.json")
+    store = finished(uri, unfinished)
+    manifest = None if unfinished else read_manifest(store)
+    data = store.read(SUMMARY)
+    if manifest is not None:
+        manifest.parts[SUMMARY].check(f"{store.uri}/{SUMMARY}", data)
+    found: dict[str, Any] = store.read_json(SUMMARY)
+    return found
 
 
 def read_cells(uri: str) -> dict[str, bool]:
@@ -82,7 +117,12 @@ def read_cells(uri: str) -> dict[str, bool]:
     return {cell: f"{cell}/{SUCCESS}" in names for cell in sorted(name.split("/")[0] for name in configured)}
 
 
-def _finished(uri: str, unfinished: bool) -> Store:
+def finished(uri: str, unfinished: bool) -> Store:
+    """A run's store.
+
+    Raises:
+        RunError: where it is not finished, and need be.
+    """
     store = Store(uri)
     if not unfinished and not store.exists(SUCCESS):
         raise RunError(
@@ -92,14 +132,25 @@ def _finished(uri: str, unfinished: bool) -> Store:
     return store
 
 
-def _read(uri: str, folder: str, unfinished: bool, without: frozenset[str] = frozenset()) -> pa.Table:
-    """A folder's parts as one table, `without` those of these shards."""
-    store = _finished(uri, unfinished)
-    parts = []
-    for entry in store.list(folder, suffix=".parquet"):
-        if entry.name.rpartition("/")[2].removesuffix(".parquet") in without:
-            continue
-        parts.append(read_parquet(store, entry.name).replace_schema_metadata(None))
+def parts_of(store: Store, folder: str, manifest: Manifest | None) -> list[str]:
+    """The parts of a table in order: those of the manifest; without one, those that lie there."""
+    return manifest.names(folder) if manifest else [entry.name for entry in store.list(folder, suffix=".parquet")]
+
+
+def _check(manifest: Manifest | None, name: str) -> Check | None:
+    return manifest.parts[name].check if manifest else None
+
+
+def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
+    """A table whose parts are in the manifest."""
+    store = finished(uri, unfinished)
+    manifest = None if unfinished else read_manifest(store)
+    return _table(store, folder, parts_of(store, folder, manifest), lambda name: _check(manifest, name))
+
+
+def _table(store: Store, folder: str, names: Sequence[str], check: Callable[[str], Check | None]) -> pa.Table:
+    """Parts as one table."""
+    parts = [read_parquet(store, name, check=check(name)).replace_schema_metadata(None) for name in names]
     if not parts:
-        raise RunError(f"{uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
+        raise RunError(f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
     return pa.concat_tables(parts)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infscan.influence.standings import Hits
-from infscan.results.schema import REFINED, read_with_footer, to_parquet
+from infscan.results.schema import OF, REFINED, read_with_footer, to_parquet
 from infscan.storage import Store
 from infscan.storage.ahead import ahead
 
@@ -78,7 +78,7 @@ def write_unit(
         ],
         schema=REFINED,
     )
-    store.write(path, to_parquet(table, {"layers": list(layers)}))
+    store.write(path, to_parquet(table, {"layers": list(layers), OF: path}))
 
 
 def read_unit(store: Store, paths: Sequences[str], layers: Sequences[str], *, tokens: bool = True) -> Unit:

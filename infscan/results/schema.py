@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -22,6 +23,7 @@ from infscan.storage import Store
 SCHEMA_VERSION = 1
 _FOOTER = b"infscan"
 _COLUMNS = "columns"
+OF = "of"
 # Below, Arrow's threads cost more than they save: a shard's file is a few kB, and there may be a million of them.
 _THREADS_FROM = 1 << 20
 
@@ -97,8 +99,8 @@ LAYERS = pa.schema(
     [("query_id", pa.string()), ("sequence_id", pa.int64()), ("layer", pa.string()), ("score", pa.float32())]
 )
 
-# run.parquet: one row, what was asked of which inputs. Nothing in it says where or how fast: runs that ask the same
-# have the same row.
+# run.parquet: one row, what was asked of which inputs, and what answered. Nothing in it says where or how fast: runs
+# that ask the same of the same software and kind of machine have the same row.
 RUN = pa.schema(
     [
         ("model", pa.string()),
@@ -114,6 +116,10 @@ RUN = pa.schema(
         ("quarantined_shards", pa.int32()),
         # Every key of config.yaml that a resume may not change.
         ("settings", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
+        # What made it (`infscan.steps.provenance`); null in runs of infscan 0.1.
+        ("arithmetic", pa.int32()),
+        *((name, pa.string()) for name in ("infscan", "commit", "torch", "transformers", "tokenizers", "numpy")),
+        *((name, pa.string()) for name in ("python", "cpu", "device", "dtype", "refine_dtype", "model_revision")),
     ]
 )
 
@@ -143,6 +149,8 @@ TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("sc
 def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
     """A table as complete Parquet bytes: zstd, statistics, page checksums, and `footer` as JSON.
 
+    footer: with `of`, the name of the file in its store, a sibling put in its place is refused.
+
     The schema version and a digest of each column go into the footer too: `read_parquet` holds what it reads to them.
     """
     columns = {name: _digest(table.column(name)) for name in table.column_names}
@@ -153,34 +161,44 @@ def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def read_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+Check = Callable[[str, bytes], None]
+
+
+def read_parquet(store: Store, name: str, columns: list[str] | None = None, check: Check | None = None) -> pa.Table:
     """A table that `to_parquet` wrote, with its footer in the schema's metadata.
+
+    check: given the address and the file's bytes; raises where they are not the ones that are wanted.
 
     Raises:
         StorageError: where the file is missing or refused.
         DamagedError: where it does not hold what was written.
         RunError: as `footer_of`.
     """
-    return read_with_footer(store, name, columns)[0]
+    return read_with_footer(store, name, columns, check)[0]
 
 
-def read_with_footer(store: Store, name: str, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+def read_with_footer(
+    store: Store, name: str, columns: list[str] | None = None, check: Check | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """`read_parquet`, and what `footer_of` says of the table: the footer is verified once for both."""
     where = f"{store.uri}/{name}"
     try:
-        table = read_any_parquet(store, name, columns)
+        table = read_any_parquet(store, name, columns, check)
         digests = {column: _digest(table.column(column)) for column in table.column_names}
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
-        raise _damaged(where, " ".join(str(error).split())) from error
+        raise damaged(where, " ".join(str(error).split())) from error
     footer = _footer(table.schema, where)
+    # Files of infscan 0.1 do not say what they are called.
+    if footer.get(OF, name) != name:
+        raise damaged(where, f"it was written as {footer[OF]}")
     known = footer[_COLUMNS]
     for column, digest in digests.items():
         if known.get(column) != digest:
-            raise _damaged(where, f"the column {column!r} is not what was written")
+            raise damaged(where, f"the column {column!r} is not what was written")
     return table, _given(footer)
 
 
-def read_any_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+def read_any_parquet(store: Store, name: str, columns: list[str] | None = None, check: Check | None = None) -> pa.Table:
     """A Parquet file, whoever wrote it, as a table.
 
     Read from memory that Arrow owns: its threads may let go of a Python object's memory while the interpreter ends,
@@ -191,6 +209,8 @@ def read_any_parquet(store: Store, name: str, columns: list[str] | None = None) 
         pa.ArrowException, OSError, ValueError: where it is no Parquet file, or damaged.
     """
     data = store.read(name)
+    if check is not None:
+        check(f"{store.uri}/{name}", data)
     owned = pa.allocate_buffer(len(data))
     np.frombuffer(owned, np.uint8)[:] = np.frombuffer(data, np.uint8)
     # Not pq.read_table, whose machinery for folders of files takes 1 ms for each.
@@ -214,7 +234,7 @@ def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
 
 
 def _given(footer: dict[str, Any]) -> dict[str, Any]:
-    return unsealed({key: value for key, value in footer.items() if key != _COLUMNS})
+    return unsealed({key: value for key, value in footer.items() if key not in (_COLUMNS, OF)})
 
 
 def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
@@ -226,7 +246,7 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     except ValueError:
         footer = None
     if not is_intact(footer):
-        raise _damaged(name, "its footer is not what was written")
+        raise damaged(name, "its footer is not what was written")
     version: int = footer["schema_version"]
     if version > SCHEMA_VERSION:
         raise RunError(
@@ -236,7 +256,8 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     return facts
 
 
-def _damaged(where: str, reason: str) -> DamagedError:
+def damaged(where: str, reason: str) -> DamagedError:
+    """The error for a table that does not hold what was written."""
     return DamagedError(
         f"{where} is damaged ({reason}); remove it (of scores/, the shards/ file of the same name too) and run the "
         "same command again."

@@ -15,7 +15,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.schema import CANDIDATES, read_parquet, read_with_footer, to_parquet
+from infscan.results.schema import CANDIDATES, OF, damaged, read_with_footer, to_parquet
 from infscan.storage import Store
 
 FOLDER = "shards"
@@ -100,7 +100,8 @@ def write_shard(
         if sequence.sequence_id in by_sequence
     ]
     table = pa.Table.from_pylist(rows, schema=CANDIDATES)
-    return store.create(shard_path(name), to_parquet(table, {"fingerprint": fingerprint, "counts": asdict(counts)}))
+    path = shard_path(name)
+    return store.create(path, to_parquet(table, {"fingerprint": fingerprint, "counts": asdict(counts), OF: path}))
 
 
 def finished_shards(store: Store) -> set[str]:
@@ -114,14 +115,22 @@ def quarantined_shards(store: Store) -> frozenset[str]:
     return frozenset(notes - finished_shards(store)) if notes else frozenset()
 
 
-def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits, ShardCounts]:
+def read_hits(
+    store: Store, name: str, query_ids: Sequences[str], fingerprint: str | None = None, *, whole: bool = False
+) -> tuple[Hits, ShardCounts]:
     """A finished shard's hits and counts, without its tokens.
 
+    fingerprint: of the scan that it must be of; None where any will do. whole: hold every column to its digest, those
+    included that are not used here.
+
     Raises:
-        RunError: where a hit belongs to a query that is not among `query_ids`.
+        RunError: where it is of another scan, or a hit belongs to a query that is not among `query_ids`.
+        DamagedError: where it does not hold what was written.
     """
     path = shard_path(name)
-    table, footer = read_with_footer(store, path, ["sequence_id", "hits"])
+    table, footer = read_with_footer(store, path, None if whole else ["sequence_id", "hits"])
+    if fingerprint is not None and footer["fingerprint"] != fingerprint:
+        raise other_scan(store, path)
     counts = ShardCounts(**footer["counts"])
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
@@ -143,14 +152,42 @@ def read_hits(store: Store, name: str, query_ids: Sequences[str]) -> tuple[Hits,
     )
 
 
+def other_scan(store: Store, path: str) -> RunError:
+    """The error for a file of a scan with other inputs, whatever its name."""
+    return RunError(
+        f"{store.uri}/{path} was made of other inputs or settings than this run's (its footer has another "
+        "fingerprint); put back what it was made of, or remove it and run the same command again."
+    )
+
+
 def _field(hits: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return pc.struct_field(hits, name)
 
 
-def read_candidates(store: Store, name: str, sequence_ids: NDArray[np.int64], *, tokens_only: bool = False) -> pa.Table:
-    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, what the model is given alone)."""
+def read_candidates(
+    store: Store,
+    name: str,
+    sequence_ids: NDArray[np.int64],
+    *,
+    tokens_only: bool = False,
+    fingerprint: str | None = None,
+) -> pa.Table:
+    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, what the model is given alone).
+
+    fingerprint: of the scan that it must be of, with all of these rows; None where any will do.
+
+    Raises:
+        RunError: where it is of another scan.
+        DamagedError: where it does not hold what was written, or a row is missing.
+    """
     everything = [column for column in CANDIDATES.names if column != "hits"]
     given = ["sequence_id", "token_ids", "loss_mask", "document_starts"]
     columns = given if tokens_only else everything
-    table = read_parquet(store, shard_path(name), columns)
-    return table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids))).replace_schema_metadata(None)
+    path = shard_path(name)
+    table, footer = read_with_footer(store, path, columns)
+    if fingerprint is not None and footer["fingerprint"] != fingerprint:
+        raise other_scan(store, path)
+    found = table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids)))
+    if fingerprint is not None and len(found) != len(sequence_ids):
+        raise damaged(f"{store.uri}/{path}", f"{len(sequence_ids) - len(found)} candidates are missing from it")
+    return found.replace_schema_metadata(None)

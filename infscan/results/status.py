@@ -17,8 +17,8 @@ import numpy as np
 from infscan.errors import DamagedError, RunError, StorageError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES, best_rows
-from infscan.results.publish import SUCCESS
-from infscan.results.read import read_cells
+from infscan.results.manifest import SUCCESS, read_manifest
+from infscan.results.read import parts_of, read_cells
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import FOLDER, QUARANTINE, SUFFIX, read_hits
 from infscan.storage import Entry, MissingError, Store
@@ -232,8 +232,8 @@ def _quarantined(store: Store, finished: set[str]) -> dict[str, str]:
 
 def _published(store: Store, rows: int) -> list[Row]:
     found = []
-    for entry in store.list("top", suffix=".parquet"):
-        table = read_parquet(store, entry.name, ["query_id", "side", "rank", "sequence_id", "score"])
+    for name in parts_of(store, "top", read_manifest(store)):
+        table = read_parquet(store, name, ["query_id", "side", "rank", "sequence_id", "score"])
         found += [Row(**row) for row in table.to_pylist() if row["rank"] <= rows]
     return found
 

@@ -15,11 +15,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from infscan.config import is_intact, sealed
+from infscan.config import is_intact, seal_of, sealed
 from infscan.errors import DamagedError
 from infscan.storage import Store
 
 _CHECKSUMS = "infscan"
+_OF = "of"
 # Files that only a new fit can make again.
 FINISHED_FACTORS = ("A/", "S/", "Lambda/", "labels/", "factors.json")
 
@@ -27,16 +28,25 @@ FINISHED_FACTORS = ("A/", "S/", "Lambda/", "labels/", "factors.json")
 def write_tensors(
     store: Store, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
 ) -> None:
-    store.write(name, tensor_bytes(tensors, facts))
+    store.write(name, tensor_bytes(tensors, facts, name))
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> bytes:
-    """Safetensors bytes; `facts` go to the header as strings, with a digest of every tensor and of all of this."""
+def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, name: str = "") -> bytes:
+    """Safetensors bytes; `facts` go to the header as strings, with a digest of every tensor and of all of this.
+
+    name: what the file is called in its store, so that a sibling put in its place shows; empty: it may be called
+    anything.
+    """
     plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     digests = {key: _digest(tensor) for key, tensor in plain.items()}
-    known = sealed({"facts": dict(facts or {}), "digests": digests})
+    known = sealed({"facts": dict(facts or {}), "digests": digests} | ({_OF: of_name(name)} if name else {}))
     # Under one key: safetensors writes several in no fixed order, and equal content must be equal bytes.
     return save_tensors(plain, metadata={_CHECKSUMS: json.dumps(known, sort_keys=True)})
+
+
+def of_name(name: str) -> str:
+    """A name's digest: of one length whatever the name, so that a file's bytes follow from its shapes."""
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:
@@ -47,14 +57,16 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(store: Store, name: str) -> dict[str, Tensor]:
-    """All tensors of a file, each held to its digest.
+def read_tensors(store: Store, name: str, seal: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, each held to its digest. seal: as of `read_seal`, where it is known which file it must be.
 
     Raises:
-        DamagedError: where the file does not hold what was written.
+        DamagedError: where the file does not hold what was written, or is another one.
     """
     data = store.read(name)
-    digests = _digests(_header(io.BytesIO(data), store, name))
+    header = _header(io.BytesIO(data), store, name)
+    check_seal(store, name, seal_of(header[_CHECKSUMS]), seal)
+    digests = _digests(header)
     try:
         tensors = load_tensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -90,6 +102,12 @@ def read_tensor(store: Store, name: str, key: str) -> Tensor:
     return tensor
 
 
+def check_seal(store: Store, name: str, found: str, wanted: str | None) -> None:
+    """Raises DamagedError where a file has another digest than the one that was written; None: any is right."""
+    if wanted is not None and found != wanted:
+        raise damaged(store, name, "it is whole, and another file than the one that was written")
+
+
 def read_facts(store: Store, name: str) -> dict[str, str]:
     """The strings in a safetensors file's header.
 
@@ -99,6 +117,16 @@ def read_facts(store: Store, name: str) -> dict[str, str]:
     with store.open(name) as stream:
         facts: dict[str, str] = _header(stream, store, name)[_CHECKSUMS]["facts"]
     return facts
+
+
+def read_seal(store: Store, name: str) -> str:
+    """The digest in a safetensors file's header that covers every tensor's digest and the facts.
+
+    Raises:
+        DamagedError: where the header is not what was written.
+    """
+    with store.open(name) as stream:
+        return seal_of(_header(stream, store, name)[_CHECKSUMS])
 
 
 def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
@@ -116,6 +144,9 @@ def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
         intact = False
     if not intact:
         raise damaged(store, name, "its header is not what was written")
+    # Files of infscan 0.1 do not say what they are called.
+    if header[_CHECKSUMS].get(_OF, of_name(name)) != of_name(name):
+        raise damaged(store, name, "it was written under another name")
     return header
 
 
@@ -150,7 +181,7 @@ def tensors_file_bytes(shapes: Shapes, facts: Mapping[str, str] | None = None) -
 
     facts: strings of the same lengths as those that will be written.
     """
-    known = sealed({"facts": dict(facts or {}), "digests": dict.fromkeys(shapes, DIGEST)})
+    known = sealed({"facts": dict(facts or {}), "digests": dict.fromkeys(shapes, DIGEST), _OF: DIGEST})
     header: dict[str, object] = {"__metadata__": {_CHECKSUMS: json.dumps(known, sort_keys=True)}}
     at = 0
     # In safetensors' order: wide dtypes first, then by name.

@@ -16,7 +16,7 @@ from torch import Tensor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import check_finite, eigenbasis
 from infscan.influence.layers import Layer
-from infscan.results.tensor_files import read_facts, read_tensor, tensor_bytes, write_tensors
+from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes, write_tensors
 from infscan.steps.factor_files import FactorsPlan, block_keys, named_blocks, partial_path
 from infscan.storage import Store
 
@@ -63,15 +63,18 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         for block in vectors.blocks:
             digest.update(block.numpy().tobytes())
         tensors = named_blocks(kind, moment) | named_blocks(f"Q_{kind}", vectors) | {"eigenvalues": values}
-        factors.create(path, tensor_bytes(tensors, {"digest": digest.hexdigest(), "tokens": str(tokens)}))
+        facts = {"digest": digest.hexdigest(), "tokens": str(tokens)}
+        factors.create(path, tensor_bytes(tensors, facts, path))
 
 
 @_one_thread()
 def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
     """Lambda of one layer: the mean over sequences of its partial sums.
 
+    The file carries the digest of the layer's eigenbases.
+
     Raises:
-        RuntimeError: where a partial was made in other eigenbases than those in storage.
+        DamagedError: where a partial was made in other eigenbases than those in storage.
         FactorsError: where a sum is NaN or infinite.
     """
     group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
@@ -79,10 +82,19 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
     expected = eigenbases_digest(factors, plan.group(group))
     for partial in partials:
         if read_facts(factors, partial)["eigenbases"] != expected:
-            raise RuntimeError(f"{factors.uri}/{partial} was made in other eigenbases; remove it and fit again")
+            raise damaged(factors, partial, "it was summed in other eigenbases than those in A/ and S/")
     Lambda = _sum_in_order(factors, partials, layer.name) / plan.selection.size
     check_finite([Lambda], f"Lambda of {layer.name}")
-    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda})
+    facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
+    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda}, facts)
+
+
+def check_eigenbases(factors: Store, layers: tuple[Layer, ...]) -> None:
+    """Raises DamagedError where a layer's Lambda is of other eigenbases than those in storage."""
+    for layer in layers:
+        name = f"Lambda/{layer.name}.safetensors"
+        if read_facts(factors, name).get("eigenbases") != eigenbases_digest(factors, (layer,)):
+            raise damaged(factors, name, "it is of other eigenbases than those in A/ and S/")
 
 
 def _sum_in_order(factors: Store, partials: list[str], key: str) -> Tensor:

@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from infscan.config import Attention, fingerprint, is_intact, sealed
+from infscan.config import Attention, fingerprint, is_intact, seal_of, sealed
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.eigenbasis import check_finite
 from infscan.influence.layers import Layer, LayerFactors
-from infscan.results.tensor_files import FINISHED_FACTORS, damaged, read_tensors
-from infscan.storage import Store
+from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensors
+from infscan.storage import Identity, MissingError, Store
+from infscan.storage.ahead import ahead
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
@@ -184,18 +185,24 @@ def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
 
 
 def complete(store: Store, plan: FactorsPlan, **facts: Any) -> dict[str, Any]:
-    """What factors.json says: what the factors are of, the sizes of their files, and `facts`."""
+    """What factors.json says: what the factors are of, sizes and digests of their files, and `facts`."""
     files = {
         entry.name: entry.size for entry in store.list(suffix=".safetensors") if entry.name.startswith(FINISHED_FACTORS)
     }
-    return sealed({"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files} | facts)
+    known = {"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files, "digests": _digests(store, files)}
+    return sealed(known | facts)
+
+
+def _digests(store: Store, names: Iterable[str]) -> dict[str, str]:
+    """By file, what its header says of all that is in it: the rest is not read."""
+    return dict(ahead(store, lambda name: (name, read_seal(store, name)), names))
 
 
 def check_files(store: Store) -> dict[str, Any]:
-    """What `complete` gave, after one listing of the files that it names.
+    """What `complete` gave, after one listing of the files that it names and a look at the header of each.
 
     Raises:
-        DamagedError: with the first that is missing or has another size.
+        DamagedError: with the first that is missing, has another size, or is another file.
     """
     value = store.read_json(COMPLETE)
     if not is_intact(value):
@@ -205,8 +212,27 @@ def check_files(store: Store) -> dict[str, Any]:
         if there.get(name) != size:
             found = "it is missing" if name not in there else f"{there[name]} bytes where {size} were written"
             raise damaged(store, name, found)
+    # Factors of infscan 0.1 say sizes alone.
+    digests: dict[str, str] = value.get("digests", {})
+    for name, found in _digests(store, digests).items():
+        check_seal(store, name, found, digests[name])
     facts: dict[str, Any] = value
     return facts
+
+
+def identity_of(store: Store) -> Identity | None:
+    """Complete factors as they travel with units of work; None where they are not complete.
+
+    Raises:
+        DamagedError: where factors.json is not what was written.
+    """
+    try:
+        value = store.read_json(COMPLETE)
+    except MissingError:
+        return None
+    if not is_intact(value):
+        raise damaged(store, COMPLETE, "it is not what was written")
+    return Identity("factors", store.uri, seal_of(value), "factors.json; every file by the digest in its header")
 
 
 def labels_path(slice_index: int) -> str:
@@ -227,16 +253,16 @@ def named_blocks(key: str, matrix: BlockDiagonal) -> dict[str, Tensor]:
     return dict(zip(block_keys(key, len(matrix.blocks)), matrix.blocks, strict=True))
 
 
-def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
-    """One layer's finished factors, on the CPU.
+def read_layer_factors(store: Store, layer: Layer, identity: Identity | None = None) -> LayerFactors:
+    """One layer's finished factors, on the CPU. identity: what the factors must be.
 
     Raises:
-        DamagedError: where a file does not hold what was written.
-        FactorsError: where an entry is NaN or infinite.
+        DamagedError: where a file does not hold what was written, or is another fit's.
+        FactorsError: where an entry is NaN or infinite, or other factors lie there.
     """
-    A = read_tensors(store, f"A/{layer.input_of}.safetensors")
-    S = read_tensors(store, f"S/{layer.name}.safetensors")
-    Lambda = read_tensors(store, f"Lambda/{layer.name}.safetensors")
+    digests = _known_digests(store, identity)
+    paths = f"A/{layer.input_of}.safetensors", f"S/{layer.name}.safetensors", f"Lambda/{layer.name}.safetensors"
+    A, S, Lambda = (read_tensors(store, path, digests.get(path)) for path in paths)
     for kind, tensors in (("A", A), ("S", S), ("Lambda", Lambda)):
         check_finite(tensors.values(), f"{kind} of {layer.name}")
     return LayerFactors(
@@ -248,6 +274,16 @@ def read_layer_factors(store: Store, layer: Layer) -> LayerFactors:
         S_eigenvalues=S["eigenvalues"],
         Lambda=Lambda["Lambda"],
     )
+
+
+def _known_digests(store: Store, identity: Identity | None) -> dict[str, str]:
+    """The digests that factors.json lists, once it is known to be the one that was planned with; else none."""
+    if identity is None:
+        return {}
+    value = store.read_json(COMPLETE)
+    identity.check(seal_of(value) if is_intact(value) else "a damaged one", FactorsError)
+    digests: dict[str, str] = value.get("digests", {})
+    return digests
 
 
 def _from_blocks(tensors: Mapping[str, Tensor], key: str) -> BlockDiagonal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,14 +27,15 @@ from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
-from infscan.results.tensor_files import read_facts, read_tensor, write_tensors
-from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
+from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
+from infscan.steps.eigenbases import check_eigenbases, decompose_layer, eigenbases_digest, finish_layer
 from infscan.steps.factor_files import (
     COMPLETE,
     FactorsPlan,
     block_keys,
     check_files,
     complete,
+    identity_of,
     labels_path,
     layer_groups,
     named_blocks,
@@ -85,6 +86,7 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
     if not store.exists(COMPLETE):
         check_disk_for_factors(config, plan, store)
     fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed)
+    inverse = replace(inverse, identity=identity_of(store))
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
 
@@ -121,7 +123,8 @@ def fit_factors(
 ) -> None:
     """Fit what the plan says into `store`, or check what is complete there."""
     if store.exists(COMPLETE):
-        check_files(store)
+        if check_files(store)["fingerprint"] != plan.fingerprint:
+            raise damaged(store, COMPLETE, "it is of another fit than plan.json")
         log.info("factors     reused from %s", store.uri)
         _remove_partials(store)
         return
@@ -135,6 +138,7 @@ def fit_factors(
         executor.map_tasks(fitting.on_layers("eigenbasis", decompose_layer))
         fitting.sum_lambdas(executor)
         executor.map_tasks(fitting.on_layers("factors", finish_layer))
+        check_eigenbases(store, plan.layers)
         store.write_json(COMPLETE, complete(store, plan))
     except MissingError:
         # A second driver was first: it finished the factors and removed the partial sums that this one was adding.

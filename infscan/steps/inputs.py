@@ -8,13 +8,24 @@ from functools import cached_property
 
 import torch
 
-from infscan.config import Config, Dtype, fingerprint, stage_output
+from infscan.config import Config, Dtype, ModelConfig, fingerprint, stage_output
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.influence.layers import Layer
-from infscan.model.architecture import Architecture, check_agree, describe, load_config, model_folder
+from infscan.model.architecture import (
+    Architecture,
+    at_revision,
+    check_agree,
+    describe,
+    hub_revision,
+    load_config,
+    model_folder,
+)
 from infscan.model.load import resolve_dtype
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.steps.corpus_inputs import bos_of, input_files, settings_for
+from infscan.storage import Identity
+
+_CHECKED = "config.json and weights: whole files up to 256 MiB, sizes and spread samples of larger ones"
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,17 @@ class Inputs:
             return dtype.value
         config = load_config(model_folder(self.architecture.folder))
         return str(resolve_dtype(dtype, config, self.device)).removeprefix("torch.")
+
+    @property
+    def model(self) -> ModelConfig:
+        """What ranks load: a hub id at the revision that this process resolved it to."""
+        model = self.config.model
+        return replace(model, path=at_revision(model.path, self.model_identity.revision))
+
+    @property
+    def model_identity(self) -> Identity:
+        path, known = self.config.model.path, self.architecture
+        return Identity("model", path, known.fingerprint, _CHECKED, hub_revision(path, known.folder))
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the inputs by content: what a path leads to, not the path."""

@@ -78,8 +78,8 @@ class Targets:
             return
         labels_nt = self.worker.reduce(self.labels_nt)
         if self.worker.leads:
-            data = tensor_bytes({"labels": labels_nt.to(torch.int32)})
             path = labels_path(self.task.slice)
+            data = tensor_bytes({"labels": labels_nt.to(torch.int32)}, name=path)
             if not self.task.factors.create(path, data) and self.task.factors.read(path) != data:
                 raise RuntimeError(
                     f"{path} was drawn by another attempt with other labels; this attempt does not count"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
-from infscan.config import is_intact, sealed
+from infscan.config import Solver, fingerprint, is_intact, sealed
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import RunError
 from infscan.results.schema import to_parquet
 from infscan.results.shard_file import finished_shards
+from infscan.steps.factors import plan_factors
+from infscan.steps.prepare import prepare_factors_corpus
+from infscan.steps.provenance import check_resumed, computed_by
 from infscan.steps.run import Run
 from infscan.steps.run_folder import PLAN
 from infscan.steps.volume import check_disk_for_scan
@@ -19,7 +22,8 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     """The run's plan: created if absent, then read back; inputs whose content changed are refused by name.
 
     Raises:
-        RunError: where the model, the queries or the corpus are not those the run was planned with.
+        RunError: where the model, the queries, the corpus or the factors' are not those the run was planned with, or
+            another version is to go on with it (`infscan.steps.provenance`).
         StorageError: where a local disk has no space for what the scan will write.
     """
     settings = run.config.corpus
@@ -29,12 +33,16 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
     run.folder.claim(run.config)
     attention = settings.attention.value
-    value = sealed(made.to_json() | {"inputs": run.inputs.fingerprints(), "attention": attention})
+    inputs, made_by = run.inputs.fingerprints() | _factors(run), computed_by(run)
+    value = sealed(made.to_json() | {"inputs": inputs, "attention": attention, "made_by": made_by})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
     if not is_intact(found):
         raise RunError(f"{run.store.uri}/{PLAN} is not what was written; restore it, or give another output=...")
-    wanted = {"corpus": corpus.fingerprint, "attention": attention, **run.inputs.fingerprints()}
+    others = run.config.resume.allow_other_versions
+    for warning in check_resumed(run.store.uri, found.get("made_by", {}), made_by, others_allowed=others):
+        run.telemetry.warn(warning)
+    wanted = {"corpus": corpus.fingerprint, "attention": attention, **inputs}
     planned = {"corpus": found["corpus_fingerprint"], "attention": found["attention"], **found["inputs"]}
     changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
     if changed:
@@ -48,3 +56,13 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     N, T = plan.selection.size, corpus.sequence_length
     check_disk_for_scan(run.config, run.inputs.layers, len(run.queries), N, T, left, run.store)
     return plan
+
+
+def _factors(run: Run) -> dict[str, str]:
+    """The fingerprint of what every stage's factors are fitted on and how; none without factors."""
+    found = {
+        str(number): plan_factors(stage.inputs, prepare_factors_corpus(stage)).fingerprint
+        for number, stage in enumerate((run, *run.later), start=run.config.scan.stage)
+        if stage.config.factors.solver is not Solver.identity
+    }
+    return {"factors": fingerprint(found)} if found else {}

@@ -24,7 +24,7 @@ from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_tensor
 from infscan.steps.factor_files import read_layer_factors
-from infscan.storage import Store
+from infscan.storage import Identity, Store
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Preconditioner:
     vectors: StoredGradients | None = None
     # Of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
     solutions: StoredGradients | None = None
+    # What the factors are; None where whatever lies there is to be read.
+    identity: Identity | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +160,7 @@ def layer_factors(
     """A layer's factors and what is added to Lambda (its damping, and alpha), or None for the identity."""
     if inverse.solver is Solver.identity:
         return None
-    factors = read_layer_factors(inverse.factors, layer).to(device)
+    factors = read_layer_factors(inverse.factors, layer, inverse.identity).to(device)
     lam = damping(factors.Lambda, inverse.damping.relative, inverse.damping.absolute, layer.name)
     # A relative damping is of Lambda alone.
     return factors.to(device, dtype), lam + inverse.alpha

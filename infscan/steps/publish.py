@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,16 +12,22 @@ import numpy as np
 import pyarrow as pa
 
 from infscan.config import fingerprint, lasting
-from infscan.corpus.addressable import AddressableCorpus, label_of
+from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
-from infscan.results.publish import INDEX, SUCCESS, Publisher, rank_rows
+from infscan.results.dense import FOLDER as SCORES
+from infscan.results.dense import scores_path
+from infscan.results.manifest import Manifest, Part, commit
+from infscan.results.publish import INDEX, Publisher, rank_rows
 from infscan.results.refined import RefinedRows
-from infscan.results.schema import RUN, SCHEMA_VERSION, to_parquet
+from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, to_parquet
+from infscan.steps.measure import NAME as QUERIES
+from infscan.steps.provenance import computed_by
 from infscan.steps.refine import Refined
 from infscan.steps.run import Run
+from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
-from infscan.storage import storage_faults
+from infscan.storage import json_bytes, storage_faults
 
 
 def publish(
@@ -34,6 +41,8 @@ def publish(
     planned_bytes: Mapping[str, int] | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
+
+    Whatever is written or removed is so while the lease is this driver's alone (`RunFolder.fence`).
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part.
@@ -52,6 +61,8 @@ def publish(
             decode,
             fingerprint(run.inputs.fingerprints()),
             partial(label_of, corpus),
+            scanned.fingerprint,
+            run.folder.fence,
         )
         rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.inputs.query_ids, scanned.best)
         nonfinite = int((~np.isfinite(rows.scores)).sum())
@@ -61,7 +72,6 @@ def publish(
         # Ids and scores first, since top says of each row which document it is; margins later, some at a time.
         provenance = publisher.write_sequences(plan.by_shard(ranking.sequence_ids))
         publisher.write_rows(ranking, rows.margins, provenance, corpus.sequence_length)
-        publisher.remove_stale()
         phase.advance(sequences=len(provenance))
     if scanned.counts.halved:
         run.telemetry.warn(
@@ -70,7 +80,8 @@ def publish(
             "a lower value saves the attempts that failed"
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)
-    run.store.write_json("summary.json", summary | {"approximation": approximation, "iteration": iteration})
+    summary |= {"approximation": approximation, "iteration": iteration}
+    publisher.put("summary.json", json_bytes(summary))
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:
         names = ", ".join(map(shard_name, sorted(scanned.quarantined)[:3]))
         raise RunError(
@@ -78,8 +89,39 @@ def publish(
             f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
             "raise the limit."
         )
-    run.store.write(INDEX, to_parquet(_index(run, summary), publisher.footer))
-    run.store.write(SUCCESS, b"")
+    publisher.put(INDEX, to_parquet(_index(run, summary), publisher.footer), 1)
+    # Before the commit: without _SUCCESS they are nobody's, and once it is there a glob sees the committed parts alone.
+    publisher.remove_stale()
+    commit(run.store, _manifest(run, plan, scanned, publisher, summary), run.folder.fence)
+
+
+def _manifest(run: Run, plan: Plan, scanned: Scanned, publisher: Publisher, summary: dict[str, Any]) -> Manifest:
+    """What _SUCCESS says: the tables as they were written, and what lies there of the run's other results."""
+    beside = {name: Part.of(run.store.read(name)) for name in (CONFIG, PLAN, QUERIES) if run.store.exists(name)}
+    return Manifest(
+        token=run.folder.lease.mine.token,
+        parts=publisher.parts | beside,
+        scores=_scores(run, plan, scanned),
+        scan=scanned.fingerprint,
+        counts=summary["counts"],
+        made_by=computed_by(run),
+    )
+
+
+def _scores(run: Run, plan: Plan, scanned: Scanned) -> dict[str, int] | None:
+    """The parts of scores/ by size; their footers say what is in them.
+
+    Raises:
+        DamagedError: where a finished shard's is gone.
+    """
+    if not run.config.dense:
+        return None
+    there = {entry.name: entry.size for entry in run.store.list(SCORES, suffix=".parquet")}
+    wanted = [scores_path(shard_name(n)) for n in range(plan.num_shards) if n not in scanned.quarantined]
+    for name in wanted:
+        if name not in there:
+            raise damaged(f"{run.store.uri}/{name}", "it is missing")
+    return {name: there[name] for name in wanted}
 
 
 def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
@@ -99,6 +141,7 @@ def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
         "num_queries": len(run.queries),
         "quarantined_shards": counts["quarantined"]["shards"],
         "settings": [{"key": key, "value": str(value)} for key, value in lasting(config)],
+        **computed_by(run),
     }
     return pa.Table.from_pylist([row], schema=RUN)
 
@@ -120,6 +163,8 @@ def _summary(
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": run.inputs.fingerprints() | {"corpus": corpus.fingerprint},
+        "identities": [asdict(identity) for identity in (run.inputs.model_identity, identity_of(corpus))],
+        "made_by": computed_by(run),
         "counts": {
             "corpus": corpus.counts,
             "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},

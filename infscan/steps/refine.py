@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -16,18 +17,21 @@ from infscan.config import fingerprint
 from infscan.corpus.plan import Plan
 from infscan.corpus.sequences import Sequence
 from infscan.engine.executor import Step
+from infscan.errors import DamagedError
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_tokens
 from infscan.influence.standings import Hits
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
+from infscan.results.schema import read_parquet
 from infscan.results.shard_file import read_candidates
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import Preconditioner, preconditioned, query_groups
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 from infscan.storage import Store
+from infscan.storage.ahead import ahead
 
 _SEQUENCES_PER_UNIT = 256
 # A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
@@ -59,7 +63,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
     for number, layers in cells:
         paths[units[number].group][layers].append(path_of[number, layers])
-    there = set(run.store.names(f"refined/{digest[:16]}"))
+    there = _whole_units(run, f"refined/{digest[:16]}")
 
     def task(cell: tuple[int, int]) -> RefineTask:
         unit = units[cell[0]]
@@ -73,6 +77,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
             shards=tuple(plan.by_shard(unit.sequence_ids)),
             wanted=unit.wanted,
             tokens_per_batch=config.scan.tokens_per_batch,
+            fingerprint=scanned.fingerprint,
         )
 
     step = Step(
@@ -88,6 +93,25 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
         run.hold_model_in(config.refine_dtype)
         run.executor.run(step)
     return Refined(groups, paths)
+
+
+def _whole_units(run: Run, folder: str) -> set[str]:
+    """The refined units in a folder that hold what was written; a damaged one is made again."""
+    whole = set()
+    for name, trouble in ahead(run.store, partial(_trouble, run.store), run.store.names(folder)):
+        if trouble is None:
+            whole.add(name)
+        else:
+            run.telemetry.warn(f"{trouble} It is computed again now.")
+    return whole
+
+
+def _trouble(store: Store, name: str) -> tuple[str, DamagedError | None]:
+    try:
+        read_parquet(store, name)
+    except DamagedError as error:
+        return name, error
+    return name, None
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,8 @@ class RefineTask:
     shards: tuple[tuple[str, np.ndarray], ...]
     wanted: dict[int, tuple[int, ...]]
     tokens_per_batch: int
+    # That the shards' footers must have; None where any will do.
+    fingerprint: str | None = None
 
 
 def refine_task(worker: ModelWorker, task: RefineTask) -> int:
@@ -186,7 +212,8 @@ def _candidates(task: RefineTask) -> list[Sequence]:
     """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
     found: list[Sequence] = []
     for name, sequence_ids in task.shards:
-        for row in read_candidates(task.run, name, sequence_ids, tokens_only=True).to_pylist():
+        kept = read_candidates(task.run, name, sequence_ids, tokens_only=True, fingerprint=task.fingerprint)
+        for row in kept.to_pylist():
             mask, starts = row["loss_mask"], row["document_starts"]
             found.append(
                 Sequence(

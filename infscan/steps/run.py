@@ -133,7 +133,9 @@ def _runs(stages: Sequence[Stage], machines: Machines, telemetry: Telemetry, rec
     def run(number: int, folder: RunFolder, inputs: Inputs, later: tuple[Run, ...] = ()) -> Run:
         inputs = replace(inputs, device="cuda" if machines.gpus else "cpu")
         config = inputs.config
-        settings = WorkerSettings(config.model, inputs.layers, config.sharded, lease.store)
+        settings = WorkerSettings(
+            inputs.model, inputs.layers, config.sharded, lease.store, identity=inputs.model_identity
+        )
         mine = telemetry.within(f"stage {number} ") if number > first else telemetry
         return Run(inputs, folder, machines.executor(settings, mine, records), mine, records, later)
 

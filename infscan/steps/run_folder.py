@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from infscan.config import Config, differences, from_yaml, plain, to_yaml
 from infscan.engine.lease import Lease
 from infscan.errors import ConfigError, RunError
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.steps.factor_files import COMPLETE
 from infscan.storage import MissingError, Store
 
@@ -39,6 +39,10 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.store.exists(SUCCESS)
+
+    def fence(self) -> None:
+        """Raises RunError where this driver may not publish or remove anything any more: another one took over."""
+        self.lease.confirm()
 
     def check_writable(self) -> None:
         """Write to the output, and to factors.path where factors are to be put there.

@@ -6,8 +6,9 @@ files that are in storage, so it writes only rows that may still be among the be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from infscan.influence.layout import QueryBatch
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.model.worker import LayerConsumer, ModelWorker
-from infscan.results.dense import write_scores
-from infscan.results.publish import SUCCESS
+from infscan.results.dense import FOLDER as SCORES
+from infscan.results.dense import scores_path, write_scores
+from infscan.results.manifest import SUCCESS
+from infscan.results.schema import damaged
 from infscan.results.shard_file import (
     QUARANTINE,
     ScanCounts,
@@ -55,6 +58,8 @@ class Scanned:
     counts: ScanCounts
     # The shards given up, with reasons.
     quarantined: dict[int, str]
+    # What every shard's footer has.
+    fingerprint: str
 
 
 def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries) -> Scanned:
@@ -63,14 +68,12 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
     Raises:
         RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
     """
-    run.store.remove(SUCCESS)
-    for entry in run.store.list(QUARANTINE):
-        run.store.remove(entry.name)
-    tally = _Tally(run, plan)
-    done = tally.add_finished()
     config = run.config
     fields = {"plan": plan.to_json(), "queries": batch.fingerprint, "attention": corpus.attention}
     run_fingerprint = fingerprint(fields)
+    _begin(run)
+    tally = _Tally(run, plan, run_fingerprint)
+    done = tally.add_finished()
 
     def task(number: int) -> ScanTask:
         return ScanTask(
@@ -84,7 +87,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
             candidates=config.candidates,
             thresholds=tally.standings.thresholds,
             tokens_per_batch=config.scan.tokens_per_batch,
-            dense=config.scan.scores.value == "all",
+            dense=config.dense,
             fingerprint=run_fingerprint,
             query_dtype=config.scan.query_dtype,
         )
@@ -101,35 +104,56 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
     run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
     run.executor.forget()
     tally.check_nonfinite()
-    return Scanned(tally.standings.best(), tally.counts, tally.quarantined)
+    return Scanned(tally.standings.best(), tally.counts, tally.quarantined, run_fingerprint)
+
+
+def _begin(run: Run) -> None:
+    """From here on the run is not finished, and shards that were given up are tried again."""
+    run.folder.fence()
+    run.store.remove(SUCCESS)
+    for entry in run.store.list(QUARANTINE):
+        run.folder.fence()
+        run.store.remove(entry.name)
 
 
 class _Tally:
     """The finished shards together. Sums alone are kept of them: a scan may have a million."""
 
-    def __init__(self, run: Run, plan: Plan) -> None:
-        self.run, self.plan = run, plan
+    def __init__(self, run: Run, plan: Plan, fingerprint: str) -> None:
+        self.run, self.plan, self.fingerprint = run, plan, fingerprint
         self.standings = Standings(len(run.queries), run.config.sides, run.config.candidates)
         self.counts = ScanCounts()
         self.quarantined: dict[int, str] = {}
 
     def add_finished(self) -> NDArray[np.bool_]:
-        """Add the shards whose files are in storage; a damaged one is removed. Returns which are done."""
+        """Add the shards whose files are in storage; one that is damaged, or whose scores are gone, is removed.
+
+        Returns which are done.
+
+        Raises:
+            RunError: for a file of another scan.
+        """
         store, shards = self.run.store, self.plan.num_shards
         there = finished_shards(store)
+        scored = set(store.names(SCORES)) if self.run.config.dense else None
         done = np.fromiter((shard_name(number) in there for number in range(shards)), np.bool_, shards)
-        for number, found in ahead(store, self._read, map(int, np.flatnonzero(done))):
+        for number, found in ahead(store, partial(self._read, scored=scored), map(int, np.flatnonzero(done))):
             if isinstance(found, DamagedError):
                 self.run.telemetry.warn(f"{found} It is scanned again now.")
+                self.run.folder.fence()
                 store.remove(shard_path(shard_name(number)))
                 done[number] = False
             else:
                 self._sum(found)
         return done
 
-    def _read(self, number: int) -> tuple[int, ShardResult | DamagedError]:
+    def _read(self, number: int, scored: Set[str] | None) -> tuple[int, ShardResult | DamagedError]:
+        """A finished shard, whole, or what is wrong with it. scored: the parts of scores/; None where none are made."""
+        store, name = self.run.store, shard_name(number)
+        if scored is not None and scores_path(name) not in scored:
+            return number, damaged(f"{store.uri}/{scores_path(name)}", "it is missing")
         try:
-            return number, read_hits(self.run.store, shard_name(number), self.run.inputs.query_ids)
+            return number, read_hits(store, name, self.run.inputs.query_ids, self.fingerprint, whole=True)
         except DamagedError as error:
             return number, error
 
@@ -146,10 +170,11 @@ class _Tally:
         store, name, ids = self.run.store, shard_name(number), self.plan.ids(number)
         if store.exists(shard_path(name)):
             # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
-            self._sum(read_hits(store, name, self.run.inputs.query_ids))
+            self._sum(read_hits(store, name, self.run.inputs.query_ids, self.fingerprint))
             return
         self.quarantined[number] = reason = redact(reason)
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
+        self.run.folder.fence()
         store.write_json(f"{QUARANTINE}/{name}.json", note)
         self.run.telemetry.warn(f"{name} is quarantined: {reason}")
 
@@ -214,12 +239,12 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> S
     )
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
-        return read_hits(task.run, task.shard, task.query_ids)
+        return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     with worker.span("write", shard=task.shard):
         if task.dense:
             write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
         if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
-            return read_hits(task.run, task.shard, task.query_ids)
+            return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     return hits, counts
 
 

@@ -52,7 +52,8 @@ def factor_files(
 
     sizes = [moment("S", layer.outputs) for layer in layers]
     sizes += [moment("A", layer.inputs) for layer in layers if layer.input_of == layer.name]
-    sizes += [tensors_file_bytes({"Lambda": ("F32", (layer.outputs, layer.inputs))}) for layer in layers]
+    bases = {"eigenbases": DIGEST}
+    sizes += [tensors_file_bytes({"Lambda": ("F32", (layer.outputs, layer.inputs))}, bases) for layer in layers]
     if config.factors.labels is Labels.sampled:
         sizes += [tensors_file_bytes({"labels": ("I32", slice_)}) for slice_ in slices]
     groups = layer_groups(layers, config.factors.max_group_bytes, blocks)

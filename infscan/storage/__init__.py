@@ -6,23 +6,27 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 """
 
 from infscan.storage.address import MissingError, is_uri
+from infscan.storage.identity import Identity, stamp_of
 from infscan.storage.inputs import InputFile, changed, expand, localise, look_up, open_input, read_range
 from infscan.storage.patience import storage_faults
 from infscan.storage.scratch import scratch_file
-from infscan.storage.store import Entry, Store
+from infscan.storage.store import Entry, Store, json_bytes
 
 __all__ = [
     "Entry",
+    "Identity",
     "InputFile",
     "MissingError",
     "Store",
     "changed",
     "expand",
     "is_uri",
+    "json_bytes",
     "localise",
     "look_up",
     "open_input",
     "read_range",
     "scratch_file",
+    "stamp_of",
     "storage_faults",
 ]

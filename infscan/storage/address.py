@@ -29,6 +29,9 @@ class Entry:
     size: int
     etag: str
     modified: float | None = field(default=None, compare=False)
+    # On a disk: the inode's change time in ns, and its number.
+    changed: int | None = field(default=None, compare=False)
+    inode: int | None = field(default=None, compare=False)
 
 
 def is_uri(path: str) -> bool:

@@ -1,9 +1,11 @@
 """What this machine says of itself: who it is, which of its processes live, and whom its kernel killed for memory."""
 
 import os
+import platform
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import psutil
 
@@ -71,6 +73,16 @@ def oom_kills() -> int:
             if key == name:
                 return int(value)
     return 0
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """This machine's kind of processor, by name: those of one name give the same bits."""
+    for line in _text("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _text(path: str) -> str:

@@ -307,4 +307,5 @@ def _entries(root: str) -> Iterator[Entry]:
 
 
 def _found(name: str, status: os.stat_result) -> Entry:
-    return Entry(name, status.st_size, tag(status.st_size, status.st_mtime_ns), status.st_mtime)
+    written = tag(status.st_size, status.st_mtime_ns)
+    return Entry(name, status.st_size, written, status.st_mtime, status.st_ctime_ns, status.st_ino)

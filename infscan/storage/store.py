@@ -17,6 +17,11 @@ def backend_of(address: str) -> LocalDisk | remote.ObjectStore:
     return LocalDisk() if scheme_of(address) == "file" else remote.connect(address)
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON, keys in their own order. NaN and infinity are a ValueError."""
+    return f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder (plain path, file://) or a prefix (s3://bucket/prefix, memory://). Holds only its address: it pickles.
@@ -93,8 +98,7 @@ class Store:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON, keys in their own order. NaN and infinity are a ValueError."""
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        self.write(name, f"{text}\n".encode())
+        self.write(name, json_bytes(value))
 
     def local_path(self, name: str = "") -> Path | None:
         """The file or folder as a path of this machine; None for an object store."""

@@ -25,11 +25,15 @@ def temporary_name() -> str:
 def is_abandoned(name: str, age_s: float) -> bool:
     """True where the writer of a hidden file is gone: dead, if it ran on this machine; else by the file's age.
 
+    What infscan does not name so is somebody's own, however old.
+
     It may be wrong where machines share a name and a number of their process namespace, or behind a very slow writer:
     a writer whose hidden file vanishes writes it anew, so that this costs time and nothing else.
     """
     match = _NAME.fullmatch(name.rpartition("/")[2])
-    if match and match["host"] == _host():
+    if match is None:
+        return False
+    if match["host"] == _host():
         return process_began(int(match["pid"])) != int(match["began"])
     return age_s > ABANDONED_S
 

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from infscan.engine.schedule import LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, Schedule
+from infscan.engine.schedule import GUILTY_TRIES, LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, Schedule
 
 _UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
 
@@ -19,6 +19,7 @@ class AnyTrace(RuleBasedStateMachine):
         self.units, self.max_attempts = units, max_attempts
         self.schedule = Schedule(iter(units), max_attempts)
         self.errors, self.losses, self.oom_retries = (dict.fromkeys(units, 0) for _ in range(3))
+        self.felled: dict[int, list[int]] = {unit: [] for unit in units}
         self.ended: set[int] = set()
         self.ran_out: set[int] = set()
         self.queue = list(units)
@@ -40,7 +41,7 @@ class AnyTrace(RuleBasedStateMachine):
         unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
         self.errors[unit] += 1
         last = self.schedule.fail(unit, f"error {self.errors[unit]}")
-        assert last == (self.errors[unit] == self.max_attempts)
+        assert last == (self.errors[unit] == self.max_attempts or self._is_guilty(unit))
         self._again(unit, last, f"error {self.errors[unit]}")
 
     @precondition(lambda self: self.schedule.running)
@@ -51,11 +52,26 @@ class AnyTrace(RuleBasedStateMachine):
         for _ in range(times):
             self.losses[unit] += 1
             last = self.schedule.lose(unit, f"loss {self.losses[unit]}")
-            assert last == (self.losses[unit] == self.max_attempts * LOSSES_PER_ATTEMPT)
+            assert last == (self.losses[unit] == self.max_attempts * LOSSES_PER_ATTEMPT or self._is_guilty(unit))
             self._again(unit, last, f"loss {self.losses[unit]}")
             if last:
                 return
             self._take_until(unit)
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data(), worker=st.integers(0, 2))
+    def take_down(self, data: st.DataObject, worker: int) -> None:
+        """A worker dies under the unit."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        self.losses[unit] += 1
+        self.felled[unit].append(worker)
+        last = self.schedule.lose(unit, "killed", worker)
+        assert last == (self._is_guilty(unit) or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT)
+        self._again(unit, last, "killed")
+
+    def _is_guilty(self, unit: int) -> bool:
+        felled = self.felled[unit]
+        return len(set(felled)) > 1 and len(felled) + self.errors[unit] >= GUILTY_TRIES
 
     @precondition(lambda self: self.schedule.running)
     @rule(data=st.data(), times=st.sampled_from([1, MOST_OOM_RETRIES - 1]))
@@ -113,6 +129,7 @@ class AnyTrace(RuleBasedStateMachine):
                 self.errors[unit] >= self.max_attempts
                 or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
                 or unit in self.ran_out
+                or self._is_guilty(unit)
             )
             assert (unit in self.schedule.given_up) == spent
             assert self.schedule.oom_retries.get(unit, 0) == self.oom_retries[unit]
@@ -154,3 +171,13 @@ def test_an_error_costs_no_loss_and_a_loss_no_error() -> None:
 def test_no_units_are_finished() -> None:
     assert Schedule([], 1).finished
     assert Schedule([], 1).take() is None
+
+
+def test_a_unit_that_takes_down_two_workers_has_three_tries_and_one_that_is_unlucky_on_one_worker_has_many() -> None:
+    guilty, unlucky = Schedule(["unit"], 3), Schedule(["unit"], 3)
+    for schedule, workers in ((guilty, [0, 1, 0]), (unlucky, [0, 0, 0])):
+        for worker in workers:
+            assert schedule.take() == "unit"
+            schedule.lose("unit", "SIGSEGV", worker)
+    assert guilty.given_up == {"unit": "SIGSEGV"}
+    assert list(unlucky.waiting) == ["unit"]

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from infscan.queries import MEASURED, Query, measured_jsonl
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.schema import LAYERS, SEQUENCES, TOP, to_parquet
 from infscan.storage import Store
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infscan.errors import ConfigError, RunError
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.schema import TOP, to_parquet
 from infscan.storage import Store
 from infscan_studies.comparison import AVERAGE

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.report.terminal import asked, excerpt, one_line, show
-from infscan.results.publish import SUCCESS, Provenance
+from infscan.results.manifest import SUCCESS
+from infscan.results.publish import Provenance
 from infscan.storage import Store
 from tests.results.builders import ROWS, margins_of, published, publisher, ranked
 

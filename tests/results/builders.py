@@ -9,7 +9,8 @@ import numpy as np
 from infscan.corpus.sequences import Sequence, Span
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.publish import SUCCESS, Publisher, Ranking, rank_rows
+from infscan.results.manifest import SUCCESS
+from infscan.results.publish import Publisher, Ranking, rank_rows
 from infscan.results.refined import Margins
 from infscan.results.shard_file import ShardCounts, write_shard
 from infscan.storage import Store

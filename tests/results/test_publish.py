@@ -90,7 +90,7 @@ def test_many_queries_and_shards_make_parts_and_stale_ones_go(run: Store, monkey
     monkeypatch.setattr(publish, "_QUERIES_PER_PART", 1)
     monkeypatch.setattr(publish, "_SHARDS_PER_PART", 1)
     published(run)
-    assert [entry.name for entry in run.list("top")] == [f"top/part-{part:05d}.parquet" for part in range(3)]
+    assert [entry.name[:14] for entry in run.list("top")] == [f"top/part-{part:05d}" for part in range(3)]
     assert len(run.list("sequences")) == 2
     for folder, table in before.items():
         assert read._read(run.uri, folder, unfinished=False).equals(table)

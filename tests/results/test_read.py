@@ -9,7 +9,7 @@ import pytest
 
 from infscan.errors import RunError
 from infscan.results import read, schema
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.schema import to_parquet
 from infscan.storage import Store
 from tests.results.builders import published
@@ -47,7 +47,7 @@ def test_a_newer_schema_is_refused(run: Store, monkeypatch: pytest.MonkeyPatch) 
     published(run)
     monkeypatch.undo()
     with pytest.raises(
-        RunError, match=r"top/part-00000.parquet has schema version 2, newer than this infscan's 1; upgrade"
+        RunError, match=r"top/part-00000-\w+\.parquet has schema version 2, newer than this infscan's 1; upgrade"
     ):
         read.read_top(run.uri)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infscan.errors import RunError
+from infscan.errors import DamagedError, RunError
 from infscan.influence.standings import Hits
 from infscan.results.shard_file import finished_shards, read_candidates, read_hits, shard_path
 from infscan.storage import Store
@@ -66,10 +66,22 @@ def test_only_hit_sequences_are_kept_once_with_their_tokens_and_provenance(tmp_p
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(ROWS))
 def test_the_order_of_hits_is_irrelevant(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
-    store = Store(str(tmp_path_factory.mktemp("run")))
-    put_shard(store, "a", IDS, ROWS)
-    put_shard(store, "b", IDS, rows)
-    assert store.read(shard_path("a")) == store.read(shard_path("b"))
+    one, other = (Store(str(tmp_path_factory.mktemp("run"))) for _ in range(2))
+    put_shard(one, "s", IDS, ROWS)
+    put_shard(other, "s", IDS, rows)
+    assert one.read(shard_path("s")) == other.read(shard_path("s"))
+
+
+def test_a_shard_of_another_scan_or_under_anothers_name_is_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    put_shard(store, "s", IDS, ROWS)
+    read_hits(store, "s", QUERIES, "print")
+    with pytest.raises(RunError, match=r"s\.parquet was made of other inputs or settings"):
+        read_hits(store, "s", QUERIES, "of another scan")
+    store.write(shard_path("t"), store.read(shard_path("s")))
+    for read in (lambda: read_hits(store, "t", QUERIES), lambda: read_candidates(store, "t", np.asarray([1]))):
+        with pytest.raises(DamagedError, match=r"t\.parquet is damaged \(it was written as shards/s\.parquet\)"):
+            read()
 
 
 def test_a_shard_without_a_hit_is_finished_all_the_same(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig
 from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.corpus.plan import Selection
-from infscan.errors import FactorsError
+from infscan.errors import DamagedError, FactorsError
 from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
@@ -184,7 +184,9 @@ def test_a_partial_of_other_eigenbases_is_refused(rank: ModelWorker, corpus: Pre
     assert read_facts(store, path)["eigenbases"] == eigenbases_digest(store, plan.group(0))
     write_tensors(store, path, read_tensors(store, path), {"eigenbases": "of another fit"})
     store.remove(f"Lambda/{layer.name}.safetensors")
-    with pytest.raises(RuntimeError, match=r"lambda/group-000-slice-0001\.safetensors was made in other eigenbases"):
+    with pytest.raises(
+        DamagedError, match=r"lambda/group-000-slice-0001\.safetensors is damaged \(it was summed in oth"
+    ):
         finish_layer(store, plan, layer)
     assert not store.exists(f"Lambda/{layer.name}.safetensors")
 

@@ -8,7 +8,7 @@ import pytest
 
 from infscan.config import Config
 from infscan.errors import ConfigError
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_summary, read_top
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.solve import FOLDER

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from infscan.config import Config
 from infscan.corpus.addressable import open_corpus
 from infscan.errors import ConfigError, ModelError, RunError
-from infscan.results.publish import SUCCESS
+from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_summary, read_top
 from infscan.storage import Store
 from tests.steps.runs import CONTEXT, VOCAB, answer_here, open_here, small_run, tiny_model, write_jsonl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from infscan.storage import Store
 from infscan.storage import s3 as s3_module
@@ -65,18 +68,34 @@ def test_a_process_that_took_a_dead_one_s_number_is_not_its_writer() -> None:
 
 @pytest.mark.parametrize(("age_s", "gone"), [(ABANDONED_S / 2, False), (ABANDONED_S * 2, True)])
 def test_another_machine_s_file_is_judged_by_its_age(tmp_path: Path, age_s: float, gone: bool) -> None:
-    names = [temporary_name().replace(writers_module._host(), "00000000"), ".tmp-of-an-older-version"]
+    (tmp_path / temporary_name().replace(writers_module._host(), "00000000")).write_bytes(b"half")
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - age_s,) * 2)
+    assert Store(str(tmp_path)).sweep() == gone
+    assert len(os.listdir(tmp_path)) == (not gone)
+
+
+@given(st.from_regex(r"[A-Za-z0-9._-]{1,60}", fullmatch=True))
+def test_a_hidden_file_that_infscan_does_not_name_is_never_removed(rest: str) -> None:
+    assume(not writers_module._NAME.fullmatch(f".tmp-{rest}"))
+    assert not is_abandoned(f".tmp-{rest}", age_s=1000 * DAY)
+
+
+def test_a_users_hidden_files_stay(tmp_path: Path) -> None:
+    names = [".tmp-thesis.tex", "deep/er/.tmp-backup.tar", f"deep/{temporary_name()}.bak"]
     for name in names:
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    assert Store(str(tmp_path)).sweep() == 2 * gone
-    assert len(os.listdir(tmp_path)) == 2 * (not gone)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+        os.utime(tmp_path / name, (0, 0))
+    assert Store(str(tmp_path)).sweep() == 0
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_a_writer_whose_hidden_file_is_swept_away_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that takes every hidden file for abandoned, all the time, beside a writer: nothing is lost."""
     monkeypatch.setattr(writers_module, "ABANDONED_S", -1.0)
-    monkeypatch.setattr(writers_module, "_NAME", writers_module.re.compile("never"))
+    here = itertools.count()
+    monkeypatch.setattr(writers_module, "_host", lambda: f"{next(here) % (1 << 32):08x}")
     store, writing = Store(str(tmp_path)), threading.Event()
     writing.set()
     swept = [0]
