@@ -52,7 +52,7 @@ def captured(
     """Losses [B], and (a, s) by layer."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
         found[layer.name] = (a_bti, s_bto)
 
     ids, mask = (torch.from_numpy(array) for array in pad(sequences))
