@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -15,9 +14,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from infscan.config import AttentionImplementation
 from infscan.errors import ModelError
@@ -30,8 +27,8 @@ from infscan.model.family import (
     refuse_quantised,
     with_attention,
 )
-from infscan.model.probe import uses
-from infscan.model.tracked import block_kinds, tracked_layers
+from infscan.model.probe import run_on_shapes
+from infscan.model.tracked import left_out, linear_names, tracked_layers
 from infscan.storage import Store, is_uri, localise
 
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,7 +133,7 @@ def describe(
     refuse_quantised(config)
     module = build_on_meta(with_attention(config, attention))
     text = config.get_text_config()
-    unused = _unused(module)
+    ran = run_on_shapes(module, linear_names(module))
     context = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
         folder=str(folder),
@@ -145,27 +142,14 @@ def describe(
         context=int(context),
         eos_id=_token_id(config, "eos_token_id"),
         bos_id=_token_id(config, "bos_token_id"),
-        layers=tracked_layers(module, tracked, unused),
+        layers=tracked_layers(module, tracked, ran),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
         takes_positions="position_ids" in signature(module.forward).parameters,
         recurrent=recurrent_part(module),
-        left_out=tuple(name for name in block_kinds(module) if name in unused),
+        left_out=left_out(module, tracked, ran),
     )
-
-
-def _unused(module: PreTrainedModel) -> frozenset[str]:
-    """Linears that a forward over text does not run; empty where the family's code does not run on shapes alone.
-
-    There a rank finds them, once it has loaded the model (`probe.check_tracked`).
-    """
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
-    try:
-        counted: Counter[str] = uses(module, names, "meta")
-    except Exception:  # a family's own code may do what it likes
-        return frozenset()
-    return frozenset(name for name in names if not counted[name])
 
 
 def _inner_shapes(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 from infscan.influence.layers import Layer
 
@@ -41,22 +42,22 @@ Listener = Callable[[str, Stacked], Tensor | None]
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module's parameters are experts in a layout that is run expert by expert."""
-    return isinstance(module, Llama4TextExperts) or (hasattr(module, "is_transposed") and hasattr(module, "has_gate"))
+    # Those of transformers' own common layout say so.
+    return isinstance(module, Llama4TextExperts | LongcatFlashExperts) or hasattr(module, "_is_expert_parallel")
 
 
 def _maps(module: Any) -> tuple[str, str]:
     """The parameters of an expert's two linear maps."""
-    gated = isinstance(module, Llama4TextExperts) or module.has_gate
-    return ("gate_up_proj" if gated else "up_proj", "down_proj")
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
 def _is_transposed(module: Any) -> bool:
     """Whether a stack is [E, I, O], and not [E, O, I]."""
-    return isinstance(module, Llama4TextExperts) or bool(module.is_transposed)
+    return isinstance(module, Llama4TextExperts) or getattr(module, "is_transposed", False)
 
 
 def _has_bias(module: Any) -> bool:
-    return not isinstance(module, Llama4TextExperts) and bool(module.has_bias)
+    return getattr(module, "has_bias", False)
 
 
 def expert_stacks(module: nn.Module) -> dict[str, nn.Module]:
@@ -72,7 +73,8 @@ def expert_stacks(module: nn.Module) -> dict[str, nn.Module]:
 def expert_layers(module: Any, stack: str) -> list[Layer]:
     """A stack's experts: `<stack>.<number>`, each with inputs of its own."""
     weight = getattr(module, stack.rpartition(".")[2])
-    E, first, second = getattr(weight, "ds_shape", weight.shape)
+    E = _experts(module)
+    _, first, second = getattr(weight, "ds_shape", weight.shape)
     O, I = (second, first) if _is_transposed(module) else (first, second)
     bias = _has_bias(module)
     names = [f"{stack}.{number}" for number in range(E)]
@@ -92,7 +94,7 @@ def run_by_expert(module: PreTrainedModel) -> None:
     """Have a model's experts run expert by expert, whatever way transformers would choose."""
     for path, child in module.named_modules():
         if holds_experts(child):
-            forward = _run_llama4 if isinstance(child, Llama4TextExperts) else _run_experts
+            forward = next((run for kind, run in _OTHERS.items() if isinstance(child, kind)), _run_experts)
             child.forward = MethodType(forward, child)  # type: ignore[method-assign]
             child.__dict__["_stacks"] = tuple(f"{path}.{name}" for name in _maps(child))
 
@@ -112,22 +114,32 @@ def listening(module: nn.Module, listener: Listener) -> Iterator[None]:
 
 def _run_experts(self: Any, hidden_mh: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers' own forward gives: sum over a token's experts of weight * down(gate(up(h))), [M, H]."""
-    E, k = len(getattr(self, _maps(self)[1])), top_k_index.shape[-1]
-    E = _experts(self, E)
-    order_s, bounds = _by_expert(top_k_index.reshape(-1), E)
-    tokens_s = order_s // k
+    order_s, bounds = _by_expert(top_k_index.reshape(-1), _experts(self))
+    tokens_s = order_s // top_k_index.shape[-1]
     inner_si = _stack(self, 0, hidden_mh[tokens_s], tokens_s, bounds)
-    inner_si = self._apply_gate(inner_si) if self.has_gate else self.act_fn(inner_si)
+    if hasattr(self, "_apply_gate") and getattr(self, "has_gate", False):
+        inner_si = self._apply_gate(inner_si)
+    elif getattr(self, "has_gate", True):
+        gate_si, up_si = inner_si.chunk(2, dim=-1)
+        inner_si = self.act_fn(gate_si) * up_si
+    else:
+        inner_si = self.act_fn(inner_si)
     out_sh = _stack(self, 1, inner_si, tokens_s, bounds)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         out_sh = self.post_expert_norm(out_sh)
     out_sh = out_sh * top_k_weights.reshape(-1)[order_s].unsqueeze(-1)
     return torch.zeros_like(hidden_mh).index_add(0, tokens_s, out_sh.to(hidden_mh.dtype))
 
 
+def _run_longcat(self: Any, hidden_mh: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """LongCat's: experts from a number on give back what they get."""
+    identity_m = top_k_weights.masked_fill(top_k_index < _experts(self), 0).sum(dim=-1, keepdim=True)
+    return _run_experts(self, hidden_mh, top_k_index, top_k_weights) + identity_m.to(hidden_mh.dtype) * hidden_mh
+
+
 def _run_llama4(self: Any, routed_xh: Tensor) -> Tensor:
     """Llama 4's: inputs [E * M, H], scaled by the router and zero for experts that a token does not go to."""
-    E = _experts(self, len(self.gate_up_proj))
+    E = _experts(self)
     M = len(routed_xh) // E
     if routed_xh.device.type == "meta":
         at_s, bounds = torch.arange(M, device="meta"), _even(M, E)
@@ -141,9 +153,17 @@ def _run_llama4(self: Any, routed_xh: Tensor) -> Tensor:
     return torch.zeros_like(routed_xh).index_copy(0, at_s, out_sh)
 
 
-def _experts(self: Any, E: int) -> int:
-    shape = getattr(getattr(self, _maps(self)[1]), "ds_shape", None)
-    return int(shape[0]) if shape else E
+def _experts(self: Any) -> int:
+    """E; of LongCat's gate and up more are stored than are used."""
+    weight = getattr(self, _maps(self)[1])
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+# Layouts that are not transformers' common one.
+_OTHERS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    Llama4TextExperts: _run_llama4,
+    LongcatFlashExperts: _run_longcat,
+}
 
 
 def _by_expert(index_x: Tensor, E: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -32,7 +32,7 @@ _ENCODER_DECODERS = frozenset(
 )
 # Modules that carry a state from token to token beside attention, by the names of their classes.
 _RECURRENT = re.compile(
-    r"mamba|ssm|recurrent|rwkv|delta_?net|linear_?attention|lightning|short_?conv|retention|rglru|lstm|hyena|xlstm",
+    r"mamba|recurrent|rwkv|delta_?net|linear_?attention|lightning|short_?conv|retention|rglru|lstm|hyena",
     re.IGNORECASE,
 )
 _GIVE = "give a decoder-only language model (GPT-2, GPT-NeoX, Llama, OPT, Qwen, ...)"
@@ -135,7 +135,7 @@ def recurrent_part(module: PreTrainedModel) -> str:
     """The class of a module that mixes tokens by a state or a convolution, whatever attention is told; else empty."""
     tower = text_tower(module)
     for name, child in module.named_modules():
-        if not name or not name.startswith(tower):
+        if isinstance(child, PreTrainedModel) or not name.startswith(tower):
             continue
         convolves = isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1
         if convolves or isinstance(child, nn.RNNBase) or _RECURRENT.search(type(child).__name__):

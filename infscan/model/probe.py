@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from infscan.errors import ModelError
@@ -19,25 +22,46 @@ from infscan.model.capture import backward, capturing
 _TRIED = (2, 3)
 
 
-def uses(module: PreTrainedModel, names: Sequence[str], device: str) -> Counter[str]:
-    """How often each of these modules runs in a forward over text; of the device `meta`, on shapes alone."""
-    counted: Counter[str] = Counter()
+@dataclass(frozen=True)
+class Ran:
+    """What a forward over text ran: how often each module, and which memory it was last given."""
+
+    times: Counter[str]
+    inputs: Mapping[str, int]
+
+
+class _Shapes(TorchDispatchMode):
+    """Answers a family's code that asks for a value, where there are shapes alone: it asks whether masks are true."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def run_on_shapes(module: PreTrainedModel, names: Sequence[str]) -> Ran | None:
+    """A forward of a model on the meta device, watching these modules; None where the family's code needs values."""
+    times: Counter[str] = Counter()
+    given: dict[str, Tensor] = {}
     children = dict(module.named_modules())
 
-    def count(name: str) -> object:
-        def hook(_module: nn.Module, _args: object, _out: object) -> None:
-            counted[name] += 1
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], _out: object) -> None:
+            times[name] += 1
+            given[name] = args[0]
 
         return children[name].register_forward_hook(hook)
 
-    handles = [count(name) for name in names]
+    handles = [watch(name) for name in names]
     try:
-        with torch.no_grad():
-            document_logits(module, _ids(module, device))
+        with torch.no_grad(), torch.device("meta"), _Shapes():
+            document_logits(module.eval(), _ids(module, "meta"))
+    except Exception:  # a family's own code may do what it likes
+        return None
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
-    return counted
+            handle.remove()
+    return Ran(times, {name: tensor.untyped_storage()._cdata for name, tensor in given.items()})
 
 
 def check_tracked(module: PreTrainedModel, layers: Sequence[Layer], device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.model.experts import expert_layers, expert_stacks, holds_experts
 from infscan.model.family import text_tower
+from infscan.model.probe import Ran
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
@@ -30,39 +31,54 @@ _SHARED_INPUTS = (
 NAMED = ("mlp", "attention", "linear", "head")
 
 
-def tracked_layers(module: PreTrainedModel, tracked: str, unused: Collection[str] = ()) -> tuple[Layer, ...]:
+def tracked_layers(module: PreTrainedModel, tracked: str, ran: Ran | None = None) -> tuple[Layer, ...]:
     """The linear layers that take part, in module order.
 
     `mlp`: linears of the blocks that are not attention, experts included; `attention`: the blocks' attention linears;
     `linear`: both; `head`: the output embeddings; several joined by `+`; anything else is a regular expression searched
     in module paths. Never a router or what is outside of the text tower, unless a regular expression names it.
-    unused: linears that the model does not run on text.
+    ran: what a forward over text runs, where that is known; the others are left out.
 
     Raises:
         ModelError: where no layer matches, where an expert's tokens cannot be told, or where layers share a weight.
     """
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
-    stacks = {stack: layers for stack, layers in expert_stacks(module).items() if layers}
-    wanted = set(_wanted(module, tracked, [*linears, *stacks]))
+    names = linear_names(module)
+    wanted = _wanted(module, tracked)
     if not wanted:
         raise ModelError(
             f"model.tracked={tracked!r} matches no linear layer; the model has "
-            f"{', '.join(list(linears)[:4])}, ... ({len(linears)} in all)."
+            f"{', '.join(names[:4])}, ... ({len(names)} in all)."
         )
-    used = wanted - set(unused)
+    used = [name for name in wanted if not _is_idle(name, names, ran)]
     if not used:
         raise ModelError(
-            f"model.tracked={tracked!r} matches {min(wanted)} and {len(wanted) - 1} more, none of which the model runs "
+            f"model.tracked={tracked!r} matches {wanted[0]} and {len(wanted) - 1} more, none of which the model runs "
             "on text; give another regular expression."
         )
-    _refuse_shared_weights(linears, used)
-    return _in_module_order(module, linears, used)
+    _refuse_shared_weights(module, used)
+    return _layers(module, used, ran)
 
 
-def _wanted(module: PreTrainedModel, tracked: str, names: Iterable[str]) -> list[str]:
+def left_out(module: PreTrainedModel, tracked: str, ran: Ran | None) -> tuple[str, ...]:
+    """The linears that `tracked` means and the model does not run as modules on text."""
+    names = linear_names(module)
+    return tuple(name for name in _wanted(module, tracked) if _is_idle(name, names, ran))
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """The paths of all linear modules, in module order."""
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
+
+
+def _is_idle(name: str, linears: Collection[str], ran: Ran | None) -> bool:
+    return ran is not None and name in linears and not ran.times[name]
+
+
+def _wanted(module: PreTrainedModel, tracked: str) -> list[str]:
+    """The linears and stacks of experts that are meant."""
     choices = tracked.split("+")
     if not all(choice in NAMED for choice in choices):
-        return [name for name in names if re.search(tracked, name)]
+        return [name for name in [*linear_names(module), *expert_stacks(module)] if re.search(tracked, name)]
     kinds = block_kinds(module)
     wanted = {kind for choice in choices for kind in (("mlp", "attention") if choice == "linear" else (choice,))}
     _refuse_unknown_experts(module, kinds, wanted)
@@ -97,18 +113,17 @@ def is_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(_ATTENTION_CLASS.search(type(modules[path]).__name__) for path in inside if path in modules)
 
 
-def _in_module_order(
-    module: PreTrainedModel, linears: Mapping[str, nn.Module], used: Collection[str]
-) -> tuple[Layer, ...]:
+def _layers(module: PreTrainedModel, used: Collection[str], ran: Ran | None) -> tuple[Layer, ...]:
     layers: list[Layer] = []
-    stacks = expert_stacks(module)
+    stacks = [stack for stack in expert_stacks(module) if stack in used]
     for name, child in module.named_modules():
-        if name in used and name in linears:
+        if name in used:
             O, I = _shape(child)
             bias = child.bias is not None
-            layers.append(Layer(name, O, I + bias, bias, _input_of(name, bias, layers)))
-        layers += [layer for stack in stacks if stack.rpartition(".")[0] == name and stack in used
-                   for layer in expert_layers(child, stack)]
+            layers.append(Layer(name, O, I + bias, bias, _input_of(name, bias, layers, ran)))
+        for stack in stacks:
+            if stack.rpartition(".")[0] == name:
+                layers += expert_layers(child, stack)
     return tuple(layers)
 
 
@@ -119,22 +134,22 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(linear, Conv1D) else (first, second)
 
 
-def _input_of(name: str, bias: bool, before: list[Layer]) -> str:
+def _input_of(name: str, bias: bool, before: list[Layer], ran: Ran | None) -> str:
     """The first tracked layer with the same input: a sibling that the model's family feeds the same tensor."""
     parent, _, leaf = name.rpartition(".")
-    for group in _SHARED_INPUTS:
-        if leaf in group:
-            for layer in before:
-                sibling_parent, _, sibling = layer.name.rpartition(".")
-                if sibling_parent == parent and sibling in group and layer.bias == bias:
-                    return layer.input_of
+    siblings = next((group for group in _SHARED_INPUTS if leaf in group), ())
+    for layer in before:
+        sibling_parent, _, sibling = layer.name.rpartition(".")
+        if sibling_parent == parent and sibling in siblings and layer.bias == bias:
+            if ran is None or ran.inputs[layer.input_of] == ran.inputs[name]:
+                return layer.input_of
     return name
 
 
-def _refuse_shared_weights(linears: Mapping[str, nn.Module], used: Collection[str]) -> None:
+def _refuse_shared_weights(module: nn.Module, used: Collection[str]) -> None:
     """A weight that several tracked layers have is one parameter, whose gradient is the sum over all of them."""
     first: dict[int, str] = {}
-    for name, child in linears.items():
+    for name, child in module.named_modules():
         if name in used and first.setdefault(id(child.weight), name) != name:
             raise ModelError(
                 f"{name} and {first[id(child.weight)]} are one weight, used in several blocks, and tracking each by "
