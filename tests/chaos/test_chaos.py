@@ -129,12 +129,12 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
     for group in pool.groups:
         group.rebuild = partial(rebuilt, group, group.rebuild)  # type: ignore[method-assign]
     assert not pool.run(range(units), work, int, lambda unit, result: None)
-    [loss] = pool.losses.all
+    [loss] = pool.recovery.failures
     [struck] = [group for group in pool.groups if group.index == loss.worker]
     assert struck.state is State.starting
     # All but the one that the other may have had in hand already.
-    assert loss.meanwhile in (units - 1, units)
-    assert loss.back_s is None
+    assert loss.units_by_others in (units - 1, units)
+    assert loss.recovery_s is None
 
     all_done.touch()
 
@@ -144,8 +144,8 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
 
     # Both units are at work at once: the struck worker is back.
     assert not pool.run(range(2), meet, int, lambda unit, result: None)
-    assert [loss] == pool.losses.all
-    assert loss.back_s is not None
+    assert [loss] == pool.recovery.failures
+    assert loss.recovery_s is not None
 
 
 @pytest.mark.slow
