@@ -292,12 +292,13 @@ def configuration(family: str) -> PretrainedConfig:
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random checkpoint of the family, no parameter zero or one."""
+    """A random checkpoint of the family, no parameter zero or one, nor what it keeps beside parameters."""
     set_seed(0)
     config = configuration(family)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
+    kept = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for tensor in {tensor.data_ptr(): tensor for tensor in kept}.values():
+            tensor.add_(0.1 * torch.randn_like(tensor))
     model.save_pretrained(folder / family)
     return folder / family
