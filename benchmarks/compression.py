@@ -313,7 +313,7 @@ class Fitted:
         for number, batch in enumerate(self.rank.batches(sequences, self.options.tokens_per_batch)):
             rows = self.rank.to_device(batch.rows)
 
-            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, rows: Tensor = rows) -> None:
+            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object, rows: Tensor = rows) -> None:
                 for name, queries in batches.items():
                     scores[name].index_add_(0, rows, score_layer(s_bto, a_bti, queries[layer.name]))
 

@@ -153,7 +153,7 @@ def timed(many: Many, batch: dict[str, LayerQueries], tokens_per_batch: int) -> 
     sequences = [Sequence(n, rng.integers(1, vocabulary, length), (), 0, "") for n in range(count)]
     scores = torch.zeros(count, len(many.queries), device=rank.device)
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object) -> None:
         scores.add_(score_layer(s_bto, a_bti, batch[layer.name]))
 
     def scan() -> None:

@@ -24,6 +24,7 @@ from infscan.influence.agreement import random_scores
 from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
 from infscan.model.worker import ModelWorker
@@ -133,8 +134,8 @@ def score_solutions(
     for batch in rank.batches(sequences, tokens_per_batch):
         rows = rank.to_device(batch.rows)
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, rows: Tensor = rows) -> None:
-            scores_nk.index_add_(0, rows, score_layer(s_bto, a_bti, P[layer.name]))
+        def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None, rows: Tensor = rows) -> None:
+            scores_nk.index_add_(0, rows, score_layer(s, a, P[layer.name], routed))
 
         rank.backward(batch, rank.layers, batch.loss(), consume)
     parts = scores_nk.T.cpu().numpy().reshape(len(solutions), -1, len(sequences))

@@ -29,6 +29,12 @@ class Sharding(StrEnum):
     zero3 = "zero3"
 
 
+class AttentionImplementation(StrEnum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
 class Offload(StrEnum):
     """Where a sharded model's parameters are kept while they are not used."""
 
@@ -140,10 +146,13 @@ class ModelConfig:
     """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where
     corpus and queries bring token ids."""
     dtype: Dtype = Dtype.auto
-    """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
+    """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU, but bfloat16 for
+    float16, whose range gradients leave."""
     tracked: str = "mlp"
-    """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), or a regular
-    expression over module names."""
+    """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), `head` (the output
+    embeddings), several of these joined by `+`, or a regular expression over module names."""
+    attention_implementation: AttentionImplementation = AttentionImplementation.auto
+    """How attention is computed: `sdpa` (fused), `eager` (plain products), or `auto` (fused where the family has it)."""
     sharding: Sharding = Sharding.auto
     """How a worker's ranks hold the model: `none` (one rank, whole), `zero3` (partitioned), or `auto` (zero3 where a
     worker has several ranks)."""

@@ -32,7 +32,7 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | Non
     """total += sum over tokens of x x^T, its diagonal blocks alone, in float32 or wider. Padding must be zero in x.
 
     total: [n, n]; x_btn: [B, T, n], or [B, T, n - 1] with the 1 that a bias multiplies left out: ones_bt, bool [B, T],
-    then says which tokens have one. Grosse et al. 2023, equation 16, as sums: divide by the tokens at the end.
+    then says which tokens have one; of an expert's tokens both have one axis for B and T. Grosse et al. 2023, equation 16, as sums: divide by the tokens at the end.
     Only the upper triangle is summed, in panels of rows that start at the diagonal: near half the products of x^T x.
     What is below the diagonal means nothing until `mirror` has made the sum symmetric.
     """
@@ -40,10 +40,11 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | Non
     if ones_bt is not None:
         sizes[-1] -= 1
         of_ones = total.blocks[-1][:, -1]
-        of_ones[:-1] += x_btn[..., x_btn.shape[-1] - sizes[-1] :].sum(dim=(0, 1), dtype=of_ones.dtype)
+        tokens = tuple(range(x_btn.dim() - 1))
+        of_ones[:-1] += x_btn[..., x_btn.shape[-1] - sizes[-1] :].sum(dim=tokens, dtype=of_ones.dtype)
         of_ones[-1] += ones_bt.sum()
     for block, x_btk in zip(total.blocks, x_btn.split(sizes, dim=-1), strict=True):
-        x_mk = x_btk.flatten(0, 1).to(block.dtype)
+        x_mk = x_btk.flatten(0, -2).to(block.dtype)
         k = x_mk.shape[1]
         for start, stop in _panels(k):
             block[start:stop, start:k].addmm_(x_mk[:, start:stop].T, x_mk[:, start:])

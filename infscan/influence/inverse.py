@@ -9,13 +9,18 @@ from infscan.errors import FactorsError
 from infscan.influence.layers import LayerFactors
 
 
-def damping(Lambda_oi: Tensor, relative: float, absolute: float | None, name: str) -> float:
+def damping(
+    Lambda_oi: Tensor, relative: float, absolute: float | None, name: str, mean: float | None = None
+) -> float:
     """lambda_l: `absolute` where given, else `relative` times the mean of Lambda_l (0.1 in Grosse et al. 2023).
+
+    mean: of an expert, that of all experts of its layer (docs/method.md#ek-fac), in place of its own.
 
     Raises:
         FactorsError: where the result is not a positive finite number (a layer whose gradients all vanish).
     """
-    value = absolute if absolute is not None else relative * float(Lambda_oi.mean(dtype=torch.float64))
+    own = float(Lambda_oi.mean(dtype=torch.float64)) if mean is None else mean
+    value = relative * own if absolute is None else absolute
     if not (value > 0 and value != float("inf")):
         raise FactorsError(
             f"{name}: the damping comes to {value}, because the layer's mean corrected eigenvalue is zero or not "

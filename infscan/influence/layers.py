@@ -16,6 +16,8 @@ class Layer:
 
     name: its module path. outputs: O. inputs: I, with the appended 1 counted where it has a bias.
     input_of: the first layer that has the same input (itself, mostly); layers with one input share one A.
+    stack: of an expert of a mixture, the parameter that all its experts lie in; empty for a module of its own.
+    share: the part of a sequence's tokens that it sees on average, below 1 for an expert.
     """
 
     name: str
@@ -23,6 +25,8 @@ class Layer:
     inputs: int
     bias: bool
     input_of: str
+    stack: str = ""
+    share: float = 1.0
 
     @property
     def size(self) -> int:
@@ -36,7 +40,8 @@ class LayerFactors:
 
     A (I x I), S (O x O): second moments per token, the diagonal blocks alone where there are several (factors.blocks).
     Q_A, Q_S: their eigenvectors in columns, block by block. A_eigenvalues (I), S_eigenvalues (O), in the same order.
-    Lambda (O x I), every entry: corrected eigenvalues per sequence.
+    Lambda (O x I), every entry: corrected eigenvalues per sequence. stack_mean: of an expert, the mean of Lambda over all
+    experts of its stack, which its relative damping is of; None where that is its own mean.
     """
 
     A: BlockDiagonal
@@ -46,6 +51,12 @@ class LayerFactors:
     A_eigenvalues: Tensor
     S_eigenvalues: Tensor
     Lambda: Tensor
+    stack_mean: float | None = None
 
     def to(self, device: str, dtype: torch.dtype | None = None) -> LayerFactors:
-        return LayerFactors(**{name: value.to(device, dtype, non_blocking=True) for name, value in vars(self).items()})
+        moved = {
+            name: value.to(device, dtype, non_blocking=True)
+            for name, value in vars(self).items()
+            if name != "stack_mean"
+        }
+        return LayerFactors(**moved, stack_mean=self.stack_mean)

@@ -151,11 +151,11 @@ def basis_from_arrays(arrays: Mapping[str, A]) -> SharedBasis[A] | None:
 
 
 def multiply_adds(
-    O: int, I: int, T: int, Q: int, columns: int, basis: Basis | None = None, formed: float = 1.0
+    O: int, I: int, T: float, Q: int, columns: int, basis: Basis | None = None, formed: float = 1.0
 ) -> dict[Way, float]:
     """Multiply-adds per token by the way of scoring (`score_layer`).
 
-    T: tokens of a sequence. columns: of all queries together. basis: the shared basis's size, if there is one.
+    T: tokens of a sequence that reach the layer. columns: of all queries together. basis: the shared basis's size, if there is one.
     formed: how often a multiply-add counts where a matrix is formed for every sequence.
     """
     by_matrix = formed * (1 + Q / T)
@@ -166,7 +166,7 @@ def multiply_adds(
     return found
 
 
-def weighted_cost(O: int, I: int, T: int, Q: int, columns: int, basis: Basis | None = None) -> dict[Way, float]:
+def weighted_cost(O: int, I: int, T: float, Q: int, columns: int, basis: Basis | None = None) -> dict[Way, float]:
     """`multiply_adds`, weighted by the time that each kind takes as measured."""
     return multiply_adds(O, I, T, Q, columns, basis, _FORMED)
 
@@ -192,7 +192,7 @@ def shared_basis_pays(
     layer: Layer, ranks: Sequence[int], tokens: int, basis: Basis, entries: int | None = None
 ) -> bool:
     """Whether a basis is cheaper than columns, and than dense matrices unless these have more than so many entries."""
-    costs = weighted_cost(layer.outputs, layer.inputs, tokens, len(ranks), sum(ranks), basis)
+    costs = weighted_cost(layer.outputs, layer.inputs, tokens * layer.share, len(ranks), sum(ranks), basis)
     if entries is not None and len(ranks) * layer.size > entries:
         del costs["dense"]
     return cheapest(costs) == "shared_basis"
@@ -203,7 +203,7 @@ def largest_basis(layer: Layer, ranks: Sequence[int], tokens: int, entries: int)
     O, Q = layer.outputs, len(ranks)
     if Q * layer.size <= entries:
         return None
-    costs = weighted_cost(O, layer.inputs, tokens, Q, sum(ranks), (O, 1))
+    costs = weighted_cost(O, layer.inputs, tokens * layer.share, Q, sum(ranks), (O, 1))
     n = min(entries // (Q * O), int(costs["factored"] // costs["shared_basis"]))
     return (O, n) if n else None
 
@@ -325,7 +325,8 @@ def _choose(
         ways[name] = "shared_basis" if name in bases else "factored" if name in ranks else "dense"
         if ways[name] != "factored":
             continue
-        costs = weighted_cost(layer.outputs, layer.inputs, tokens, len(ranks[name]), sum(ranks[name]))
+        columns = sum(ranks[name])
+        costs = weighted_cost(layer.outputs, layer.inputs, tokens * layer.share, len(ranks[name]), columns)
         if costs["factored"] <= costs["dense"]:
             continue
         size = len(ranks[name]) * layer.size

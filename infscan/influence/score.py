@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from infscan.influence.routed import Routed
+
 # Columns of one matrix product: enough to keep it busy, few enough that a batch's [tokens, columns] stay small.
 _COLUMNS = 1024
 # Entries of the sequences' own matrices g that are formed at once (float32: 128 MiB), however many sequences there are.
@@ -129,14 +131,17 @@ class LayerQueries:
         return found if self.B_in is None else found @ self.B_in.T
 
 
-def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
+def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries, routed: Routed | None = None) -> Tensor:
     """One layer's share of every sequence's score against every query: [B, Q], float32 or wider.
 
     s_bto: [B, T, O], a_bti: [B, T, I], zero on padding; or [B, T, I - 1], the 1 that a bias multiplies left out and
     taken as read. Multiply-adds per token, with R columns in all: factored: sum_t (U_q^T s_t) . (V_q^T a_t), R (O + I).
     Otherwise: B_O^T g B_I, g = sum_t s_t a_t^T, once from the projected tokens, and <K_q, it> for every query:
-    m O + n I + m n (1 + Q / T), where a side without a basis is not projected.
+    m O + n I + m n (1 + Q / T), where a side without a basis is not projected. routed: of an expert, whose s is [M, O]
+    and a [M, I].
     """
+    if routed is not None:
+        return _score_routed(s_bto, a_bti, queries, routed)
     wide = _wide(s_bto)
     s_bto, a_bti = s_bto.to(queries.dtype), a_bti.to(queries.dtype)
     B, T, _ = s_bto.shape
@@ -160,6 +165,25 @@ def score_layer(s_bto: Tensor, a_bti: Tensor, queries: LayerQueries) -> Tensor:
     # s is zero on padding, so that a 1 there adds nothing.
     s_bm = (s_btm.transpose(1, 2) @ a_bti[..., -1:]).squeeze(-1) if ones else s_btm.sum(dim=1)
     return scores_bq.add_(s_bm @ queries.K_qm.T)
+
+
+def _score_routed(s_mo: Tensor, a_mi: Tensor, queries: LayerQueries, routed: Routed) -> Tensor:
+    """`score_layer` over an expert's tokens, as many as each sequence has there: [B, Q]."""
+    if queries.K_qmn is None:
+        wide = _wide(s_mo)
+        s_mo, a_mi = s_mo.to(queries.dtype), a_mi.to(queries.dtype)
+        ones = a_mi.shape[-1] == queries.inputs
+        shares = [
+            routed.by_row(
+                (s_mo @ U_oc).mul_(a_mi @ V_ic if ones else torch.addmm(V_ic[-1], a_mi, V_ic[:-1])).to(wide)
+            )
+            for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
+        ]
+        return _by_query(torch.cat(shares, dim=1), queries.ranks)
+    scores_bq = s_mo.new_zeros(routed.B, queries.queries, dtype=_wide(s_mo))
+    for row, mine in routed.segments():
+        scores_bq[row] = score_layer(s_mo[None, mine], a_mi[None, mine], queries)[0]
+    return scores_bq
 
 
 def _against(s_btm: Tensor, a_btn: Tensor, K_qmn: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -197,6 +221,23 @@ def score_tokens(s_bto: Tensor, a_bti: Tensor, P_oi: Tensor) -> Tensor:
     given = a_bti.shape[-1]
     scores_bt = ((s_bto @ P_oi[:, :given]) * a_bti).sum(dim=-1)
     return scores_bt if given == P_oi.shape[1] else scores_bt + s_bto @ P_oi[:, -1]
+
+
+def score_routed_tokens(s_mo: Tensor, a_mi: Tensor, P_oi: Tensor, routed: Routed, rows_n: Tensor) -> Tensor:
+    """`score_tokens` of an expert for some of the micro-batch's sequences: [n, T], zero at tokens that are elsewhere.
+
+    rows_n: int64 [n], the sequences, each once.
+    """
+    if s_mo.device.type == "meta":
+        return score_tokens(s_mo, a_mi, P_oi).new_zeros(len(rows_n), routed.T)
+    place_b = torch.full((routed.B,), -1, device=s_mo.device)
+    place_b[rows_n] = torch.arange(len(rows_n), device=s_mo.device)
+    place_m = place_b[routed.rows_m]
+    mine = place_m >= 0
+    scores_c = score_tokens(s_mo[mine], a_mi[mine], P_oi)
+    scores_nt = scores_c.new_zeros(len(rows_n), routed.T)
+    scores_nt[place_m[mine], routed.positions_m[mine]] = scores_c
+    return scores_nt
 
 
 def _wide(x: Tensor) -> torch.dtype:

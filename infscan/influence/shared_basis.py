@@ -25,7 +25,7 @@ def shared_basis(
     factors: LayerFactors | None,
     weights_q: Tensor,
     kept: float,
-    tokens: int,
+    tokens: float,
     entries: int,
 ) -> SharedBasis[Tensor] | None:
     """Find the cheapest basis pair that leaves out at most 1 - kept of the queries' weighted squares.

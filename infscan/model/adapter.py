@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from infscan.errors import ConfigError, ModelError
-from infscan.model.architecture import first_line, model_folder, weight_files
+from infscan.model.architecture import model_folder, weight_files
+from infscan.model.family import first_line
 from infscan.storage import MissingError, Store
 
 _PREFIX = "base_model.model."

@@ -12,15 +12,23 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from infscan.config import AttentionImplementation
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
+from infscan.model.family import (
+    build_on_meta,
+    first_line,
+    recurrent_part,
+    refuse_encoder,
+    refuse_quantised,
+    with_attention,
+)
+from infscan.model.probe import run_on_shapes
+from infscan.model.tracked import left_out, linear_names, tracked_layers
 from infscan.storage import Store, is_uri, localise
 
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,29 +36,6 @@ MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 DEFAULT_LENGTH = 512
 # Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
 _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
-
-_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
-_ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(gate|shared_expert_gate)$")
-# Model types that transformers builds with a causal head too: encoders, unless `is_decoder` makes them causal,
-_ENCODERS = frozenset(
-    {"bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"}
-    | {"reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"}
-    | {"xlm-roberta", "xlm-roberta-xl", "xmod"}
-)
-# those that see ahead whatever their configuration says, and decoders that are half of a model.
-_BOTH_WAYS = frozenset({"xlm", "xlnet"})
-_ENCODER_DECODERS = frozenset(
-    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"}
-    | {"prophetnet", "t5", "whisper"}
-)
-# Linear layers that a block applies to one input tensor, by the names that model families give them.
-_SHARED_INPUTS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
 
 
 @dataclass(frozen=True)
@@ -60,6 +45,8 @@ class Architecture:
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
     takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
+    recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
+    left_out: linears of the chosen kinds that the model does not run on text.
     """
 
     folder: str
@@ -73,6 +60,8 @@ class Architecture:
     family: str = ""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     takes_positions: bool = True
+    recurrent: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -138,7 +127,13 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
     )
 
 
-def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
+def describe(
+    path: str,
+    tracked: str,
+    *,
+    weights: bool = True,
+    attention: AttentionImplementation = AttentionImplementation.auto,
+) -> Architecture:
     """Read a model's configuration and module tree (on the meta device: no weight is loaded).
 
     weights: they must be there, and are in the fingerprint; else config.json is enough, and it is the configuration's.
@@ -151,9 +146,11 @@ def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
     files = weight_files(folder) if weights else []
     _check_whole(files)
     refuse_encoder(config)
-    module = build_on_meta(config)
-    layers = tracked_layers(module, tracked)
-    context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    refuse_quantised(config)
+    module = build_on_meta(with_attention(config, attention))
+    text = config.get_text_config()
+    ran = run_on_shapes(module, linear_names(module))
+    context = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
         folder=str(folder),
         fingerprint=_fingerprint(folder, files),
@@ -161,11 +158,13 @@ def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
         context=int(context),
         eos_id=_token_id(config, "eos_token_id"),
         bos_id=_token_id(config, "bos_token_id"),
-        layers=layers,
+        layers=tracked_layers(module, tracked, ran),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
         takes_positions="position_ids" in signature(module.forward).parameters,
+        recurrent=recurrent_part(module),
+        left_out=left_out(module, tracked, ran),
     )
 
 
@@ -203,7 +202,9 @@ def check_agree(one: Architecture, other: Architecture, one_key: str, other_key:
 
 
 def _token_id(config: PretrainedConfig, name: str) -> int | None:
-    value = getattr(config, name, None)
+    """Of the configuration, or of the part of it that is of text."""
+    values = (getattr(each, name, None) for each in (config, config.get_text_config()))
+    value = next((each for each in values if each is not None), None)
     return int(value[0] if isinstance(value, list) else value) if value is not None else None
 
 
@@ -238,41 +239,6 @@ def load_config(folder: Path) -> PretrainedConfig:
             "its model and save that."
         )
     return config
-
-
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The module tree with the shapes of its parameters, and no storage behind them.
-
-    dtype: of a model that is to be run on shapes alone, as a rank runs it; None where it is only looked at.
-    """
-    given: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "attn_implementation": "sdpa"}
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
-        raise ModelError(
-            f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or mend its "
-            "config.json."
-        ) from None
-
-
-def refuse_encoder(config: PretrainedConfig) -> None:
-    """Refuse what is no left-to-right language model, though transformers may give it a causal head.
-
-    Raises:
-        ModelError: for an encoder and decoder, or for a model whose positions see the tokens that they are to predict.
-    """
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False) or kind in _ENCODER_DECODERS:
-        raise ModelError(
-            f"{kind} is an encoder with a decoder, and sequences of one text are not what it is trained on; give a "
-            "decoder-only language model (GPT-2, GPT-NeoX, Llama, OPT, Qwen, ...)."
-        )
-    if kind in _BOTH_WAYS or (kind in _ENCODERS and not getattr(config, "is_decoder", False)):
-        raise ModelError(
-            f"{kind} attends both ways, so a position sees the token that it is to predict, and log p(x_t | x_<t) "
-            "means nothing; give a decoder-only language model (GPT-2, GPT-NeoX, Llama, OPT, Qwen, ...)."
-        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -326,84 +292,6 @@ def _check_whole(files: list[Path]) -> None:
             raise ModelError(
                 f"{path} cannot be read ({first_line(error)}): it is cut off or damaged; copy or download it again."
             ) from None
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, for a sentence of ours; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def tracked_layers(module: PreTrainedModel, tracked: str) -> tuple[Layer, ...]:
-    """The linear layers that take part, in module order.
-
-    `mlp`: linears of the blocks that are not attention; `attention`: the blocks' attention linears; `linear`: both;
-    anything else is a regular expression searched in module paths. Never a router or the unembedding, unless a regular
-    expression names it.
-
-    Raises:
-        ModelError: where no layer matches, or where a mixture's experts are fused into one parameter.
-    """
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
-    output = module.get_output_embeddings()
-    in_blocks = [
-        name
-        for name, child in linears.items()
-        if child is not output and re.search(r"\.\d+\.", name) and not _ROUTER.search(name)
-    ]
-    attention = [name for name in in_blocks if _ATTENTION.search(name)]
-    mlp = [name for name in in_blocks if not _ATTENTION.search(name)]
-    named = {"mlp": mlp, "attention": attention, "linear": in_blocks}
-    if tracked in named:
-        _refuse_fused_experts(module, tracked)
-    chosen = named.get(tracked)
-    if chosen is None:
-        chosen = [name for name in linears if re.search(tracked, name)]
-    if not chosen:
-        raise ModelError(
-            f"model.tracked={tracked!r} matches no linear layer; the model has "
-            f"{', '.join(list(linears)[:4])}, ... ({len(linears)} in all)."
-        )
-    layers: list[Layer] = []
-    for name in chosen:
-        child = linears[name]
-        O, I = _shape(child)
-        bias = child.bias is not None
-        layers.append(Layer(name, O, I + bias, bias, _input_of(name, bias, layers)))
-    return tuple(layers)
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    weight: Any = linear.weight
-    # DeepSpeed leaves a partitioned parameter empty and keeps its shape beside it.
-    first, second = getattr(weight, "ds_shape", weight.shape)
-    return (second, first) if isinstance(linear, Conv1D) else (first, second)
-
-
-def _input_of(name: str, bias: bool, before: list[Layer]) -> str:
-    """The first tracked layer with the same input: a sibling that the model's family feeds the same tensor."""
-    parent, _, leaf = name.rpartition(".")
-    for group in _SHARED_INPUTS:
-        if leaf in group:
-            for layer in before:
-                sibling_parent, _, sibling = layer.name.rpartition(".")
-                if sibling_parent == parent and sibling in group and layer.bias == bias:
-                    return layer.input_of
-    return name
-
-
-def _refuse_fused_experts(module: nn.Module, tracked: str) -> None:
-    """Some families say `experts` in the path (Mixtral), some in the class alone (JetMoE); some stack them in rows."""
-    for path, owner in module.named_modules():
-        if isinstance(owner, nn.Linear | Conv1D) or "expert" not in f"{path} {type(owner).__name__}".lower():
-            continue
-        in_attention = bool(_ATTENTION.search(path))
-        among = ("attention", "linear") if in_attention else ("mlp", "linear")
-        if tracked in among and any(parameter.dim() >= 2 for parameter in owner.parameters(recurse=False)):
-            other = "<regex>" if in_attention else "attention or a regex"
-            raise ModelError(
-                f"{path} holds its experts fused in one parameter, whose inputs and gradients are not seen per expert; "
-                f"leave the mixture out with model.tracked={other}."
-            )
 
 
 def fingerprint_of(path: str) -> str:

@@ -36,9 +36,10 @@ def document_mask(position_ids_bt: Tensor) -> Tensor:
     return same_btt.tril()[:, None]
 
 
-def refusal(family: str) -> ModelError:
-    """What a model of a family that cannot keep documents apart is refused with."""
+def refusal(family: str, part: str = "") -> ModelError:
+    """What a model of a family that cannot keep documents apart is refused with. part: what carries a state, if any."""
+    reason = f"{family}, whose {part} carries a state from token to token," if part else family
     return ModelError(
-        f"corpus.attention=within: {family} does not keep the documents of a sequence apart; use "
+        f"corpus.attention=within: {reason} does not keep the documents of a sequence apart; use "
         "corpus.packing=document, where each has a sequence of its own, or corpus.attention=across."
     )

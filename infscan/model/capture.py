@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,16 +12,20 @@ from transformers import PreTrainedModel
 
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
+from infscan.model.experts import Stacked, listening
 
-# consume(layer, a_bti, s_bto): a = the layer's input, s = the gradient of the loss with respect to its output.
-Consumer = Callable[[Layer, Tensor, Tensor], None]
+# consume(layer, a, s, routed): a = the layer's input, s = the gradient of the loss with respect to its output: [B, T, n]
+# with routed None; of an expert [M, n], for the tokens that `routed` says.
+Consumer = Callable[[Layer, Tensor, Tensor, Routed | None], None]
 
 
 @contextmanager
 def capturing(
     module: PreTrainedModel, layers: Sequence[Layer], consume: Consumer, *, detached: bool = True
 ) -> Iterator[None]:
-    """While open, every backward through `module` calls `consume` once per tracked layer, last layer first.
+    """While open, every backward through `module` calls `consume` once per tracked layer, last layer first; not for an
+    expert that no token goes to.
 
     a_bti: [B, T, I] without the bias's 1, s_bto: [B, T, O], in the model's dtype; not `detached`, both are functions of
     the embedding's output (s in a backward with create_graph=True), to be differentiated again. That output is
@@ -33,6 +38,7 @@ def capturing(
     inputs: dict[str, Tensor] = {}
     batch: list[int] = []
     children = dict(module.named_modules())
+    experts = _by_stack(layers)
 
     def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
         inputs.clear()
@@ -49,32 +55,62 @@ def capturing(
             a_bti = _by_sequence(layer, a_bti, batch)
 
             def on_gradient(s_bto: Tensor) -> None:
-                consume(layer, a_bti, _by_sequence(layer, s_bto.detach() if detached else s_bto, batch))
+                consume(layer, a_bti, _by_sequence(layer, s_bto.detach() if detached else s_bto, batch), None)
 
             out.register_hook(on_gradient)
 
         return hook
 
+    def on_stack(stack: str, seen: Stacked) -> None:
+        if stack not in experts or not seen.out_so.requires_grad:
+            return
+        B, T = batch
+        a_si = seen.a_si.detach() if detached else seen.a_si
+
+        def on_gradient(s_so: Tensor) -> None:
+            s_so = s_so.detach() if detached else s_so
+            for expert, layer in experts[stack].items():
+                mine = slice(*seen.bounds[expert : expert + 2])
+                if mine.start < mine.stop:
+                    consume(layer, a_si[mine], s_so[mine], Routed(seen.tokens_s[mine], B, T))
+
+        seen.out_so.register_hook(on_gradient)
+
     handles = [module.get_input_embeddings().register_forward_hook(on_embedding)]
 
     for layer in layers:
-        handles.append(children[layer.name].register_forward_hook(on_forward(layer)))
+        if not layer.stack:
+            handles.append(children[layer.name].register_forward_hook(on_forward(layer)))
     try:
-        yield
+        with listening(module, on_stack):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _by_stack(layers: Sequence[Layer]) -> Mapping[str, dict[int, Layer]]:
+    """The tracked experts of every stack, by their number in it."""
+    found: defaultdict[str, dict[int, Layer]] = defaultdict(dict)
+    for layer in layers:
+        if layer.stack:
+            found[layer.stack][int(layer.name.rpartition(".")[2])] = layer
+    return dict(found)
+
+
 def _by_sequence(layer: Layer, x: Tensor, batch: Sequence[int]) -> Tensor:
-    """[B, T, n] from that or from [B * T, n]."""
+    """[B, T, n] from that, from [B * T, n], or with axes of length 1 among them."""
     B, T = batch
-    if x.shape[:-1] not in ((B, T), (B * T,)):
+    if x.shape[:-1] != (B * T,) and _longer(x.shape[:-1]) != _longer((B, T)):
         raise ModelError(
             f"{layer.name} sees a tensor of shape {tuple(x.shape)} for {B} x {T} tokens, so its tokens cannot "
-            "be told apart by sequence (a mixture's expert?); leave it out with model.tracked=<regex>."
+            "be told apart by sequence; leave it out with model.tracked=<regex>."
         )
     return x.reshape(B, T, -1)
+
+
+def _longer(axes: Sequence[int]) -> list[int]:
+    return [length for length in axes if length > 1]
 
 
 def _check_shared(layer: Layer, a_bti: Tensor, inputs: dict[str, Tensor]) -> None:

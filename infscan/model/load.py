@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
-from infscan.model.architecture import build_on_meta, first_line, load_config, model_folder, weight_files
+from infscan.model.architecture import load_config, model_folder, weight_files
+from infscan.model.checkpoint import Checkpoint
+from infscan.model.experts import run_by_expert
+from infscan.model.family import (
+    auto_class,
+    build_on_meta,
+    first_line,
+    is_about_attention,
+    no_attention,
+    with_attention,
+)
 from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import head_is_last
 from infscan.storage import scratch_file
@@ -26,13 +37,15 @@ _ALIGNED = 64
 
 
 def resolve_dtype(dtype: Dtype, config: PretrainedConfig, device: str) -> torch.dtype:
-    """`auto`: float32 on CPU, the checkpoint's own on GPU."""
+    """`auto`: float32 on CPU; on GPU the checkpoint's own, or bfloat16 for float16, which gradients overflow."""
     if dtype is not Dtype.auto:
         return getattr(torch, dtype.value)
-    declared = getattr(config, "dtype", None) or torch.float32
+    if not device.startswith("cuda"):
+        return torch.float32
+    declared = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     if isinstance(declared, str):
         declared = getattr(torch, declared.removeprefix("torch."))
-    return declared if device.startswith("cuda") else torch.float32
+    return torch.bfloat16 if declared is torch.float16 else declared
 
 
 def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> LoadedModel:
@@ -49,7 +62,7 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
     if context.device.startswith("cuda"):
         torch.cuda.set_device(context.device)
     folder = model_folder(settings.path, weights=not on_meta)
-    config = _without_dropout(load_config(folder))
+    config = with_attention(_without_dropout(load_config(folder)), settings.attention_implementation)
     dtype = resolve_dtype(settings.dtype, config, context.device)
     if on_meta:
         module = build_on_meta(config, dtype).requires_grad_(False).eval()
@@ -61,6 +74,7 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
         module = _load_whole(folder, config, dtype).to(context.device)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, context, dtype, size, size)
+    run_by_expert(loaded.module)
     if not on_meta:
         loaded.head_is_last = head_is_last(loaded.module, context.device)
     if settings.gradient_checkpointing:
@@ -82,17 +96,18 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 def _load_whole(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     weight_files(folder)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_about_attention(error):
+            raise no_attention(config, error) from None
         raise ModelError(
             f"{folder}: the weights cannot be loaded ({first_line(error)}); save or copy the model again."
         ) from None
@@ -162,13 +177,14 @@ def _load_zero3(
     zero = zero_config(settings, context.device)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}
+    config, checkpoint = _as_stored(folder, config, dtype)
     # By the settings, never by Init's own `dtype`: DeepSpeed 0.19 overrules that on hardware without float16.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        module = auto_class(config).from_config(config, dtype=dtype)
     module.tie_weights()
     if settings.zero.offload is Offload.nvme:
         _onto_disk(list(module.parameters()), settings.zero.offload_path)
-    _fill_shards(module, folder, context.rank)
+    _fill_shards(module, checkpoint, context.rank)
     module.requires_grad_(False)
     module.eval()
     parameters = list(module.parameters())
@@ -207,55 +223,63 @@ def _onto_disk(parameters: Sequence[Any], folder: str | None) -> None:
         start += size
 
 
-def _fill_shards(module: PreTrainedModel, folder: Path, rank: int) -> None:
-    wanted = dict(module.named_parameters())
+def _as_stored(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PretrainedConfig, Checkpoint]:
+    """The configuration as its checkpoint has it, and the checkpoint: what it brings twice, and unlike, is not tied.
+
+    Raises:
+        ModelError: for a tie that no configuration unties.
+    """
+    checkpoint = Checkpoint.of(folder, build_on_meta(deepcopy(config), dtype))
+    untied = checkpoint.untied()
+    if not untied:
+        return config, checkpoint
+    for each in (config, config.get_text_config()):
+        each.tie_word_embeddings = False
+    checkpoint = Checkpoint.of(folder, build_on_meta(deepcopy(config), dtype))
+    still = [pair for pair in untied if pair[0] in checkpoint.module.all_tied_weights_keys]
+    if still:
+        raise ModelError(
+            f"{folder}: {still[0][0]} and {still[0][1]} are one parameter by config.json, and the checkpoint brings two "
+            "different ones; mend config.json, or use model.sharding=none with cluster.ranks_per_worker=1."
+        )
+    return config, checkpoint
+
+
+def _fill_shards(module: PreTrainedModel, checkpoint: Checkpoint, rank: int) -> None:
+    """Put the rank's slice of every parameter, and every persistent buffer whole, in place.
+
+    Raises:
+        ModelError: where a tensor has no place, a place has no tensor, or shapes differ.
+    """
+    # By each of its names: a parameter that is tied has several.
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    places = parameters | buffers
     filled: set[int] = set()
-    unexpected: set[str] = set()
-    buffers = {name for name, _ in module.named_buffers()}
-    for name, tensor in _checkpoint_tensors(module, folder):
-        parameter: Any = wanted.get(name)
-        if parameter is None:
-            tied = name in module.state_dict()
-            if not tied and name not in buffers:
-                unexpected.add(name)
-            continue
-        if tuple(parameter.ds_shape) != tuple(tensor.shape):
+    for name, tensor in checkpoint.tensors():
+        place: Any = places[name]
+        shape = tuple(getattr(place, "ds_shape", place.shape))
+        if shape != tuple(tensor.shape):
             raise ModelError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(parameter.ds_shape)} "
-                "by config.json; mend config.json."
+                f"{checkpoint.folder}: {name} has shape {tuple(tensor.shape)} in the checkpoint and {shape} by "
+                "config.json; mend config.json."
             )
-        part = parameter.ds_tensor.ds_numel
-        low, high = part * rank, min(part * (rank + 1), parameter.ds_numel)
-        shard = parameter.ds_tensor.data
-        shard.zero_()
-        if high > low:
-            shard[: high - low].copy_(tensor.reshape(-1)[low:high])
-        filled.add(id(parameter))
-    missing = {name for name, parameter in wanted.items() if id(parameter) not in filled}
-    _refuse_incomplete(folder, missing, unexpected)
+        if name in parameters:
+            _fill_shard(place, tensor, rank)
+        else:
+            place.copy_(tensor)
+        filled.add(id(place))
+    names = {name for name, place in places.items() if id(place) in filled}
+    _refuse_incomplete(checkpoint.folder, *checkpoint.refusable(names))
 
 
-def _checkpoint_tensors(module: PreTrainedModel, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors under the names of this transformers version (it renames some of older files)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(module)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names = module.state_dict()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                name, converted = rename_source_key(key, renamings, converters, module.base_model_prefix, names)
-                if name not in names and key in names:
-                    name, converted = key, None
-                if converted is not None:
-                    raise ModelError(
-                        f"{folder}: {key} is stored in another layout than this family is run in, which the sharded "
-                        "loader does not convert; save the model again with the installed transformers."
-                    )
-                yield name, file.get_tensor(key)
+def _fill_shard(parameter: Any, tensor: Tensor, rank: int) -> None:
+    part = parameter.ds_tensor.ds_numel
+    low, high = part * rank, min(part * (rank + 1), parameter.ds_numel)
+    shard = parameter.ds_tensor.data
+    shard.zero_()
+    if high > low:
+        shard[: high - low].copy_(tensor.reshape(-1)[low:high])
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

@@ -76,16 +76,18 @@ class _PositionLosses(torch.autograd.Function):
         return gradient_btn * gradients[0][..., None].to(gradient_btn.dtype), None, None, None
 
 
-def sequence_losses(model: LoadedModel, ids_bt: Tensor, position_ids_bt: Tensor | None, loss: Loss) -> Tensor:
+def sequence_losses(
+    model: LoadedModel, ids_bt: Tensor, position_ids_bt: Tensor | None, loss: Loss, *, whole: bool = False
+) -> Tensor:
     """Every sequence's loss, [B] float32 or wider; its gradient reaches whatever the forward asks one for.
 
     ids_bt, position_ids_bt: as `infscan.model.attention.document_logits` takes them. The head is run inside the
     module's forward, where a partitioned weight is gathered once; a family that does more to its logits gives them
-    whole.
+    whole. whole: the logits themselves are wanted, of a head that is tracked.
     """
     module = model.module
     rows = max(_CHUNK_ROWS, _CHUNK_BYTES // (4 * module.config.get_text_config().vocab_size))
-    if not model.head_is_last:
+    if whole or not model.head_is_last:
         logits_btv = document_logits(module, ids_bt, position_ids_bt)
         return _PositionLosses.apply(logits_btv, _itself, loss, rows).sum(dim=1)
     with _head(module, lambda h_btn, head: _PositionLosses.apply(h_btn, head, loss, rows)[..., None]):

@@ -30,6 +30,7 @@ from infscan.corpus.batches import pad_positions
 from infscan.corpus.sequences import Sequence
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.influence.score import score_tokens
 from infscan.model.capture import capturing
 from infscan.model.worker import Batch, ModelWorker
@@ -51,8 +52,9 @@ def own_tokens(
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     embedded: list[Tensor] = []
 
-    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
-        kept[layer.name] = s_bto, with_ones(a_bti, mask_1t, bias=layer.bias)
+    def consume(layer: Layer, a: Tensor, s: Tensor, routed: Routed | None) -> None:
+        mask = mask_1t if routed is None else routed.of(mask_1t)
+        kept[layer.name] = s, with_ones(a, mask, bias=layer.bias)
 
     def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
         embedded.append(out)
@@ -69,7 +71,7 @@ def own_tokens(
         u_t = counted_1t[0].to(worker.wide).requires_grad_(True)
         torch.autograd.grad((u_t * losses_t).sum(), embedded, create_graph=True)
     # A copy: the backward of h runs through the same outputs, whose hooks then give other gradients.
-    recorded = [(layer.name, *kept[layer.name]) for layer in layers]
+    recorded = [(layer.name, *kept[layer.name]) for layer in layers if layer.name in kept]
     found = []
     for query in queries:
         h = torch.stack([score_tokens(s_1to, a_1ti, P[name][query]).sum() for name, s_1to, a_1ti in recorded]).sum()

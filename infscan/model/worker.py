@@ -21,6 +21,7 @@ from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
 from infscan.errors import ModelError
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.model.architecture import fingerprint_of
 from infscan.model.capture import backward, capturing
 from infscan.model.load import load
@@ -28,15 +29,16 @@ from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens, predicting
 from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
+from infscan.model.probe import check_tracked
 from infscan.storage import Identity, Store
 
 T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
 Span = tuple[str, float, float, dict[str, Any]]
 _MOST_SPANS = 100_000
-# consume(layer, s_bto, a_bti): a with padding zeroed, and the bias's 1 appended unless it is left out; neither is to be
-# changed in place.
-LayerConsumer = Callable[[Layer, Tensor, Tensor], None]
+# consume(layer, s_bto, a_bti, None): a with padding zeroed, and the bias's 1 appended unless it is left out; of an expert
+# consume(layer, s_mo, a_mi, routed), over the tokens that go to it. Neither is to be changed in place.
+LayerConsumer = Callable[[Layer, Tensor, Tensor, Routed | None], None]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class ModelWorker:
         # After loading, so that what was replaced before or meanwhile is found.
         if settings.identity is not None:
             settings.identity.check(fingerprint_of(settings.model.path), ModelError)
+        if context.device != "meta":
+            check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}
         self._keeps_documents_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
@@ -191,14 +195,15 @@ class ModelWorker:
         Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied.
         """
 
-        def consume_masked(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+        def consume_masked(layer: Layer, a: Tensor, s: Tensor, routed: Routed | None) -> None:
             if batch.scored:
-                bias = layer.bias and ones
-                consume(layer, s_bto, with_ones(a_bti, batch.mask_bt, bias=bias, padded=batch.padded))
+                mask = batch.mask_bt if routed is None else routed.of(batch.mask_bt)
+                consume(layer, s, with_ones(a, mask, bias=layer.bias and ones, padded=batch.padded), routed)
 
+        whole = self.model.head_name in {layer.name for layer in layers}
         with capturing(self.model.module, layers, consume_masked):
             with self.span("forward", tokens=batch.ids_bt.numel()):
-                losses_b = sequence_losses(self.model, batch.ids_bt, batch.position_ids_bt, loss)
+                losses_b = sequence_losses(self.model, batch.ids_bt, batch.position_ids_bt, loss, whole=whole)
             with self.span("backward", tokens=batch.ids_bt.numel()):
                 backward(losses_b.sum())
         return losses_b.detach()

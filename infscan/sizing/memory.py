@@ -22,7 +22,8 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
 from infscan.influence.score import LayerQueries, Scratch, formed_at_once
-from infscan.model.architecture import Architecture, first_line, load_config, model_folder
+from infscan.model.architecture import Architecture, load_config, model_folder
+from infscan.model.family import first_line
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last

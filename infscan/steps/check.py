@@ -21,6 +21,7 @@ from infscan.engine.executor import Step
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
+from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
@@ -154,9 +155,9 @@ def scoring_twice(
     approximate_nq, batch_queries, columns = approximate
     exact_nq, full = exact
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        approximate_nq[rows] += score_layer(s_bto, a_bti, batch_queries[layer.name])[:, columns]
-        exact_nq[rows] += score_layer(s_bto, a_bti, full[layer.name])
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        approximate_nq[rows] += score_layer(s, a, batch_queries[layer.name], routed)[:, columns]
+        exact_nq[rows] += score_layer(s, a, full[layer.name], routed)
 
     return consume
 

@@ -25,8 +25,8 @@ def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: To
         ModelError: where documents are to be kept apart, and the model cannot.
         CorpusError: where a separator is needed that the model does not have.
     """
-    if config.attention is Attention.within and not architecture.takes_positions:
-        raise refusal(architecture.family)
+    if config.attention is Attention.within and (architecture.recurrent or not architecture.takes_positions):
+        raise refusal(architecture.family, architecture.recurrent)
     eos_id = _eos_id(config, architecture, tokenizer)
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)

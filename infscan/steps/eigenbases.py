@@ -17,7 +17,14 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import check_finite, eigenbasis
 from infscan.influence.layers import Layer
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes, write_tensors
-from infscan.steps.factor_files import FactorsPlan, block_keys, named_blocks, partial_path
+from infscan.steps.factor_files import (
+    FactorsPlan,
+    block_keys,
+    named_blocks,
+    partial_path,
+    pooled_path,
+    tokens_key,
+)
 from infscan.storage import Store
 
 
@@ -42,29 +49,74 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
+def pool_moments(factors: Store, plan: FactorsPlan, stack: str) -> None:
+    """The mean A and S of a stack's experts over all their tokens, in which experts that saw few have a part."""
+    path = pooled_path("covariance", stack)
+    if factors.exists(path):
+        return
+    totals: dict[str, Tensor] = {}
+    tokens = 0
+    for layer in _experts(plan, stack):
+        sums, count = _moment_sums(factors, plan, layer, ("A", "S"))
+        tokens += count
+        for key, total in sums.items():
+            totals[key] = total if key not in totals else totals[key] + total
+    write_tensors(factors, path, {key: total / max(tokens, 1) for key, total in totals.items()})
+
+
+@_one_thread()
 def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
     """A, S of one layer from their partial sums, with eigenvalues and eigenvectors; created if absent, never replaced.
 
     Raises:
         FactorsError: where a sum is NaN or infinite.
     """
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    moments = [("S", layer.name)] + ([("A", layer.name)] if layer.input_of == layer.name else [])
-    for kind, name in moments:
-        path = f"{kind}/{name}.safetensors"
+    for kind in ("S", "A") if layer.input_of == layer.name else ("S",):
+        path = f"{kind}/{layer.name}.safetensors"
         if factors.exists(path):
             continue
-        partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
-        tokens = sum(int(read_tensor(factors, partial, "tokens")) for partial in partials)
-        means = [_sum_in_order(factors, partials, f"{key}|{name}") / tokens for key in block_keys(kind, plan.blocks)]
+        sums, tokens = _moment_sums(factors, plan, layer, (kind,))
+        means = list(sums.values())
+        means = _shrunk(factors, layer, sums, tokens) if layer.stack else [total / tokens for total in means]
         moment = BlockDiagonal(tuple((block + block.T) / 2 for block in means))
-        values, vectors = eigenbasis(moment, f"{kind} of {name}")
+        values, vectors = eigenbasis(moment, f"{kind} of {layer.name}")
         digest = hashlib.sha256()
         for block in vectors.blocks:
             digest.update(block.numpy().tobytes())
         tensors = named_blocks(kind, moment) | named_blocks(f"Q_{kind}", vectors) | {"eigenvalues": values}
         facts = {"digest": digest.hexdigest(), "tokens": str(tokens)}
         factors.create(path, tensor_bytes(tensors, facts, path))
+
+
+def _moment_sums(
+    factors: Store, plan: FactorsPlan, layer: Layer, kinds: tuple[str, ...]
+) -> tuple[dict[str, Tensor], int]:
+    """The blocks of a layer's summed A or S by key, and the tokens that they are of."""
+    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
+    partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
+    counted = tokens_key(layer.name) if layer.stack else "tokens"
+    tokens = sum(int(read_tensor(factors, partial, counted)) for partial in partials)
+    keys = [key for kind in kinds for key in block_keys(kind, plan.blocks)]
+    return {key: _sum_in_order(factors, partials, f"{key}|{layer.name}") for key in keys}, tokens
+
+
+def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) -> list[Tensor]:
+    """An expert's moment with its stack's mean counted as n further tokens, n the moment's width: of few tokens the
+    mean's eigenvectors remain, of many its own (docs/method.md#ek-fac)."""
+    width = sum(len(total) for total in sums.values())
+    path = pooled_path("covariance", layer.stack)
+    return [
+        (total + width * read_tensor(factors, path, key)) / (tokens + width) for key, total in sums.items()
+    ]
+
+
+@_one_thread()
+def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
+    """The mean of Lambda over all experts of a stack, which their damping is of."""
+    experts = _experts(plan, stack)
+    total = sum(float(_lambda_sum(factors, plan, layer).sum(dtype=torch.float64)) for layer in experts)
+    mean = total / plan.selection.size / sum(layer.size for layer in experts)
+    write_tensors(factors, pooled_path("lambda", stack), {"mean": torch.tensor(mean, dtype=torch.float64)})
 
 
 @_one_thread()
@@ -77,16 +129,21 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         DamagedError: where a partial was made in other eigenbases than those in storage.
         FactorsError: where a sum is NaN or infinite.
     """
+    Lambda = _lambda_sum(factors, plan, layer) / plan.selection.size
+    check_finite([Lambda], f"Lambda of {layer.name}")
+    mean = {"stack_mean": read_tensor(factors, pooled_path("lambda", layer.stack), "mean")} if layer.stack else {}
+    facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
+    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda} | mean, facts)
+
+
+def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer) -> Tensor:
     group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
     partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
     expected = eigenbases_digest(factors, plan.group(group))
     for partial in partials:
         if read_facts(factors, partial)["eigenbases"] != expected:
             raise damaged(factors, partial, "it was summed in other eigenbases than those in A/ and S/")
-    Lambda = _sum_in_order(factors, partials, layer.name) / plan.selection.size
-    check_finite([Lambda], f"Lambda of {layer.name}")
-    facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
-    write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda}, facts)
+    return _sum_in_order(factors, partials, layer.name)
 
 
 def check_eigenbases(factors: Store, layers: tuple[Layer, ...]) -> None:
@@ -95,6 +152,10 @@ def check_eigenbases(factors: Store, layers: tuple[Layer, ...]) -> None:
         name = f"Lambda/{layer.name}.safetensors"
         if read_facts(factors, name).get("eigenbases") != eigenbases_digest(factors, (layer,)):
             raise damaged(factors, name, "it is of other eigenbases than those in A/ and S/")
+
+
+def _experts(plan: FactorsPlan, stack: str) -> list[Layer]:
+    return [layer for layer in plan.layers if layer.stack == stack]
 
 
 def _sum_in_order(factors: Store, partials: list[str], key: str) -> Tensor:

@@ -6,8 +6,8 @@ covariance/, lambda/   partial sums per (slice, layer group); removed when the f
 A/ S/ Lambda/          one safetensors file per layer (layers that share an input share the file in A/)
 factors.json           written last: its presence is the fact that the factors are complete
 
-Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda`; covariance/ has
-`tokens`, `A|<layer>` and `S|<layer>`; lambda/ has `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a
+Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda` (and `stack_mean` for an expert); covariance/ has
+`tokens`, `A|<layer>` and `S|<layer>`, and `tokens|<layer>` for an expert; lambda/ has `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a
 square tensor per block, the first under the matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the
 partial sums `A.1|<layer>`. `eigenvalues` goes through the blocks in order.
 """
@@ -59,6 +59,11 @@ class FactorsPlan:
     def blocks(self) -> int:
         """Diagonal blocks of every A and S; a plan that does not say has one."""
         return int(self.fields.get("blocks", 1))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks that experts among the layers lie in."""
+        return tuple(dict.fromkeys(layer.stack for layer in self.layers if layer.stack))
 
     def group(self, index: int) -> tuple[Layer, ...]:
         names = set(self.groups[index])
@@ -244,9 +249,19 @@ def partial_path(kind: str, group: int, slice_index: int) -> str:
     return f"{kind}/group-{group:03d}-slice-{slice_index:04d}.safetensors"
 
 
+def pooled_path(kind: str, stack: str) -> str:
+    """What the experts of a stack have together, beside the partial sums of a kind."""
+    return f"{kind}/pooled-{stack}.safetensors"
+
+
 def block_keys(key: str, blocks: int) -> list[str]:
     """The keys of a matrix's blocks: its own, then numbered ones."""
     return [key, *(f"{key}.{index}" for index in range(1, blocks))]
+
+
+def tokens_key(layer: str) -> str:
+    """Of a covariance partial: the tokens that went to an expert."""
+    return f"tokens|{layer}"
 
 
 def named_blocks(key: str, matrix: BlockDiagonal) -> dict[str, Tensor]:
@@ -263,6 +278,7 @@ def read_layer_factors(store: Store, layer: Layer, identity: Identity | None = N
     digests = _known_digests(store, identity)
     paths = f"A/{layer.input_of}.safetensors", f"S/{layer.name}.safetensors", f"Lambda/{layer.name}.safetensors"
     A, S, Lambda = (read_tensors(store, path, digests.get(path)) for path in paths)
+    mean = Lambda.pop("stack_mean", None)
     for kind, tensors in (("A", A), ("S", S), ("Lambda", Lambda)):
         check_finite(tensors.values(), f"{kind} of {layer.name}")
     return LayerFactors(
@@ -273,6 +289,7 @@ def read_layer_factors(store: Store, layer: Layer, identity: Identity | None = N
         A_eigenvalues=A["eigenvalues"],
         S_eigenvalues=S["eigenvalues"],
         Lambda=Lambda["Lambda"],
+        stack_mean=None if mean is None else float(mean),
     )
 
 

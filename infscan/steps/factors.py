@@ -26,9 +26,17 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
-from infscan.steps.eigenbases import check_eigenbases, decompose_layer, eigenbases_digest, finish_layer
+from infscan.steps.eigenbases import (
+    check_eigenbases,
+    decompose_layer,
+    eigenbases_digest,
+    finish_layer,
+    pool_lambda,
+    pool_moments,
+)
 from infscan.steps.factor_files import (
     COMPLETE,
     FactorsPlan,
@@ -41,6 +49,7 @@ from infscan.steps.factor_files import (
     named_blocks,
     partial_path,
     store_plan,
+    tokens_key,
 )
 from infscan.steps.inputs import Inputs
 from infscan.steps.labels import FitTask, Targets
@@ -135,8 +144,12 @@ def fit_factors(
     fitting = _Fitting(store, CorpusAddress.of(corpus), plan, labels, seed)
     try:
         fitting.sum_covariances(executor)
+        if plan.stacks:
+            executor.map_tasks(fitting.on_stacks("experts", pool_moments))
         executor.map_tasks(fitting.on_layers("eigenbasis", decompose_layer))
         fitting.sum_lambdas(executor)
+        if plan.stacks:
+            executor.map_tasks(fitting.on_stacks("damping", pool_lambda))
         executor.map_tasks(fitting.on_layers("factors", finish_layer))
         check_eigenbases(store, plan.layers)
         store.write_json(COMPLETE, complete(store, plan))
@@ -219,6 +232,13 @@ class _Fitting:
         )
 
 
+    def on_stacks(self, name: str, function: Callable[[Store, FactorsPlan, str], None]) -> TaskMap[str]:
+        """One task per stack of experts, as `on_layers`."""
+        return TaskMap(
+            name, "stacks", self.plan.stacks, function, lambda stack: (self.store, self.plan, stack), cores=0
+        )
+
+
 def covariance_task(worker: ModelWorker, task: FitTask) -> int:
     """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
 
@@ -241,6 +261,7 @@ def covariance_task(worker: ModelWorker, task: FitTask) -> int:
         for name, total in totals.items()
         for key, block in named_blocks(kind, mirror(total)).items()
     }
+    blocks |= {tokens_key(name): worker.reduce(count) for name, count in sums.tokens.items()}
     targets.store()
     counted = worker.reduce(counted)
     if worker.leads:
@@ -258,6 +279,8 @@ class CovarianceSums:
 
         self.A = {layer.name: zeros(layer.inputs) for layer in layers if layer.input_of == layer.name}
         self.S = {layer.name: zeros(layer.outputs) for layer in layers}
+        # Of experts, the tokens that went to each; every other layer sees all.
+        self.tokens = {layer.name: torch.zeros(1, dtype=torch.int64, device=device) for layer in layers if layer.stack}
 
     @property
     def nbytes(self) -> int:
@@ -268,12 +291,17 @@ class CovarianceSums:
         positions_bt = batch.positions()
         masked_bt1 = None if batch.loss_bt is None else ~positions_bt[..., None]
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-            if masked_bt1 is not None:
-                s_bto, a_bti = s_bto.masked_fill(masked_bt1, 0), a_bti.masked_fill(masked_bt1, 0)
-            add_second_moment(self.S[layer.name], s_bto)
+        def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+            positions, masked = positions_bt, masked_bt1
+            if routed is not None:
+                positions = routed.of(positions_bt)
+                masked = None if masked is None else routed.of(masked)
+                self.tokens[layer.name] += positions.sum()
+            if masked is not None:
+                s, a = s.masked_fill(masked, 0), a.masked_fill(masked, 0)
+            add_second_moment(self.S[layer.name], s)
             if layer.name in self.A:
-                add_second_moment(self.A[layer.name], a_bti, positions_bt if layer.bias else None)
+                add_second_moment(self.A[layer.name], a, positions if layer.bias else None)
 
         return consume
 
@@ -308,8 +336,10 @@ def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> d
 def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases) -> LayerConsumer:
     """Adds every sequence's squared gradient in the eigenbases."""
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        for mine in (slice(None),) if routed is None else (part for _, part in routed.segments()):
+            of_one = (s, a) if routed is None else (s[None, mine], a[None, mine])
+            add_squared_gradients(Lambda[layer.name], *of_one, *bases[layer.name])
 
     return consume
 

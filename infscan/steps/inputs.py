@@ -108,7 +108,7 @@ def open_inputs(config: Config) -> Inputs:
     Raises:
         InfscanError: for anything wrong with them.
     """
-    architecture = describe(config.model.path, config.model.tracked)
+    architecture = describe(config.model.path, config.model.tracked, attention=config.model.attention_implementation)
     tokenizer = load_tokenizer(architecture.folder)
     for corpus in (config.corpus, config.factors.corpus):
         input_files(corpus)

@@ -18,6 +18,7 @@ from infscan.corpus.tokenizer import Tokenizer
 from infscan.engine.executor import Step
 from infscan.errors import StorageError
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
 from infscan.results.schema import QUERIES, read_with_footer, to_parquet
@@ -90,8 +91,8 @@ def measure_task(worker: ModelWorker, task: MeasureTask) -> list[list[MeasuredPa
 def _measured(worker: ModelWorker, part: Part) -> MeasuredPart:
     squares: list[Tensor] = []
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        s_to, a_ti = s_bto[0].to(worker.wide), a_bti[0].to(worker.wide)
+    def consume(_layer: Layer, s: Tensor, a: Tensor, _routed: Routed | None) -> None:
+        s_to, a_ti = s.view(-1, s.shape[-1]).to(worker.wide), a.view(-1, a.shape[-1]).to(worker.wide)
         # |sum_t s_t a_t^T|^2 = sum over t, u of (s_t . s_u)(a_t . a_u), without forming the gradient.
         squares.append(((s_to @ s_to.T) * (a_ti @ a_ti.T)).sum())
 

@@ -19,6 +19,7 @@ from infscan.errors import QueryError
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.routed import Routed
 from infscan.model.losses import Loss
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.queries import Part, Query
@@ -96,17 +97,27 @@ def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence
         parts: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
         for part in query.parts:
 
-            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, parts: dict[str, list[Tokens]] = parts) -> None:
-                parts[layer.name].append(Tokens(s_bto[0].to(worker.wide), a_bti[0].to(worker.wide)))
+            def consume(
+                layer: Layer, s: Tensor, a: Tensor, _: Routed | None, parts: dict[str, list[Tokens]] = parts
+            ) -> None:
+                s_to, a_ti = s.view(-1, layer.outputs), a.view(-1, layer.inputs)
+                parts[layer.name].append(Tokens(s_to.to(worker.wide), a_ti.to(worker.wide)))
 
             backward_of_part(worker, part, layers, consume)
-        for name, tokens in parts.items():
-            whole = Tokens(torch.cat([one.s_to for one in tokens]), torch.cat([one.a_ti for one in tokens]))
-            found[name].append(whole)
+        for layer in layers:
+            found[layer.name].append(_joined(layer, parts[layer.name], worker))
     for name, mine in found.items():
         finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in mine])
         check_finite(name, queries, finite)
     return found
+
+
+def _joined(layer: Layer, parts: Sequence[Tokens], worker: ModelWorker) -> Tokens:
+    """The tokens of all parts; none of an expert that no token goes to."""
+    if not parts:
+        like = torch.empty(0, dtype=worker.wide, device=worker.device)
+        return Tokens(like.new_empty(0, layer.outputs), like.new_empty(0, layer.inputs))
+    return Tokens(torch.cat([one.s_to for one in parts]), torch.cat([one.a_ti for one in parts]))
 
 
 def backward_of_part(worker: ModelWorker, part: Part, layers: Sequence[Layer], consume: LayerConsumer) -> Tensor:
@@ -161,7 +172,8 @@ def layer_factors(
     if inverse.solver is Solver.identity:
         return None
     factors = read_layer_factors(inverse.factors, layer, inverse.identity).to(device)
-    lam = damping(factors.Lambda, inverse.damping.relative, inverse.damping.absolute, layer.name)
+    asked = inverse.damping
+    lam = damping(factors.Lambda, asked.relative, asked.absolute, layer.name, factors.stack_mean)
     # A relative damping is of Lambda alone.
     return factors.to(device, dtype), lam + inverse.alpha
 

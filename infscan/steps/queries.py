@@ -282,7 +282,9 @@ def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: QueryBa
     known = layer_factors(task.inverse, layer, worker.device, worker.wide)
     factors = known[0] if known and task.compression is Compression.weighted else None
     weights = worker.to_device(task.weights)
-    found = shared_basis(U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens, task.entries)
+    found = shared_basis(
+        U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens * layer.share, task.entries
+    )
     if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries):
         found = None
     write_tensors(task.store, task.name, basis_to_arrays(found), {"fingerprint": task.fingerprint})

@@ -19,7 +19,8 @@ from infscan.corpus.sequences import Sequence
 from infscan.engine.executor import Step
 from infscan.errors import DamagedError
 from infscan.influence.layers import Layer
-from infscan.influence.score import score_tokens
+from infscan.influence.routed import Routed
+from infscan.influence.score import score_routed_tokens, score_tokens
 from infscan.influence.standings import Hits
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
@@ -186,7 +187,7 @@ def score_pairs(
     """s_t^T P_q a_t of every wanted pair, layer by layer, handed to `keep` once for each layer and pair.
 
     P: [Q, O, I] by layer, full rank. scores_nt: [n, T of the micro-batch], float32 or wider, zero on padding; each rank
-    of a group keeps its own micro-batches' pairs.
+    of a group keeps its own micro-batches' pairs. An expert that no token of a micro-batch goes to is not handed over.
     """
     first = np.cumsum([0, *map(len, wanted)]).tolist()
     for batch in worker.batches(sequences, tokens_per_batch):
@@ -201,9 +202,13 @@ def score_pairs(
 def pair_scoring(index: Mapping[int, Tensor], P: Mapping[str, Tensor], keep: Keep) -> LayerConsumer:
     """Scores a micro-batch's pairs, layer by layer. index: by query, int64 [2, n]: rows of the batch, and pairs."""
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
         for query, (places, pairs_n) in index.items():
-            keep(layer, pairs_n, score_tokens(s_bto[places], a_bti[places], P[layer.name][query]))
+            P_oi = P[layer.name][query]
+            if routed is None:
+                keep(layer, pairs_n, score_tokens(s[places], a[places], P_oi))
+            else:
+                keep(layer, pairs_n, score_routed_tokens(s, a, P_oi, routed, places))
 
     return consume
 

@@ -22,6 +22,7 @@ from infscan.engine.executor import Step
 from infscan.errors import DamagedError, RunError
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
+from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.model.worker import LayerConsumer, ModelWorker
@@ -251,7 +252,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> S
 def scoring(scores_bq: Tensor, queries: Mapping[str, LayerQueries]) -> LayerConsumer:
     """Adds every layer's scores of a micro-batch to scores_bq, [B, Q]."""
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        scores_bq.add_(score_layer(s_bto, a_bti, queries[layer.name]))
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        scores_bq.add_(score_layer(s, a, queries[layer.name], routed))
 
     return consume

@@ -11,6 +11,7 @@ from torch import Tensor
 from infscan.corpus import sequences as corpus
 from infscan.errors import ConfigError
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.model.losses import Loss
 from infscan.model.measure import next_tokens, uniforms
 from infscan.model.worker import ModelWorker
@@ -54,10 +55,14 @@ def sampled_fisher(
         ids = np.asarray([sequences[row].sequence_id for row in batch.rows], np.int64)
         for draw in range(draws):
             numbers_bt = rank.to_device(uniforms(seed + draw, ids, batch.ids_bt.shape[1]))
-            by_layer: dict[str, Tensor] = {}
+            none_b = torch.zeros(len(batch.ids_bt), 1, dtype=rank.model.dtype, device=rank.device)
+            by_layer = {layer.name: none_b.expand(-1, layer.size) for layer in rank.layers if layer.stack}
 
-            def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, into: dict[str, Tensor] = by_layer) -> None:
-                into[layer.name] = (s_bto.transpose(1, 2) @ a_bti).flatten(1)
+            def consume(
+                layer: Layer, s: Tensor, a: Tensor, routed: Routed | None, into: dict[str, Tensor] = by_layer
+            ) -> None:
+                g_boi = s.transpose(1, 2) @ a if routed is None else routed.gradients(s, a)
+                into[layer.name] = g_boi.flatten(1)
 
             rank.backward(batch, rank.layers, Loss(labels_bt, weights_bt, numbers_bt), consume)
             waiting.append(torch.cat([by_layer[layer.name] for layer in rank.layers], dim=1).to(rank.wide))

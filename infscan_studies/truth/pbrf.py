@@ -89,4 +89,4 @@ def dampings_of(
     factors: Mapping[str, LayerFactors], relative: float = 0.1, absolute: float | None = None
 ) -> dict[str, float]:
     """lambda_l of fitted factors, as the estimator has it."""
-    return {name: damping(layer.Lambda, relative, absolute, name) for name, layer in factors.items()}
+    return {name: damping(each.Lambda, relative, absolute, name, each.stack_mean) for name, each in factors.items()}

@@ -43,4 +43,4 @@ def make_factors(
 
 def tensors_of(factors: LayerFactors) -> list[Tensor]:
     parts = [value.blocks if isinstance(value, BlockDiagonal) else (value,) for value in vars(factors).values()]
-    return [tensor for part in parts for tensor in part]
+    return [tensor for part in parts for tensor in part if isinstance(tensor, Tensor)]

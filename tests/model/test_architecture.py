@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from infscan.errors import ModelError
-from infscan.model.architecture import build_on_meta, describe, refuse_encoder, tracked_layers, weight_files
+from infscan.model.architecture import describe, weight_files
+from infscan.model.family import build_on_meta, refuse_encoder
+from infscan.model.tracked import tracked_layers
 from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
 from tests.steps.runs import tiny_model
 

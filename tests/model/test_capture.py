@@ -53,7 +53,7 @@ def captured(
     """(a, s) by layer, a as the module sees it; each layer must be seen exactly once."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
         assert layer.name not in found
         found[layer.name] = (a_bti, s_bto)
 
@@ -147,14 +147,14 @@ def test_nothing_is_left_behind(subject: Subject) -> None:
         assert not parameter.requires_grad
 
 
-def _fail(_layer: Layer, _a_bti: Tensor, _s_bto: Tensor) -> None:
+def _fail(_layer: Layer, _a_bti: Tensor, _s_bto: Tensor, _routed: object) -> None:
     raise RuntimeError("a consumer's own error")
 
 
 def test_one_context_serves_several_batches(subject: Subject) -> None:
     layers = subject.layers("linear").layers
     seen: list[str] = []
-    with capturing(subject.model.module, layers, lambda layer, a_bti, s_bto: seen.append(layer.name)):
+    with capturing(subject.model.module, layers, lambda layer, a_bti, s_bto, _routed: seen.append(layer.name)):
         for sequence in SEQUENCES:
             ids_bt, mask_bt = batch([sequence])
             backward(summed_losses(subject.model.logits(ids_bt), *next_tokens(ids_bt, mask_bt)).sum())

@@ -30,7 +30,7 @@ def capture(model: LoadedModel, layers: tuple[Layer, ...], ids_bt: Tensor, weigh
     found: Captured = {}
     everything = torch.ones_like(ids_bt, dtype=torch.bool)
 
-    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
         found[layer.name] = (with_ones(a_bti, everything, bias=layer.bias), s_bto)
 
     targets_bt, _ = next_tokens(ids_bt, everything)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from infscan.config import Dtype, ModelConfig
 from infscan.errors import ModelError
-from infscan.model.architecture import build_on_meta, load_config
-from infscan.model.load import _checkpoint_tensors, load, resolve_dtype
+from infscan.model.architecture import load_config
+from infscan.model.checkpoint import Checkpoint
+from infscan.model.family import build_on_meta
+from infscan.model.load import load, resolve_dtype
 from infscan.model.loaded import LoadedModel, RankContext
 from tests.model.families import CONFIGS, save
 
@@ -103,7 +105,7 @@ def test_a_pickle_beside_safetensors_is_never_opened(tmp_path: Path) -> None:
 def test_the_sharded_loader_sees_every_tensor_under_its_module_path(family: str, tmp_path: Path) -> None:
     folder = save(family, tmp_path)
     module = build_on_meta(load_config(folder))
-    found = dict(_checkpoint_tensors(module, folder))
+    found = dict(Checkpoint.of(folder, module).tensors())
     parameters = dict(module.named_parameters())
     assert found.keys() == parameters.keys()
     assert all(found[name].shape == parameter.shape for name, parameter in parameters.items())
@@ -119,4 +121,4 @@ def test_the_unembedding_of_an_older_checkpoint_is_found(tmp_path: Path) -> None
     weights["embed_out.weight"] = weights.pop(head)
     save_file(weights, path, metadata={"format": "pt"})
     assert torch.equal(loaded(folder).logits(torch.arange(6).view(1, 6)), before)
-    assert "lm_head.weight" in dict(_checkpoint_tensors(build_on_meta(load_config(folder)), folder))
+    assert "lm_head.weight" in Checkpoint.of(folder, build_on_meta(load_config(folder))).sources

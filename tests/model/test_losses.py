@@ -51,7 +51,7 @@ def gradients(model: LoadedModel, forward: Callable[[], Tensor]) -> tuple[Tensor
     """Losses [B], and the gradient at every linear layer that a scan would track."""
     found: list[Tensor] = []
     layers = describe(model.module.name_or_path, "linear").layers
-    with capturing(model.module, layers, lambda _layer, _a, s_bto: found.append(s_bto.clone())):
+    with capturing(model.module, layers, lambda _layer, _a, s_bto, _routed: found.append(s_bto.clone())):
         losses_b = forward()
         backward(losses_b.sum())
     return losses_b.detach(), found

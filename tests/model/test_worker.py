@@ -65,7 +65,7 @@ def test_padding_is_zero_in_what_is_consumed(rank: ModelWorker) -> None:
     [batch] = rank.batches(sequences([3, 5]), 60)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object) -> None:
         seen[layer.name] = (s_bto, a_bti)
 
     rank.backward(batch, rank.layers, batch.loss(), consume)

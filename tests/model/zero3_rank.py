@@ -42,7 +42,7 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: b
     positions_bt = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2) if within and rank == 0 else None
     found: dict[str, Tensor] = {}
 
-    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor) -> None:
+    def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
         found[f"{layer.name}|a"], found[f"{layer.name}|s"] = a_bti.clone(), s_bto.clone()
 
     for _ in range(2):  # a second pass re-gathers what the first released

@@ -126,7 +126,7 @@ def by_hand(rank: ModelWorker, sequence: Sequence, labels: dict[int, int]) -> di
             if start + t in labels:
                 loss.labels_bt[0, t], loss.weights_bt[0, t] = labels[start + t], 1
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object) -> None:
             parts[layer.name].append((s_bto[0].clone(), a_bti[0].clone()))
 
         rank.backward(Batch(np.arange(1), ids, torch.ones_like(ids, dtype=torch.bool)), rank.layers, loss, consume)

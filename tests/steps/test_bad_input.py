@@ -300,7 +300,7 @@ def test_wrong_s3_credentials_end_before_the_model_is_looked_at(
     folder: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch, no_ray: None
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
-    monkeypatch.setattr(infscan.steps.inputs, "describe", lambda *_: pytest.fail("the model was looked at first"))
+    monkeypatch.setattr(infscan.steps.inputs, "describe", lambda *_, **__: pytest.fail("the model was looked at first"))
     said = refusal(small_run(folder, f"output={s3.uri()}"), StorageError)
     assert_says(said, f"s3://{s3.name}", "refused access", "check the credentials")
     assert "not-the-secret-at-all" not in said

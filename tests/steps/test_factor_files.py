@@ -19,7 +19,8 @@ from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
-from infscan.model.architecture import build_on_meta, tracked_layers
+from infscan.model.family import build_on_meta
+from infscan.model.tracked import tracked_layers
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, write_tensors
 from infscan.steps.factor_files import COMPLETE, PLAN, FactorsPlan, layer_groups, read_factors

@@ -82,7 +82,7 @@ def by_hand(rank: ModelWorker, sequence: Sequence, terms: list[tuple[int, int]])
     for t, label in terms:
         loss.labels_bt[0, t], loss.weights_bt[0, t] = label, 1
 
-    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+    def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object) -> None:
         found[layer.name] = (s_bto[0].clone(), a_bti[0].clone())
 
     rank.backward(batch, rank.layers, loss, consume)
@@ -128,7 +128,7 @@ def test_a_sequences_gradient_is_of_its_loss_alone(rank: ModelWorker, tmp_path: 
     losses = np.zeros(len(sequences))
     for batch in rank.batches(sequences, 64):
 
-        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, batch: Batch = batch) -> None:
+        def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor, _routed: object, batch: Batch = batch) -> None:
             for place, row in enumerate(batch.rows.tolist()):
                 found[row, layer.name] = s_bto[place].T @ a_bti[place]
 

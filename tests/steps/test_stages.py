@@ -149,7 +149,7 @@ def test_the_chain_is_the_dense_one(
     wanted = np.zeros((len(ids), len(QUERIES)))
     for batch in first.batches(stages[0].corpus.read(ids), 256):
 
-        def consume(layer, s_bto, a_bti, batch=batch) -> None:  # type: ignore[no-untyped-def]
+        def consume(layer, s_bto, a_bti, _routed, batch=batch) -> None:  # type: ignore[no-untyped-def]
             g = (s_bto.transpose(1, 2) @ a_bti).flatten(1).numpy()
             wanted[batch.rows] += g @ expected[layer.name].T
 

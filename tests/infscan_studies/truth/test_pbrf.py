@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from infscan.errors import ConfigError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer, LayerFactors
-from infscan.model.architecture import tracked_layers
+from infscan.model.tracked import tracked_layers
 from infscan.queries import Part, Query
 from infscan_studies.truth.minimise import DenseCoordinates, LayerCoordinates, Optimiser, PbrfSettings
 from infscan_studies.truth.pbrf import both_ways, respond
