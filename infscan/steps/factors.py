@@ -111,8 +111,8 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         layers=layers,
         selection=selection,
         slices=slice_bounds(selection.size, settings.slices),
-        groups=layer_groups(layers, settings.max_group_bytes, settings.blocks),
-        tokens_per_batch=config.scan.tokens_per_batch,
+        groups=layer_groups(layers, config.group_bytes, settings.blocks),
+        tokens_per_batch=config.tokens_per_batch,
     )
 
 
