@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
 
-.PHONY: demo demo-stages test test-slow bench bench-rivals bench-truth check format clean
+.PHONY: demo demo-stages test test-slow test-gpu bench bench-rivals bench-truth check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ test: check
 test-slow: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/pytest -m slow
+
+# On a machine with a GPU: the tests that need one, then the kit, whose verify.json `infscan plan` reads (docs/gpu.md).
+test-gpu: $(READY)
+	$(BIN)/pytest -m gpu tests/gpu
+	$(BIN)/python tests/gpu/verify.py --out runs/gpu
 
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py

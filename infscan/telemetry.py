@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from infscan.secrets import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger("infscan")
 _INTERVAL_S = 10.0
@@ -62,6 +61,8 @@ class _Shown(logging.Filter):
 
 def console() -> Console:
     """Where people look: standard error, so that standard output stays for results."""
+    from rich.console import Console
+
     return Console(stderr=True, soft_wrap=True)
 
 
@@ -77,6 +78,8 @@ def configure_logs(level: int = logging.INFO, *, run: str | None = None, json_li
         handler = logging.StreamHandler()
         handler.setFormatter(JsonLines(**({"run": run} if run else {})))
     elif sys.stderr.isatty():
+        from rich.logging import RichHandler
+
         handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     else:
         handler = logging.StreamHandler()
@@ -211,6 +214,8 @@ class PhaseView:
 
 class _Live(PhaseView):
     def __enter__(self) -> PhaseView:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<11}"),
@@ -219,7 +224,7 @@ class _Live(PhaseView):
         )
         self.progress = Progress(*columns, console=console(), transient=True)
         self.progress.start()
-        self.task: TaskID = self.progress.add_task(self.phase.name, total=self.phase.units, line="")
+        self.task = self.progress.add_task(self.phase.name, total=self.phase.units, line="")
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -276,7 +276,7 @@ def coordinates_of(
 
     def dense() -> DenseCoordinates:
         G_pp = sampled_fisher(
-            rank, study.curvature, draws=truth.draws, seed=config.seed, tokens_per_batch=config.scan.tokens_per_batch
+            rank, study.curvature, draws=truth.draws, seed=config.seed, tokens_per_batch=config.tokens_per_batch
         ).to(dtype)
         return DenseCoordinates(G_pp, damping_vector(rank.layers, dampings, G_pp))
 

@@ -7,6 +7,7 @@ from infscan.config.paths import absolute, stage_output
 from infscan.config.schema import (
     MISSING,
     MOST_RANK,
+    ON_A_CPU,
     Attention,
     AttentionImplementation,
     Backend,
@@ -20,6 +21,7 @@ from infscan.config.schema import (
     IterationConfig,
     Labels,
     LogFormat,
+    Matmul,
     Measure,
     ModelConfig,
     Offload,
@@ -40,6 +42,7 @@ from infscan.config.stored import from_yaml, stored_config, to_yaml
 __all__ = [
     "MISSING",
     "MOST_RANK",
+    "ON_A_CPU",
     "Attention",
     "AttentionImplementation",
     "Backend",
@@ -53,6 +56,7 @@ __all__ = [
     "IterationConfig",
     "Labels",
     "LogFormat",
+    "Matmul",
     "Measure",
     "ModelConfig",
     "Offload",

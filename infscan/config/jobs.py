@@ -30,8 +30,10 @@ class TfidfJob(Config):
 class PlanConfig:
     device: str | None = None
     """A GPU of the table in docs/sizing.md, such as `h100`; ranks are then planned on it, one each."""
-    utilisation: float = 0.4
-    """Share of the device's peak that is reached."""
+    utilisation: float | None = None
+    """Share of the device's peaks that is reached in everything; null is the table's shares, by what is multiplied."""
+    calibration: str | None = None
+    """verify.json, which tests/gpu/verify.py writes on a card: its measured rates take the place of the table's."""
     tokens_per_s: float | None = None
     """Tokens per second that one worker scans, measured; in place of device and utilisation."""
     like: str | None = None

@@ -86,6 +86,13 @@ class Solver(StrEnum):
         return self in (Solver.cg, Solver.astra)
 
 
+class Matmul(StrEnum):
+    """How a GPU multiplies what is in float32: exactly, or in TF32 on tensor cores."""
+
+    exact = "exact"
+    tf32 = "tf32"
+
+
 class Compression(StrEnum):
     weighted = "weighted"
     plain = "plain"
@@ -318,10 +325,20 @@ class FactorsConfig:
     """Slices of the fitted sequences: the unit of work and of retry of a fit."""
     blocks: int = 1
     """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
-    max_group_bytes: int = 8 << 30
-    """Bytes of factors that a rank holds at once; layers beyond them take another pass."""
+    max_group_bytes: int | None = None
+    """Bytes of factors that a rank holds at once; layers beyond them take another pass. null is what a GPU has left
+    beside the model, and 8 GiB on a CPU."""
+    matmul: Matmul = Matmul.exact
+    """How a GPU multiplies float32 in Lambda, rotations and refining: `exact`, or in `tf32`, on tensor cores, to about
+    three digits (docs/gpu.md). A CPU is always exact."""
 
 
+# What a device's memory settles, and a CPU's value of it.
+ON_A_CPU = {
+    "factors.max_group_bytes": 8 << 30,
+    "scan.query_group_bytes": 4 << 30,
+    "scan.tokens_per_batch": 4096,
+}
 # scan.rank=auto: every query and layer may have ranks up to this one.
 MOST_RANK = 32
 
@@ -365,8 +382,9 @@ class ScanConfig:
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     scores: Scores = Scores.top
     """`all` also writes every sequence's score for every query (4 bytes each)."""
-    tokens_per_batch: int = 4096
-    """Padded tokens in one micro-batch."""
+    tokens_per_batch: int | None = None
+    """Padded tokens in one micro-batch. null goes by a GPU's memory, and is 4,096 on a CPU; a run that is resumed keeps
+    its own."""
     shard_sequences: int | None = None
     """Sequences of one shard; null goes by the size of the corpus."""
     allow_quarantined: int = 0
@@ -375,8 +393,9 @@ class ScanConfig:
     """Share of sequences whose scores may be NaN or infinite."""
     check_sequences: int = 256
     """Sequences of the sample on which compressed scores are compared with full-rank ones; below 3 skips the check."""
-    query_group_bytes: int = 4 << 30
-    """Bytes of full-rank query gradients, or of query matrices, that a rank holds at once."""
+    query_group_bytes: int | None = None
+    """Bytes of full-rank query gradients, or of query matrices, that a rank holds at once. null is what a GPU has left
+    beside the model, and 4 GiB on a CPU."""
 
 
 @dataclass
@@ -464,6 +483,21 @@ class Config:
     def alpha(self) -> float:
         """alpha_j of the stage that is scanned; 0 for the first."""
         return (self.stages[self.scan.stage - 1].alpha or 0.0) if self.stages else 0.0
+
+    @property
+    def group_bytes(self) -> int:
+        """factors.max_group_bytes, once it is settled (`infscan.sizing.sizes`); what a CPU has where it is not."""
+        return self.factors.max_group_bytes or ON_A_CPU["factors.max_group_bytes"]
+
+    @property
+    def query_group_bytes(self) -> int:
+        """scan.query_group_bytes, in the same way."""
+        return self.scan.query_group_bytes or ON_A_CPU["scan.query_group_bytes"]
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """scan.tokens_per_batch, in the same way."""
+        return self.scan.tokens_per_batch or ON_A_CPU["scan.tokens_per_batch"]
 
     @property
     def candidates(self) -> int:

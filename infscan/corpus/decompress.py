@@ -7,13 +7,16 @@ import io
 import zlib
 from typing import Any, BinaryIO, cast
 
-import zstandard
-
 from infscan.errors import BadFileError
+
+
+class ZstdDamageError(Exception):
+    """A zstd stream cannot be decompressed."""
+
 
 COMPRESSIONS = (".gz", ".zst")
 # What a damaged stream raises while it is read.
-DAMAGES = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+DAMAGES = (EOFError, gzip.BadGzipFile, zlib.error, ZstdDamageError)
 _READ_BYTES = 1 << 20
 # A zstd block of 4 bytes can stand for 128 KiB: a bite of 1 KiB gives at most 32 MiB.
 _ZSTD_BITE = 1 << 10
@@ -52,7 +55,11 @@ class _ZstdReader(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO) -> None:
+        # Only who reads such a file needs it.
+        import zstandard
+
         self._stream = stream
+        self._broken = zstandard.ZstdError
         self._context = zstandard.ZstdDecompressor()
         self._frame: Any = None
         self._compressed = b""
@@ -71,7 +78,10 @@ class _ZstdReader(io.RawIOBase):
                     return 0
             if self._frame is None:
                 self._frame = self._context.decompressobj()
-            self._plain = memoryview(self._frame.decompress(self._compressed))
+            try:
+                self._plain = memoryview(self._frame.decompress(self._compressed))
+            except self._broken as error:
+                raise ZstdDamageError(str(error)) from error
             self._compressed = b""
             if self._frame.eof:
                 self._compressed = self._frame.unused_data

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from infscan.corpus.files import file_name
 from infscan.corpus.in_place import InPlace, document_spans
@@ -182,6 +181,9 @@ class ShardReader:
 
 
 def _decompressed(shard: Shard) -> bytes:
+    # Only who reads such a shard needs it.
+    import zstandard
+
     data = read_range(shard.file.uri, 0, shard.file.size)
     try:
         whole = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True).read(shard.raw_bytes + 1)

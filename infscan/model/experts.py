@@ -204,9 +204,7 @@ def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[
     return out_so if instead is None else instead
 
 
-def _linear(
-    a_si: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...], transposed: bool
-) -> Tensor:
+def _linear(a_si: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...], transposed: bool) -> Tensor:
     """W_e a (+ b_e) for every expert's tokens; `transposed`: the stack is [E, I, O]."""
     parts = []
     for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):

@@ -27,12 +27,13 @@ class Dry(TorchDispatchMode):
     """What ran within `dry()`.
 
     live, peak: bytes of tensors made there that are, or at most were, alive at once. flop: floating-point operations
-    of matrix products and attention, a multiply-add as two; attention is counted whole, as if it were not causal.
+    of matrix products and attention, a multiply-add as two; attention is counted whole, as if it were not causal. own:
+    of them, what was done within `owned`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flop = 0
+        self.live = self.peak = self.flop = self.own = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +47,13 @@ class Dry(TorchDispatchMode):
         for tensor in _tensors(out):
             self._made(tensor)
         return out
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """What is done within is a pass's own, beside the model's forward and backward."""
+        before = self.flop
+        yield
+        self.own += self.flop - before
 
     def _made(self, tensor: Tensor) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
-from infscan.config import Config, Solver, plain
+from infscan.config import Config, Matmul, Solver, plain
 from infscan.influence.layers import Layer
+from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
-from infscan.steps.factor_files import layer_groups
+from infscan.steps.factor_files import layer_groups, partial_bytes
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.volume import FactorFiles, query_files
 
-# Multiply-adds of LAPACK's symmetric eigensolver with vectors, in units of n^3 (float64, on a CPU core).
+# Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
 _EIGH = 9
 # Blocks of the Krylov truncation that a query's compression takes, and its columns beyond the rank.
 _KRYLOV_BLOCKS, _OVERSAMPLING = 3, 8
@@ -36,34 +37,6 @@ class Counted:
     how: str = "exact"
     slices: tuple[tuple[int, int], ...] = ()
     prepared_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Work:
-    """One phase. flop: on the ranks' devices; cpu_flop: float64, on CPU cores. seconds: with all workers; None where
-    neither a device nor a rate says it."""
-
-    name: str
-    sequences: int
-    tokens: int
-    flop: float
-    cpu_flop: float = 0.0
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What turns work into time: a peak and the share of it that is reached, or a measured rate of the scan.
-
-    flops: of one rank. tokens_per_s: of one worker's scan; other phases go by their FLOP. refine_speed: the refining
-    dtype's peak over the scan's. measured: by phase, of a finished run: (tokens or sequences per second and worker, or
-    None; seconds, where nothing is counted).
-    """
-
-    flops: float | None = None
-    refine_speed: float = 1.0
-    tokens_per_s: float | None = None
-    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,62 +97,136 @@ class Estimate:
         )
 
 
-def work_of(
-    config: Config,
-    layers: Sequence[Layer],
-    costs: Mapping[str, PassCost],
-    queries: int,
-    query_tokens: int,
-    scanned: Counted,
-    fitted: Counted | None,
-) -> list[Work]:
-    """Every phase's sequences, tokens and FLOP. fitted: None where factors are reused or there are none."""
+@dataclass(frozen=True)
+class Dtypes:
+    """What a run multiplies in: its model, where it scores again, and its queries; and whether on a GPU."""
 
-    def work(name: str, sequences: int, tokens: int, times: int = 1) -> Work:
-        return Work(name, times * sequences, times * tokens, times * tokens * costs[name].flop_per_token)
+    model: str
+    refine: str
+    queries: str
+    gpu: bool
 
+    def products(self, name: str, config: Config) -> str:
+        """How a pass multiplies what it adds to the model's forward and backward (`Rates.products`)."""
+        if name == "scan":
+            return self.queries
+        if name == "covariance":
+            return "moments" if self.gpu and self.model == "bfloat16" else "float32"
+        return "tf32" if self.gpu and config.factors.matmul is Matmul.tf32 else "float32"
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """A run as its phases are counted."""
+
+    config: Config
+    layers: Sequence[Layer]
+    costs: Mapping[str, PassCost]
+    dtypes: Dtypes
+    parameters: int = 0
+    shards: int = 0
+
+    def work(self, name: str, sequences: int, tokens: int, times: int = 1) -> Work:
+        """A pass that goes over the same tokens so many times, forward and back each time."""
+        cost = self.costs[name]
+        own = tokens * cost.own_flop_per_token
+        # A dry run's own part is of the largest layer group. Over all of them, every layer counts once.
+        own *= self.share_of_largest if name in ("covariance", "lambda") else times
+        forward = times * tokens * (cost.flop_per_token - cost.own_flop_per_token)
+        return self.priced(Work(name, times * sequences, times * tokens, forward + own, own_flop=own))
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        factors = self.config.factors
+        return layer_groups(self.layers, self.config.group_bytes, factors.blocks)
+
+    @property
+    def share_of_largest(self) -> float:
+        """All layers' products of a factors' pass over those of the largest group."""
+        by_name = {layer.name: layer for layer in self.layers}
+
+        def products(names: Sequence[str]) -> int:
+            return sum(by_name[n].outputs ** 2 + by_name[n].inputs ** 2 + by_name[n].size for n in names)
+
+        sizes = [products(names) for names in self.groups]
+        return sum(sizes) / max(sizes)
+
+    def priced(self, work: Work) -> Work:
+        """With what it moves and waits for."""
+        dtype = self.dtypes.refine if work.name == "refine" else self.dtypes.model
+        return replace(
+            work, dtype=dtype, products=self.dtypes.products(work.name, self.config), gathered=self._gathered(work)
+        )
+
+    def _gathered(self, work: Work) -> float:
+        """Weights that each rank of a sharded worker receives: once forward and once back in a micro-batch, and once
+        more where activations are made again."""
+        config, ranks = self.config, self.config.cluster.ranks_per_worker
+        if ranks < 2:
+            return 0.0
+        batches = work.tokens / config.tokens_per_batch / config.cluster.num_workers / ranks
+        times = 3 if config.model.gradient_checkpointing else 2
+        itemsize = 4 if self.dtypes.model == "float32" else 2
+        return batches * times * self.parameters * itemsize * (ranks - 1) / ranks
+
+
+def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fitted: Counted | None) -> list[Work]:
+    """Every phase's sequences, tokens, FLOP and bytes. fitted: None where factors are reused or there are none."""
+    config, layers, work = run.config, run.layers, run.work
     found: list[Work] = []
     if fitted is not None and config.factors.solver is not Solver.identity:
-        groups = len(layer_groups(layers, config.factors.max_group_bytes, config.factors.blocks))
-        blocks = config.factors.blocks
-        sizes = [layer.outputs for layer in layers]
-        sizes += [layer.inputs for layer in layers if layer.input_of == layer.name]
-        found.append(work("covariance", fitted.sequences, fitted.tokens, groups))
-        found.append(Work("eigenbasis", 0, 0, 0.0, cpu_flop=math.fsum(_EIGH * n**3 / blocks**2 for n in sizes)))
-        found.append(work("lambda", fitted.sequences, fitted.tokens, groups))
+        found += _fitting(run, fitted)
     if not queries:
         return found
-    found.append(Work("queries", queries, query_tokens, _query_flop(config, layers, costs, queries, query_tokens)))
-    groups_of_queries, grouped = query_groups(queries, layers, config.scan.query_group_bytes)
+    flop, own = _query_flop(config, layers, run.costs, queries, query_tokens)
+    found.append(run.priced(Work("queries", queries, query_tokens, flop, own_flop=own)))
+    groups_of_queries, grouped = query_groups(queries, layers, config.query_group_bytes)
     cells = len(groups_of_queries) * len(grouped)
     if config.scan.rank is not None and config.scan.check_sequences >= 3:
         checked = min(config.scan.check_sequences, scanned.sequences)
         found.append(work("check", checked, _share(scanned, checked), cells))
-    found.append(work("scan", scanned.sequences, scanned.tokens))
-    found.append(_refining(config, layers, costs, queries, scanned, len(groups_of_queries), len(grouped)))
+    found.append(replace(work("scan", scanned.sequences, scanned.tokens), units=run.shards))
+    found.append(run.priced(_refining(run, queries, scanned, len(groups_of_queries), len(grouped))))
     return found
 
 
-def _refining(
-    config: Config,
-    layers: Sequence[Layer],
-    costs: Mapping[str, PassCost],
-    queries: int,
-    scanned: Counted,
-    query_groups: int,
-    layer_groups: int,
-) -> Work:
+def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
+    """The passes over the factors' corpus, once for each layer group, and what is between them."""
+    config, layers = run.config, run.layers
+    blocks, slices = config.factors.blocks, max(1, len(fitted.slices))
+    sizes = [layer.outputs for layer in layers]
+    sizes += [layer.inputs for layer in layers if layer.input_of == layer.name]
+    Lambda = 4.0 * slices * sum(layer.size for layer in layers)
+    moments = partial_bytes(layers, blocks, slices) - Lambda
+    eigh = math.fsum(_EIGH * n**3 / blocks**2 for n in sizes)
+    again = len(run.groups)
+    covariance, lam = (run.work(name, fitted.sequences, fitted.tokens, again) for name in ("covariance", "lambda"))
+    units = slices * again
+    return [
+        replace(covariance, stored=moments, units=units),
+        # It reads the sums of every slice, and writes factors and eigenvectors.
+        Work("eigenbasis", 0, 0, 0.0, cpu_flop=eigh, stored=moments * (1 + 2 / slices), units=len(layers)),
+        # It reads the eigenvectors of a group once, and Lambda's sums are read again at the end.
+        replace(lam, stored=2 * Lambda + moments / slices, units=units),
+    ]
+
+
+def _refining(run: Pricing, queries: int, scanned: Counted, query_groups: int, layer_groups: int) -> Work:
     """At most: each candidate of a query and side is another sequence, as long as a query group has sequences left; one
     that several queries of a group share goes forward and back once for all of them."""
+    config, cost = run.config, run.costs["refine"]
     pairs = queries * len(config.sides) * min(config.candidates, scanned.sequences)
     sequences = min(pairs, query_groups * scanned.sequences)
     tokens, scored = _share(scanned, sequences), _share(scanned, pairs)
-    again = 2.0 * sum(layer.size for layer in layers) * (scored - tokens)
+    size = 2.0 * sum(layer.size for layer in run.layers)
+    forward = (cost.flop_per_token - cost.own_flop_per_token) * layer_groups * tokens
     return Work(
         "refine",
         layer_groups * sequences,
         layer_groups * tokens,
-        layer_groups * tokens * costs["refine"].flop_per_token + again,
+        forward + size * scored,
+        own_flop=size * scored,
+        units=layer_groups * -(-pairs // _SEQUENCES_PER_UNIT),
     )
 
 
@@ -189,8 +236,9 @@ def _share(counted: Counted, sequences: int) -> int:
 
 def _query_flop(
     config: Config, layers: Sequence[Layer], costs: Mapping[str, PassCost], queries: int, tokens: int
-) -> float:
-    """Forward and backward over the queries' tokens; rotating and inverting each query's gradient; its truncation."""
+) -> tuple[float, float]:
+    """Forward and backward over the queries' tokens; rotating and inverting each query's gradient; its truncation: all
+    of it, and of that what is not forward and backward."""
     r = config.most_rank
     per_query = 0.0
     each = tokens / queries
@@ -202,49 +250,15 @@ def _query_flop(
         else:
             columns = r + _OVERSAMPLING
             per_query += 4 * O * I * columns * _KRYLOV_BLOCKS + 2 * (O * O + I * I) * r
-    return queries * per_query + tokens * costs["refine"].flop_per_token
-
-
-def timed(work: Sequence[Work], rate: Rate, workers: int, ranks: int) -> tuple[Work, ...]:
-    """The same phases with seconds where they can be told."""
-    scan = next((one for one in work if one.name == "scan"), None)
-    per_token = scan.flop / scan.tokens if scan and scan.tokens else None
-
-    def seconds(one: Work) -> float | None:
-        if known := rate.measured.get(one.name):
-            if "tokens_per_s" in known and one.tokens:
-                return one.tokens / known["tokens_per_s"] / workers
-            if "sequences_per_s" in known and one.sequences:
-                return one.sequences / known["sequences_per_s"] / workers
-            return known["seconds"]
-        speed = rate.refine_speed if one.name == "refine" else 1.0
-        if rate.tokens_per_s and per_token and one.flop:
-            return one.flop / per_token / rate.tokens_per_s / workers / speed
-        if rate.flops and one.flop:
-            return one.flop / rate.flops / workers / ranks / speed
-        return None
-
-    return tuple(Work(one.name, one.sequences, one.tokens, one.flop, one.cpu_flop, seconds(one)) for one in work)
-
-
-def rates_of(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What a finished run's summary.json says of each phase: tokens, else sequences, per second and worker."""
-    workers = summary["workers"]["num_workers"]
-    found: dict[str, dict[str, float]] = {}
-    for name, phase in summary["phases"].items():
-        took = max(phase["seconds"], 1e-3)
-        found[name] = {"seconds": took}
-        for kind in ("tokens", "sequences"):
-            if phase[kind]:
-                found[name][f"{kind}_per_s"] = phase[kind] / took / workers
-    return found
+    own, refine = queries * per_query, costs["refine"]
+    return own + tokens * (refine.flop_per_token - refine.own_flop_per_token), own
 
 
 def writes_of(
     config: Config, layers: Sequence[Layer], queries: int, shards: int, N: int, factors: FactorFiles
 ) -> dict[str, int]:
     """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches."""
-    groups, grouped = query_groups(max(1, queries), layers, config.scan.query_group_bytes)
+    groups, grouped = query_groups(max(1, queries), layers, config.query_group_bytes)
     pairs = queries * len(config.sides) * min(config.candidates, N)
     units = (-(-pairs // _SEQUENCES_PER_UNIT) + len(groups) - 1) * len(grouped) if queries else 0
     dense = shards if config.scan.scores.value == "all" else 0

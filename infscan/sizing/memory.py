@@ -83,6 +83,8 @@ class PassCost:
 
     memory: PassMemory
     flop_per_token: float
+    # Of them, what the pass does beside the model's forward and backward.
+    own_flop_per_token: float = 0.0
 
 
 class DryWorker:
@@ -99,7 +101,7 @@ class DryWorker:
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
         model = replace(config.model, path=architecture.folder, dtype=Dtype(str(dtype).removeprefix("torch.")))
         self.worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
-        self.B, self.T = max(1, config.scan.tokens_per_batch // T), T
+        self.B, self.T = max(1, config.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker
 
     @property
@@ -143,13 +145,21 @@ class DryWorker:
                 loss = batch.loss()
                 if labels:
                     loss = replace(loss, uniforms_bt=torch.zeros(self.B, self.T, dtype=torch.float64))
-                self.worker.backward(batch, layers, loss, consumer(batch), ones=False)
+                self.worker.backward(batch, layers, loss, _owned(seen, consumer(batch)), ones=False)
         except Exception as error:  # a family's own code may do what it likes
             raise ModelError(
                 f"what a rank holds cannot be told: the model does not run on shapes alone ({type(error).__name__}: "
                 f"{first_line(error)}); measure a small run instead, and look at workers.ranks in its summary.json."
             ) from error
         return seen
+
+
+def _owned(seen: Dry, consume: LayerConsumer) -> LayerConsumer:
+    def counted(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+        with seen.owned():
+            consume(layer, s_bto, a_bti)
+
+    return counted
 
 
 def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refining: bool = False) -> torch.dtype:
@@ -271,7 +281,7 @@ def _refine(sized: DryWorker, queries: int) -> PassCost:
 
 def _largest_query_group(sized: DryWorker, queries: int) -> tuple[list[range], tuple[Layer, ...]]:
     """The groups of queries, and the largest of layers."""
-    groups, layer_groups = query_groups(queries, sized.layers, sized.config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(queries, sized.layers, sized.config.query_group_bytes)
     return groups, max(layer_groups, key=lambda group: sum(layer.size for layer in group))
 
 
@@ -298,7 +308,7 @@ def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
 
 def _largest_group(sized: DryWorker) -> tuple[Layer, ...]:
     factors = sized.config.factors
-    groups = layer_groups(sized.layers, factors.max_group_bytes, factors.blocks)
+    groups = layer_groups(sized.layers, sized.config.group_bytes, factors.blocks)
     by_name = {layer.name: layer for layer in sized.layers}
     found = [tuple(by_name[name] for name in names) for names in groups]
     return max(found, key=lambda group: sum(layer.outputs**2 + layer.inputs**2 + layer.size for layer in group))
@@ -320,7 +330,7 @@ def _laid_out(sized: DryWorker, queries: int) -> dict[str, LayerQueries]:
         for layer in layers
         if rank is not None and not stored_dense(layer, rank)
     }
-    entries = config.query_group_bytes // dtype.itemsize
+    entries = sized.config.query_group_bytes // dtype.itemsize
     plan = plan_layouts(spectra, layers, sized.T, entries, share=config.rank == "auto")
     found = []
     for one in (plan, plan.with_largest_bases()) if plan.candidates else (plan,):
@@ -369,7 +379,8 @@ def _cost(
         activations=max(seen.peak, at_end),
         allocator=_KEPT_WIDTHS * sized.B * sized.T * widest * sized.itemsize if sized.device == "cpu" else 0,
     )
-    return PassCost(memory, seen.flop / (sized.B * sized.T))
+    tokens = sized.B * sized.T
+    return PassCost(memory, seen.flop / tokens, seen.own / tokens)
 
 
 def largest(costs: Mapping[str, PassCost]) -> tuple[str, PassMemory]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from infscan.config import CorpusConfig, fingerprint, plain
 from infscan.config.jobs import PlanJob
@@ -24,12 +25,14 @@ from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
 from infscan.queries import read_queries
 from infscan.results.read import read_summary
-from infscan.sizing.devices import device
-from infscan.sizing.estimate import Counted, Estimate, Rate, rates_of, timed, work_of, writes_of
+from infscan.sizing.devices import Device, Rates, calibration, device
+from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
+from infscan.sizing.hours import Rate, rates_of, timed
 from infscan.sizing.memory import pass_costs, run_dtype
 from infscan.steps.corpus_inputs import bos_of, reading, settings_for
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import slice_bounds
+from infscan.steps.inputs import in_dtype
 from infscan.steps.prepare import prepare_pieces
 from infscan.steps.volume import FactorFiles, factor_files, scan_bytes
 from infscan.storage import Store
@@ -66,22 +69,13 @@ def estimate(config: PlanJob) -> Estimate:
     gpus = config.cluster.gpus_per_rank
     gpus = float(on_device is not None) if gpus is None else gpus
     costs = pass_costs(config, architecture, queries, scanned.T, gpus)
-    work = work_of(config, architecture.layers, costs, queries, query_tokens, scanned, fitted)
-    peaks = [
-        on_device.peak(str(run_dtype(config, architecture, gpus, refining=refining)).removeprefix("torch."))
-        for refining in (False, True)
-        if on_device
-    ]
-    rate = Rate(
-        flops=peaks[0] * asked.utilisation if peaks else None,
-        refine_speed=peaks[1] / peaks[0] if peaks else 1.0,
-        tokens_per_s=asked.tokens_per_s,
-        measured=rates_of(read_summary(asked.like)) if asked.like else {},
-    )
-    cluster = config.cluster
-    work_timed = timed(work, rate, cluster.num_workers, cluster.ranks_per_worker)
     shard_sequences = config.scan.shard_sequences or default_shard_sequences(scanned.sequences)
     shards = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences).num_shards
+    dtypes = _dtypes(config, architecture, gpus)
+    pricing = Pricing(config, architecture.layers, costs, dtypes, architecture.parameters, shards)
+    work = work_of(pricing, queries, query_tokens, scanned, fitted)
+    cluster = config.cluster
+    work_timed = timed(work, _rate(config, on_device, dtypes), cluster.num_workers, cluster.ranks_per_worker)
     factors = FactorFiles(0, 0, 0, 0)
     if fitted is not None:
         factors = factor_files(config, architecture.layers, fitted.slices, fitted.tokens)
@@ -101,6 +95,31 @@ def estimate(config: PlanJob) -> Estimate:
         ranks=cluster.ranks_per_worker,
         price_per_hour=asked.price_per_hour,
         notes=tuple(notes),
+    )
+
+
+def _dtypes(config: PlanJob, architecture: Architecture, gpus: float) -> Dtypes:
+    def name(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    model, refine = (run_dtype(config, architecture, gpus, refining=refining) for refining in (False, True))
+    return Dtypes(name(model), name(refine), name(in_dtype(config.scan.query_dtype, model)), gpus > 0)
+
+
+def _rate(config: PlanJob, on_device: Device | None, dtypes: Dtypes) -> Rate:
+    """What turns work into time: a finished run's rates, one that was given, or the device's, a card's own in place of
+    the table's."""
+    asked = config.plan
+    rates = on_device.rates(asked.utilisation) if on_device else None
+    if asked.calibration:
+        measured = calibration(asked.calibration).rates
+        rates = (rates or Rates({}, {})).known(measured)
+    speeds = [rates.model.get(dtype) if rates else None for dtype in (dtypes.model, dtypes.refine)]
+    return Rate(
+        rates,
+        refine_speed=speeds[1] / speeds[0] if speeds[0] and speeds[1] else 1.0,
+        tokens_per_s=asked.tokens_per_s,
+        measured=rates_of(read_summary(asked.like)) if asked.like else {},
     )
 
 

@@ -54,7 +54,7 @@ def check(
         if report["query_batch"] == batch.fingerprint:
             return report
     ids = plan.selection.at(Selection.of(plan.selection.size, wanted, config.seed).ids())
-    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.query_group_bytes)
     approximate = np.zeros((wanted, len(run.queries)))
     exact = np.zeros_like(approximate)
 
@@ -68,7 +68,7 @@ def check(
             layers=layers,
             inverse=factors.inverse,
             query_batch=batch.fingerprint,
-            tokens_per_batch=config.scan.tokens_per_batch,
+            tokens_per_batch=config.tokens_per_batch,
             query_dtype=config.scan.query_dtype,
         )
 

@@ -161,7 +161,7 @@ def _explained(
     run: Run, inverse: Preconditioner, queries: Sequences[Query], items: Sequences[Item], *, own_tokens: bool
 ) -> dict[tuple[int, int], Explained]:
     """Every item against its queries, on the workers: by item and query, all layers together."""
-    groups, layer_groups = query_groups(len(queries), run.inputs.layers, run.config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(len(queries), run.inputs.layers, run.config.query_group_bytes)
     units: list[tuple[int, tuple[Layer, ...], list[int]]] = []
     for number, group in enumerate(groups):
         for layers in layer_groups:
@@ -183,7 +183,7 @@ def _explained(
             inverse=inverse,
             sequences=tuple(items[row].sequence for row in rows),
             wanted=wanted(unit),
-            tokens_per_batch=run.config.scan.tokens_per_batch,
+            tokens_per_batch=run.config.tokens_per_batch,
             own_tokens=own_tokens,
         )
 

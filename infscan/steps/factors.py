@@ -122,8 +122,8 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         layers=layers,
         selection=selection,
         slices=slice_bounds(selection.size, settings.slices),
-        groups=layer_groups(layers, settings.max_group_bytes, settings.blocks),
-        tokens_per_batch=config.scan.tokens_per_batch,
+        groups=layer_groups(layers, config.group_bytes, settings.blocks),
+        tokens_per_batch=config.tokens_per_batch,
     )
 
 
@@ -230,7 +230,6 @@ class _Fitting:
         return TaskMap(
             name, "layers", self.plan.layers, function, lambda layer: (self.store, self.plan, layer), cores=0
         )
-
 
     def on_stacks(self, name: str, function: Callable[[Store, FactorsPlan, str], None]) -> TaskMap[str]:
         """One task per stack of experts, as `on_layers`."""

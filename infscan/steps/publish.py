@@ -76,7 +76,7 @@ def publish(
     if scanned.counts.halved:
         run.telemetry.warn(
             f"{scanned.counts.halved} shards ran out of memory at "
-            f"scan.tokens_per_batch={run.config.scan.tokens_per_batch} and were scanned in smaller micro-batches; "
+            f"scan.tokens_per_batch={run.config.tokens_per_batch} and were scanned in smaller micro-batches; "
             "a lower value saves the attempts that failed"
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)

@@ -96,7 +96,7 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
         stored.spectra,
         inputs.layers,
         run.architecture.sequence_length(config.corpus.sequence_length),
-        config.scan.query_group_bytes // inputs.query_dtype.itemsize,
+        config.query_group_bytes // inputs.query_dtype.itemsize,
         config.scan.energy if auto else None,
         share=auto,
     )
@@ -114,7 +114,7 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
 def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
     """Have every file of the query batch written; their names, by group of queries and then of layers."""
     config = run.config
-    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.query_group_bytes)
     names = [
         [f"queries/batch-{q:04d}-layers-{g:02d}.safetensors" for g in range(len(layer_groups))]
         for q in range(len(groups))
@@ -191,7 +191,7 @@ def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
         run.telemetry.warn(
             f"{len(plan.over_budget)} layers are scored by their queries' columns, {plan.times:.1f} times the products "
             f"that matrices would take: those have no room in scan.query_group_bytes="
-            f"{run.config.scan.query_group_bytes}; give up to {needed} of a rank's memory{halved}."
+            f"{run.config.query_group_bytes}; give up to {needed} of a rank's memory{halved}."
         )
 
 

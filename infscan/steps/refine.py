@@ -51,7 +51,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files, the
     model in scan.refine_dtype."""
     inputs, config = run.inputs, run.config
-    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
     units = refine_units(scanned.best, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
     # The files of other candidates, or of the same ones cut otherwise, are elsewhere.
     cut = sha256(b"".join(array.tobytes() for unit in units for array in (unit.sequence_ids, unit.queries)))
@@ -77,7 +77,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
             inverse=factors.inverse,
             shards=tuple(plan.by_shard(unit.sequence_ids)),
             wanted=unit.wanted,
-            tokens_per_batch=config.scan.tokens_per_batch,
+            tokens_per_batch=config.tokens_per_batch,
             fingerprint=scanned.fingerprint,
         )
 

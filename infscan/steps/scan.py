@@ -87,7 +87,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
             sides=config.sides,
             candidates=config.candidates,
             thresholds=tally.standings.thresholds,
-            tokens_per_batch=config.scan.tokens_per_batch,
+            tokens_per_batch=config.tokens_per_batch,
             dense=config.dense,
             fingerprint=run_fingerprint,
             query_dtype=config.scan.query_dtype,

@@ -49,7 +49,7 @@ def pull_back_queries(run: Run) -> StoredGradients | None:
 
 def _through(stage: Run, factors: Factors) -> StoredGradients:
     config, inverse = stage.config, factors.inverse
-    groups, layer_groups = query_groups(len(stage.queries), stage.inputs.layers, config.scan.query_group_bytes)
+    groups, layer_groups = query_groups(len(stage.queries), stage.inputs.layers, config.query_group_bytes)
     parts = {layer.name: part for part, layers in enumerate(layer_groups) for layer in layers}
     settings = {
         "model": stage.architecture.fingerprint,

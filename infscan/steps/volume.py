@@ -56,7 +56,7 @@ def factor_files(
     sizes += [tensors_file_bytes({"Lambda": ("F32", (layer.outputs, layer.inputs))}, bases) for layer in layers]
     if config.factors.labels is Labels.sampled:
         sizes += [tensors_file_bytes({"labels": ("I32", slice_)}) for slice_ in slices]
-    groups = layer_groups(layers, config.factors.max_group_bytes, blocks)
+    groups = layer_groups(layers, config.group_bytes, blocks)
     return FactorFiles(
         len(sizes), sum(sizes), 2 * len(groups) * len(slices), partial_bytes(layers, blocks, len(slices))
     )
@@ -66,7 +66,7 @@ def query_files(config: Config, layers: Sequence[Layer], queries: int) -> list[i
     """Bytes of each file of the query batch."""
     if not queries:
         return []
-    groups, grouped = query_groups(queries, layers, config.scan.query_group_bytes)
+    groups, grouped = query_groups(queries, layers, config.query_group_bytes)
     rank = config.most_rank
     sizes = []
     for count in map(len, groups):
@@ -118,7 +118,7 @@ def size(count: float) -> str:
 def check_disk_for_factors(config: Config, plan: FactorsPlan, store: Store) -> None:
     """Raises StorageError where the partial sums and the factors will not fit the disk of factors.path."""
     # How long sequences and how many tokens there are changes labels and a number in a header: a guess will do.
-    slices = [(stop - start, config.scan.tokens_per_batch) for start, stop in plan.slices]
+    slices = [(stop - start, config.tokens_per_batch) for start, stop in plan.slices]
     written = factor_files(config, plan.layers, slices, plan.selection.size)
     parts = {"partial sums": written.partial_bytes, "factors": written.bytes}
     _refuse(f"factors.path={store.uri}", parts, store.free_bytes(), "fewer factors.slices")

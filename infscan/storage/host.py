@@ -7,8 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
-import psutil
-
 
 @dataclass(frozen=True)
 class Host:
@@ -45,6 +43,8 @@ def process_began(pid: int) -> int:
         pass
     if os.path.exists("/proc/self/stat"):
         return -1
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return -1 if process.status() == psutil.STATUS_ZOMBIE else int(process.create_time())
@@ -54,6 +54,10 @@ def process_began(pid: int) -> int:
 
 def resident_bytes() -> int:
     """Memory of this process that is resident now."""
+    with suppress(OSError), open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from http.client import IncompleteRead
 from typing import Any
-
-import aiohttp
-from botocore.exceptions import (
-    ClientError,
-    ConnectTimeoutError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    SSLError,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
-from botocore.parsers import ResponseParserError
 
 from infscan.errors import StorageError, UnwritableError
 from infscan.secrets import redact
@@ -62,16 +48,25 @@ _SKEWED_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
 _LOST_CODES = {"PreconditionFailed", "412"}
 _RANGE_CODES = {"InvalidRange", "416"}
 _UNSUPPORTED_CODES = {"NotImplemented", "501"}
-_TIMEOUTS = (TimeoutError, ReadTimeoutError, ConnectTimeoutError)
+# Exceptions of Python's own, and of libraries by their modules and names (`_is`).
+_TIMEOUTS = (TimeoutError, "botocore.exceptions.ReadTimeoutError", "botocore.exceptions.ConnectTimeoutError")
 _CUT = (
     CutOffError,
-    aiohttp.ClientPayloadError,
     IncompleteRead,
-    IncompleteReadError,
-    ResponseStreamingError,
-    ResponseParserError,
+    "aiohttp.ClientPayloadError",
+    "botocore.exceptions.IncompleteReadError",
+    "botocore.exceptions.ResponseStreamingError",
+    "botocore.parsers.ResponseParserError",
 )
-_UNREACHABLE = (ConnectionError, HTTPClientError, BotoConnectionError, aiohttp.ClientError)
+_UNREACHABLE = (
+    ConnectionError,
+    "aiohttp.ClientError",
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.ConnectionError",
+)
+_INSECURE = ("botocore.exceptions.SSLError",)
+_WITHOUT_CREDENTIALS = ("botocore.exceptions.NoCredentialsError", "botocore.exceptions.PartialCredentialsError")
+_ANSWERED = ("botocore.exceptions.ClientError",)
 
 
 def passing_kind(error: BaseException) -> str | None:
@@ -94,13 +89,13 @@ def passing_kind(error: BaseException) -> str | None:
     if code or status:
         return None
     causes = list(_chain(error))
-    if any(isinstance(e, SSLError) for e in causes):
+    if any(_is(e, _INSECURE) for e in causes):
         return None
-    if any(isinstance(e, _CUT) for e in causes):
+    if any(_is(e, _CUT) for e in causes):
         return "cut_off"
-    if isinstance(error, _TIMEOUTS):
+    if _is(error, _TIMEOUTS):
         return "timeout"
-    return "connection" if isinstance(error, _UNREACHABLE) else None
+    return "connection" if _is(error, _UNREACHABLE) else None
 
 
 def is_lost_race(error: BaseException | None) -> bool:
@@ -139,7 +134,7 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
     code, status, causes = _code(error), _status(error), list(_chain(error))
     if code == "NoSuchBucket":
         return "the bucket does not exist; create it or correct its name"
-    if any(isinstance(e, NoCredentialsError | PartialCredentialsError) for e in causes):
+    if any(_is(e, _WITHOUT_CREDENTIALS) for e in causes):
         return "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if code in _SKEWED_CODES:
         return f"{store} says that this machine's clock is wrong ({code}); set the clock"
@@ -150,7 +145,7 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
         )
     if isinstance(error, FileNotFoundError):
         return "there is no such object; check the address"
-    if any(isinstance(e, SSLError) for e in causes):
+    if any(_is(e, _INSECURE) for e in causes):
         return f"the secure connection to {store} failed ({error}); check its certificate or use http://"
     match passing_kind(error):
         case "busy" | "broken":
@@ -167,6 +162,20 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
     return f"{type(error).__name__}: {error}; check the address and the store's settings"
 
 
+def _is(error: BaseException, kinds: tuple[type[BaseException] | str, ...]) -> bool:
+    """isinstance, of classes or their names. What a library that is not loaded would raise, nothing has raised: local
+    files need none of them."""
+    return any(isinstance(error, kind) for each in kinds if (kind := _class(each)) is not None)
+
+
+def _class(kind: type[BaseException] | str) -> type[BaseException] | None:
+    if not isinstance(kind, str):
+        return kind
+    module, _, name = kind.rpartition(".")
+    found: type[BaseException] | None = getattr(sys.modules.get(module), name, None)
+    return found
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error, its cause, the cause's cause and so on."""
     while error is not None:
@@ -175,7 +184,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:
-    return next((e.response for e in _chain(error) if isinstance(e, ClientError)), {})
+    return next((getattr(e, "response", {}) for e in _chain(error) if _is(e, _ANSWERED)), {})
 
 
 def _code(error: BaseException | None) -> str:

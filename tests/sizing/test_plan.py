@@ -12,7 +12,8 @@ from infscan.config.jobs import PlanConfig, PlanJob
 from infscan.errors import ConfigError
 from infscan.pipeline import answer
 from infscan.results.read import read_summary
-from infscan.sizing.estimate import Rate, Work, timed
+from infscan.sizing.devices import DEVICES, Rates
+from infscan.sizing.hours import Rate, Work, timed
 from infscan.sizing.plan import estimate
 from infscan.steps.factor_files import check_files
 from infscan.storage import Store
@@ -98,7 +99,12 @@ def test_a_model_that_is_a_configuration_alone_is_planned_by_numbers(tmp_path: P
     N = found.parameters - 32000 * 4096
     scoring = 32 * 2 * 3200 * 3 * (4096 + 11008)
     assert scan.flop / scan.tokens == pytest.approx(4 * N + scoring, rel=0.05)
-    assert scan.seconds == pytest.approx(scan.flop / (0.4 * 989e12))
+    rates = DEVICES["h100"].rates()
+    computed = (scan.flop - scan.own_flop) / rates.model["bfloat16"] + scan.own_flop / rates.products["bfloat16"]
+    # A second between two shards, in which the device waits.
+    assert scan.seconds == pytest.approx(computed + 2442)
+    assert scan.own_flop / scan.tokens == pytest.approx(scoring, rel=0.05)
+    assert all(work.seconds for work in found.work)
     assert found.rank_hours == pytest.approx(sum(work.seconds or 0 for work in found.work) / 3600)
     assert found.price == pytest.approx(2 * (found.rank_hours or 0))
 
@@ -125,5 +131,20 @@ def test_a_measured_rate_is_of_the_scan_and_others_go_by_their_work() -> None:
     measured = timed(work, Rate(measured=like), workers=2, ranks=1)
     assert [one.seconds for one in measured] == [None, 2.5, 3.0]
     again = [*work, Work("refine", 1, 10, 40.0)]
-    for rate in (Rate(tokens_per_s=10.0, refine_speed=0.5), Rate(flops=20.0, refine_speed=0.5)):
-        assert [one.seconds for one in timed(again, rate, workers=2, ranks=1)] == [7.5, 5.0, None, 2.0]
+    rate = Rate(tokens_per_s=10.0, refine_speed=0.5)
+    assert [one.seconds for one in timed(again, rate, workers=2, ranks=1)] == [7.5, 5.0, None, 2.0]
+
+
+RATES = Rates({"bfloat16": 20.0}, {"moments": 10.0, "float32": 2.0}, eigh=3.0, link=40.0)
+
+
+def test_every_part_of_a_phase_takes_its_own_time_and_ranks_share_it() -> None:
+    how = {"own_flop": 100.0, "products": "moments", "dtype": "bfloat16"}
+    one = Work("covariance", 5, 50, 300.0, **how, gathered=80.0, stored=5e9, units=6)  # type: ignore[arg-type]
+    # Products of the model and of the pass, storage; what a rank gathers is each rank's; between units a worker waits.
+    products, waiting = 200 / 20 + 100 / 10, 5e9 / 5e8 + 6
+    assert timed([one], Rate(RATES), workers=1, ranks=1)[0].seconds == products + 80 / 40 + waiting
+    assert timed([one], Rate(RATES), workers=2, ranks=2)[0].seconds == products / 4 + 80 / 40 + waiting / 2
+    assert timed([Work("eigenbasis", 0, 0, 0.0, 9.0)], Rate(RATES), workers=3, ranks=1)[0].seconds == 1.0
+    unknown = Work("scan", 1, 1, 10.0, own_flop=5.0, products="tf32", dtype="bfloat16")
+    assert timed([unknown], Rate(RATES), workers=1, ranks=1)[0].seconds is None

@@ -24,9 +24,6 @@ from transformers import (
 
 from infscan import pipeline
 from infscan.config import Backend, Config
-from infscan.config.arguments import read_arguments
-from infscan.config.commands import command_of, settle
-from infscan.config.commands import compose as hydra_compose
 from infscan.steps.run import Run, open_run
 
 VOCAB, CONTEXT, EOS = 97, 64, 0
@@ -155,6 +152,11 @@ def _texts(n: int, seed: int) -> list[dict[str, Any]]:
 
 def compose(job: str, *overrides: str, unused: tuple[str, ...] = ()) -> Config:
     """The configuration of `infscan <job> <overrides>`, checked as the command checks it."""
+    # The GPU's kit makes its models here, where there may be no Hydra.
+    from infscan.config.arguments import read_arguments
+    from infscan.config.commands import command_of, settle
+    from infscan.config.commands import compose as hydra_compose
+
     command = replace(command_of(job), unused=(*command_of(job).unused, *unused))
     return settle(command, hydra_compose(command, read_arguments(command, overrides)))
 

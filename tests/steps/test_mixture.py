@@ -17,9 +17,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from infscan.results.read import read_scores
-from infscan.steps.factor_files import read_layer_factors
-from infscan.storage import Store
-from infscan.model.architecture import describe
 from tests.model import zoo
 from tests.steps.runs import answer_here, small_run, token_corpus, token_queries
 

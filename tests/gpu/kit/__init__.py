@@ -1,0 +1,1 @@
+"""What `tests/gpu/verify.py` measures. Needs torch, transformers, safetensors, pyarrow, fsspec and numpy."""
