@@ -30,7 +30,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Entries of its gradient, O x I."""
+        """Entries of its gradient, O x I: its weight's, and its bias's where it has one."""
         return self.outputs * self.inputs
 
 

@@ -51,7 +51,7 @@ def _maps(module: Any) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     """Whether a stack is [E, I, O], and not [E, O, I]."""
     return isinstance(module, Llama4TextExperts) or getattr(module, "is_transposed", False)
 
@@ -75,7 +75,7 @@ def expert_layers(module: Any, stack: str) -> list[Layer]:
     weight = getattr(module, stack.rpartition(".")[2])
     E = _experts(module)
     _, first, second = getattr(weight, "ds_shape", weight.shape)
-    O, I = (second, first) if _is_transposed(module) else (first, second)
+    O, I = (second, first) if is_transposed(module) else (first, second)
     bias = _has_bias(module)
     names = [f"{stack}.{number}" for number in range(E)]
     share = _routed_share(module, E)
@@ -191,7 +191,7 @@ def _cumulated(counts: Sequence[int]) -> tuple[int, ...]:
 def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """One linear map of every expert over its own tokens, announced to whoever listens: [S, O]."""
     name = _maps(self)[which]
-    weight, transposed = getattr(self, name), _is_transposed(self)
+    weight, transposed = getattr(self, name), is_transposed(self)
     bias = getattr(self, f"{name}_bias") if _has_bias(self) else None
     if hasattr(weight, "ds_id"):
         out_so = _Gathered.apply(a_si, weight, bias, bounds, transposed)
