@@ -152,7 +152,7 @@ class ModelConfig:
     """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), `head` (the output
     embeddings), several of these joined by `+`, or a regular expression over module names."""
     attention_implementation: AttentionImplementation = AttentionImplementation.auto
-    """How attention is computed: `sdpa` (fused), `eager` (plain products), or `auto` (fused where the family has it)."""
+    """How attention is computed: `sdpa` (fused), `eager` (plain products), or `auto` (fused where a family has it)."""
     sharding: Sharding = Sharding.auto
     """How a worker's ranks hold the model: `none` (one rank, whole), `zero3` (partitioned), or `auto` (zero3 where a
     worker has several ranks)."""

@@ -9,9 +9,7 @@ from infscan.errors import FactorsError
 from infscan.influence.layers import LayerFactors
 
 
-def damping(
-    Lambda_oi: Tensor, relative: float, absolute: float | None, name: str, mean: float | None = None
-) -> float:
+def damping(Lambda_oi: Tensor, relative: float, absolute: float | None, name: str, mean: float | None = None) -> float:
     """lambda_l: `absolute` where given, else `relative` times the mean of Lambda_l (0.1 in Grosse et al. 2023).
 
     mean: of an expert, that of all experts of its layer (docs/method.md#ek-fac), in place of its own.

@@ -174,9 +174,7 @@ def _score_routed(s_mo: Tensor, a_mi: Tensor, queries: LayerQueries, routed: Rou
         s_mo, a_mi = s_mo.to(queries.dtype), a_mi.to(queries.dtype)
         ones = a_mi.shape[-1] == queries.inputs
         shares = [
-            routed.by_row(
-                (s_mo @ U_oc).mul_(a_mi @ V_ic if ones else torch.addmm(V_ic[-1], a_mi, V_ic[:-1])).to(wide)
-            )
+            routed.by_row((s_mo @ U_oc).mul_(a_mi @ V_ic if ones else torch.addmm(V_ic[-1], a_mi, V_ic[:-1])).to(wide))
             for U_oc, V_ic in zip(queries.U_parts, queries.V_parts, strict=True)
         ]
         return _by_query(torch.cat(shares, dim=1), queries.ranks)

@@ -120,7 +120,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         file = stack.enter_context(safe_open(path, framework="pt"))
-        files |= {key: file for key in file.keys()}  # noqa: SIM118 (a safetensors handle is no dict)
+        files |= dict.fromkeys(file.keys(), file)
     return files
 
 

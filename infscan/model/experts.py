@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -95,7 +96,7 @@ def run_by_expert(module: PreTrainedModel) -> None:
     for path, child in module.named_modules():
         if holds_experts(child):
             forward = next((run for kind, run in _OTHERS.items() if isinstance(child, kind)), _run_experts)
-            child.forward = MethodType(forward, child)  # type: ignore[method-assign]
+            child.forward = MethodType(forward, child)
             child.__dict__["_stacks"] = tuple(f"{path}.{name}" for name in _maps(child))
 
 
@@ -204,12 +205,10 @@ def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[
     return out_so if instead is None else instead
 
 
-def _linear(
-    a_si: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...], transposed: bool
-) -> Tensor:
+def _linear(a_si: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...], transposed: bool) -> Tensor:
     """W_e a (+ b_e) for every expert's tokens; `transposed`: the stack is [E, I, O]."""
     parts = []
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
         W_io = weight[expert] if transposed else weight[expert].T

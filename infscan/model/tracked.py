@@ -158,9 +158,9 @@ def _input_of(name: str, bias: bool, before: list[Layer], ran: Ran | None) -> st
     siblings = next((group for group in _SHARED_INPUTS if leaf in group), ())
     for layer in before:
         sibling_parent, _, sibling = layer.name.rpartition(".")
-        if sibling_parent == parent and sibling in siblings and layer.bias == bias:
-            if ran is None or ran.inputs[layer.input_of] == ran.inputs[name]:
-                return layer.input_of
+        alike = sibling_parent == parent and sibling in siblings and layer.bias == bias
+        if alike and (ran is None or ran.inputs[layer.input_of] == ran.inputs[name]):
+            return layer.input_of
     return name
 
 

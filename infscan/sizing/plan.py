@@ -101,7 +101,7 @@ def estimate(config: PlanJob) -> Estimate:
         workers=cluster.num_workers,
         ranks=cluster.ranks_per_worker,
         price_per_hour=asked.price_per_hour,
-        notes=tuple([*architecture.warnings, *notes]),
+        notes=(*architecture.warnings, *notes),
         share=sum(layer.size for layer in architecture.layers) / architecture.parameters,
         by_block=tuple(by_block(architecture.layers)),
     )

@@ -104,9 +104,7 @@ def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) 
     mean's eigenvectors remain, of many its own (docs/method.md#ek-fac)."""
     width = sum(len(total) for total in sums.values())
     path = pooled_path("covariance", layer.stack)
-    return [
-        (total + width * read_tensor(factors, path, key)) / (tokens + width) for key, total in sums.items()
-    ]
+    return [(total + width * read_tensor(factors, path, key)) / (tokens + width) for key, total in sums.items()]
 
 
 @_one_thread()

@@ -220,7 +220,6 @@ class _Fitting:
             name, "layers", self.plan.layers, function, lambda layer: (self.store, self.plan, layer), cores=0
         )
 
-
     def on_stacks(self, name: str, function: Callable[[Store, FactorsPlan, str], None]) -> TaskMap[str]:
         """One task per stack of experts, as `on_layers`."""
         return TaskMap(

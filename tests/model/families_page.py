@@ -30,17 +30,17 @@ FLOAT32 = {"xglm": 1e-3}
 
 _HEAD = """# Families
 
-Every family below was built small with random weights, saved, loaded by infscan as a user's model is, and its scores were held
-against plain autograd, each sequence alone: to 1e-5 of a layer's largest score, in float64. A slow test
-(`tests/model/test_families.py`) makes this page again and compares. A family that is not here may well work: whatever a model
-runs, infscan tries it on a few tokens when it loads it, and refuses by name what it would get wrong.
+Every family below was built small with random weights, saved, loaded by infscan as a user's model is, and its scores
+were held against plain autograd, each sequence alone: to 1e-5 of a layer's largest score, in float64. A slow test
+(`tests/model/test_families.py`) makes this page again and compares. A family that is not here may well work: infscan
+tries every model on a few tokens when it loads it, and refuses by name what it would get wrong.
 
 - **mlp**, **attention**, **head**: `model.tracked`. `right`: as autograd says, experts of a mixture expert by expert;
   `none`: the family has no such layer; else why it is refused.
-- **within**: whether documents of one sequence can be kept apart (`corpus.attention=within`). A family that carries a state from
-  token to token cannot, nor one whose code does not take position ids for boundaries.
-- **left out**: linear layers that the model does not run as layers on text (used by weight, or of no use there). They are not
-  tracked, and a run says so.
+- **within**: whether documents of one sequence can be kept apart (`corpus.attention=within`). A family that carries a
+  state from token to token cannot, nor one whose code does not take position ids for boundaries.
+- **left out**: linear layers that the model does not run as layers on text (used by weight, or of no use there). They
+  are not tracked, and a run says so.
 
 Of a wrapper with other towers (vision, audio) the text tower is scanned. Quantised checkpoints are refused.
 

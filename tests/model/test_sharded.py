@@ -34,8 +34,10 @@ def tied_with_its_own_head(folder: Path, scale: float) -> str:
     weights = load_file(path)
     assert json.loads((folder / name / "config.json").read_text())["tie_word_embeddings"]
     assert "lm_head.weight" not in weights
-    weights["lm_head.weight"] = scale * weights["model.embed_tokens.weight"].flip(0) if scale != 1 else (
-        weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"] = (
+        scale * weights["model.embed_tokens.weight"].flip(0)
+        if scale != 1
+        else (weights["model.embed_tokens.weight"].clone())
     )
     save_file(weights, path, metadata={"format": "pt"})
     return name

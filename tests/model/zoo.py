@@ -123,8 +123,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "intermediate_size": 24,
     },
-    "gemma4": _text(**_HEADS, global_head_dim=8, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
-                    num_kv_shared_layers=0),
+    "gemma4": _text(
+        **_HEADS,
+        global_head_dim=8,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+    ),
     "gemma4_text": _SIZES
     | _HEADS
     | {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,10 +132,10 @@ def scores(mixture: Mixture, sequences: list[np.ndarray], queries: list[tuple[np
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss"])
-def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Mixture]]:
+def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mixture]:
     folder = zoo.save(request.param, tmp_path / "models")
     oss = request.param == "gpt_oss"
-    yield folder, Mixture(folder, transposed=oss, bias=oss)
+    return folder, Mixture(folder, transposed=oss, bias=oss)
 
 
 def asked(mixture: tuple[Path, Mixture], tmp_path: Path, *overrides: str) -> tuple[Config, np.ndarray]:
