@@ -57,7 +57,7 @@ def read_queries(
 ) -> list[Query]:
     """Read, tokenise and check a query file; `tokens` queries come back expanded into `id#0`, `id#1`, ...
 
-    bos_id: put before every prompt (only where `corpus.bos` is set). Prompt and completion are tokenised separately.
+    bos_id: put before every prompt; None puts none. Prompt and completion are tokenised separately.
 
     Raises:
         QueryError: with the line, the id, the value and the mend.

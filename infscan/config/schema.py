@@ -159,7 +159,7 @@ class ModelConfig:
     """Linear layers that take part: `mlp` (as Grosse et al. 2023), `attention`, `linear` (both), `head` (the output
     embeddings), several of these joined by `+`, or a regular expression over module names."""
     attention_implementation: AttentionImplementation = AttentionImplementation.auto
-    """How attention is computed: `sdpa` (fused), `eager` (plain products), or `auto` (fused where the family has it)."""
+    """How attention is computed: `sdpa` (fused), `eager` (plain products), or `auto` (fused where a family has it)."""
     sharding: Sharding = Sharding.auto
     """How a worker's ranks hold the model: `none` (one rank, whole), `zero3` (partitioned), or `auto` (zero3 where a
     worker has several ranks)."""
@@ -210,8 +210,9 @@ class CorpusConfig:
     sequence of each, cut off at T tokens."""
     attention: Attention = Attention.across
     """Whether tokens attend `across` the documents of a sequence or `within` their own: as training had it."""
-    bos: bool = False
-    """Put the BOS token before every document and every query."""
+    bos: bool | None = None
+    """Put the BOS token before every document and every query; null does what the tokenizer does to a text, and leaves
+    documents that bring token ids as they are."""
     max_sequences: int | None = None
     """Scan a uniform sample of this many sequences; null scans all. Factors are not fitted on fewer for it."""
     sample: float | None = None

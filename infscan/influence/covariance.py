@@ -32,7 +32,8 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | Non
     """total += sum over tokens of x x^T, its diagonal blocks alone, in float32 or wider. Padding must be zero in x.
 
     total: [n, n]; x_btn: [B, T, n], or [B, T, n - 1] with the 1 that a bias multiplies left out: ones_bt, bool [B, T],
-    then says which tokens have one; of an expert's tokens both have one axis for B and T. Grosse et al. 2023, equation 16, as sums: divide by the tokens at the end.
+    then says which tokens have one; of an expert's tokens both have one axis for B and T. Grosse et al. 2023, equation
+    16, as sums: divide by the tokens at the end.
     Only the upper triangle is summed, in panels of rows that start at the diagonal: near half the products of x^T x.
     What is below the diagonal means nothing until `mirror` has made the sum symmetric.
     """

@@ -30,7 +30,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Entries of its gradient, O x I."""
+        """Entries of its gradient, O x I: its weight's, and its bias's where it has one."""
         return self.outputs * self.inputs
 
 
@@ -40,8 +40,8 @@ class LayerFactors:
 
     A (I x I), S (O x O): second moments per token, the diagonal blocks alone where there are several (factors.blocks).
     Q_A, Q_S: their eigenvectors in columns, block by block. A_eigenvalues (I), S_eigenvalues (O), in the same order.
-    Lambda (O x I), every entry: corrected eigenvalues per sequence. stack_mean: of an expert, the mean of Lambda over all
-    experts of its stack, which its relative damping is of; None where that is its own mean.
+    Lambda (O x I), every entry: corrected eigenvalues per sequence. stack_mean: of an expert, the mean of Lambda over
+    all experts of its stack, which its relative damping is of; None where that is its own mean.
     """
 
     A: BlockDiagonal

@@ -155,7 +155,8 @@ def multiply_adds(
 ) -> dict[Way, float]:
     """Multiply-adds per token by the way of scoring (`score_layer`).
 
-    T: tokens of a sequence that reach the layer. columns: of all queries together. basis: the shared basis's size, if there is one.
+    T: tokens of a sequence that reach the layer. columns: of all queries together. basis: the shared basis's size, if
+    there is one.
     formed: how often a multiply-add counts where a matrix is formed for every sequence.
     """
     by_matrix = formed * (1 + Q / T)

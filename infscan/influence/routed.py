@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Routed:
         """Every sequence that has tokens here, with where they are."""
         if self.tokens_m.device.type == "meta":
             counts = [len(self.tokens_m) * row // self.B for row in range(self.B + 1)]
-            counts = [stop - start for start, stop in zip(counts, counts[1:], strict=False)]
+            counts = [stop - start for start, stop in pairwise(counts)]
         else:
             counts = torch.bincount(self.rows_m, minlength=self.B).tolist()
         start = 0

@@ -28,7 +28,7 @@ from infscan.model.family import (
     with_attention,
 )
 from infscan.model.probe import run_on_shapes
-from infscan.model.tracked import left_out, linear_names, tracked_layers
+from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import Store, is_uri, localise
 
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +46,8 @@ class Architecture:
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
     takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
     recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
-    left_out: linears of the chosen kinds that the model does not run on text.
+    left_out: linears of the chosen kinds that the model does not run on text. tied_head: whether the output embeddings
+    are tracked, and are the input's too.
     """
 
     folder: str
@@ -62,11 +63,25 @@ class Architecture:
     takes_positions: bool = True
     recurrent: str = ""
     left_out: tuple[str, ...] = ()
+    tied_head: bool = False
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
         """The layers whose A is their own; the others share one of these."""
         return tuple(layer for layer in self.layers if layer.input_of == layer.name)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is tracked otherwise than one may think."""
+        found = []
+        if self.left_out:
+            found.append(
+                f"{self.left_out[0]}{f' and {len(self.left_out) - 1} more' if self.left_out[1:] else ''} are not "
+                "tracked: the model does not run them as layers on text"
+            )
+        if self.tied_head:
+            found.append("the output embeddings are tied to the input's, and are tracked as the head alone")
+        return found
 
     def sequence_length(self, asked: int | None) -> int:
         """T: what was asked for, else the context, at most 512 (docs/method.md#notation).
@@ -150,6 +165,7 @@ def describe(
     module = build_on_meta(with_attention(config, attention))
     text = config.get_text_config()
     ran = run_on_shapes(module, linear_names(module))
+    layers = tracked_layers(module, tracked, ran)
     context = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
         folder=str(folder),
@@ -158,13 +174,14 @@ def describe(
         context=int(context),
         eos_id=_token_id(config, "eos_token_id"),
         bos_id=_token_id(config, "bos_token_id"),
-        layers=tracked_layers(module, tracked, ran),
+        layers=layers,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
         takes_positions="position_ids" in signature(module.forward).parameters,
         recurrent=recurrent_part(module),
         left_out=left_out(module, tracked, ran),
+        tied_head=any(layer.name == tied_head(module) for layer in layers),
     )
 
 

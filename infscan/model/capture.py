@@ -15,8 +15,8 @@ from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
 from infscan.model.experts import Stacked, listening
 
-# consume(layer, a, s, routed): a = the layer's input, s = the gradient of the loss with respect to its output: [B, T, n]
-# with routed None; of an expert [M, n], for the tokens that `routed` says.
+# consume(layer, a, s, routed): a = the layer's input, s = the gradient of the loss with respect to its output, both
+# [B, T, n] with routed None; of an expert [M, n], for the tokens that `routed` says.
 Consumer = Callable[[Layer, Tensor, Tensor, Routed | None], None]
 
 
@@ -38,7 +38,7 @@ def capturing(
     inputs: dict[str, Tensor] = {}
     batch: list[int] = []
     children = dict(module.named_modules())
-    experts = _by_stack(layers)
+    experts = by_stack(layers)
 
     def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
         inputs.clear()
@@ -89,7 +89,7 @@ def capturing(
             handle.remove()
 
 
-def _by_stack(layers: Sequence[Layer]) -> Mapping[str, dict[int, Layer]]:
+def by_stack(layers: Sequence[Layer]) -> Mapping[str, dict[int, Layer]]:
     """The tracked experts of every stack, by their number in it."""
     found: defaultdict[str, dict[int, Layer]] = defaultdict(dict)
     for layer in layers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -51,7 +52,7 @@ def _maps(module: Any) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     """Whether a stack is [E, I, O], and not [E, O, I]."""
     return isinstance(module, Llama4TextExperts) or getattr(module, "is_transposed", False)
 
@@ -75,7 +76,7 @@ def expert_layers(module: Any, stack: str) -> list[Layer]:
     weight = getattr(module, stack.rpartition(".")[2])
     E = _experts(module)
     _, first, second = getattr(weight, "ds_shape", weight.shape)
-    O, I = (second, first) if _is_transposed(module) else (first, second)
+    O, I = (second, first) if is_transposed(module) else (first, second)
     bias = _has_bias(module)
     names = [f"{stack}.{number}" for number in range(E)]
     share = _routed_share(module, E)
@@ -95,7 +96,7 @@ def run_by_expert(module: PreTrainedModel) -> None:
     for path, child in module.named_modules():
         if holds_experts(child):
             forward = next((run for kind, run in _OTHERS.items() if isinstance(child, kind)), _run_experts)
-            child.forward = MethodType(forward, child)  # type: ignore[method-assign]
+            child.forward = MethodType(forward, child)
             child.__dict__["_stacks"] = tuple(f"{path}.{name}" for name in _maps(child))
 
 
@@ -191,7 +192,7 @@ def _cumulated(counts: Sequence[int]) -> tuple[int, ...]:
 def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """One linear map of every expert over its own tokens, announced to whoever listens: [S, O]."""
     name = _maps(self)[which]
-    weight, transposed = getattr(self, name), _is_transposed(self)
+    weight, transposed = getattr(self, name), is_transposed(self)
     bias = getattr(self, f"{name}_bias") if _has_bias(self) else None
     if hasattr(weight, "ds_id"):
         out_so = _Gathered.apply(a_si, weight, bias, bounds, transposed)
@@ -207,7 +208,7 @@ def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[
 def _linear(a_si: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...], transposed: bool) -> Tensor:
     """W_e a (+ b_e) for every expert's tokens; `transposed`: the stack is [E, I, O]."""
     parts = []
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
         W_io = weight[expert] if transposed else weight[expert].T

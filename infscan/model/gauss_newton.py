@@ -28,10 +28,12 @@ from transformers import PreTrainedModel
 
 from infscan.corpus import sequences as corpus
 from infscan.influence.layers import Layer
+from infscan.model.capture import by_stack
+from infscan.model.experts import Stacked, listening
 from infscan.model.worker import Batch, ModelWorker
 
-# hook(layer, inputs [..., I], outputs [..., O]) -> outputs, or None to leave them as they are
-LayerHook = Callable[[Layer, Tensor, Tensor], Tensor | None]
+# hook(layer, inputs [..., I], outputs [..., O]) -> outputs
+LayerHook = Callable[[Layer, Tensor, Tensor], Tensor]
 
 
 def join(layers: Sequence[Layer], matrices: Mapping[str, Tensor]) -> Tensor:
@@ -87,12 +89,16 @@ class GaussNewton:
         # H d = p * d - p (p . d), zero on padding.
         weighted_kbtv = weighted_kbtv - p_btv * weighted_kbtv.sum(dim=-1, keepdim=True)
         weighted_kbtv = weighted_kbtv * batch.positions()[..., None]
-        names = [layer.name for layer in self.layers]
+        # An expert that no token goes to has no part.
+        seen = [layer for layer in self.layers if layer.name in outputs]
         gradients = torch.autograd.grad(
-            logits_btv, [outputs[name] for name in names], weighted_kbtv.to(logits_btv.dtype), is_grads_batched=True
+            logits_btv,
+            [outputs[layer.name] for layer in seen],
+            weighted_kbtv.to(logits_btv.dtype),
+            is_grads_batched=True,
         )
-        products = {}
-        for layer, s_kbto in zip(self.layers, gradients, strict=True):
+        products = {name: torch.zeros_like(matrix) for name, matrix in matrices.items() if name not in outputs}
+        for layer, s_kbto in zip(seen, gradients, strict=True):
             s_kmo = s_kbto.reshape(s_kbto.shape[0], -1, layer.outputs).to(self.worker.wide)
             a_mi = inputs[layer.name].flatten(0, -2).to(self.worker.wide)
             if layer.bias:
@@ -124,8 +130,9 @@ class GaussNewton:
         outputs: dict[str, Tensor] = {}
         module = self.worker.model.module
 
-        def keep(layer: Layer, a: Tensor, y: Tensor) -> None:
+        def keep(layer: Layer, a: Tensor, y: Tensor) -> Tensor:
             inputs[layer.name], outputs[layer.name] = a.detach(), y
+            return y
 
         def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
             # As in a scan: parameters ask for no gradient, so the graph starts at the embedding's output.
@@ -142,13 +149,25 @@ class GaussNewton:
 @contextmanager
 def _hooked(module: PreTrainedModel, layers: Sequence[Layer], hook: LayerHook) -> Iterator[None]:
     children = dict(module.named_modules())
+    experts = by_stack(layers)
 
-    def on(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def on(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _module, args, out: hook(layer, args[0], out)
 
-    handles = [children[layer.name].register_forward_hook(on(layer)) for layer in layers]
+    def on_stack(stack: str, seen: Stacked) -> Tensor | None:
+        if stack not in experts:
+            return None
+        parts = list(seen.out_so.tensor_split(seen.bounds[1:-1]))
+        for expert, layer in experts[stack].items():
+            a_mi = seen.a_si[slice(*seen.bounds[expert : expert + 2])]
+            if len(a_mi):
+                parts[expert] = hook(layer, a_mi, parts[expert])
+        return torch.cat(parts)
+
+    handles = [children[layer.name].register_forward_hook(on(layer)) for layer in layers if not layer.stack]
     try:
-        yield
+        with listening(module, on_stack):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -239,8 +239,8 @@ def _as_stored(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tu
     still = [pair for pair in untied if pair[0] in checkpoint.module.all_tied_weights_keys]
     if still:
         raise ModelError(
-            f"{folder}: {still[0][0]} and {still[0][1]} are one parameter by config.json, and the checkpoint brings two "
-            "different ones; mend config.json, or use model.sharding=none with cluster.ranks_per_worker=1."
+            f"{folder}: {still[0][0]} and {still[0][1]} are one parameter by config.json, and the checkpoint brings "
+            "two different ones; mend config.json, or use model.sharding=none with cluster.ranks_per_worker=1."
         )
     return config, checkpoint
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,8 @@ from infscan.model.family import text_tower
 from infscan.model.probe import Ran
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
-_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+# Not a block that has attention among its parts.
+_ATTENTION_CLASS = re.compile(r"(attention|attn)(?!.*(Layer|Block)$)", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(gate|shared_expert_gate)$")
 _IN_BLOCK = re.compile(r"\.\d+\.")
 # Linear layers that a block applies to one input tensor, by the names that model families give them.
@@ -63,6 +65,22 @@ def left_out(module: PreTrainedModel, tracked: str, ran: Ran | None) -> tuple[st
     """The linears that `tracked` means and the model does not run as modules on text."""
     names = linear_names(module)
     return tuple(name for name in _wanted(module, tracked) if _is_idle(name, names, ran))
+
+
+def tied_head(module: PreTrainedModel) -> str | None:
+    """The path of the output embeddings where their weight is the input's."""
+    head = module.get_output_embeddings()
+    if head is None or head.weight is not module.get_input_embeddings().weight:
+        return None
+    return next((name for name, child in module.named_modules() if child is head), None)
+
+
+def by_block(layers: Sequence[Layer]) -> list[str]:
+    """A line for every place that layers have in their blocks: where, how many, and of what shapes."""
+    places: dict[tuple[str, int, int], int] = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name), layer.outputs, layer.inputs) for layer in layers
+    )
+    return [f"{name}: {count} of {outputs} x {inputs}" for (name, outputs, inputs), count in places.items()]
 
 
 def linear_names(module: nn.Module) -> list[str]:
@@ -140,9 +158,9 @@ def _input_of(name: str, bias: bool, before: list[Layer], ran: Ran | None) -> st
     siblings = next((group for group in _SHARED_INPUTS if leaf in group), ())
     for layer in before:
         sibling_parent, _, sibling = layer.name.rpartition(".")
-        if sibling_parent == parent and sibling in siblings and layer.bias == bias:
-            if ran is None or ran.inputs[layer.input_of] == ran.inputs[name]:
-                return layer.input_of
+        alike = sibling_parent == parent and sibling in siblings and layer.bias == bias
+        if alike and (ran is None or ran.inputs[layer.input_of] == ran.inputs[name]):
+            return layer.input_of
     return name
 
 

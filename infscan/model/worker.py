@@ -36,8 +36,8 @@ T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
 Span = tuple[str, float, float, dict[str, Any]]
 _MOST_SPANS = 100_000
-# consume(layer, s_bto, a_bti, None): a with padding zeroed, and the bias's 1 appended unless it is left out; of an expert
-# consume(layer, s_mo, a_mi, routed), over the tokens that go to it. Neither is to be changed in place.
+# consume(layer, s_bto, a_bti, None): a with padding zeroed, and the bias's 1 appended unless it is left out; of an
+# expert consume(layer, s_mo, a_mi, routed), over the tokens that go to it. Neither is to be changed in place.
 LayerConsumer = Callable[[Layer, Tensor, Tensor, Routed | None], None]
 
 

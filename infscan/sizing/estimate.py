@@ -58,6 +58,9 @@ class Estimate:
     ranks: int
     price_per_hour: float | None = None
     notes: tuple[str, ...] = ()
+    # The share of the parameters that is tracked, and a line for every place that tracked layers have in their blocks.
+    share: float = 1.0
+    by_block: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -77,7 +80,8 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         return plain(
             {
-                "model": {"parameters": self.parameters, "tracked_layers": self.tracked},
+                "model": {"parameters": self.parameters, "tracked_layers": self.tracked, "tracked_share": self.share},
+                "tracked": self.by_block,
                 "queries": self.queries,
                 "corpus": self.corpus,
                 "shards": self.shards,

@@ -23,6 +23,7 @@ from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
+from infscan.model.tracked import by_block
 from infscan.queries import read_queries
 from infscan.results.read import read_summary
 from infscan.sizing.devices import Device, Rates, calibration, device
@@ -94,7 +95,9 @@ def estimate(config: PlanJob) -> Estimate:
         workers=cluster.num_workers,
         ranks=cluster.ranks_per_worker,
         price_per_hour=asked.price_per_hour,
-        notes=tuple(notes),
+        notes=(*architecture.warnings, *notes),
+        share=sum(layer.size for layer in architecture.layers) / architecture.parameters,
+        by_block=tuple(by_block(architecture.layers)),
     )
 
 

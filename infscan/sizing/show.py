@@ -20,6 +20,9 @@ def show(found: Estimate, config: Config, console: Console | None = None) -> Non
     out = console or Console(soft_wrap=True, width=max(_WIDTH, Console().width))
     corpus = found.corpus
     out.print(f"model       {found.parameters:,} parameters, {found.tracked} tracked layers")
+    out.print(f"tracked     {found.share:.1%} of the parameters")
+    for line in found.by_block:
+        out.print(f"            {line}")
     out.print(
         f"corpus      {corpus.sequences:,} sequences of at most {corpus.T} tokens, {corpus.tokens:,} tokens "
         f"({corpus.how})"

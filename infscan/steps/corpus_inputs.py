@@ -30,12 +30,29 @@ def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: To
     eos_id = _eos_id(config, architecture, tokenizer)
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)
-    return pack_settings(config, length, architecture.vocab_size, eos_id, bos_id)
+    follows = config.bos is None and wants_bos(config, tokenizer) and _is_text(config)
+    told = replace(config, bos=bool(config.bos) or follows)
+    return pack_settings(told, length, architecture.vocab_size, eos_id, bos_id)
 
 
 def bos_of(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> int | None:
-    """The BOS that texts begin with, as this corpus's documents do; None where they begin with none."""
-    return settings_for(config, architecture, tokenizer).bos_id if config.bos else None
+    """The BOS that texts begin with; None where they begin with none."""
+    told = replace(config, bos=wants_bos(config, tokenizer))
+    return settings_for(told, architecture, tokenizer).bos_id
+
+
+def wants_bos(config: CorpusConfig, tokenizer: Tokenizer | None) -> bool:
+    """Whether a text is to begin with BOS: as corpus.bos says, else as the tokenizer does."""
+    return tokenizer is not None and tokenizer.adds_bos if config.bos is None else config.bos
+
+
+def _is_text(config: CorpusConfig) -> bool:
+    """Whether documents are tokenised here, and do not bring token ids of their own."""
+    if config.paths:
+        return all(_is_text(one) for one in config.several.values())
+    if config.tokens_field is not None or is_prepared(config.path) or token_files(config) is not None:
+        return False
+    return all(file_format(file.uri, config.format) not in ARRAYS for file in document_files(config))
 
 
 def _eos_id(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> int | None:

@@ -6,10 +6,11 @@ covariance/, lambda/   partial sums per (slice, layer group); removed when the f
 A/ S/ Lambda/          one safetensors file per layer (layers that share an input share the file in A/)
 factors.json           written last: its presence is the fact that the factors are complete
 
-Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda` (and `stack_mean` for an expert); covariance/ has
-`tokens`, `A|<layer>` and `S|<layer>`, and `tokens|<layer>` for an expert; lambda/ has `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a
-square tensor per block, the first under the matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the
-partial sums `A.1|<layer>`. `eigenvalues` goes through the blocks in order.
+Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda` (and `stack_mean`
+for an expert); covariance/ has `tokens`, `A|<layer>` and `S|<layer>`, and `tokens|<layer>` for an expert; lambda/ has
+`<layer>`. A matrix in several diagonal blocks (factors.blocks) is a square tensor per block, the first under the
+matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the partial sums `A.1|<layer>`. `eigenvalues` goes
+through the blocks in order.
 """
 
 from __future__ import annotations

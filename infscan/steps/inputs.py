@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +23,10 @@ from infscan.model.architecture import (
 )
 from infscan.model.load import resolve_dtype
 from infscan.queries import Query, queries_fingerprint, read_queries
-from infscan.steps.corpus_inputs import bos_of, input_files, settings_for
+from infscan.steps.corpus_inputs import bos_of, input_files, settings_for, wants_bos
 from infscan.storage import Identity
 
+log = logging.getLogger("infscan")
 _CHECKED = "config.json and weights: whole files up to 256 MiB, sizes and spread samples of larger ones"
 
 
@@ -113,6 +115,8 @@ def open_inputs(config: Config) -> Inputs:
     for corpus in (config.corpus, config.factors.corpus):
         input_files(corpus)
         settings_for(corpus, architecture, tokenizer)
+    if config.corpus.bos is None and wants_bos(config.corpus, tokenizer):
+        log.info("texts       begin with BOS, as the tokenizer has it; corpus.bos=false leaves it out")
     return Inputs(config, architecture, tokenizer)
 
 

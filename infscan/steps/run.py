@@ -91,7 +91,7 @@ def open_run(
         records = RunRecords(recovery, metrics, folder.lease.check, folder.lease.announce, faults_before)
         run = _runs(stages, reached, telemetry or Telemetry(listener=metrics), records)
         try:
-            for warning in _warnings(folder, run.queries):
+            for warning in [*_warnings(folder, run.queries), *run.architecture.warnings]:
                 run.telemetry.warn(warning)
             yield run
         finally:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    DbrxConfig,
-    GptOssConfig,
-    JetMoeConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
-    T5Config,
-)
+from transformers import BertConfig, T5Config
 
 from infscan.errors import ModelError
 from infscan.model.architecture import describe, weight_files
@@ -102,83 +92,6 @@ def test_a_regex_chooses_by_module_path_and_may_name_the_unembedding() -> None:
         ModelError, match=r"model.tracked='no_such' matches no linear layer; the model has model\.layers\.0"
     ):
         tracked_layers(module, "no_such")
-
-
-_BLOCK = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-# family: (configuration, the fused module, the attention's linears that may be tracked without it)
-MIXTURES = {
-    "mixtral": (MixtralConfig(**_BLOCK, num_local_experts=2), "model.layers.0.mlp.experts", 4),
-    # Beside shared experts, which are plain linears.
-    "qwen2_moe": (
-        Qwen2MoeConfig(**_BLOCK, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
-        "model.layers.0.mlp.experts",
-        4,
-    ),
-    "olmoe": (OlmoeConfig(**_BLOCK, num_experts=2, num_experts_per_tok=1), "model.layers.0.mlp.experts", 4),
-    "gpt_oss": (
-        GptOssConfig(**_BLOCK, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-        "model.layers.0.mlp.experts",
-        4,
-    ),
-    # Experts stacked in the rows of a matrix; its router is a linear one level down.
-    "dbrx": (
-        DbrxConfig(
-            d_model=16,
-            n_heads=2,
-            n_layers=1,
-            vocab_size=VOCAB,
-            attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
-            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1},
-        ),
-        "transformer.blocks.0.ffn.experts.mlp",
-        2,
-    ),
-}
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_with_fused_experts_is_refused_by_layer(family: str) -> None:
-    """Neither its shared parts nor its router are tracked in its place."""
-    config, fused, attention = MIXTURES[family]
-    module = build_on_meta(config)
-    for tracked in ("mlp", "linear"):
-        with pytest.raises(
-            ModelError, match=rf"^{re.escape(fused)} holds its experts fused.*model\.tracked=attention or a regex"
-        ):
-            tracked_layers(module, tracked)
-    found = tracked_layers(module, "attention")
-    assert len(found) == attention
-    assert not [layer.name for layer in found if "router" in layer.name or "expert" in layer.name]
-
-
-def test_a_mixture_of_attention_heads_is_refused_as_attention() -> None:
-    """JetMoE: queries and outputs are fused experts; its key-value projection and router must not stand for them."""
-    module = build_on_meta(
-        JetMoeConfig(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            kv_channels=8,
-            num_local_experts=2,
-        )
-    )
-    for tracked, fused in {
-        "attention": r"self_attention\.experts\.input_linear",
-        "mlp": r"mlp\.input_linear",
-        "linear": r"mlp\.input_linear",
-    }.items():
-        with pytest.raises(ModelError, match=rf"^model\.layers\.0\.{fused} holds its experts fused"):
-            tracked_layers(module, tracked)
-    [layer] = tracked_layers(module, r"kv_proj$")
-    assert layer.name == "model.layers.0.self_attention.kv_proj"
 
 
 def test_description(llama: Path) -> None:
@@ -294,6 +207,21 @@ def test_models_that_are_not_read_from_left_to_right_are_refused_by_name(
 
 def test_an_encoder_that_is_made_causal_passes() -> None:
     refuse_encoder(BertConfig(is_decoder=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_method(llama: Path, asked: dict, method: str) -> None:
+    edit_config(llama, quantization_config=asked)
+    with pytest.raises(ModelError, match=rf"quantised \({method}\).*save_pretrained"):
+        describe(str(llama), "mlp")
 
 
 def test_a_broken_config_file_is_refused(llama: Path) -> None:

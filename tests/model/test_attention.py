@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from infscan.model.load import load
 from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.steps.corpus_inputs import settings_for
-from tests.model import families
+from tests.model import families, zoo
 from tests.model.families import CONFIGS, VOCAB, save
 
 # Of each row, how long its documents are: one token, one document, padding after the last.
@@ -136,6 +137,44 @@ def test_a_family_that_is_told_no_positions_is_refused_before_it_is_loaded(
     corpus.attention = Attention.within
     with pytest.raises(ModelError, match=rf"within: {config.model_type}.* does not keep.*packing=document"):
         settings_for(corpus, architecture, None)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "recurrent_gemma", "zamba", "qwen3_next", "minimax"])
+def test_a_state_beside_attention_is_refused_before_it_is_loaded(family: str, tmp_path: Path) -> None:
+    architecture = describe(str(zoo.save(family, tmp_path)), "head")
+    corpus = CorpusConfig(path="corpus", eos_id=1, sequence_length=8, attention=Attention.within)
+    with pytest.raises(ModelError, match=rf"within: {family}, whose \w+ carries a state from token to token"):
+        settings_for(corpus, architecture, None)
+
+
+def small_leak(family: str, folder: Path, dtype: Dtype) -> LoadedModel:
+    """A model in which documents see a hundredth of what they do without a boundary."""
+    model = load(ModelConfig(str(zoo.save(family, folder)), dtype), RankContext(), sharded=False)
+    forward = model.module.forward
+
+    def leaking(input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> Any:
+        across = forward(input_ids=input_ids, use_cache=use_cache)
+        if position_ids is None:
+            return across
+        within = forward(input_ids=input_ids, use_cache=use_cache, position_ids=position_ids)
+        within.logits = within.logits + 0.01 * (across.logits - within.logits)
+        return within
+
+    model.module.forward = leaking
+    return model
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_a_hundredth_of_a_leak_is_found_in_any_dtype(dtype: Dtype, tmp_path: Path) -> None:
+    sound = load(ModelConfig(str(zoo.save("llama", tmp_path)), dtype), RankContext(), sharded=False)
+    before = {name: tensor.clone() for name, tensor in sound.module.state_dict(keep_vars=False).items()}
+    check_document_mask(sound)
+    after = sound.module.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
+    with pytest.raises(ModelError, match="within: llama does not keep"):
+        check_document_mask(small_leak("llama", tmp_path / "again", dtype))
 
 
 def test_a_model_that_sees_through_the_boundary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

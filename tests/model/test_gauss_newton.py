@@ -14,17 +14,20 @@ from transformers.pytorch_utils import Conv1D
 
 from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
+from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
+from infscan.model.experts import is_transposed
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
-from tests.model.families import VOCAB, save
+from tests.model import zoo
+from tests.model.families import CONFIGS, VOCAB, save
 
 LENGTHS = (5, 3, 2)
 
 
 def double_rank(folder: Path, family: str, tracked: str) -> ModelWorker:
-    path = str(save(family, folder))
+    path = str(zoo.save(family, folder) if family in zoo.FAMILIES and family not in CONFIGS else save(family, folder))
     config = ModelConfig(path=path, tracked=tracked, dtype=Dtype.float64)
     return ModelWorker(WorkerSettings(config, describe(path, tracked).layers, sharded=False), RankContext())
 
@@ -32,6 +35,11 @@ def double_rank(folder: Path, family: str, tracked: str) -> ModelWorker:
 def some_sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Sequence]:
     rng = np.random.default_rng(0)
     return [Sequence(n, rng.integers(1, VOCAB, length), (), 0, "") for n, length in enumerate(lengths)]
+
+
+def names_of(layer: Layer) -> tuple[str, str]:
+    """The parameters that are a layer's weight and bias, or hold an expert's."""
+    return (layer.stack, f"{layer.stack}_bias") if layer.stack else (f"{layer.name}.weight", f"{layer.name}.bias")
 
 
 def dense(rank: ModelWorker, sequences: list[Sequence], tied: str | None = None) -> Tensor:
@@ -43,10 +51,10 @@ def dense(rank: ModelWorker, sequences: list[Sequence], tied: str | None = None)
     parameters = dict(module.named_parameters())
     chosen = {}
     for layer in rank.layers:
-        weight = module.get_submodule(layer.name).weight.detach()
-        chosen[f"{layer.name}.weight"] = weight
+        weight, bias = names_of(layer)
+        chosen[weight] = (module.get_submodule(layer.name).weight if tied else parameters[weight]).detach()
         if layer.bias:
-            chosen[f"{layer.name}.bias"] = parameters[f"{layer.name}.bias"].detach()
+            chosen[bias] = parameters[bias].detach()
     total = torch.zeros(0)
     for sequence in sequences:
         ids = torch.from_numpy(sequence.token_ids)[None]
@@ -58,12 +66,15 @@ def dense(rank: ModelWorker, sequences: list[Sequence], tied: str | None = None)
             jacobians = torch.func.jacrev(logits)(chosen)
         columns = []
         for layer in rank.layers:
-            J = jacobians[f"{layer.name}.weight"]
-            if isinstance(module.get_submodule(layer.name), Conv1D):
+            weight, bias = names_of(layer)
+            J, one = jacobians[weight], jacobians[bias] if layer.bias else None
+            if layer.stack:
+                expert = int(layer.name.rpartition(".")[2])
+                J, one = J[:, :, expert], None if one is None else one[:, :, expert]
+            owner = module.get_submodule(weight.rpartition(".")[0])
+            if isinstance(owner, Conv1D) or (layer.stack and is_transposed(owner)):
                 J = J.transpose(2, 3)
-            if layer.bias:
-                J = torch.cat([J, jacobians[f"{layer.name}.bias"][..., None]], dim=-1)
-            columns.append(J.flatten(2))
+            columns.append((J if one is None else torch.cat([J, one[..., None]], dim=-1)).flatten(2))
         J_tvp = torch.cat(columns, dim=2)
         p_tv = torch.softmax(logits(chosen), dim=-1)
         H_tvv = torch.diag_embed(p_tv) - p_tv[:, :, None] * p_tv[:, None, :]
@@ -79,6 +90,8 @@ FAMILIES = [
     ("opt", r"layers\.0\.fc[12]", 1e-9),
     ("llama", r"layers\.0\.(mlp\.(gate|up)_proj|self_attn\.[kv]_proj)", 1e-5),
     ("qwen2", r"layers\.1\.(self_attn|mlp\.down)", 1e-5),
+    ("qwen3_moe", r"layers\.1\.mlp\.experts", 1e-5),
+    ("gpt_oss", r"layers\.0\.mlp\.experts\.down", 1e-5),
 ]
 
 

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from infscan.config import Dtype, ModelConfig
+from infscan.config import AttentionImplementation, Dtype, ModelConfig
 from infscan.errors import ModelError
-from infscan.model.architecture import load_config
+from infscan.model.architecture import describe, load_config
 from infscan.model.checkpoint import Checkpoint
 from infscan.model.family import build_on_meta
 from infscan.model.load import load, resolve_dtype
 from infscan.model.loaded import LoadedModel, RankContext
+from tests.model import zoo
 from tests.model.families import CONFIGS, save
 
 
@@ -60,6 +61,35 @@ def test_auto_is_the_checkpoints_dtype_on_a_gpu_alone(declared: object) -> None:
     assert resolve_dtype(Dtype.auto, config, "cuda:0") == torch.bfloat16
     assert resolve_dtype(Dtype.auto, config, "cpu") == torch.float32
     assert resolve_dtype(Dtype.float32, config, "cuda:0") == torch.float32
+
+
+def test_float16_is_run_in_a_dtype_that_gradients_do_not_overflow() -> None:
+    config = PretrainedConfig()
+    config.dtype = torch.float16
+    assert resolve_dtype(Dtype.auto, config, "cuda:0") == torch.bfloat16
+    assert resolve_dtype(Dtype.auto, config, "cpu") == torch.float32
+
+
+def test_the_dtype_of_a_wrapper_is_its_text_towers() -> None:
+    config = zoo.configuration("gemma3")
+    config.dtype, config.text_config.dtype = None, torch.bfloat16
+    assert resolve_dtype(Dtype.auto, config, "cuda:0") == torch.bfloat16
+
+
+def test_attention_is_fused_where_the_family_has_it_and_plain_elsewhere(tmp_path: Path) -> None:
+    def implementation(family: str, asked: AttentionImplementation) -> str:
+        settings = ModelConfig(str(tmp_path / family), attention_implementation=asked)
+        return load(settings, RankContext(), sharded=False).module.config._attn_implementation
+
+    zoo.save("llama", tmp_path)
+    zoo.save("bloom", tmp_path)
+    auto, sdpa, eager = AttentionImplementation
+    assert [implementation("llama", asked) for asked in (auto, sdpa, eager)] == ["sdpa", "sdpa", "eager"]
+    assert [implementation("bloom", asked) for asked in (auto, eager)] == ["eager", "eager"]
+    with pytest.raises(ModelError, match=r"bloom cannot be run with .*model\.attention_implementation=auto or eager"):
+        implementation("bloom", sdpa)
+    with pytest.raises(ModelError, match=r"bloom cannot be run with"):
+        describe(str(tmp_path / "bloom"), "mlp", attention=sdpa)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:

@@ -20,9 +20,7 @@ from tests.model.sharded_rank import logits, settings
 pytestmark = pytest.mark.slow
 
 WORLD = 2
-# What no rank loads: refused by their configuration, or (in the table of families) for another reason.
-NOT_LOADED = {"bert", "t5"}
-FAMILIES = [name for name in zoo.FAMILIES if name not in NOT_LOADED]
+FAMILIES = [name for name in zoo.FAMILIES if name not in zoo.NO_LANGUAGE_MODELS]
 
 
 def tied_with_its_own_head(folder: Path, scale: float) -> str:

@@ -5,6 +5,7 @@ Each is what a checkpoint of that family is, small: two blocks or one of each ki
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Families that the table refuses by their configuration alone.
+NO_LANGUAGE_MODELS = ("bert", "t5")
+
+
 def configuration(family: str) -> PretrainedConfig:
     given = {key: dict(value) if isinstance(value, dict) else value for key, value in FAMILIES[family].items()}
     return AutoConfig.for_model(family, **given)
@@ -301,7 +306,9 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     set_seed(0)
     config = configuration(family)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
-    kept = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    # But for decays, which belong together.
+    state = {name: tensor for name, tensor in model.state_dict().items() if not re.search("decay|slope", name)}
+    kept = [tensor for tensor in state.values() if tensor.is_floating_point()]
     with torch.no_grad():
         for tensor in {tensor.data_ptr(): tensor for tensor in kept}.values():
             tensor.add_(0.1 * torch.randn_like(tensor))

@@ -146,7 +146,7 @@ def test_code_that_does_not_run_on_shapes_alone_is_said_to(models: dict[str, Arc
     architecture = models["gpt_neox"]
     sized = DryWorker(config_for(architecture), architecture, CONTEXT, 0.0)
     with pytest.raises(ModelError, match=r"does not run on shapes alone \(TypeError: .*meta.*measure a small run"):
-        sized.backward(sized.layers, lambda _: lambda layer, s_bto, a_bti: s_bto.numpy(), sized.batch())
+        sized.backward(sized.layers, lambda _: lambda layer, s_bto, a_bti, routed: s_bto.numpy(), sized.batch())
 
 
 def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, Architecture]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from torch.nn.functional import cross_entropy, linear
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from infscan.results.read import read_scores
+from infscan import pipeline
+from infscan.config import Config
+from infscan.results.read import read_layers, read_scores, read_top
 from tests.model import zoo
 from tests.steps.runs import answer_here, small_run, token_corpus, token_queries
 
@@ -130,36 +132,61 @@ def scores(mixture: Mixture, sequences: list[np.ndarray], queries: list[tuple[np
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss"])
-def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Mixture]]:
+def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mixture]:
     folder = zoo.save(request.param, tmp_path / "models")
     oss = request.param == "gpt_oss"
-    yield folder, Mixture(folder, transposed=oss, bias=oss)
+    return folder, Mixture(folder, transposed=oss, bias=oss)
 
 
-def test_a_whole_job_gives_the_scores_of_plain_autograd(mixture: tuple[Path, Mixture], tmp_path: Path) -> None:
+def asked(mixture: tuple[Path, Mixture], tmp_path: Path, *overrides: str) -> tuple[Config, np.ndarray]:
+    """A job over the mixture's experts alone, and the scores [N, Q] that it is to give."""
     folder, theirs = mixture
     token_corpus(tmp_path / "corpus.jsonl", 24, T=16, vocab=zoo.VOCAB)
     token_queries(tmp_path / "queries.jsonl", 3, vocab=zoo.VOCAB)
     config = small_run(
         tmp_path,
         f"model.path={folder}",
-        "model.dtype=float64",
         r"model.tracked=experts\.(gate_up|down)_proj$",
         "factors.labels=empirical",
         "scan.rank=null",
         "scan.scores=all",
+        *overrides,
     )
-    answer_here(config)
+    rows = [np.asarray(line["tokens"]) for line in _lines(tmp_path / "corpus.jsonl")]
+    queries = [(np.asarray(line["input_ids"]), line["prompt_len"]) for line in _lines(tmp_path / "queries.jsonl")]
+    return config, scores(theirs, rows, queries)
+
+
+def check(config: Config, expected: np.ndarray) -> None:
     ours = read_scores(config.output).sort_by("sequence_id")
-    rows = [line["tokens"] for line in _lines(tmp_path / "corpus.jsonl")]
-    asked = [(np.asarray(row["input_ids"]), row["prompt_len"]) for row in _lines(tmp_path / "queries.jsonl")]
-    expected = scores(theirs, [np.asarray(row) for row in rows], asked)
-    for q in range(len(asked)):
+    for q in range(expected.shape[1]):
         found = np.asarray(ours[f"score_q{q}"])
         assert np.abs(found - expected[:, q]).max() < 1e-5 * np.abs(expected[:, q]).max()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_whole_job_gives_the_scores_of_plain_autograd(mixture: tuple[Path, Mixture], tmp_path: Path) -> None:
+    config, expected = asked(mixture, tmp_path, "model.dtype=float64")
+    answer_here(config)
+    check(config, expected)
+    # What is published is refined: by layer and by token it adds up to the same.
+    top = read_top(config.output).to_pylist()
+    layers = read_layers(config.output).to_pylist()
+    for row in top:
+        assert row["score"] == pytest.approx(expected[row["sequence_id"], int(row["query_id"][1:])], rel=1e-4, abs=1e-6)
+        mine = [each["score"] for each in layers if (each["query_id"], each["sequence_id"]) == key(row)]
+        assert sum(mine) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+
+
+def key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["query_id"], row["sequence_id"]
+
+
+@pytest.mark.slow
+def test_so_does_one_on_two_ranks_that_share_the_model(mixture: tuple[Path, Mixture], tmp_path: Path) -> None:
+    config, expected = asked(mixture, tmp_path, "cluster.ranks_per_worker=2", "model.dtype=float32")
+    pipeline.answer(config)
+    check(config, expected)
