@@ -21,6 +21,7 @@ from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
+from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, formed_at_once
 from infscan.model.architecture import Architecture, load_config, model_folder
 from infscan.model.family import first_line
@@ -155,9 +156,9 @@ class DryWorker:
 
 
 def _owned(seen: Dry, consume: LayerConsumer) -> LayerConsumer:
-    def counted(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
+    def counted(layer: Layer, s_bto: Tensor, a_bti: Tensor, routed: Routed | None) -> None:
         with seen.owned():
-            consume(layer, s_bto, a_bti)
+            consume(layer, s_bto, a_bti, routed)
 
     return counted
 
