@@ -26,6 +26,7 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
+from infscan.influence.precision import Multiply, multiplying
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.results.tensor_files import read_facts, read_tensor, write_tensors
 from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
@@ -77,7 +78,8 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
         FactorsError: where factors.path holds factors of another model, corpus or setting, naming what differs.
     """
     config, store = run.config, run.folder.factors
-    inverse = Preconditioner(store, config.factors.solver, config.factors.damping, config.alpha, vectors)
+    settings = config.factors
+    inverse = Preconditioner(store, settings.solver, settings.damping, config.alpha, vectors, matmul=run.inputs.matmul)
     if config.factors.solver is Solver.identity:
         return Factors(inverse, None)
     corpus = prepare_factors_corpus(run)
@@ -106,6 +108,8 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         "sample": selection.digest(),
         "seed": config.seed,
     }
+    if inputs.matmul == "tf32":
+        fields["matmul"] = inputs.matmul
     return FactorsPlan(
         fields=fields,
         layers=layers,
@@ -215,6 +219,7 @@ class _Fitting:
         )
 
 
+@multiplying("exact")
 def covariance_task(worker: ModelWorker, task: FitTask) -> int:
     """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
 
@@ -278,6 +283,7 @@ class CovarianceSums:
 Bases = Mapping[str, tuple[BlockDiagonal, BlockDiagonal]]
 
 
+@multiplying("exact")
 def lambda_task(worker: ModelWorker, task: FitTask) -> int:
     """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
     sequences = task.sequences(worker)
@@ -288,7 +294,8 @@ def lambda_task(worker: ModelWorker, task: FitTask) -> int:
     Lambda = lambda_sums(layers, worker.wide, worker.device)
     targets = Targets(task, worker, sequences)
     for batch in worker.batches(sequences, task.plan.tokens_per_batch):
-        worker.backward(batch, layers, targets.loss(batch), lambda_consumer(Lambda, bases), ones=False)
+        consume = lambda_consumer(Lambda, bases, task.plan.matmul)
+        worker.backward(batch, layers, targets.loss(batch), consume, ones=False)
     sums = {name: worker.reduce(total) for name, total in Lambda.items()}
     if worker.leads:
         path = partial_path("lambda", task.group, task.slice)
@@ -301,11 +308,12 @@ def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> d
     return {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
 
 
-def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases) -> LayerConsumer:
+def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases, matmul: Multiply = "exact") -> LayerConsumer:
     """Adds every sequence's squared gradient in the eigenbases."""
 
     def consume(layer: Layer, s_bto: Tensor, a_bti: Tensor) -> None:
-        add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
+        with multiplying(matmul):
+            add_squared_gradients(Lambda[layer.name], s_bto, a_bti, *bases[layer.name])
 
     return consume
 

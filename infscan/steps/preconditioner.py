@@ -19,6 +19,7 @@ from infscan.errors import QueryError
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.precision import Multiply, multiplying
 from infscan.model.losses import Loss
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.queries import Part, Query
@@ -54,12 +55,16 @@ class Preconditioner:
     vectors: StoredGradients | None = None
     # Of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
     solutions: StoredGradients | None = None
+    # How a GPU multiplies when it rotates gradients, and scores with them at full rank.
+    matmul: Multiply = "exact"
 
     @property
     def fingerprint(self) -> str:
         """Of all that fixes what it does, the factors' own content apart."""
         known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
         known["solutions"] = dict(self.solutions.names) if self.solutions else None
+        if self.matmul != "exact":
+            known["matmul"] = self.matmul
         if self.alpha or self.vectors:
             known |= {"alpha": self.alpha, "vectors": dict(self.vectors.names) if self.vectors else None}
         return fingerprint(known)
@@ -179,7 +184,8 @@ def preconditioned(
     for layer in layers:
         known = layer_factors(inverse, layer, worker.device, worker.wide)
         mine = V.pop(layer.name)
-        P[layer.name] = torch.stack([full_rank(core(one, layer, known), known) for one in mine])
+        with multiplying(inverse.matmul):
+            P[layer.name] = torch.stack([full_rank(core(one, layer, known), known) for one in mine])
         check_finite(layer.name, queries, torch.isfinite(P[layer.name]).flatten(1).all(dim=1))
     return P
 
