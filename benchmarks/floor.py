@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import (
+    ON_A_CPU,
     Compression,
     CorpusConfig,
     DampingConfig,
@@ -37,7 +38,6 @@ from infscan.config import (
     Labels,
     ModelConfig,
     Packing,
-    ScanConfig,
     Solver,
 )
 from infscan.corpus.addressable import CorpusAddress, open_corpus
@@ -75,7 +75,7 @@ from infscan.storage import Store, expand
 RESULTS = Path(__file__).parent / "results"
 FLOOR = "floor: forward + activation gradients"
 SHARD = "shard-000000"
-_GROUP_BYTES = ScanConfig().query_group_bytes
+_GROUP_BYTES = ON_A_CPU["scan.query_group_bytes"]
 
 
 @dataclass(frozen=True)

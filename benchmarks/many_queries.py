@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from infscan.config import MOST_RANK, Compression, Dtype, ScanConfig
+from infscan.config import MOST_RANK, ON_A_CPU, Compression, Dtype
 from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import Sequence
 from infscan.influence.layers import Layer
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     asked.add_argument("--sequences", type=int, default=20_000)
     asked.add_argument("--timed-length", type=int, default=256, help="T of the timed sequences")
     asked.add_argument("--query-dtypes", type=Dtype, nargs="+", default=[Dtype.float32, Dtype.bfloat16])
-    asked.add_argument("--query-group-bytes", type=int, default=ScanConfig().query_group_bytes)
+    asked.add_argument("--query-group-bytes", type=int, default=ON_A_CPU["scan.query_group_bytes"])
     asked.add_argument("--timed-tokens", type=int, nargs="+", default=[4096, 16384], help="of a timed micro-batch")
     asked.add_argument("--repeats", type=int, default=5)
     asked.set_defaults(energies=[0.95])

@@ -101,7 +101,7 @@ def measured(folder: Path, setting: tuple) -> int:
         for layer in architecture.layers
     }
     spectra = {layer.name: Spectrum.largest(Q, RANK) for layer in architecture.layers}
-    batch = lay_out(batch, plan_layouts(spectra, architecture.layers, T, config.scan.query_group_bytes // 4))
+    batch = lay_out(batch, plan_layouts(spectra, architecture.layers, T, config.query_group_bytes // 4))
     rank = ModelWorker(WorkerSettings(config.model, architecture.layers, sharded=False), RankContext(threads=2))
     task = ScanTask(
         run=Store("memory://bench-memory/run"),

@@ -75,6 +75,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "cluster.placement_timeout_s": _SECONDS,
     "cluster.lease_s": _SECONDS,
     "seed": _COUNT_OR_NONE,
+    "plan.utilisation": _ABOVE_ZERO,
     "tfidf.top_k": _COUNT,
     "tfidf.idf_sequences": _COUNT,
     "tfidf.slice_sequences": _COUNT,

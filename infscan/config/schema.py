@@ -329,9 +329,9 @@ class FactorsConfig:
     max_group_bytes: int | None = None
     """Bytes of factors that a rank holds at once; layers beyond them take another pass. null is what a GPU has left
     beside the model, and 8 GiB on a CPU."""
-    matmul: Matmul = Matmul.exact
-    """How a GPU multiplies float32 in Lambda, rotations and refining: `exact`, or in `tf32`, on tensor cores, to about
-    three digits (docs/gpu.md). A CPU is always exact."""
+    matmul: Matmul | None = None
+    """How a GPU multiplies float32 in Lambda, rotations and refining: `exact`, which null is, or in `tf32`, on tensor
+    cores, to about three digits (docs/gpu.md). A CPU is always exact."""
 
 
 # What a device's memory settles, and a CPU's value of it.

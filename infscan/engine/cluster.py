@@ -67,6 +67,34 @@ def gpus_per_rank(cluster: ClusterConfig) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
+# Bytes of the GPUs that Ray names among a cluster's resources; where a name stands for two, of the smaller.
+_TYPE = "accelerator_type:"
+_GPU_GB = {
+    "A100": 40,
+    "A100-40G": 40,
+    "A100-80G": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+    "L40S": 48,
+    "L4": 24,
+    "A10G": 24,
+    "A40": 48,
+    "A6000": 48,
+    "V100": 16,
+    "T4": 16,
+}
+
+
+def gpu_bytes(resources: Mapping[str, float], gpus: float) -> int | None:
+    """The memory that a rank has of its GPU: of the smallest kind in the cluster, its share of one where it has less
+    than one. None without a GPU, or where Ray names one that is not known here."""
+    names = [name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)]
+    if not gpus or not names or any(name not in _GPU_GB for name in names):
+        return None
+    return int(min(gpus, 1.0) * min(_GPU_GB[name] for name in names) * 10**9)
+
+
 def check_capacity(cluster: ClusterConfig, gpus: float) -> None:
     """Refuse what a local Ray can never give; a cluster may grow, and is waited for.
 

@@ -160,8 +160,9 @@ def advance(work: Step[U] | TaskMap[U], phase: PhaseView, unit: U, result: Any) 
 class Machines(Protocol):
     """Makes executors on one cluster."""
 
-    # GPUs of a rank; 0 for a CPU.
+    # GPUs of a rank; 0 for a CPU. Memory of a rank's GPU, of the smallest; None for a CPU or an unknown one.
     gpus: float
+    gpu_bytes: int | None
 
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> Executor: ...
 

@@ -36,6 +36,7 @@ class InProcessBackend:
             )
         self.cluster = cluster
         self.gpus = 1.0 if torch.cuda.is_available() and cluster.gpus_per_rank != 0 else 0.0
+        self.gpu_bytes = torch.cuda.get_device_properties(0).total_memory if self.gpus else None
 
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> InProcessExecutor:
         device = "cuda:0" if self.gpus else "cpu"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.precision import add_product, operand
 
 # Thinner panels save more products and make each slower: below this many rows one matrix product is as quick.
 _PANEL_ROWS, _MOST_PANELS = 192, 8
@@ -45,10 +46,10 @@ def add_second_moment(total: BlockDiagonal, x_btn: Tensor, ones_bt: Tensor | Non
         of_ones[:-1] += x_btn[..., x_btn.shape[-1] - sizes[-1] :].sum(dim=tokens, dtype=of_ones.dtype)
         of_ones[-1] += ones_bt.sum()
     for block, x_btk in zip(total.blocks, x_btn.split(sizes, dim=-1), strict=True):
-        x_mk = x_btk.flatten(0, -2).to(block.dtype)
+        x_mk = operand(x_btk.flatten(0, -2), block)
         k = x_mk.shape[1]
         for start, stop in _panels(k):
-            block[start:stop, start:k].addmm_(x_mk[:, start:stop].T, x_mk[:, start:])
+            add_product(block[start:stop, start:k], x_mk[:, start:stop].T, x_mk[:, start:])
 
 
 def mirror(total: BlockDiagonal) -> BlockDiagonal:

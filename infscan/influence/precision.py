@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Matmul = Literal["exact", "tf32"]
+Multiply = Literal["exact", "tf32"]
 _SWITCHES = (
     "allow_tf32",
     "allow_bf16_reduced_precision_reduction",
@@ -25,9 +25,10 @@ _SWITCHES = (
 
 
 @contextmanager
-def multiplying(matmul: Matmul) -> Iterator[None]:
+def multiplying(matmul: Multiply) -> Iterator[None]:
     """Within it, float32 products on a GPU are exact or in TF32, and sums of bfloat16 and float16 products are never
-    rounded in between. What was set before is set again afterwards, whatever happens within."""
+    rounded in between. What was set before is set again afterwards, whatever happens within. A step's function has it
+    as a decorator."""
     # The older of torch's two ways to say it: every version has it, and reading it after the newer one is an error.
     cuda = torch.backends.cuda.matmul
     before = [getattr(cuda, switch) for switch in _SWITCHES]

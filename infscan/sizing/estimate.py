@@ -114,6 +114,8 @@ class Dtypes:
         """How a pass multiplies what it adds to the model's forward and backward (`Rates.products`)."""
         if name == "scan":
             return self.queries
+        if name == "check":
+            return self.model
         if name == "covariance":
             return "moments" if self.gpu and self.model == "bfloat16" else "float32"
         return "tf32" if self.gpu and config.factors.matmul is Matmul.tf32 else "float32"

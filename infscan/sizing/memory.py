@@ -217,7 +217,8 @@ def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
 
 
 def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold, and have workers ask a shared cluster for the host memory that they need.
+    """Log what a rank of the scan will hold, warn where a pass needs more than the device has, and have workers ask a
+    shared cluster for the host memory that they need.
 
     Returns a scanning rank's bytes by part, or None where that cannot be told.
     """
@@ -225,23 +226,52 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     for stage in (run, *run.later) if shared else ():
         if (needed := host_bytes(stage.inputs, T)) is not None:
             stage.executor.reserve(needed)
+    if run.inputs.device_bytes is not None:
+        _warn_over_memory(run, T)
     return log_scan_memory(run.inputs, T)
+
+
+def _warn_over_memory(run: Run, T: int) -> None:
+    inputs = run.inputs
+    assert inputs.device_bytes is not None
+    try:
+        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
+    except ModelError:
+        return
+    if said := over_memory(costs, inputs.device_bytes):
+        run.telemetry.warn(said)
+
+
+def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
+    """What is said where a pass holds more than a device has, before anything runs there."""
+    name, held = largest(costs)
+    if held.total <= memory:
+        return None
+    rest = held.total - held.activations
+    mend = f"scan.tokens_per_batch lower by {held.activations / (memory - rest):.2g} times" if rest < memory else ""
+    mends = [mend, "model.gradient_checkpointing=true", "fewer queries at a time", "more cluster.ranks_per_worker"]
+    return (
+        f"a rank holds {size(held.total)} in {name}, and its device has {size(memory)}: micro-batches will be halved "
+        f"until they fit, in every unit again; give {', '.join(filter(None, mends[:-1]))} or {mends[-1]}."
+    )
 
 
 def host_bytes(inputs: Inputs, T: int) -> int | None:
     """Host memory that a rank needs at most, over all steps, its process included; None where that cannot be told.
 
-    On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights.
+    On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights and from a
+    layer group's sums, which are serialised there.
     """
     config, gpus = inputs.config, float(inputs.device == "cuda")
-    if gpus and config.model.zero.offload is Offload.none:
-        return _PROCESS_BYTES
     try:
         costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
     except ModelError:
         return None
-    held = largest(costs)[1]
-    return _PROCESS_BYTES + (held.weights if gpus else held.total)
+    if not gpus:
+        return _PROCESS_BYTES + largest(costs)[1].total
+    serialised = 2 * costs["covariance"].memory.factors if "covariance" in costs else 0
+    offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
+    return _PROCESS_BYTES + serialised + offloaded
 
 
 def memory_line(memory: PassMemory) -> str:
@@ -287,7 +317,8 @@ def _largest_query_group(sized: DryWorker, queries: int) -> tuple[list[range], t
 
 
 def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
-    """A and S of a layer group are summed; at the end they are serialised, three copies at once."""
+    """A and S of a layer group are summed; at the end they are serialised, three copies at once, on a GPU in the host's
+    memory."""
     group, blocks = _largest_group(sized), sized.config.factors.blocks
     sums = CovarianceSums(group, blocks, sized.worker.wide, "meta")
     sampled = sized.config.factors.labels is Labels.sampled
@@ -377,7 +408,7 @@ def _cost(
         queries=queries,
         factors=factors,
         gradients=gradients,
-        activations=max(seen.peak, at_end),
+        activations=max(seen.peak, at_end if sized.device == "cpu" else 0),
         allocator=_KEPT_WIDTHS * sized.B * sized.T * widest * sized.itemsize if sized.device == "cpu" else 0,
     )
     tokens = sized.B * sized.T

@@ -29,12 +29,13 @@ from infscan.results.read import read_summary
 from infscan.sizing.devices import Device, Rates, calibration, device
 from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
 from infscan.sizing.hours import Rate, rates_of, timed
-from infscan.sizing.memory import pass_costs, run_dtype
+from infscan.sizing.memory import over_memory, pass_costs, run_dtype
 from infscan.steps.corpus_inputs import bos_of, reading, settings_for
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
 from infscan.steps.prepare import prepare_pieces
+from infscan.steps.sizes import settled
 from infscan.steps.volume import FactorFiles, factor_files, scan_bytes
 from infscan.storage import Store
 
@@ -69,7 +70,11 @@ def estimate(config: PlanJob) -> Estimate:
     on_device = device(asked.device) if asked.device else None
     gpus = config.cluster.gpus_per_rank
     gpus = float(on_device is not None) if gpus is None else gpus
+    memory = on_device.memory if on_device else None
+    config = _settled(config, architecture, queries, gpus, memory)
     costs = pass_costs(config, architecture, queries, scanned.T, gpus)
+    if memory and (said := over_memory(costs, memory)):
+        notes.append(said)
     shard_sequences = config.scan.shard_sequences or default_shard_sequences(scanned.sequences)
     shards = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences).num_shards
     dtypes = _dtypes(config, architecture, gpus)
@@ -99,6 +104,13 @@ def estimate(config: PlanJob) -> Estimate:
         share=sum(layer.size for layer in architecture.layers) / architecture.parameters,
         by_block=tuple(by_block(architecture.layers)),
     )
+
+
+def _settled(config: PlanJob, architecture: Architecture, queries: int, gpus: float, memory: int | None) -> PlanJob:
+    """With the sizes that a run on such a device would have."""
+    found = settled(config, architecture, run_dtype(config, architecture, gpus).itemsize, queries, memory)
+    assert isinstance(found, PlanJob)
+    return found
 
 
 def _dtypes(config: PlanJob, architecture: Architecture, gpus: float) -> Dtypes:

@@ -21,6 +21,7 @@ from infscan.engine.executor import Step
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
+from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.model.worker import LayerConsumer, ModelWorker
@@ -120,6 +121,7 @@ class CheckTask:
     query_dtype: Dtype | None = None
 
 
+@multiplying("exact")
 def check_task(worker: ModelWorker, task: CheckTask, query_batch: QueryBatch) -> tuple[np.ndarray, np.ndarray] | None:
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
     batch_queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))

@@ -29,6 +29,7 @@ from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.eigenbasis import check_finite
 from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.precision import Multiply
 from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensors
 from infscan.storage import Identity, MissingError, Store
 from infscan.storage.ahead import ahead
@@ -65,6 +66,11 @@ class FactorsPlan:
     def stacks(self) -> tuple[str, ...]:
         """The stacks that experts among the layers lie in."""
         return tuple(dict.fromkeys(layer.stack for layer in self.layers if layer.stack))
+
+    @property
+    def matmul(self) -> Multiply:
+        """How a GPU multiplies for Lambda."""
+        return "tf32" if self.fields.get("matmul") == "tf32" else "exact"
 
     def group(self, index: int) -> tuple[Layer, ...]:
         names = set(self.groups[index])
@@ -178,10 +184,9 @@ def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
     store.create(PLAN, json.dumps(made.to_json(), indent=2).encode() + b"\n")
     plan = read_plan(store)
     # Factors that were fitted before there was a choice.
-    stored = {"attention": Attention.across.value} | plan.fields | {"blocks": plan.blocks}
-    differing = [
-        f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in made.fields.items() if stored.get(key) != value
-    ]
+    stored = {"attention": Attention.across.value} | plan.fields | {"blocks": plan.blocks, "matmul": plan.matmul}
+    asked = made.fields | {"matmul": made.matmul}
+    differing = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in asked.items() if stored.get(key) != value]
     if differing:
         raise FactorsError(
             f"{store.uri} holds factors for something else ({'; '.join(differing)}). Give another factors.path, or the "

@@ -26,6 +26,7 @@ from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
@@ -87,7 +88,8 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
         FactorsError: where factors.path holds factors of another model, corpus or setting, naming what differs.
     """
     config, store = run.config, run.folder.factors
-    inverse = Preconditioner(store, config.factors.solver, config.factors.damping, config.alpha, vectors)
+    settings = config.factors
+    inverse = Preconditioner(store, settings.solver, settings.damping, config.alpha, vectors, matmul=run.inputs.matmul)
     if config.factors.solver is Solver.identity:
         return Factors(inverse, None)
     corpus = prepare_factors_corpus(run)
@@ -117,6 +119,8 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         "sample": selection.digest(),
         "seed": config.seed,
     }
+    if inputs.matmul == "tf32":
+        fields["matmul"] = inputs.matmul
     return FactorsPlan(
         fields=fields,
         layers=layers,
@@ -238,6 +242,7 @@ class _Fitting:
         )
 
 
+@multiplying("exact")
 def covariance_task(worker: ModelWorker, task: FitTask) -> int:
     """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
 
@@ -309,6 +314,7 @@ class CovarianceSums:
 Bases = Mapping[str, tuple[BlockDiagonal, BlockDiagonal]]
 
 
+@multiplying("exact")
 def lambda_task(worker: ModelWorker, task: FitTask) -> int:
     """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
     sequences = task.sequences(worker)
@@ -319,7 +325,8 @@ def lambda_task(worker: ModelWorker, task: FitTask) -> int:
     Lambda = lambda_sums(layers, worker.wide, worker.device)
     targets = Targets(task, worker, sequences)
     for batch in worker.batches(sequences, task.plan.tokens_per_batch):
-        worker.backward(batch, layers, targets.loss(batch), lambda_consumer(Lambda, bases), ones=False)
+        consume = lambda_consumer(Lambda, bases, task.plan.matmul)
+        worker.backward(batch, layers, targets.loss(batch), consume, ones=False)
     sums = {name: worker.reduce(total) for name, total in Lambda.items()}
     if worker.leads:
         path = partial_path("lambda", task.group, task.slice)
@@ -332,13 +339,14 @@ def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> d
     return {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
 
 
-def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases) -> LayerConsumer:
+def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases, matmul: Multiply = "exact") -> LayerConsumer:
     """Adds every sequence's squared gradient in the eigenbases."""
 
     def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
-        for mine in (slice(None),) if routed is None else (part for _, part in routed.segments()):
-            of_one = (s, a) if routed is None else (s[None, mine], a[None, mine])
-            add_squared_gradients(Lambda[layer.name], *of_one, *bases[layer.name])
+        with multiplying(matmul):
+            for mine in (slice(None),) if routed is None else (part for _, part in routed.segments()):
+                of_one = (s, a) if routed is None else (s[None, mine], a[None, mine])
+                add_squared_gradients(Lambda[layer.name], *of_one, *bases[layer.name])
 
     return consume
 

@@ -9,9 +9,10 @@ from functools import cached_property
 
 import torch
 
-from infscan.config import Config, Dtype, ModelConfig, fingerprint, stage_output
+from infscan.config import Config, Dtype, Matmul, ModelConfig, fingerprint, stage_output
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.influence.layers import Layer
+from infscan.influence.precision import Multiply
 from infscan.model.architecture import (
     Architecture,
     at_revision,
@@ -41,6 +42,8 @@ class Inputs:
     queries: tuple[Query, ...] = ()
     # What ranks hold the model on: `cpu` or `cuda`.
     device: str = "cpu"
+    # Memory of such a device; None for a CPU, or where the cluster does not say.
+    device_bytes: int | None = None
     # Fingerprints of the models of the stages after this one, in order.
     later_models: tuple[str, ...] = ()
 
@@ -56,6 +59,17 @@ class Inputs:
     def dtype(self) -> str:
         """The dtype the model runs in, `auto` resolved: part of what factors are fitted for."""
         return self.resolved(self.config.model.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found.itemsize
+
+    @property
+    def matmul(self) -> Multiply:
+        """How ranks multiply float32: a CPU exactly, whatever is asked for."""
+        return "tf32" if self.device == "cuda" and self.config.factors.matmul is Matmul.tf32 else "exact"
 
     @cached_property
     def refine_dtype(self) -> str:

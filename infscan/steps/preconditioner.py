@@ -19,6 +19,7 @@ from infscan.errors import QueryError
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.model.losses import Loss
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
@@ -55,6 +56,8 @@ class Preconditioner:
     vectors: StoredGradients | None = None
     # Of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
     solutions: StoredGradients | None = None
+    # How a GPU multiplies when it rotates gradients, and scores with them at full rank.
+    matmul: Multiply = "exact"
     # What the factors are; None where whatever lies there is to be read.
     identity: Identity | None = None
 
@@ -63,6 +66,8 @@ class Preconditioner:
         """Of all that fixes what it does, the factors' own content apart."""
         known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
         known["solutions"] = dict(self.solutions.names) if self.solutions else None
+        if self.matmul != "exact":
+            known["matmul"] = self.matmul
         if self.alpha or self.vectors:
             known |= {"alpha": self.alpha, "vectors": dict(self.vectors.names) if self.vectors else None}
         return fingerprint(known)
@@ -193,7 +198,8 @@ def preconditioned(
     for layer in layers:
         known = layer_factors(inverse, layer, worker.device, worker.wide)
         mine = V.pop(layer.name)
-        P[layer.name] = torch.stack([full_rank(core(one, layer, known), known) for one in mine])
+        with multiplying(inverse.matmul):
+            P[layer.name] = torch.stack([full_rank(core(one, layer, known), known) for one in mine])
         check_finite(layer.name, queries, torch.isfinite(P[layer.name]).flatten(1).all(dim=1))
     return P
 

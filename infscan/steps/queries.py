@@ -40,6 +40,7 @@ from infscan.influence.layout import (
     to_arrays,
     to_tensor,
 )
+from infscan.influence.precision import multiplying
 from infscan.influence.score import LayerQueries, Scratch
 from infscan.influence.shared_basis import shared_basis
 from infscan.model.worker import ModelWorker
@@ -224,6 +225,7 @@ class QueryTask:
     fingerprint: str
 
 
+@multiplying("exact")
 def query_task(worker: ModelWorker, task: QueryTask) -> int:
     """Gradients, inverse and compression of a group of queries for a group of layers; rank 0 writes one file.
 
@@ -235,7 +237,9 @@ def query_task(worker: ModelWorker, task: QueryTask) -> int:
     for layer in task.layers:
         known = layer_factors(task.inverse, layer, worker.device, worker.wide)
         # One query at a time: within a product of all of them a query's bits could depend on the others.
-        by_query = [_compressed(task, layer, core(one, layer, known, solved=solved), known) for one in V[layer.name]]
+        with multiplying(task.inverse.matmul):
+            cores = [core(one, layer, known, solved=solved) for one in V[layer.name]]
+            by_query = [_compressed(task, layer, one, known) for one in cores]
         tensors |= to_arrays(layer.name, by_query)
         finite = [torch.isfinite(one if isinstance(one, Tensor) else one.U_or).all() for one in by_query]
         check_finite(layer.name, task.queries, torch.stack(finite))

@@ -19,6 +19,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.engine.executor import Step
 from infscan.errors import DamagedError
 from infscan.influence.layers import Layer
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import score_routed_tokens, score_tokens
 from infscan.influence.standings import Hits
@@ -136,6 +137,7 @@ class RefineTask:
     fingerprint: str | None = None
 
 
+@multiplying("exact")
 def refine_task(worker: ModelWorker, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
@@ -151,7 +153,7 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int:
         token_scores[pairs_n, : scores_nt.shape[1]] += scores_nt
         layer_scores[pairs_n, column[layer.name]] = scores_nt.sum(dim=1)
 
-    score_pairs(worker, sequences, wanted, task.layers, P, task.tokens_per_batch, keep)
+    score_pairs(worker, sequences, wanted, task.layers, P, task.tokens_per_batch, keep, task.inverse.matmul)
     layer_scores, token_scores = worker.reduce(layer_scores), worker.reduce(token_scores)
     if worker.leads:
         by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
@@ -183,6 +185,7 @@ def score_pairs(
     P: Mapping[str, Tensor],
     tokens_per_batch: int,
     keep: Keep,
+    matmul: Multiply = "exact",
 ) -> None:
     """s_t^T P_q a_t of every wanted pair, layer by layer, handed to `keep` once for each layer and pair.
 
@@ -196,19 +199,22 @@ def score_pairs(
             for offset, query in enumerate(wanted[row]):
                 by_query.setdefault(query, []).append((place, first[row] + offset))
         index = {query: worker.to_device(np.asarray(found, np.int64).T.copy()) for query, found in by_query.items()}
-        worker.backward(batch, layers, batch.loss(), pair_scoring(index, P, keep), ones=False)
+        worker.backward(batch, layers, batch.loss(), pair_scoring(index, P, keep, matmul), ones=False)
 
 
-def pair_scoring(index: Mapping[int, Tensor], P: Mapping[str, Tensor], keep: Keep) -> LayerConsumer:
+def pair_scoring(
+    index: Mapping[int, Tensor], P: Mapping[str, Tensor], keep: Keep, matmul: Multiply = "exact"
+) -> LayerConsumer:
     """Scores a micro-batch's pairs, layer by layer. index: by query, int64 [2, n]: rows of the batch, and pairs."""
 
     def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
-        for query, (places, pairs_n) in index.items():
-            P_oi = P[layer.name][query]
-            if routed is None:
-                keep(layer, pairs_n, score_tokens(s[places], a[places], P_oi))
-            else:
-                keep(layer, pairs_n, score_routed_tokens(s, a, P_oi, routed, places))
+        with multiplying(matmul):
+            for query, (places, pairs_n) in index.items():
+                P_oi = P[layer.name][query]
+                if routed is None:
+                    keep(layer, pairs_n, score_tokens(s[places], a[places], P_oi))
+                else:
+                    keep(layer, pairs_n, score_routed_tokens(s, a, P_oi, routed, places))
 
     return consume
 

@@ -16,6 +16,7 @@ from infscan.model.worker import WorkerSettings
 from infscan.queries import Query, spacing_warnings
 from infscan.steps.inputs import Inputs, check_stages_agree, later_configs, open_inputs, read_measured_queries
 from infscan.steps.run_folder import RunFolder, open_folder
+from infscan.steps.sizes import settled
 from infscan.storage import Store, storage_faults
 from infscan.telemetry import Telemetry, configure_logs
 
@@ -131,7 +132,9 @@ def _runs(stages: Sequence[Stage], machines: Machines, telemetry: Telemetry, rec
     first = stages[0][1].config.scan.stage
 
     def run(number: int, folder: RunFolder, inputs: Inputs, later: tuple[Run, ...] = ()) -> Run:
-        inputs = replace(inputs, device="cuda" if machines.gpus else "cpu")
+        inputs = replace(inputs, device="cuda" if machines.gpus else "cpu", device_bytes=machines.gpu_bytes)
+        known = (inputs.config, inputs.architecture, inputs.itemsize, len(inputs.queries))
+        inputs = replace(inputs, config=settled(*known, machines.gpu_bytes, folder.kept()))
         config = inputs.config
         settings = WorkerSettings(
             inputs.model, inputs.layers, config.sharded, lease.store, identity=inputs.model_identity

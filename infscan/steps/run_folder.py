@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from infscan.config import Config, differences, from_yaml, plain, to_yaml
 from infscan.engine.lease import Lease
 from infscan.errors import ConfigError, RunError
 from infscan.results.manifest import SUCCESS
 from infscan.steps.factor_files import COMPLETE
+from infscan.steps.sizes import as_stored
 from infscan.storage import MissingError, Store
 
 log = logging.getLogger("infscan")
@@ -76,12 +78,20 @@ class RunFolder:
             raise RunError(
                 f"{self.store.uri}/{CONFIG} is damaged ({error}); restore it, or give another output=..."
             ) from None
-        changed = differences(before, plain(config))
+        changed = differences(before, plain(as_stored(config, before)))
         if changed:
             raise RunError(
                 f"{self.store.uri} belongs to other settings ({'; '.join(changed)}). Resume it with its own, "
                 "or give another output=..."
             )
+
+    def kept(self) -> dict[str, Any] | None:
+        """The settings of what is there already; None where nothing is."""
+        try:
+            return from_yaml(self.store.read(CONFIG).decode(errors="replace")) if self.store.exists(PLAN) else None
+        except (MissingError, ConfigError):
+            # `check_claim` says so.
+            return None
 
     def claim(self, config: Config) -> None:
         """Write config.yaml, now that there is something to keep: before the plan, and once all inputs were read."""

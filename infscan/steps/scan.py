@@ -22,6 +22,7 @@ from infscan.engine.executor import Step
 from infscan.errors import DamagedError, RunError
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
+from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
@@ -209,6 +210,7 @@ class ScanTask:
     query_dtype: Dtype | None = None
 
 
+@multiplying("exact")
 def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> ShardResult | None:
     """Score every sequence of the shard and write its file; returns what was written, on rank 0.
 

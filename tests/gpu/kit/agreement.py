@@ -17,7 +17,7 @@ from infscan.config import Dtype, Labels
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
-from infscan.influence.precision import Matmul, multiplying
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.score import LayerQueries, score_layer, score_tokens
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_tensors
@@ -53,8 +53,7 @@ def float32_scores(study: Study, theirs: ModelWorker, device: str) -> Iterator[C
         yield Check(f"scores, rank {compressed or 'full'}", "float32", _worst(made, known), EXACT)
     refined = study.refined(theirs, REFERENCE)
     yield Check("refined scores", "float32", _worst(study.refined(ours, REFERENCE), refined), EXACT)
-    with multiplying("tf32"):
-        made = study.refined(ours, REFERENCE)
+    made = study.refined(ours, REFERENCE, "tf32")
     yield Check("refined scores", "tf32", _worst(made, refined), TF32)
     yield Check("refined scores, Pearson", "tf32", _pearson(made, refined), 0.9999, least=True)
 
@@ -111,7 +110,7 @@ def products(device: str, *, d: int = 256, tokens: int = 1024) -> Iterator[Check
     )
     on = [x.to(device) for x in (s_bto, a_bti, P_oi)]
     low = [x.bfloat16() for x in on]
-    modes: tuple[tuple[Matmul, float], ...] = (("exact", EXACT), ("tf32", TF32))
+    modes: tuple[tuple[Multiply, float], ...] = (("exact", EXACT), ("tf32", TF32))
     Q_S, Q_A = (torch.linalg.qr(torch.randn(n, n, generator=made).double())[0] for n in (d, 2 * d))
     wide = [x.double() for x in (s_bto, a_bti, P_oi)]
     scores_bt, Lambda = score_tokens(*wide), _lambda(wide[0], wide[1], Q_S, Q_A)

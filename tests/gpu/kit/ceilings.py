@@ -9,7 +9,7 @@ import torch
 
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import eigenbasis
-from infscan.influence.precision import Matmul, add_product, multiplying, operand
+from infscan.influence.precision import Multiply, add_product, multiplying, operand
 from tests.gpu.kit.device import is_cuda, once, seconds
 
 
@@ -17,7 +17,7 @@ def products(device: str, n: int) -> Iterator[dict[str, Any]]:
     """FLOP per second of one [n, n] product, as each pass multiplies."""
     wide = torch.randn(n, n, device=device)
     low, total = wide.bfloat16(), torch.zeros(n, n, device=device)
-    ways: tuple[tuple[str, Any, Matmul], ...] = (
+    ways: tuple[tuple[str, Any, Multiply], ...] = (
         ("bfloat16", lambda: low @ low, "exact"),
         ("moments", lambda: add_product(total, operand(low, total).T, operand(low, total)), "exact"),
         ("tf32", lambda: wide @ wide, "tf32"),

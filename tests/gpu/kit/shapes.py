@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from infscan.config import Config, Dtype
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
-from infscan.influence.precision import Matmul, multiplying
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.score import LayerQueries
 from infscan.model.architecture import Architecture, describe, load_config
 from infscan.model.loaded import LoadedModel, RankContext
@@ -152,12 +152,12 @@ class Bench:
         with multiplying("exact"):
             yield self._fitted("covariance", "moments", layers, sums.consumer(self.batch))
 
-    def lambda_(self, blocks: int, matmul: Matmul) -> Iterator[dict[str, Any]]:
+    def lambda_(self, blocks: int, matmul: Multiply) -> Iterator[dict[str, Any]]:
         """Lambda of the first blocks' layers in random bases, counted for all of them."""
         layers = self._first(blocks)
         bases = {one.name: (self._basis(one.outputs), self._basis(one.inputs)) for one in layers}
-        consume = lambda_consumer(lambda_sums(layers, torch.float32, self.device), bases)
-        with multiplying(matmul):
+        consume = lambda_consumer(lambda_sums(layers, torch.float32, self.device), bases, matmul)
+        with multiplying("exact"):
             yield self._fitted("lambda", "tf32" if matmul == "tf32" else "float32", layers, consume)
 
     def _fitted(self, name: str, products: str, layers: tuple[Layer, ...], consume: LayerConsumer) -> dict[str, Any]:

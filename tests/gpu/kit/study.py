@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
+from infscan.influence.precision import Multiply
 from infscan.influence.standings import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
@@ -136,10 +137,10 @@ class Study:
         scores[hits.queries, hits.sequence_ids] = hits.scores
         return scores
 
-    def refined(self, rank: ModelWorker, factors: str) -> np.ndarray:
+    def refined(self, rank: ModelWorker, factors: str, matmul: Multiply = "exact") -> np.ndarray:
         """[queries, sequences], as refining scores every pair: layer by layer and token by token, at full rank."""
         layers = self.architecture.layers
-        P = preconditioned(rank, self.queries, layers, self.inverse(factors))
+        P = preconditioned(rank, self.queries, layers, replace(self.inverse(factors), matmul=matmul))
         wanted = [tuple(range(QUERIES))] * self.sequences
         scores_n = torch.zeros(len(pairs_of(wanted)), dtype=rank.wide, device=rank.device)
 
@@ -147,7 +148,7 @@ class Study:
             scores_n[pairs_n] += scores_nt.sum(dim=1)
 
         sequences = rank.read(self.corpus, np.arange(self.sequences))
-        score_pairs(rank, sequences, wanted, layers, P, self.tokens_per_batch, keep)
+        score_pairs(rank, sequences, wanted, layers, P, self.tokens_per_batch, keep, matmul)
         return scores_n.view(self.sequences, QUERIES).T.double().cpu().numpy()
 
     def inverse(self, factors: str) -> Preconditioner:

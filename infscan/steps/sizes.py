@@ -1,0 +1,88 @@
+"""Sizes that go by a device's memory, settled once for a run, before its first unit: on a CPU they are constants.
+
+A GPU of M bytes has R = 0.9 M - 2 GiB - weights for all else: the allocator's fragments take the tenth, the context and
+the libraries the 2 GiB. A micro-batch may have half of what the query batch leaves of R; queries at full rank have the
+other half, and a layer group's sums, eigenbases and Lambda all that a micro-batch leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from infscan.config import ON_A_CPU, Config
+from infscan.influence.layout import stored_dense
+from infscan.model.architecture import Architecture
+
+_USED, _CONTEXT_BYTES = 0.9, 2 << 30
+# Entries that a decoder block keeps for a token until the backward pass, over its parameters / width: some 22 widths of
+# 13 widths^2 (Llama, GPT-NeoX: 8 of the width and 4 of the inner one).
+_KEPT = 1.7
+_LEAST_TOKENS, _MOST_TOKENS = 512, 32768
+# Sums are serialised in the host's memory, twice.
+_MOST_GROUP_BYTES = 64 << 30
+
+
+def settled(
+    config: Config,
+    architecture: Architecture,
+    itemsize: int,
+    queries: int,
+    memory: int | None,
+    kept: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration with every size that was not given.
+
+    itemsize: bytes of a parameter. memory: of a rank's device; None is a CPU. kept: the stored settings of a run that
+    is resumed, whose micro-batches stay as they are.
+    """
+    sizes = dict(ON_A_CPU) if memory is None else on_a_gpu(config, architecture, itemsize, queries, memory)
+    tokens = config.scan.tokens_per_batch or _stored(kept) or sizes["scan.tokens_per_batch"]
+    groups = config.factors.max_group_bytes or sizes["factors.max_group_bytes"]
+    at_full_rank = config.scan.query_group_bytes or sizes["scan.query_group_bytes"]
+    return replace(
+        config,
+        factors=replace(config.factors, max_group_bytes=groups),
+        scan=replace(config.scan, tokens_per_batch=tokens, query_group_bytes=at_full_rank),
+    )
+
+
+def on_a_gpu(config: Config, architecture: Architecture, itemsize: int, queries: int, memory: int) -> dict[str, int]:
+    """The sizes by key. Groups are never smaller than a CPU's: what does not fit then is said to, not cut finer."""
+    room = int(_USED * memory) - _CONTEXT_BYTES - architecture.parameters * itemsize // config.cluster.ranks_per_worker
+    beside = room - _query_bytes(config, architecture, itemsize, queries)
+    of_a_token = _of_a_token(config, architecture, itemsize)
+    blocks = int(max(0, beside) / 2 / of_a_token) // _LEAST_TOKENS
+    tokens = _LEAST_TOKENS * min(_MOST_TOKENS // _LEAST_TOKENS, max(1, blocks))
+    used = int(tokens * of_a_token)
+    return {
+        "factors.max_group_bytes": min(_MOST_GROUP_BYTES, max(ON_A_CPU["factors.max_group_bytes"], room - used)),
+        "scan.query_group_bytes": max(ON_A_CPU["scan.query_group_bytes"], beside - used),
+        "scan.tokens_per_batch": tokens,
+    }
+
+
+def _query_bytes(config: Config, architecture: Architecture, itemsize: int, queries: int) -> int:
+    """Of the query batch in columns; matrices are held to what is left."""
+    r = config.most_rank
+    sizes = [one.size if stored_dense(one, r) else (r or 0) * (one.outputs + one.inputs) for one in architecture.layers]
+    return queries * sum(sizes) * itemsize
+
+
+def _of_a_token(config: Config, architecture: Architecture, itemsize: int) -> float:
+    width = min(min(layer.outputs, layer.inputs) for layer in architecture.layers)
+    kept = _KEPT * architecture.parameters / width * itemsize
+    # Checkpointed, a block's input stays, and one block at a time is made again.
+    return kept / 8 if config.model.gradient_checkpointing else kept
+
+
+def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The configuration with a stored one's micro-batches, where it gives none of its own."""
+    tokens = config.scan.tokens_per_batch or _stored(stored)
+    return replace(config, scan=replace(config.scan, tokens_per_batch=tokens))
+
+
+def _stored(settings: Mapping[str, Any] | None) -> int | None:
+    found: int | None = (settings or {}).get("scan", {}).get("tokens_per_batch")
+    return found

@@ -1,0 +1,104 @@
+"""Sizes that nobody gave: a CPU's are constants, a GPU's go by its memory, and a run that is resumed keeps its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infscan.config import ON_A_CPU, Config
+from infscan.engine.cluster import gpu_bytes
+from infscan.influence.layers import Layer
+from infscan.model.architecture import Architecture
+from infscan.sizing.devices import DEVICES
+from infscan.steps.factor_files import layer_groups
+from infscan.steps.preconditioner import query_groups
+from infscan.steps.sizes import as_stored, on_a_gpu, settled
+
+GIB = 2**30
+
+
+def llama(blocks: int, d: int, F: int, parameters: int) -> Architecture:
+    layers = []
+    for block in range(blocks):
+        name = f"model.layers.{block}.mlp."
+        layers.append(Layer(f"{name}gate_proj", F, d, False, f"{name}gate_proj"))
+        layers.append(Layer(f"{name}up_proj", F, d, False, f"{name}gate_proj"))
+        layers.append(Layer(f"{name}down_proj", d, F, False, f"{name}down_proj"))
+    return Architecture("folder", "fingerprint", 128256, 8192, None, None, tuple(layers), parameters)
+
+
+MODEL_8B = llama(32, 4096, 14336, 8_030_000_000)
+
+
+def test_a_cpu_has_constants() -> None:
+    found = settled(Config(), MODEL_8B, 2, 256, None)
+    assert found.factors.max_group_bytes == ON_A_CPU["factors.max_group_bytes"] == 8 * GIB
+    assert found.scan.query_group_bytes == ON_A_CPU["scan.query_group_bytes"] == 4 * GIB
+    assert found.scan.tokens_per_batch == ON_A_CPU["scan.tokens_per_batch"] == 4096
+    # Where nothing is settled, steps that are called by themselves have them too.
+    config = Config()
+    assert (config.group_bytes, config.query_group_bytes, config.tokens_per_batch) == tuple(ON_A_CPU.values())
+
+
+@given(
+    st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 1000), st.sampled_from([1, 2, 8]), st.booleans()
+)  # fmt: skip
+def test_more_memory_never_makes_anything_smaller_and_more_queries_never_larger(
+    one: int, other: int, queries: int, ranks: int, checkpointed: bool
+) -> None:
+    config = Config()
+    config.cluster = replace(config.cluster, ranks_per_worker=ranks)
+    config.model.gradient_checkpointing = checkpointed
+    less, more = (on_a_gpu(config, MODEL_8B, 2, queries, memory) for memory in sorted((one, other)))
+    assert less["scan.tokens_per_batch"] <= more["scan.tokens_per_batch"]
+    fewer = on_a_gpu(config, MODEL_8B, 2, queries // 2, max(one, other))
+    assert fewer["scan.tokens_per_batch"] >= more["scan.tokens_per_batch"]
+    assert min(less.values()) > 0
+    # All at once: weights, the query batch, a micro-batch, and queries at full rank.
+    used = more["scan.tokens_per_batch"] * 1.7 * MODEL_8B.parameters / 4096 * 2 / (8 if checkpointed else 1)
+    batch = queries * 32 * 2 * sum(layer.outputs + layer.inputs for layer in MODEL_8B.layers)
+    if more["scan.query_group_bytes"] > ON_A_CPU["scan.query_group_bytes"]:
+        held = MODEL_8B.parameters * 2 // ranks + batch + used + more["scan.query_group_bytes"]
+        assert held <= 0.9 * max(one, other)
+
+
+def test_what_is_given_wins() -> None:
+    config = Config()
+    config.factors.max_group_bytes, config.scan.query_group_bytes, config.scan.tokens_per_batch = 1, 2, 3
+    assert settled(config, MODEL_8B, 2, 1, 80 * GIB, {"scan": {"tokens_per_batch": 9}}) == config
+
+
+def test_a_resumed_run_keeps_its_micro_batches_and_takes_the_devices_groups() -> None:
+    kept = {"scan": {"tokens_per_batch": 777}}
+    found = settled(Config(), MODEL_8B, 2, 10, DEVICES["h200"].memory, kept)
+    assert found.scan.tokens_per_batch == as_stored(Config(), kept).scan.tokens_per_batch == 777
+    assert (found.factors.max_group_bytes or 0) > ON_A_CPU["factors.max_group_bytes"]
+
+
+@pytest.mark.parametrize(("device", "groups"), [("h100", 3), ("h200", 2)])
+def test_8b_is_fitted_in_few_passes(device: str, groups: int) -> None:
+    assert len(layer_groups(MODEL_8B.layers, ON_A_CPU["factors.max_group_bytes"])) == 14
+    config = settled(Config(), MODEL_8B, 2, 256, DEVICES[device].memory)
+    assert len(layer_groups(MODEL_8B.layers, config.group_bytes)) == groups
+    assert config.tokens_per_batch >= 1024
+    assert len(query_groups(256, MODEL_8B.layers, config.query_group_bytes)[1]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "expected"),
+    [
+        ({"CPU": 8.0}, 0.0, None),
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0}, 1.0, 80 * 10**9),
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0}, 0.5, 40 * 10**9),
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:L4": 1.0}, 1.0, 24 * 10**9),
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:NEW": 1.0}, 1.0, None),
+        ({"GPU": 8.0}, 1.0, None),
+    ],
+)
+def test_a_ranks_memory_is_that_of_the_smallest_gpu(
+    resources: dict[str, float], gpus: float, expected: int | None
+) -> None:
+    assert gpu_bytes(resources, gpus) == expected
