@@ -72,6 +72,7 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
         loaded = _load_zero3(settings, folder, config, dtype, context)
     else:
         module = _load_whole(folder, config, dtype).to(context.device)
+        _detach_from_file(module)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, context, dtype, size, size)
     run_by_expert(loaded.module)
@@ -113,6 +114,16 @@ def _load_whole(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
         ) from None
     _refuse_incomplete(folder, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return module.requires_grad_(False).eval()
+
+
+def _detach_from_file(module: PreTrainedModel) -> None:
+    """Copy weights that are mapped from the checkpoint's file into memory of their own, one at a time.
+
+    What is written to the file later would be computed with, and what is cut off from it would end the process.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _refuse_incomplete(folder: Path, missing: set[str], unexpected: set[str]) -> None:

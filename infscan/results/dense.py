@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
-from infscan.results.schema import OF, to_parquet
+from infscan.results.schema import OF, other_scan, read_footer, to_parquet
 from infscan.storage import Store
 
 FOLDER = "scores"
@@ -22,6 +22,18 @@ def scores_path(name: str) -> str:
 
 def score_column(query_id: str) -> str:
     return f"score_{query_id}"
+
+
+def check_scores(store: Store, name: str, fingerprint: str) -> None:
+    """Look at a part's footer, which says what it is of; the scores themselves are not read.
+
+    Raises:
+        DamagedError: where it is not what was written, or was written under another name.
+        RunError: where it is of another scan.
+    """
+    path = scores_path(name)
+    if read_footer(store, path)["fingerprint"] != fingerprint:
+        raise other_scan(store, path)
 
 
 def write_scores(

@@ -61,7 +61,7 @@ class Manifest:
 
     def names(self, folder: str) -> list[str]:
         """The parts of a table, in order."""
-        return sorted(name for name in self.parts if name.startswith(f"{folder}/"))
+        return sorted(name for name in self.parts if name.startswith(f"{folder}/") and name.endswith(".parquet"))
 
     def to_bytes(self) -> bytes:
         value = sealed({"schema_version": _SCHEMA_VERSION, **asdict(self)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from infscan.errors import DamagedError, RunError
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
 from infscan.results.manifest import SUCCESS, Manifest, read_manifest
-from infscan.results.schema import Check, read_parquet
+from infscan.results.schema import Check, other_scan, read_parquet, read_with_footer
 from infscan.results.shard_file import finished_shards, quarantined_shards
 from infscan.storage import Store
 
@@ -56,8 +56,22 @@ def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     nowhere.
     """
     store = finished(uri, unfinished)
-    names = _score_parts(store, None if unfinished else read_manifest(store))
-    return _table(store, SCORES, names, lambda name: None).sort_by("sequence_id")
+    manifest = None if unfinished else read_manifest(store)
+    scan = manifest.scan if manifest else None
+    parts = [read_scan_part(store, name, scan) for name in _score_parts(store, manifest)]
+    return _together(store, SCORES, parts).sort_by("sequence_id")
+
+
+def read_scan_part(store: Store, name: str, scan: str | None) -> pa.Table:
+    """A part of scores/ or shards/. scan: the fingerprint that its footer must have; None where any will do.
+
+    Raises:
+        RunError: where it is of another scan.
+    """
+    table, footer = read_with_footer(store, name)
+    if scan is not None and footer.get("fingerprint") != scan:
+        raise other_scan(store, name)
+    return table.replace_schema_metadata(None)
 
 
 def _score_parts(store: Store, manifest: Manifest | None) -> list[str]:
@@ -145,12 +159,12 @@ def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
     """A table whose parts are in the manifest."""
     store = finished(uri, unfinished)
     manifest = None if unfinished else read_manifest(store)
-    return _table(store, folder, parts_of(store, folder, manifest), lambda name: _check(manifest, name))
+    names = parts_of(store, folder, manifest)
+    parts = [read_parquet(store, name, check=_check(manifest, name)).replace_schema_metadata(None) for name in names]
+    return _together(store, folder, parts)
 
 
-def _table(store: Store, folder: str, names: Sequence[str], check: Callable[[str], Check | None]) -> pa.Table:
-    """Parts as one table."""
-    parts = [read_parquet(store, name, check=check(name)).replace_schema_metadata(None) for name in names]
+def _together(store: Store, folder: str, parts: Sequence[pa.Table]) -> pa.Table:
     if not parts:
         raise RunError(f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
     return pa.concat_tables(parts)

@@ -188,9 +188,7 @@ def read_with_footer(
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
         raise damaged(where, " ".join(str(error).split())) from error
     footer = _footer(table.schema, where)
-    # Files of infscan 0.1 do not say what they are called.
-    if footer.get(OF, name) != name:
-        raise damaged(where, f"it was written as {footer[OF]}")
+    _check_name(footer, store, name)
     known = footer[_COLUMNS]
     for column, digest in digests.items():
         if known.get(column) != digest:
@@ -223,6 +221,22 @@ def read_any_parquet(store: Store, name: str, columns: list[str] | None = None, 
     return table.select(columns)
 
 
+def read_footer(store: Store, name: str) -> dict[str, Any]:
+    """What stands beside a table's rows, which are not read.
+
+    Raises:
+        StorageError, DamagedError, RunError: as `read_parquet`.
+    """
+    where = f"{store.uri}/{name}"
+    try:
+        with store.open(name) as stream:
+            footer = _footer(pq.read_schema(stream), where)
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
+        raise damaged(where, " ".join(str(error).split())) from error
+    _check_name(footer, store, name)
+    return _given(footer)
+
+
 def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
     """What `to_parquet` put beside the rows.
 
@@ -231,6 +245,12 @@ def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
         DamagedError: where it is not what was written.
     """
     return _given(_footer(schema, name))
+
+
+def _check_name(footer: dict[str, Any], store: Store, name: str) -> None:
+    """Raises DamagedError where another file's content was put under a name. Files of infscan 0.1 do not say theirs."""
+    if footer.get(OF, name) != name:
+        raise damaged(f"{store.uri}/{name}", f"it was written as {footer[OF]}")
 
 
 def _given(footer: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +281,14 @@ def damaged(where: str, reason: str) -> DamagedError:
     return DamagedError(
         f"{where} is damaged ({reason}); remove it (of scores/, the shards/ file of the same name too) and run the "
         "same command again."
+    )
+
+
+def other_scan(store: Store, path: str) -> RunError:
+    """The error for a file of a scan with other inputs, whatever its name."""
+    return RunError(
+        f"{store.uri}/{path} was made of other inputs or settings than this run's (its footer has another "
+        "fingerprint); put back what it was made of, or remove it and run the same command again."
     )
 
 

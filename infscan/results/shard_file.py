@@ -15,7 +15,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
 from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
-from infscan.results.schema import CANDIDATES, OF, damaged, read_with_footer, to_parquet
+from infscan.results.schema import CANDIDATES, OF, damaged, other_scan, read_with_footer, to_parquet
 from infscan.storage import Store
 
 FOLDER = "shards"
@@ -149,14 +149,6 @@ def read_hits(
             scores=_field(hits, "scan_score").to_numpy().astype(np.float32),
         ),
         counts,
-    )
-
-
-def other_scan(store: Store, path: str) -> RunError:
-    """The error for a file of a scan with other inputs, whatever its name."""
-    return RunError(
-        f"{store.uri}/{path} was made of other inputs or settings than this run's (its footer has another "
-        "fingerprint); put back what it was made of, or remove it and run the same command again."
     )
 
 

@@ -167,12 +167,15 @@ def read_plan(store: Store) -> FactorsPlan:
         FactorsError: where it is not what was written.
     """
     value = store.read_json(PLAN)
-    if not is_intact(value):
-        raise FactorsError(
-            f"{store.uri}/{PLAN} is not what was written, or of another version of infscan; restore it, or remove "
-            f"{store.uri} and fit again."
-        )
-    return FactorsPlan.from_json(value)
+    try:
+        if is_intact(value):
+            return FactorsPlan.from_json(value)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise FactorsError(
+        f"{store.uri}/{PLAN} is not what was written, or of another version of infscan; restore it, or remove "
+        f"{store.uri} and fit again."
+    )
 
 
 def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:

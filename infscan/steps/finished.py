@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, stage_output, stored_config
 from infscan.corpus.addressable import AddressableCorpus, is_prepared
 from infscan.errors import ConfigError, RunError
-from infscan.queries import read_measured
+from infscan.queries import MEASURED, read_measured
+from infscan.results.manifest import read_manifest
 from infscan.results.read import read_summary
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import Factors, fit
@@ -44,12 +45,25 @@ def finished_config(uri: str) -> Config:
     """
     store = Store(uri)
     read_summary(uri)
+    _check_committed(store)
     try:
         config = stored_config(store.read(CONFIG).decode(errors="replace"), store.uri)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
     _read_what_was_prepared(config)
     return config
+
+
+def _check_committed(store: Store) -> None:
+    """Hold settings and queries to what the run committed.
+
+    Raises:
+        DamagedError: where one is not what was committed.
+    """
+    manifest = read_manifest(store)
+    for name in (CONFIG, MEASURED) if manifest else ():
+        assert manifest is not None
+        manifest.parts[name].check(f"{store.uri}/{name}", store.read(name))
 
 
 def factors_of(run: Run) -> tuple[AddressableCorpus, Factors]:

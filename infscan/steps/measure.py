@@ -21,7 +21,8 @@ from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
 from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
-from infscan.results.schema import QUERIES, read_with_footer, to_parquet
+from infscan.results import manifest
+from infscan.results.schema import QUERIES, damaged, read_with_footer, to_parquet
 from infscan.steps.preconditioner import backward_of_part
 from infscan.steps.run import Run
 
@@ -50,8 +51,7 @@ class MeasureTask:
 
 def measure(run: Run) -> pa.Table:
     """Measure every query at the model that is asked; written to queries/queries.parquet, and read back on a resume."""
-    asked = run.later[-1] if run.later else run
-    facts = {"queries": fingerprint([asked.inputs.fingerprints(), asked.inputs.dtype])}
+    asked, facts = _asked(run), _facts(run)
     if (known := _known(run, facts)) is not None:
         return known
     parts: dict[int, list[list[MeasuredPart]]] = {}
@@ -72,6 +72,28 @@ def measure(run: Run) -> pa.Table:
     table = pa.Table.from_pylist(rows, schema=QUERIES)
     run.store.write(NAME, to_parquet(table, facts))
     return table
+
+
+def measured_part(run: Run) -> manifest.Part:
+    """queries/queries.parquet, as it was measured of this run's queries, for the manifest.
+
+    Raises:
+        StorageError: where it is gone, damaged or of other queries.
+    """
+    seen: list[bytes] = []
+    table, footer = read_with_footer(run.store, NAME, check=lambda where, data: seen.append(data))
+    if footer.get("queries") != _facts(run)["queries"]:
+        raise damaged(f"{run.store.uri}/{NAME}", "it is of other queries or another model")
+    return manifest.Part.of(seen[0], len(table))
+
+
+def _asked(run: Run) -> Run:
+    return run.later[-1] if run.later else run
+
+
+def _facts(run: Run) -> dict[str, str]:
+    inputs = _asked(run).inputs
+    return {"queries": fingerprint([inputs.fingerprints(), inputs.dtype])}
 
 
 def _known(run: Run, facts: dict[str, str]) -> pa.Table | None:

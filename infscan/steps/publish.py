@@ -15,6 +15,7 @@ from infscan.config import fingerprint, lasting
 from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
+from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
 from infscan.results.manifest import Manifest, Part, commit
@@ -22,6 +23,7 @@ from infscan.results.publish import INDEX, Publisher, rank_rows
 from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, to_parquet
 from infscan.steps.measure import NAME as QUERIES
+from infscan.steps.measure import measured_part
 from infscan.steps.provenance import computed_by
 from infscan.steps.refine import Refined
 from infscan.steps.run import Run
@@ -97,7 +99,9 @@ def publish(
 
 def _manifest(run: Run, plan: Plan, scanned: Scanned, publisher: Publisher, summary: dict[str, Any]) -> Manifest:
     """What _SUCCESS says: the tables as they were written, and what lies there of the run's other results."""
-    beside = {name: Part.of(run.store.read(name)) for name in (CONFIG, PLAN, QUERIES) if run.store.exists(name)}
+    run.folder.check_claim(run.config)
+    beside = {name: Part.of(run.store.read(name)) for name in (CONFIG, PLAN)}
+    beside |= {QUERIES: measured_part(run), MEASURED: Part.of(measured_jsonl(run.queries))}
     return Manifest(
         token=run.folder.lease.mine.token,
         parts=publisher.parts | beside,

@@ -28,7 +28,7 @@ from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
-from infscan.results.dense import scores_path, write_scores
+from infscan.results.dense import check_scores, scores_path, write_scores
 from infscan.results.manifest import SUCCESS
 from infscan.results.schema import damaged
 from infscan.results.shard_file import (
@@ -155,6 +155,8 @@ class _Tally:
         if scored is not None and scores_path(name) not in scored:
             return number, damaged(f"{store.uri}/{scores_path(name)}", "it is missing")
         try:
+            if scored is not None:
+                check_scores(store, name, self.fingerprint)
             return number, read_hits(store, name, self.run.inputs.query_ids, self.fingerprint, whole=True)
         except DamagedError as error:
             return number, error
