@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from infscan.config.arguments import SWEEP_FLAGS, is_sweep, read_arguments
-from infscan.config.commands import CONF, Command, command_of, commands, compose, register, settle
+from infscan.config.commands import Command, command_of, commands, compose, register, settle
 from infscan.config.help import OPTIONS, help_of, overview
 from infscan.errors import ConfigError, InfscanError
 
@@ -160,7 +160,7 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     before = sys.argv
     sys.argv = [f"infscan {command.name}", "--multirun", *words, f"+hydra.job.env_set.{SWEPT}='{swept}'"]
     try:
-        hydra.main(version_base=None, config_path=str(CONF), config_name=register(command))(_cell)()
+        hydra.main(version_base=None, config_path=command.folder, config_name=register(command))(_cell)()
     finally:
         sys.argv = before
     if _Sweep.failed:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 
 from infscan.config import Measure, QueriesConfig, fingerprint
+from infscan.corpus.cut import CutText, Encoder, common_start, encode_cut
 from infscan.errors import QueryError, RunError
 from infscan.storage import Store, open_input
 
@@ -23,26 +25,32 @@ MEASURED = "queries/queries.jsonl"
 # The id of a query that is given in the settings.
 ONE = "query"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class Encoder(Protocol):
-    """What queries need of a tokenizer."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+_KEYS = ("id", "prompt", "completion", "contrast", "measure", "input_ids", "prompt_len")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A token sequence, and the positions t whose -log p(x_t | x_<t) count, times `sign`, in the query's -f."""
+    """A token sequence, and the positions t whose -log p(x_t | x_<t) count, times `sign`, in the query's -f.
+
+    texts: of every token, for people; None where only ids came, or the tokenizer does not say.
+    """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     sign: float = 1.0
+    texts: tuple[str, ...] | None = field(default=None, compare=False)
+
+    @property
+    def measured_texts(self) -> tuple[str, ...] | None:
+        return None if self.texts is None else tuple(self.texts[position] for position in self.positions)
 
 
 @dataclass(frozen=True)
 class Query:
-    """One measurement f, as the parts of -f. The texts are for people (None where only ids came)."""
+    """One measurement f, as the parts of -f. The texts are for people (None where only ids came).
+
+    warnings: what of its wording is probably not meant.
+    """
 
     id: str
     parts: tuple[Part, ...]
@@ -50,6 +58,7 @@ class Query:
     completion: str | None = None
     measure: str = Measure.completion.value
     contrast: str | None = None
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_queries(
@@ -57,7 +66,7 @@ def read_queries(
 ) -> list[Query]:
     """Read, tokenise and check a query file; `tokens` queries come back expanded into `id#0`, `id#1`, ...
 
-    bos_id: put before every prompt; None puts none. Prompt and completion are tokenised separately.
+    bos_id: put before every prompt; None puts none. Prompt and completion are tokenised as one text.
 
     Raises:
         QueryError: with the line, the id, the value and the mend.
@@ -72,13 +81,12 @@ def read_queries(
             raise QueryError(f"{where}: the id {query_id!r} is taken by line {seen[query_id]}; ids must be distinct.")
         seen[query_id] = number
         where = f"{where} (query {query_id!r})"
+        _check_keys(row, where)
         measure = _measure(row, config, where)
-        pairs = [_tokens(row, "completion", encoder, bos_id, where)]
-        if row.get("contrast") is not None:
-            pairs.append(_tokens(row, "contrast", encoder, bos_id, where))
-        for tokens, prompt_length in pairs:
-            _check_tokens(tokens, prompt_length, vocab_size, context, where)
-        queries += _expand(query_id, pairs, measure, row, where)
+        asked = _given_tokens(row, where) if "input_ids" in row else _tokenised(row, encoder, bos_id, where)
+        for one in asked.cuts:
+            _check_tokens(one.token_ids.tolist(), one.prompt_tokens, vocab_size, context, where)
+        queries += _expand(query_id, asked, measure, row, where)
     if not queries:
         raise QueryError(f"{config.path} holds no query; write one JSON object per line: id, prompt, completion.")
     return queries
@@ -102,23 +110,9 @@ def queries_fingerprint(queries: Sequence[Query]) -> str:
     )
 
 
-def spacing_warnings(queries: Sequence[Query]) -> list[str]:
-    """What in the wording of queries is probably a slip: it measures tokens that a corpus seldom has."""
-    found = []
-    for query in queries:
-        prompt, completion = query.prompt, query.completion
-        if prompt is None or completion is None:
-            continue
-        if prompt.endswith(" "):
-            said = "its prompt ends in a space, which tokenizers put before the next word: move it to the completion"
-        elif prompt[-1:].isalnum() and completion[:1].isalnum():
-            said = f"no space between {prompt[-12:]!r} and {completion[:12]!r}: the completion is a part of a word"
-        elif not prompt:
-            said = "it has no prompt, so its first token, which nothing predicts, is not measured"
-        else:
-            continue
-        found.append(f"query {query.id!r}: {said}")
-    return found
+def query_warnings(queries: Sequence[Query]) -> list[str]:
+    """What of the queries' wording is probably not meant, each sentence once."""
+    return list(dict.fromkeys(warning for query in queries for warning in query.warnings))
 
 
 def by_token(query: Query) -> list[Query]:
@@ -140,7 +134,13 @@ def _plain(query: Query) -> dict[str, Any]:
         "completion": query.completion,
         **({} if query.contrast is None else {"contrast": query.contrast}),
         "parts": [
-            {"input_ids": part.token_ids, "positions": part.positions, "sign": part.sign} for part in query.parts
+            {
+                "input_ids": part.token_ids,
+                "positions": part.positions,
+                "sign": part.sign,
+                **({} if part.texts is None else {"texts": part.texts}),
+            }
+            for part in query.parts
         ],
     }
 
@@ -158,7 +158,12 @@ def read_measured(store: Store) -> list[Query]:
             Query(
                 row["id"],
                 tuple(
-                    Part(tuple(part["input_ids"]), tuple(part["positions"]), float(part["sign"]))
+                    Part(
+                        tuple(part["input_ids"]),
+                        tuple(part["positions"]),
+                        float(part["sign"]),
+                        tuple(part["texts"]) if part.get("texts") is not None else None,
+                    )
                     for part in row["parts"]
                 ),
                 row["prompt"],
@@ -200,34 +205,96 @@ def _measure(row: dict[str, Any], config: QueriesConfig, where: str) -> Measure:
         raise QueryError(f"{where}: measure {value!r} is unknown; give one of {known}.") from None
 
 
-def _tokens(
-    row: dict[str, Any], key: str, encoder: Encoder | None, bos_id: int | None, where: str
-) -> tuple[list[int], int]:
-    """Token ids of prompt plus completion (or contrast), and where the completion starts."""
-    if "input_ids" in row:
-        ids, prompt_length = row["input_ids"], row.get("prompt_len")
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise QueryError(f"{where}: input_ids must be a list of whole numbers.")
-        if type(prompt_length) is not int or not 0 <= prompt_length <= len(ids):
-            raise QueryError(
-                f"{where}: prompt_len={prompt_length!r} must be a whole number between 0 and the {len(ids)} input_ids."
-            )
-        if key == "contrast":
-            contrast = row["contrast"]
-            if not isinstance(contrast, list) or not all(type(token) is int for token in contrast):
-                raise QueryError(f"{where}: beside input_ids, contrast must be a list of token ids too.")
-            return ids[:prompt_length] + contrast, prompt_length
-        return list(ids), prompt_length
-    prompt, completion = row.get("prompt", ""), row.get(key)
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A row's completion, and its contrast where it has one, after the same prompt; what was noticed on the way."""
+
+    cuts: list[CutText]
+    warnings: tuple[str, ...] = ()
+
+
+def _check_keys(row: dict[str, Any], where: str) -> None:
+    for key in row:
+        if key not in _KEYS:
+            close = get_close_matches(str(key), _KEYS, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"a row has {', '.join(_KEYS)}."
+            raise QueryError(f"{where}: there is no key {str(key)[:80]!r}; {hint}")
+
+
+def _given_tokens(row: dict[str, Any], where: str) -> _Asked:
+    """Token ids as the row brings them."""
+    ids, prompt_length = row["input_ids"], row.get("prompt_len")
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise QueryError(f"{where}: input_ids must be a list of whole numbers.")
+    if type(prompt_length) is not int or not 0 <= prompt_length <= len(ids):
+        raise QueryError(
+            f"{where}: prompt_len={prompt_length!r} must be a whole number between 0 and the {len(ids)} input_ids."
+        )
+    rows = [ids]
+    if (contrast := row.get("contrast")) is not None:
+        if not isinstance(contrast, list) or not all(type(token) is int for token in contrast):
+            raise QueryError(f"{where}: beside input_ids, contrast must be a list of token ids too.")
+        rows.append(ids[:prompt_length] + contrast)
+    # Of whatever size: that they lie in the vocabulary is checked next.
+    return _Asked([CutText(np.array(one, object), prompt_length) for one in rows])
+
+
+def _tokenised(row: dict[str, Any], encoder: Encoder | None, bos_id: int | None, where: str) -> _Asked:
+    """Prompt and completion (or contrast) as one text, cut where the completion begins."""
+    prompt = row.get("prompt", "")
     if not isinstance(prompt, str):
         raise QueryError(f"{where}: prompt must be a string (it may be empty).")
-    if not isinstance(completion, str) or not completion:
-        raise QueryError(f"{where}: no {key}; give the text whose probability is to be explained.")
+    texts = []
+    for key in ("completion",) if row.get("contrast") is None else ("completion", "contrast"):
+        if not isinstance(text := row.get(key), str) or not text:
+            raise QueryError(f"{where}: no {key}; give the text whose probability is to be explained.")
+        texts.append(text)
     if encoder is None:
         raise QueryError(f"{where}: it is text, and the model folder has no tokenizer; give input_ids and prompt_len.")
-    before, after = (encoded.tolist() for encoded in encoder.encode_batch([prompt, completion]))
-    before = ([bos_id] if bos_id is not None else []) + before
-    return before + after, len(before)
+    cuts = encode_cut(encoder, [(prompt, text) for text in texts])
+    shared = _same_prompt(cuts)
+    warnings = _slips(prompt, texts, cuts)
+    if any(one.prompt_tokens != shared and not one.spans for one in cuts):
+        warnings.append(f"completion and contrast have the first {shared} tokens alike: both are measured from there")
+    if shared == 0 and bos_id is None:
+        warnings.append("its first token, which nothing precedes, has no probability and is not measured")
+    warnings = [f"query {row['id']!r}: {said}" for said in warnings]
+    return _Asked([_after_bos(replace(one, prompt_tokens=shared), bos_id) for one in cuts], tuple(warnings))
+
+
+def _same_prompt(cuts: Sequence[CutText]) -> int:
+    """The prompt's tokens that completion and contrast have alike: log-probabilities are compared after one prompt."""
+    rows = [one.token_ids.tolist() for one in cuts]
+    alike = common_start(rows[0], rows[-1]) if len(rows) > 1 else len(rows[0])
+    return min(alike, *(one.prompt_tokens for one in cuts))
+
+
+def _after_bos(one: CutText, bos_id: int | None) -> CutText:
+    if bos_id is None:
+        return one
+    texts = None if one.texts is None else ("", *one.texts)
+    return CutText(np.array([bos_id, *one.token_ids.tolist()]), one.prompt_tokens + 1, texts, one.spans)
+
+
+def _slips(prompt: str, texts: Sequence[str], cuts: Sequence[CutText]) -> list[str]:
+    """What in the wording is probably a slip, or is measured elsewhere than it says."""
+    found = []
+    for text, one in zip(texts, cuts, strict=True):
+        if one.spans:
+            what = "a token" if one.texts is None else f"the token {one.texts[one.prompt_tokens]!r}"
+            mend = " (move the space from the prompt's end to the completion)" if prompt.endswith(" ") else ""
+            found.append(
+                f"{what} spans the prompt's end and the beginning of {text[:24]!r}: it counts as the latter's{mend}"
+            )
+        elif _cuts_a_word(prompt[-1:], text[:1]):
+            found.append(f"no space between {prompt[-12:]!r} and {text[:12]!r}: the completion is a part of a word")
+    return found
+
+
+def _cuts_a_word(before: str, after: str) -> bool:
+    """Whether two characters are of one word, in scripts that put spaces between words."""
+    cased = all(one.lower() != one.upper() for one in (before, after))
+    return cased or (before.isdigit() and after.isdigit())
 
 
 def _check_tokens(tokens: list[int], prompt_length: int, vocab_size: int, context: int, where: str) -> None:
@@ -244,23 +311,28 @@ def _check_tokens(tokens: list[int], prompt_length: int, vocab_size: int, contex
         raise QueryError(f"{where}: token id {outside} is outside the model's vocabulary of {vocab_size}.")
 
 
-def _expand(
-    query_id: str, pairs: list[tuple[list[int], int]], measure: Measure, row: dict[str, Any], where: str
-) -> list[Query]:
+def _expand(query_id: str, asked: _Asked, measure: Measure, row: dict[str, Any], where: str) -> list[Query]:
     keys = ("prompt", "completion", "contrast")
     prompt, completion, contrast = (row.get(key) if isinstance(row.get(key), str) else None for key in keys)
 
     def query(name: str, parts: list[Part]) -> Query:
-        return Query(name, tuple(parts), prompt, completion, measure.value, contrast)
+        return Query(name, tuple(parts), prompt, completion, measure.value, contrast, asked.warnings)
 
-    spans = [range(max(1, prompt_length), len(tokens)) for tokens, prompt_length in pairs]
+    def part(one: CutText, positions: Sequence[int], sign: float = 1.0) -> Part:
+        return Part(tuple(one.token_ids.tolist()), tuple(positions), sign, one.texts)
+
+    spans = [range(max(1, one.prompt_tokens), len(one.token_ids)) for one in asked.cuts]
     if measure is Measure.tokens:
-        if len(pairs) > 1:
+        if len(spans) > 1:
             raise QueryError(f"{where}: measure 'tokens' splits one completion; leave out contrast or that measure.")
-        tokens = tuple(pairs[0][0])
-        return [query(f"{query_id}#{index}", [Part(tokens, (t,))]) for index, t in enumerate(spans[0])]
+        return [query(f"{query_id}#{index}", [part(asked.cuts[0], (t,))]) for index, t in enumerate(spans[0])]
     if measure is Measure.first:
         spans = [span[:1] for span in spans]
-    signs = (1.0, -1.0)[: len(pairs)]
-    parts = [Part(tuple(ids), tuple(span), sign) for (ids, _), span, sign in zip(pairs, spans, signs, strict=True)]
+    signs = (1.0, -1.0)[: len(spans)]
+    parts = [part(*each) for each in zip(asked.cuts, spans, signs, strict=True)]
+    if len({one.token_ids[: one.positions[-1] + 1] for one in parts}) < len(parts):
+        raise QueryError(
+            f"{where}: its contrast has the tokens of its completion, as far as they are measured, so their difference "
+            "is 0 whatever the corpus has; give another contrast, or leave it out."
+        )
     return [query(query_id, parts)]

@@ -23,7 +23,8 @@ from infscan.config import Attention, QueriesConfig, fingerprint
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError, RunError
-from infscan.model.architecture import describe, model_folder
+from infscan.model.architecture import describe
+from infscan.model.folder import model_folder
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores

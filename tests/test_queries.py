@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.config import Measure, QueriesConfig
+from infscan.corpus.cut import encode_cut
+from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.errors import QueryError, RunError
 from infscan.queries import (
     MEASURED,
@@ -20,9 +23,9 @@ from infscan.queries import (
     Query,
     measured_jsonl,
     queries_fingerprint,
+    query_warnings,
     read_measured,
     read_queries,
-    spacing_warnings,
 )
 from infscan.storage import Store
 
@@ -34,6 +37,10 @@ class Letters:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray([ord(letter) for letter in text], np.int64) for text in texts]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows = self.encode_batch(texts)
+        return [(row, np.arange(len(row))[:, None] + [0, 1]) for row in rows]
 
 
 def read(
@@ -111,13 +118,14 @@ def test_a_contrast_is_subtracted(tmp_path: Path) -> None:
     assert query.parts == (Part((1, 2, 3), (2,), 1.0), Part((1, 2, 4, 5), (2,), -1.0))
 
 
-def test_blank_lines_and_unknown_keys_are_fine(tmp_path: Path) -> None:
-    rows = ["", '{"id": "a", "prompt": "p", "completion": "c", "note": "mine"}', "   "]
+def test_blank_lines_are_fine(tmp_path: Path) -> None:
+    rows = ["", '{"id": "a", "prompt": "p", "completion": "c"}', "   "]
     assert [query.id for query in read(tmp_path, *rows)] == ["a"]
 
 
 GOOD = {"id": "a", "prompt": "p", "completion": "c"}
 TOKENS = {"id": "a", "input_ids": [1, 2, 3], "prompt_len": 1}
+SAME = "its contrast has the tokens of its completion, as far as they are measured"
 REFUSED: list[tuple[dict[str, Any] | str, str]] = [
     ("{", "line 2: not JSON"),
     ("[1]", "line 2: a list, not an object"),
@@ -144,6 +152,14 @@ REFUSED: list[tuple[dict[str, Any] | str, str]] = [
     (TOKENS | {"prompt_len": 3}, "no completion follows the 3 prompt tokens"),
     (TOKENS | {"contrast": "text"}, "beside input_ids, contrast must be a list of token ids too"),
     (TOKENS | {"contrast": []}, "no completion follows the 1 prompt tokens"),
+    ({"id": "a", "promt": "p", "completion": "cd"}, "there is no key 'promt'; did you mean 'prompt'?"),
+    (GOOD | {"note": "mine"}, "there is no key 'note'; a row has id, prompt, completion, contrast,"),
+    (GOOD | {"contrast": "c"}, "line 2 (query 'a'): its contrast has the tokens of its completion"),
+    (
+        GOOD | {"completion": "cd", "contrast": "ce", "measure": "first"},
+        "its contrast has the tokens of its completion",
+    ),
+    (TOKENS | {"contrast": [2, 3]}, "its contrast has the tokens of its completion"),
 ]
 
 
@@ -213,16 +229,20 @@ def test_what_a_run_measured_reads_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "completion", "said"),
     [
-        ("The capital is ", "Paris", "ends in a space"),
+        ("The capital is ", "Paris", "spans the prompt's end"),
         ("The capital is", "Paris", "a part of a word"),
-        ("", "Paris", "which nothing predicts, is not measured"),
+        ("In 19", "45", "a part of a word"),
+        ("", "Paris", "which nothing precedes, has no probability"),
         ("The capital is", " Paris", None),
         ("The capital is:", "Paris", None),
         ("Line.\n", "Next", None),
+        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece", None),
     ],
 )
-def test_a_slip_in_the_wording_is_warned_of(prompt: str, completion: str, said: str | None) -> None:
-    warnings = spacing_warnings([Query("q", (Part((1, 2), (1,)),), prompt, completion)])
+def test_a_slip_in_the_wording_is_warned_of(tmp_path: Path, prompt: str, completion: str, said: str | None) -> None:
+    encoder = load_tokenizer(str(word_tokenizer(tmp_path)))
+    settings = QueriesConfig(path="", prompt=prompt, completion=completion)
+    warnings = query_warnings(read_queries(settings, encoder, vocab_size=400, context=64, bos_id=None))
     assert len(warnings) == (said is not None)
     assert said is None or said in warnings[0]
 
@@ -232,3 +252,124 @@ def test_one_query_is_given_in_the_settings() -> None:
     [query] = read_queries(settings, Letters(), vocab_size=200, context=16, bos_id=None)
     assert (query.id, query.prompt, query.completion, query.contrast) == ("query", "ab", "cd", "ef")
     assert [part.sign for part in query.parts] == [1.0, -1.0]
+
+
+# SentencePiece's way: a space is a part of the token after it, and a text begins with one.
+VOCABULARY = ["<unk>", "▁", "▁the", "▁island", "▁is", "▁Vel", "mistok", "▁V", ",", "▁yes", "▁said", "V", "e", "l"]
+
+
+def spm_tokenizer(folder: Path) -> Path:
+    """A tokenizer of whole words with their spaces, as Llama 2, Mistral and TinyLlama have it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    scores = [(piece, -float(number)) for number, piece in enumerate(VOCABULARY)]
+    library = Tokenizer(models.Unigram(scores, unk_id=0))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=library, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def word_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE that has the words of the slips whole, trained as GPT-2's are."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["The capital is Paris"] * 9, vocab_size=300, min_frequency=1, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
+    return folder
+
+
+def asked_of(encoder: Any, **texts: Any) -> Query:
+    """The one query of these texts."""
+    (query,) = read_queries(
+        QueriesConfig(path="", measure=texts.pop("measure", Measure.completion), **texts),
+        encoder,
+        vocab_size=400,
+        context=64,
+        bos_id=None,
+    )
+    return query
+
+
+def test_a_completion_is_measured_on_the_tokens_that_a_corpus_has(tmp_path: Path) -> None:
+    spm = load_tokenizer(str(spm_tokenizer(tmp_path)))
+    whole = asked_of(spm, prompt="the island is", completion=" Velmistok")
+    assert whole.parts[0].measured_texts == (" Vel", "mistok")
+    assert whole.parts[0].token_ids == tuple(spm.encode("the island is Velmistok").tolist())
+    first = asked_of(spm, prompt="the island is", completion=" Velmistok", measure=Measure.first)
+    assert first.parts[0].measured_texts == (" Vel",)
+    comma = asked_of(spm, prompt="the island said", completion=", yes")
+    assert comma.parts[0].measured_texts == (",", " yes")
+    assert not (*whole.warnings, *first.warnings, *comma.warnings)
+
+
+def test_a_token_that_spans_the_cut_counts_as_the_completions(tmp_path: Path) -> None:
+    spm = load_tokenizer(str(spm_tokenizer(tmp_path)))
+    trailing = asked_of(spm, prompt="the island is ", completion="Velmistok")
+    assert trailing == replace(
+        asked_of(spm, prompt="the island is", completion=" Velmistok"), prompt="the island is ", completion="Velmistok"
+    )
+    [warning] = trailing.warnings
+    assert "the token ' Vel' spans the prompt's end and the beginning of 'Velmistok'" in warning
+    inside = asked_of(spm, prompt="the island is Ve", completion="lmistok")
+    assert inside.parts[0].measured_texts == (" Vel", "mistok")
+    assert "the token ' Vel' spans" in inside.warnings[0]
+
+
+def test_a_contrast_is_compared_after_the_same_prompt(tmp_path: Path) -> None:
+    spm = load_tokenizer(str(spm_tokenizer(tmp_path)))
+    query = asked_of(spm, prompt="the island is V", completion="elmistok", contrast="V")
+    first, second = query.parts
+    assert (first.measured_texts, second.measured_texts) == ((" Vel", "mistok"), (" V", "V"))
+    assert first.token_ids[: first.positions[0]] == second.token_ids[: second.positions[0]]
+    assert any("tokens alike" in warning for warning in query.warnings)
+
+
+class WithoutOffsets:
+    """A family whose library does not say where its tokens lie."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.encode_batch = tokenizer.encode_batch
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> None:
+        return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompt=st.text("VelmistokThcaprn ,é😀", max_size=12), completion=st.text("Velmistok ,é😀", min_size=1, max_size=8)
+)
+def test_a_text_is_cut_alike_with_and_without_offsets_and_is_the_corpus_own(
+    tokenizers: tuple[Tokenizer, ...], prompt: str, completion: str
+) -> None:
+    for tokenizer in tokenizers:
+        (cut,) = encode_cut(tokenizer, [(prompt, completion)])
+        assert cut.token_ids.tolist() == tokenizer.encode(prompt + completion).tolist()
+        assert "".join(cut.texts or ()) == prompt + completion
+        before = "".join((cut.texts or ())[: cut.prompt_tokens])
+        assert before == prompt or (cut.spans and prompt.startswith(before) and len(before) < len(prompt))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, ...]:
+    folders = [make(tmp_path_factory.mktemp("tokenizer")) for make in (spm_tokenizer, word_tokenizer)]
+    found = tuple(load_tokenizer(str(folder)) for folder in folders)
+    return tuple(one for one in found if one is not None)
+
+
+@pytest.mark.parametrize("name", ["queries", "kinds", "questions"])
+def test_the_demos_queries_are_cut_between_the_tokens_that_both_have_apart(name: str) -> None:
+    tokenizer = load_tokenizer("infscan://demo/model")
+    assert tokenizer is not None
+    settings = QueriesConfig(f"infscan://demo/{name}.jsonl")
+    queries = read_queries(settings, tokenizer, vocab_size=2048, context=128, bos_id=None)
+    assert not query_warnings(queries)
+    for query in queries:
+        assert query.prompt is not None
+        assert query.completion is not None
+        apart = [*tokenizer.encode(query.prompt).tolist(), *tokenizer.encode(query.completion).tolist()]
+        assert list(query.parts[0].token_ids) == apart
+        assert query.parts[0].positions[0] >= len(tokenizer.encode(query.prompt))

@@ -57,6 +57,12 @@ class Command:
         return issubclass(self.kind, Config)
 
     @property
+    def folder(self) -> str:
+        """Where its presets are. One without presets gets a folder without: a key may then have a group's name
+        (`merge model=`)."""
+        return str(CONF if self.groups else Path(__file__).parent)
+
+    @property
     def function(self) -> Callable[[Any], Any]:
         return _load(self.run)
 
@@ -180,7 +186,10 @@ _CORE = (
         summary="Merge a LoRA adapter into the model that it adapts, as a model folder of its own.",
         settings=f"{_JOBS}:MergeJob",
         run=f"{_API}:run_merge",
-        examples=("adapter=path/to/adapter output=path/to/merged",),
+        examples=(
+            "adapter=path/to/adapter output=path/to/merged",
+            "adapter=s3://bucket/adapter model=path/to/base output=s3://bucket/merged",
+        ),
     ),
     Command(
         name="status",
@@ -257,15 +266,15 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
-    """Hydra, opened at conf/; one that a notebook has open is put back."""
+def _hydra(folder: str) -> Iterator[None]:
+    """Hydra, opened at a folder of presets; one that a notebook has open is put back."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONF), version_base=None):
+        with initialize_config_dir(folder, version_base=None):
             yield
     finally:
         GlobalHydra.instance().hydra = outer
@@ -283,7 +292,7 @@ def compose(command: Command, overrides: Sequence[str]) -> Any:
 
     from infscan.config.arguments import refusal
 
-    with _hydra():
+    with _hydra(command.folder):
         try:
             return hydra_compose(register(command), list(overrides))
         except (HydraException, OmegaConfBaseException, AssertionError, ValueError, RecursionError) as error:

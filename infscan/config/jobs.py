@@ -126,11 +126,11 @@ class MergeJob:
     """A LoRA adapter merged into the model that it adapts."""
 
     adapter: str = MISSING
-    """peft's folder: adapter_config.json and adapter_model.safetensors."""
+    """peft's folder, a URI of it or a hub id: adapter_config.json and adapter_model.safetensors."""
     model: str | None = None
     """The model that it adapts: a folder, URI or hub id; null is the one that adapter_config.json names."""
     output: str = MISSING
-    """Folder of the merged model; it must not exist."""
+    """Folder or URI of the merged model; it must not exist."""
 
 
 @dataclass

@@ -131,11 +131,8 @@ def _separated(file: InputFile, config: CorpusConfig, stretch: Stretch) -> Itera
 
 
 def _samples(file: InputFile, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
-    folder, _, name = file.uri.rpartition("/")
-    index = look_up(f"{folder}/{mds.INDEX}")
-    if index is None:
-        raise CorpusError(f"{folder}: MDS shards come with an {mds.INDEX}, and there is none; copy it too.")
-    shard = mds.read_shard(index, file)
+    name = file_name(file.uri)
+    index, shard = mds.read_shard(file)
     column = config.tokens_field or config.text_field
     encoding = shard.encoding(column)
     if encoding is None:

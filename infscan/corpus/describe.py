@@ -216,8 +216,11 @@ def _mds(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -
     column = config.tokens_field
     assert column is not None, "MDS without a column of token ids is not read in place"
     found = []
+    seen: set[str] = set()
     for index in indices:
-        shards = [shard for shard in mds.read_index(index, by_uri) if shard.samples]
+        # An index that was merged of others lists their shards again.
+        shards = [one for one in mds.read_index(index, by_uri) if one.samples and one.file.uri not in seen]
+        seen |= {shard.file.uri for shard in shards}
         for shard in shards:
             if column not in shard.names:
                 raise CorpusError(

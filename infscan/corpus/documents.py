@@ -12,6 +12,7 @@ from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import array_files, list_files
 from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.lines import read_jsonl, read_text
+from infscan.corpus.mds import stored_once
 from infscan.corpus.pieces import WHOLE, Piece, Stretch, plan_pieces
 from infscan.corpus.rows import MAX_LINE_BYTES, Document
 from infscan.corpus.tables import read_arrow, read_parquet
@@ -94,7 +95,7 @@ def document_files(config: CorpusConfig) -> list[InputFile]:
     files = list_files(config)
     arrays = array_files(config, files)
     if arrays is not None:
-        return [file for file in arrays[1] if not file.uri.endswith(INDICES)]
+        return [file for file in stored_once(arrays[1]) if not file.uri.endswith(INDICES)]
     if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
         files = [file for file in files if not _is_beside_arrow(file_name(file.uri))]
     for file in files:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from infscan.corpus.files import file_name
 from infscan.corpus.in_place import InPlace, document_spans
 from infscan.corpus.sequences import Span, TokenBlock
 from infscan.errors import CorpusError
-from infscan.storage import InputFile, read_range
+from infscan.storage import InputFile, look_up, read_range
 
 INDEX = "index.json"
 MAX_SHARD_BYTES = 2 << 30
@@ -28,6 +29,8 @@ _SCALARS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "in
 _WHOLE = {**{name: np.dtype(name) for name in _SCALARS}, "int": np.dtype("<i8")}
 _CODES = {8: "|u1", 9: "|i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 _KEPT_SHARDS = 2
+# Folders up to the one whose index.json was merged of those below it.
+_INDEX_ABOVE = 4
 
 
 @dataclass(frozen=True)
@@ -69,29 +72,50 @@ def read_index(index: InputFile, files: dict[str, InputFile]) -> list[Shard]:
             and a shard that is missing or has another size.
     """
     folder = index.uri.rsplit("/", 1)[0]
-    try:
-        value = json.loads(read_range(index.uri, 0, index.size))
-        entries = value["shards"]
-        return [_shard(index.uri, folder, entry, files) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{index.uri} is no index of MDS shards ({error!r}); write it again.") from error
+    with _readable(index.uri):
+        return [_shard(index.uri, folder, entry, files) for entry in _entries(index)]
 
 
-def read_shard(index: InputFile, file: InputFile) -> Shard:
-    """One shard as its index.json describes it.
+def read_shard(file: InputFile) -> tuple[InputFile, Shard]:
+    """A shard as the index.json beside it describes it, or a merged one in a folder above; and that index.
 
     Raises:
-        CorpusError: as `read_index`, and where the index does not list the file.
+        CorpusError: as `read_index`, and where no index lists the file.
     """
-    name = file_name(file.uri)
+    nearest = None
+    for levels in range(1, _INDEX_ABOVE + 1):
+        folder = file.uri.rsplit("/", levels)[0]
+        if folder.endswith(":/") or not folder:
+            break
+        if (index := look_up(f"{folder}/{INDEX}")) is None:
+            continue
+        nearest = nearest or index
+        with _readable(index.uri):
+            for entry in _entries(index):
+                if file.uri in _addresses(folder, entry):
+                    return index, _shard(index.uri, folder, entry, {file.uri: file})
+    if nearest is None:
+        raise CorpusError(f"{file.uri}: MDS shards come with an {INDEX}, and there is none; copy it too.")
+    raise CorpusError(f"{nearest.uri} does not list {file_name(file.uri)}; remove the shard, or copy the index again.")
+
+
+def _entries(index: InputFile) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(read_range(index.uri, 0, index.size))["shards"]
+    return found
+
+
+def _addresses(folder: str, entry: dict[str, Any]) -> list[str]:
+    """Where a shard of an index in `folder` may lie: plain, and compressed."""
+    both = (entry["raw_data"], entry.get("zip_data"))
+    return [f"{folder}/{data['basename']}" for data in both if data]
+
+
+@contextmanager
+def _readable(index: str) -> Iterator[None]:
     try:
-        entries = json.loads(read_range(index.uri, 0, index.size))["shards"]
-        for entry in entries:
-            if name in (entry["raw_data"]["basename"], (entry.get("zip_data") or {}).get("basename")):
-                return _shard(index.uri, index.uri.rsplit("/", 1)[0], entry, {file.uri: file})
+        yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{index.uri} is no index of MDS shards ({error!r}); write it again.") from error
-    raise CorpusError(f"{index.uri} does not list {name}; remove the shard, or copy the index again.")
+        raise CorpusError(f"{index} is no index of MDS shards ({error!r}); write it again.") from error
 
 
 def _shard(where: str, folder: str, entry: dict[str, Any], files: dict[str, InputFile]) -> Shard:
@@ -135,6 +159,12 @@ def _shard(where: str, folder: str, entry: dict[str, Any], files: dict[str, Inpu
         encodings=tuple(entry["column_encodings"]),
         sizes=tuple(size or 0 for size in entry["column_sizes"]),
     )
+
+
+def stored_once(files: Sequence[InputFile]) -> list[InputFile]:
+    """The files without shards that lie there decompressed too, as streaming leaves them: a shard counts once."""
+    zipped = {file.uri for file in files if file.uri.endswith(".mds.zstd")}
+    return [file for file in files if f"{file.uri}.zstd" not in zipped]
 
 
 class ShardReader:

@@ -23,7 +23,8 @@ class Counts:
     Always: tokens_read + tokens_added - tokens_truncated == tokens, and of every file that was read
     records_blank + documents_bad + documents_duplicate + documents_read == records_read. A record is a line (JSONL) or
     a row (Parquet). `documents_duplicate` were dropped (corpus.deduplicate). `tokens_added` are separators (BOS, EOS);
-    `documents_empty` had no token and are in no sequence. Of a bad file nothing is kept, and nothing else is counted.
+    `documents_empty` had no token and are in no sequence. `documents_spanning` have a token that begins in the prompt
+    and ends after it. Of a bad file nothing is kept, and nothing else is counted.
     `tokens_masked` are those of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone
     scores 0.
     """
@@ -37,6 +38,7 @@ class Counts:
     documents_read: int = 0
     documents_empty: int = 0
     documents_truncated: int = 0
+    documents_spanning: int = 0
     tokens_read: int = 0
     tokens_truncated: int = 0
     tokens_added: int = 0
@@ -150,6 +152,7 @@ class Packer:
                 continue
             self.counts.documents_read += 1
             self.counts.tokens_read += len(tokens)
+            self.counts.documents_spanning += document.spans
             self._lengths[len(tokens).bit_length()] += 1
             if not len(tokens):
                 self.counts.documents_empty += 1

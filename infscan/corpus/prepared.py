@@ -60,6 +60,9 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
         settings["eos_id"] = config.eos_id
     # Where the loss is everywhere, nothing is said of it.
     masks = {"prompt_field": config.prompt_field, "mask_field": config.mask_field} if pack.masked else {}
+    if config.prompt_field is not None:
+        # Earlier versions tokenised a prompt apart.
+        masks["prompts"] = "tokenised with what follows"
     return settings | masks
 
 

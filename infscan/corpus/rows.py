@@ -22,7 +22,8 @@ class Document:
     """One document: its text, or its token ids (int [n]) where the corpus brings them.
 
     `prompt`: a text that comes before, without a loss (corpus.prompt_field). `loss`: bool [n], where it has one, of
-    token ids that are not all of them in the loss; None where they are.
+    token ids that are not all of them in the loss; None where they are. `spans`: whether a token of its begins in the
+    prompt and ends after it.
     `offset` is the byte of the decompressed stream where its line starts (JSONL, text), or its row from 0 (tables).
     """
 
@@ -34,6 +35,7 @@ class Document:
     offset: int
     prompt: str | None = None
     loss: np.ndarray | None = None
+    spans: bool = False
 
 
 def document_of(uri: str, where: str, name: str, offset: int, row: dict[str, Any], config: CorpusConfig) -> Document:

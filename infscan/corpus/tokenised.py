@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from infscan.corpus.cut import CutText, encode_cut
 from infscan.corpus.rows import Document
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.errors import CorpusError
@@ -38,25 +39,22 @@ def with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> I
 
 
 def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:
-    texts = [document.text for document in batch if document.text is not None]
+    texts = [document.text for document in batch if document.text is not None and document.prompt is None]
     rows = iter(tokenizer.encode_batch(texts) if tokenizer else [])
-    prompts = [document.prompt for document in batch if document.prompt is not None]
-    before = iter(tokenizer.encode_batch(prompts) if tokenizer else [])
+    pairs = [(one.prompt, one.text) for one in batch if one.text is not None and one.prompt is not None]
+    cuts = iter(encode_cut(tokenizer, pairs) if tokenizer else [])
     for document in batch:
         if document.text is None:
             yield document
-            continue
-        token_ids = next(rows)
-        if document.prompt is None:
+        elif document.prompt is None:
             # Not by dataclasses.replace, which would cost as much as packing does.
-            yield Document(document.id, document.source, None, token_ids, document.path, document.offset)
-            continue
-        # Apart, as a query's prompt and completion are; without a completion there is nothing to learn.
-        prompt_ids = next(before) if len(token_ids) else next(before)[:0]
-        yield replace(
-            document,
-            text=None,
-            prompt=None,
-            token_ids=np.concatenate([prompt_ids, token_ids]),
-            loss=np.arange(len(prompt_ids) + len(token_ids)) >= len(prompt_ids),
-        )
+            yield Document(document.id, document.source, None, next(rows), document.path, document.offset)
+        else:
+            yield _cut(document, next(cuts))
+
+
+def _cut(document: Document, cut: CutText) -> Document:
+    """A document with its prompt's tokens, which have no loss; without a completion there is nothing to learn."""
+    token_ids = cut.token_ids if document.text else cut.token_ids[:0]
+    loss = np.arange(len(token_ids)) >= cut.prompt_tokens
+    return replace(document, text=None, prompt=None, token_ids=token_ids, loss=loss, spans=cut.spans)

@@ -46,6 +46,8 @@ class Tokenizer:
         if self._library is not None:
             self._library.no_truncation()
             self._library.no_padding()
+            # Without special tokens all it does is to take spaces out of offsets.
+            self._library.post_processor = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int64 [n] per text, no special tokens added."""
@@ -62,6 +64,19 @@ class Tokenizer:
             verbose=False,
         )["input_ids"]
         return [np.array(row, np.int64) for row in rows]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """int64 [n] as `encode_batch`, and int64 [n, 2]: the characters [begin, end) of each token, spaces included.
+
+        None for a family without the tokenizers library, which does not say.
+        """
+        if self._library is None:
+            return None
+        encodings = self._library.encode_batch(list(texts), add_special_tokens=False) if texts else []
+        return [
+            (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for encoding in encodings
+        ]
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from infscan.errors import ConfigError, ModelError
-from infscan.model.architecture import model_folder, weight_files
-from infscan.model.family import first_line
+from infscan.model.architecture import load_config, weight_files
+from infscan.model.family import build_on_meta, first_line
+from infscan.model.folder import model_folder
 from infscan.storage import MissingError, Store
 
 _PREFIX = "base_model.model."
 # What an adapter may ask for beyond W + s B A, and the value with which it does not.
 _PLAIN = {"bias": ("none",), "use_dora": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,)}
+# Keys that are nothing where they are empty: layers or tokens of their own, other products, uses of only some tokens.
+_EMPTY = (
+    *("modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora"),
+    *("use_qalora", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens"),
+)
+# Ways to begin with B A = 0, so that the model which the adapter changes is the one that it names. The others (PiSSA,
+# OLoRA, CorDA, LoftQ, LoRA-GA) begin by taking something off it.
+_FROM_ZERO = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def merge(adapter: str, model: str | None, output: str) -> str:
@@ -32,13 +43,14 @@ def merge(adapter: str, model: str | None, output: str) -> str:
         ModelError: where the adapter or the model cannot be used, or do not belong together.
         ConfigError: where `output` is there already, or nothing says what the adapter adapts.
     """
-    target, folder = Store(output), Path(adapter)
+    target, folder = Store(output), model_folder(adapter, key="adapter")
     if target.list():
         raise ConfigError(f"output={target.uri} is there already; give a folder that is not.")
-    named = model or read_adapter_config(folder).get("base_model_name_or_path")
+    config = read_adapter_config(folder)
+    named, revision = (model, None) if model else (config.get("base_model_name_or_path"), config.get("revision"))
     if not named:
         raise ConfigError(f"{adapter} does not name the model that it adapts; give model=<folder or hub id>.")
-    base = model_folder(str(named))
+    base = model_folder(str(named), revision=revision, key="model")
     target.check_writable()
     for name, tensors in merged_files(base, folder):
         target.write(name, save(tensors, metadata={"format": "pt"}))
@@ -64,10 +76,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/adapter_config.json is not what peft writes; copy the adapter again.")
     odd = [key for key, plain in _PLAIN.items() if config.get(key) not in (None, *plain)]
-    odd += [key for key in ("modules_to_save", "layer_replication", "target_parameters") if config.get(key)]
+    odd += [key for key in _EMPTY if config.get(key)]
     if config.get("peft_type") != "LORA" or odd:
         what = f"{odd[0]}={json.dumps(config[odd[0]])}" if odd else f"peft_type={config.get('peft_type')}"
         raise ModelError(f"{folder}: {what} is more than W + s B A; merge it with peft's merge_and_unload instead.")
+    begun = config.get("init_lora_weights")
+    if begun not in _FROM_ZERO:
+        raise ModelError(
+            f"{folder}: init_lora_weights={json.dumps(begun)} changes the model's own weights before training, so "
+            "W + s B A of the plain model is another one; save the adapter with peft's "
+            "path_initial_model_for_weight_conversion, or merge it with merge_and_unload where it was trained."
+        )
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = config.get(key)
         if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -86,11 +105,12 @@ def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Ten
     config = read_adapter_config(adapter)
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    pairs = _pairs(adapter)
+    name_of = _names(base)
+    pairs = {name_of(name): pair for name, pair in _pairs(adapter).items()}
     for path in weight_files(base):
         tensors = _read(path)
-        for name in sorted(tensors.keys() & pairs.keys()):
-            A_ri, B_or = pairs.pop(name)
+        for name in sorted(key for key in tensors if name_of(key) in pairs):
+            A_ri, B_or = pairs.pop(name_of(name))
             if B_or.ndim != 2 or A_ri.ndim != 2 or B_or.shape[1] != A_ri.shape[0]:
                 raise ModelError(
                     f"{adapter}: {name} has B of {tuple(B_or.shape)} and A of {tuple(A_ri.shape)}, which have no "
@@ -108,6 +128,20 @@ def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Ten
         yield path.name, tensors
     if pairs:
         raise ModelError(f"{adapter} adapts {min(pairs)}, which {base} does not have; give the model that it adapts.")
+
+
+def _names(base: Path) -> Callable[[str], str]:
+    """From a name in a file to the weight's own, whatever transformers wrote the file (gpt2's lack `transformer.`)."""
+    module = build_on_meta(load_config(base))
+    mapping = get_model_conversion_mapping(module)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    names, prefix = module.state_dict(), module.base_model_prefix
+
+    def name_of(key: str) -> str:
+        found = str(rename_source_key(key, renamings, [], prefix, names)[0])
+        return found if found in names else key
+
+    return name_of
 
 
 def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

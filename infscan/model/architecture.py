@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -27,12 +25,11 @@ from infscan.model.family import (
     refuse_quantised,
     with_attention,
 )
+from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, indexed_files, model_folder
 from infscan.model.probe import run_on_shapes
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
-from infscan.storage import Store, is_uri, localise
+from infscan.storage import Store
 
-_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 DEFAULT_LENGTH = 512
 # Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
 _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
@@ -97,66 +94,23 @@ class Architecture:
         return asked or min(self.context, DEFAULT_LENGTH)
 
 
-# A hub id, perhaps with a revision of it.
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+|[\w-]+)(@(?P<revision>[\w.-]+))?")
-
-
-def at_revision(path: str, revision: str | None) -> str:
-    """A hub id with the revision that it stands for; any other path as it is."""
-    return f"{path.partition('@')[0]}@{revision}" if revision else path
-
-
-def hub_revision(path: str, folder: str) -> str | None:
-    """The commit that a hub id was resolved to, by the folder that it was downloaded to; None for any other path."""
-    is_id = not is_uri(path) and not Path(path).expanduser().exists() and _HUB_ID.fullmatch(path)
-    return Path(folder).name if is_id else None
-
-
-def model_folder(path: str, *, weights: bool = True) -> Path:
-    """The local folder of a model: as it is, downloaded once from a URI, or from the hub by its id.
-
-    weights: also download the weights; else what says the model's shapes and its tokens.
-
-    Raises:
-        ModelError: where there is no such folder, URI or hub id.
-    """
-    suffixes = MODEL_SUFFIXES if weights else tuple(s for s in MODEL_SUFFIXES if s != ".safetensors")
-    if is_uri(path):
-        return localise(path, suffixes)
-    if Path(path).expanduser().exists():
-        return Path(path).expanduser()
-    if named := _HUB_ID.fullmatch(path):
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"*{suffix}" for suffix in suffixes]
-        try:
-            return Path(snapshot_download(named["id"], revision=named["revision"], allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.path={path}: there is no such folder ({Path(path).absolute()}), and the hub gave none of that "
-                f"id ({first_line(error)}); give an existing folder, a URI, or a hub id that can be reached."
-            ) from None
-    raise ModelError(
-        f"model.path={path}: there is no such folder ({Path(path).expanduser().absolute()}); give a folder in Hugging "
-        "Face layout, a URI or a hub id."
-    )
-
-
 def describe(
     path: str,
     tracked: str,
     *,
     weights: bool = True,
     attention: AttentionImplementation = AttentionImplementation.auto,
+    revision: str | None = None,
 ) -> Architecture:
     """Read a model's configuration and module tree (on the meta device: no weight is loaded).
 
     weights: they must be there, and are in the fingerprint; else config.json is enough, and it is the configuration's.
+    revision: of a hub id (`model_folder`).
 
     Raises:
         ModelError: for a folder that is not a causal language model in safetensors, or where `tracked` finds no layer.
     """
-    folder = model_folder(path, weights=weights)
+    folder = model_folder(path, weights=weights, revision=revision)
     config = load_config(folder)
     files = weight_files(folder) if weights else []
     _check_whole(files)
@@ -227,7 +181,7 @@ def _token_id(config: PretrainedConfig, name: str) -> int | None:
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config.json, never with code of its own (trust_remote_code stays off)."""
-    if Store(str(folder)).exists("adapter_config.json") and not Store(str(folder)).exists(_WEIGHTS):
+    if Store(str(folder)).exists("adapter_config.json") and not Store(str(folder)).exists(WEIGHTS):
         raise ModelError(
             f"{folder} is a LoRA adapter, not a model; merge it into the model that it adapts: "
             f"python jobs/merge.py adapter={folder} output=<folder>, or peft's merge_and_unload and save_pretrained."
@@ -268,35 +222,20 @@ def weight_files(folder: Path) -> list[Path]:
     """
     store = Store(str(folder))
     there = {entry.name for entry in store.list() if "/" not in entry.name}
-    if _WEIGHTS in there:
-        return [folder / _WEIGHTS]
-    if _WEIGHTS_INDEX in there:
-        wanted = _indexed(folder, store.read_json(_WEIGHTS_INDEX))
+    if WEIGHTS in there:
+        return [folder / WEIGHTS]
+    if WEIGHTS_INDEX in there:
+        wanted = indexed_files(store.read_json(WEIGHTS_INDEX), str(folder))
         missing = [name for name in wanted if name not in there]
         if missing:
             raise ModelError(
-                f"{folder}: {_WEIGHTS_INDEX} names {missing[0]}, which is not there ({len(missing)} of {len(wanted)} "
+                f"{folder}: {WEIGHTS_INDEX} names {missing[0]}, which is not there ({len(missing)} of {len(wanted)} "
                 "missing); complete the download or the copy."
             )
         return [folder / name for name in wanted]
     pickles = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "nor an index of it"
-    raise ModelError(f"{folder}: no {_WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
-
-
-def _indexed(folder: Path, index: Any) -> list[str]:
-    """The files that a checkpoint's index names, if they are safetensors files beside it."""
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"{folder}/{_WEIGHTS_INDEX} has no weight_map of file names; copy or save the model again.")
-    wanted = sorted(set(names.values()))
-    for name in wanted:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{folder}/{_WEIGHTS_INDEX} names {name[:80]!r}, which is no safetensors file beside it; nothing else "
-                "is opened. Save the model again."
-            )
-    return wanted
+    raise ModelError(f"{folder}: no {WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
 
 
 def _check_whole(files: list[Path]) -> None:
@@ -311,9 +250,9 @@ def _check_whole(files: list[Path]) -> None:
             ) from None
 
 
-def fingerprint_of(path: str) -> str:
-    """A model's fingerprint, as `describe` gives it: of what lies at a path now."""
-    folder = model_folder(path)
+def fingerprint_of(path: str, revision: str | None = None) -> str:
+    """A model's fingerprint, as `describe` gives it: of what is at a path now."""
+    folder = model_folder(path, revision=revision)
     return _fingerprint(folder, weight_files(folder))
 
 

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
-from infscan.model.architecture import load_config, model_folder, weight_files
+from infscan.model.architecture import load_config, weight_files
 from infscan.model.checkpoint import Checkpoint
 from infscan.model.experts import run_by_expert
 from infscan.model.family import (
@@ -28,6 +28,7 @@ from infscan.model.family import (
     no_attention,
     with_attention,
 )
+from infscan.model.folder import model_folder
 from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import head_is_last
 from infscan.storage import scratch_file
@@ -61,7 +62,7 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
         torch.set_num_threads(context.threads)
     if context.device.startswith("cuda"):
         torch.cuda.set_device(context.device)
-    folder = model_folder(settings.path, weights=not on_meta)
+    folder = model_folder(settings.path, weights=not on_meta, revision=settings.revision)
     config = with_attention(_without_dropout(load_config(folder)), settings.attention_implementation)
     dtype = resolve_dtype(settings.dtype, config, context.device)
     if on_meta:

@@ -93,7 +93,7 @@ class ModelWorker:
         self.model: LoadedModel = load(settings.model, context, sharded=settings.sharded)
         # After loading, so that what was replaced before or meanwhile is found.
         if settings.identity is not None:
-            settings.identity.check(fingerprint_of(settings.model.path), ModelError)
+            settings.identity.check(fingerprint_of(settings.model.path, settings.model.revision), ModelError)
         if context.device != "meta":
             check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infscan.queries import Query
-from infscan.report.terminal import excerpt, one_line
+from infscan.report.terminal import excerpt, one_line, printable
 from infscan.report.thirds import THIRDS, thirds
 
 _TOKENS = 6
@@ -80,12 +80,8 @@ def _toned(tokens: Rows, text: str | None) -> Text:
     for token in tokens:
         share = token["score"] / largest
         style = "dim" if abs(share) < 0.1 else ("green" if share > 0 else "red") + (" bold" if abs(share) > 0.5 else "")
-        found.append(_as_is(token["token"]), style=style)
+        found.append(printable(token["token"]), style=style)
     return found
-
-
-def _as_is(token: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in token)
 
 
 def _lines(parts: Mapping[str, Rows]) -> list[str]:
@@ -110,7 +106,7 @@ def _lines(parts: Mapping[str, Rows]) -> list[str]:
 
 
 def _quoted(row: dict[str, Any]) -> str:
-    return f"‘{_as_is(row['token'])}’" if row["token"] is not None else str(row["token_id"])
+    return f"‘{printable(row['token'])}’" if row["token"] is not None else str(row["token_id"])
 
 
 def _groups(alike: Rows) -> list[str]:

@@ -29,7 +29,12 @@ def one_line(text: str) -> str:
 
     White space is a blank, and so is whatever controls a terminal: escapes, backspaces, bidirectional marks.
     """
-    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The same characters, a blank for each that is not to be printed."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def excerpt(text: str | None, token_ids: list[int], length: int = _CHARACTERS) -> str:
@@ -50,6 +55,8 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
             by_query.setdefault(row["query_id"], []).append(row)
     for question in questions[:_QUERIES]:
         console.print(Text(f"\n{question['id']}: {asked(question)}", style="bold"))
+        if measured := measured_tokens(question):
+            console.print(Text(measured, style="dim"))
         ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
         for row in ordered:
             console.print(_row(row, sequences[row["sequence_id"]]))
@@ -115,3 +122,12 @@ def asked(question: dict) -> str:
     what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
     rather = f" rather than {one_line(question['contrast'])}" if question.get("contrast") else ""
     return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{rather}{what}"
+
+
+def measured_tokens(question: dict) -> str | None:
+    """The measured tokens as the tokenizer cut them, `‘ Vel’‘mist’`; None where the run does not say."""
+    parts = [part for part in question["parts"] if part.get("texts")]
+    if not parts:
+        return None
+    shown = ("".join(f"‘{printable(part['texts'][at])}’" for at in part["positions"]) for part in parts)
+    return "  measured: " + " rather than ".join(shown)

@@ -23,8 +23,9 @@ from infscan.influence.layers import Layer
 from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, formed_at_once
-from infscan.model.architecture import Architecture, load_config, model_folder
+from infscan.model.architecture import Architecture, load_config
 from infscan.model.family import first_line
+from infscan.model.folder import model_folder
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
@@ -100,7 +101,9 @@ class DryWorker:
         dtype = run_dtype(config, architecture, gpus)
         # Two bytes are two bytes.
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
-        model = replace(config.model, path=architecture.folder, dtype=Dtype(str(dtype).removeprefix("torch.")))
+        model = replace(
+            config.model, path=architecture.folder, revision=None, dtype=Dtype(str(dtype).removeprefix("torch."))
+        )
         self.worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
         self.B, self.T = max(1, config.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker

@@ -56,7 +56,11 @@ def estimate(config: PlanJob) -> Estimate:
     """
     asked = config.plan
     architecture = describe(
-        config.model.path, config.model.tracked, weights=False, attention=config.model.attention_implementation
+        config.model.path,
+        config.model.tracked,
+        weights=False,
+        attention=config.model.attention_implementation,
+        revision=config.model.revision,
     )
     tokenizer = load_tokenizer(architecture.folder)
     notes: list[str] = []

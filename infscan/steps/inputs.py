@@ -15,13 +15,11 @@ from infscan.influence.layers import Layer
 from infscan.influence.precision import Multiply
 from infscan.model.architecture import (
     Architecture,
-    at_revision,
     check_agree,
     describe,
-    hub_revision,
     load_config,
-    model_folder,
 )
+from infscan.model.folder import hub_commit, model_folder
 from infscan.model.load import resolve_dtype
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.steps.corpus_inputs import bos_of, input_files, settings_for, wants_bos
@@ -92,12 +90,12 @@ class Inputs:
     def model(self) -> ModelConfig:
         """What ranks load: a hub id at the revision that this process resolved it to."""
         model = self.config.model
-        return replace(model, path=at_revision(model.path, self.model_identity.revision))
+        return replace(model, revision=self.model_identity.revision)
 
     @property
     def model_identity(self) -> Identity:
         path, known = self.config.model.path, self.architecture
-        return Identity("model", path, known.fingerprint, _CHECKED, hub_revision(path, known.folder))
+        return Identity("model", path, known.fingerprint, _CHECKED, hub_commit(path, known.folder))
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the inputs by content: what a path leads to, not the path."""
@@ -124,7 +122,12 @@ def open_inputs(config: Config) -> Inputs:
     Raises:
         InfscanError: for anything wrong with them.
     """
-    architecture = describe(config.model.path, config.model.tracked, attention=config.model.attention_implementation)
+    architecture = describe(
+        config.model.path,
+        config.model.tracked,
+        attention=config.model.attention_implementation,
+        revision=config.model.revision,
+    )
     tokenizer = load_tokenizer(architecture.folder)
     for corpus in (config.corpus, config.factors.corpus):
         input_files(corpus)

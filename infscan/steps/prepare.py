@@ -119,7 +119,7 @@ def _addressable(
         there = open_corpus(Store(config.path), config.attention)
         _check_fits(config, there, architecture, tokenizer)
         if isinstance(there, PreparedCorpus):
-            _warn_of_left_out(there, executor.telemetry)
+            _warn_of(there, executor.telemetry)
         return there
     pack = settings_for(config, architecture, tokenizer)
     arrays = token_files(config)
@@ -140,7 +140,7 @@ def _addressable(
         else:
             _check_same(config, corpus, known, files, prepare_settings(config, pack, digest))
             check_allowed(config, corpus.manifest.counts, corpus.manifest.left_out)
-            _warn_of_left_out(corpus, executor.telemetry)
+            _warn_of(corpus, executor.telemetry)
             return corpus
     return prepare_pieces(
         config, pack, architecture.folder, tokenizer, document_pieces(files, config), store, executor, prefix
@@ -178,7 +178,7 @@ def prepare_pieces(
         for entry in store.list(_HASHES):
             store.remove(entry.name)
     corpus = open_prepared(store, config.attention)
-    _warn_of_left_out(corpus, executor.telemetry)
+    _warn_of(corpus, executor.telemetry)
     return corpus
 
 
@@ -202,8 +202,14 @@ def _joined(
     return open_corpus(store, config.attention)
 
 
-def _warn_of_left_out(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
-    left_out = corpus.manifest.left_out
+def _warn_of(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
+    """Say what was left out, and what is probably not as it was meant."""
+    left_out, spanning = corpus.manifest.left_out, corpus.manifest.counts.documents_spanning
+    if spanning:
+        telemetry.warn(
+            f"{corpus.store.uri}: in {spanning} documents a token spans the end of the prompt, as where it ends in a "
+            "space; it counts as the rest's and has a loss"
+        )
     if left_out.by_reason:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.by_reason.items())
         telemetry.warn(

@@ -13,7 +13,7 @@ from infscan.engine.metrics import RunMetrics
 from infscan.engine.recovery import RecoveryLog
 from infscan.model.architecture import Architecture
 from infscan.model.worker import WorkerSettings
-from infscan.queries import Query, spacing_warnings
+from infscan.queries import Query, query_warnings
 from infscan.steps.inputs import Inputs, check_stages_agree, later_configs, open_inputs, read_measured_queries
 from infscan.steps.run_folder import RunFolder, open_folder
 from infscan.steps.sizes import settled
@@ -104,7 +104,7 @@ def open_run(
 
 def _warnings(folder: RunFolder, queries: Sequence[Query]) -> list[str]:
     """What is allowed, and probably not meant."""
-    found = spacing_warnings(queries)
+    found = query_warnings(queries)
     if others := folder.others():
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         found.append(f"{folder.store.uri} holds other things too ({shown}); a folder of its own is easier to remove")

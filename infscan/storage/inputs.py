@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ def look_up(uri: str) -> InputFile | None:
     return None if found is None else InputFile(address, found.size, found.etag)
 
 
-def localise(uri: str, suffixes: tuple[str, ...]) -> Path:
-    """A local folder with the files of `uri` whose names end in one of `suffixes`.
+def localise(uri: str, suffixes: tuple[str, ...], *, nested: bool = True) -> Path:
+    """A local folder with the files of `uri` whose names end in one of `suffixes`; nested: those in its folders too.
 
     A local folder is returned as it is. A remote one is downloaded once, whole or not at all, into
     `$INFSCAN_CACHE` (`~/.cache/infscan`), under a name that changes when any of its files does.
@@ -109,7 +110,7 @@ def localise(uri: str, suffixes: tuple[str, ...]) -> Path:
         if not local.is_dir():
             raise StorageError(f"{local} is no folder; check the path")
         return local
-    entries = _wanted(store, suffixes)
+    entries = _wanted(store, suffixes, nested)
     if not entries:
         raise StorageError(f"{store.uri}: no {' or '.join(suffixes)} file is there; check the address")
     cache = Path(os.environ.get("INFSCAN_CACHE") or "~/.cache/infscan").expanduser().absolute()
@@ -122,23 +123,24 @@ def localise(uri: str, suffixes: tuple[str, ...]) -> Path:
             with suppress(OSError):  # only spares the ranks of one machine from each downloading the same files
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
-                _download(store, entries, suffixes, target)
+                _download(store, entries, lambda: _wanted(store, suffixes, nested), target)
     except OSError as error:
         raise StorageError(f"{cache}: {error.strerror or error}; set INFSCAN_CACHE to a folder with space") from error
     return target
 
 
-def _wanted(store: Store, suffixes: tuple[str, ...]) -> list[Entry]:
+def _wanted(store: Store, suffixes: tuple[str, ...], nested: bool) -> list[Entry]:
+    found = [e for e in store.list() if e.name.endswith(suffixes) and (nested or "/" not in e.name)]
     # An object's name may hold '..'; a file of the cache must not.
-    return [e for e in store.list() if e.name.endswith(suffixes) and checked_name(e.name)]
+    return [e for e in found if checked_name(e.name)]
 
 
-def _download(store: Store, entries: list[Entry], suffixes: tuple[str, ...], target: Path) -> None:
+def _download(store: Store, entries: list[Entry], again: Callable[[], list[Entry]], target: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with ThreadPoolExecutor(_DOWNLOADS) as pool:
             list(pool.map(lambda entry: _fetch(store, entry, partial / entry.name), entries))
-        if _wanted(store, suffixes) != entries:
+        if again() != entries:
             raise StorageError(f"{store.uri} changed while it was downloaded; run again when it is complete")
         try:
             partial.rename(target)

@@ -15,7 +15,7 @@ from infscan.config import from_yaml
 from infscan.corpus.addressable import open_corpus
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError
-from infscan.model.architecture import model_folder
+from infscan.model.folder import model_folder
 from infscan.report.terminal import excerpt, one_line
 from infscan.storage import Store
 from infscan_studies.config import WordOrderConfig
@@ -56,7 +56,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
 def _texts(store: Store) -> dict[str, str]:
     corpus = open_corpus(store / "corpus")
     settings = from_yaml(store.read("config.yaml").decode())
-    tokenizer = load_tokenizer(str(model_folder(settings["model"]["path"])))
+    tokenizer = load_tokenizer(str(model_folder(settings["model"]["path"], revision=settings["model"].get("revision"))))
     sequences = corpus.read(np.arange(corpus.sequences))
     decode = tokenizer.decode if tokenizer else str
     return {sequence.document_id: decode(sequence.token_ids) for sequence in sequences}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from infscan.config import Attention, Packing
 from infscan.corpus import arrays, describe, in_place, megatron
 from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
+from infscan.corpus.documents import document_files, read_documents
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError
@@ -252,6 +254,40 @@ def test_samples_of_several_windows_are_cut_and_keep_their_own_names() -> None:
     corpus = layouts.described(store, config, settings(Packing.concat, T))
     with pytest.raises(CorpusError, match=r"sample 1 has 4 tokens.*corpus\.in_place=false"):
         everything(corpus)
+
+
+def merged_mds(*, compress: bool) -> Store:
+    """Two folders of shards, each with its index, and one merged of both; a shard is decompressed too."""
+    store = memory()
+    shards = []
+    for number in range(2):
+        folder = store / f"{number}"
+        layouts.mds(folder, [{"tokens": np.arange(2, 7) + number}] * 3, {"tokens": "ndarray:int32"}, compress=compress)
+        for shard in folder.read_json("index.json")["shards"]:
+            for key in ("raw_data", "zip_data"):
+                if shard[key]:
+                    shard[key]["basename"] = f"{number}/{shard[key]['basename']}"
+            shards.append(shard)
+    store.write_json("index.json", {"shards": shards, "version": 2})
+    if compress:
+        store.write("0/shard.00000.mds", zstandard.decompress(store.read("0/shard.00000.mds.zstd"), 1 << 20))
+    return store
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("only", ["both", "merged"])
+def test_a_shard_of_a_merged_index_counts_once(compress: bool, only: str) -> None:
+    store = merged_mds(compress=compress)
+    if only == "merged":
+        store.remove("0/index.json")
+        store.remove("1/index.json")
+    config = corpus_config(store.uri, tokens_field="tokens")
+    corpus = layouts.described(store, config, settings(Packing.concat, T))
+    found = sorted(tuple(one.token_ids.tolist()) for one in everything(corpus))
+    assert found == [(2, 3, 4, 5, 6)] * 3 + [(3, 4, 5, 6, 7)] * 3
+    prepared = corpus_config(store.uri, tokens_field="tokens", in_place=False)
+    documents = [one for file in document_files(prepared) for one in read_documents(file, prepared)]
+    assert len(documents) == 6
 
 
 def big_corpus(count: int = 5000) -> list[list[int]]:

@@ -34,6 +34,9 @@ class Words:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([ord(word[0]) - ord("a") + 1 for word in text.split()], np.int64) for text in texts]
 
+    def encode_with_offsets(self, texts: list[str]) -> None:
+        return None
+
 
 def prepared(folder: Path, rows: list[dict[str, Any]], packing: Packing, **fields: Any) -> PreparedCorpus:
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def contents(corpus: PreparedCorpus) -> list[tuple[list[int], list[int] | None]]
 
 
 def test_prompts_have_no_loss_and_completions_and_eos_have_one(tmp_path: Path) -> None:
-    rows = [{"id": "x", "prompt": "a b c", "text": "d e"}, {"id": "y", "prompt": "", "text": "f"}]
+    rows = [{"id": "x", "prompt": "a b c", "text": " d e"}, {"id": "y", "prompt": "", "text": " f"}]
     documents = prepared(tmp_path / "document", rows, Packing.document, prompt_field="prompt")
     assert contents(documents) == [([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), ([6], [1])]
     packed = prepared(tmp_path / "concat", rows, Packing.concat, prompt_field="prompt")
@@ -89,7 +92,7 @@ def test_a_length_token_ids_a_mask_and_a_text_say_the_same(tmp_path: Path) -> No
         "length": ({"tokens": [1, 2, 3, 4, 5], "prompt": 3}, PROMPT),
         "ids": ({"tokens": [4, 5], "prompt": [1, 2, 3]}, PROMPT),
         "mask": ({"tokens": [1, 2, 3, 4, 5], "mask": [0, 0, 0, 1, 1]}, MASK),
-        "text": ({"text": "d e", "prompt": "a b c"}, {"prompt_field": "prompt"}),
+        "text": ({"text": " d e", "prompt": "a b c"}, {"prompt_field": "prompt"}),
     }
     corpora = {
         name: prepared(tmp_path / name, [{"id": "x", **row}], Packing.document, **fields)
@@ -124,7 +127,7 @@ def test_parquet_brings_masks_and_prompts_too(tmp_path: Path) -> None:
 
 
 def test_a_prompt_without_a_completion_is_counted_as_empty(tmp_path: Path) -> None:
-    rows = [{"id": "x", "prompt": "a b", "text": ""}, {"id": "y", "prompt": "a", "text": "b"}]
+    rows = [{"id": "x", "prompt": "a b", "text": ""}, {"id": "y", "prompt": "a", "text": " b"}]
     corpus = prepared(tmp_path, rows, Packing.document, prompt_field="prompt")
     assert contents(corpus) == [([1, 2], [0, 1])]
     assert corpus.manifest.counts.documents_empty == 1

@@ -12,9 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from infscan.cli import main
+from infscan.config.commands import commands
 from infscan.errors import ConfigError, ModelError, StorageError
 from infscan.model.adapter import merge, merged_files
 from infscan.model.architecture import describe
+from infscan.model.folder import WEIGHTS
+from infscan.storage import Store
+from tests.conftest import Bucket
 from tests.model.test_hostile import Trap
 from tests.steps.runs import tiny_model
 
@@ -42,7 +47,15 @@ def base(tmp_path: Path) -> Path:
     return tiny_model(tmp_path / "base")
 
 
-@pytest.mark.parametrize(("changes", "scale"), [({}, ALPHA / RANK), ({"use_rslora": True}, ALPHA / RANK**0.5)])
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, ALPHA / RANK),
+        ({"use_rslora": True}, ALPHA / RANK**0.5),
+        ({"init_lora_weights": "gaussian"}, ALPHA / RANK),
+        ({"init_lora_weights": True}, ALPHA / RANK),
+    ],
+)
 def test_a_merged_model_has_the_adapted_weights_and_no_others(
     base: Path, tmp_path: Path, changes: dict[str, Any], scale: float
 ) -> None:
@@ -67,6 +80,13 @@ def test_a_merged_model_has_the_adapted_weights_and_no_others(
         ({"bias": "all"}, 'bias="all"'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"x": 2}}, "rank_pattern"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the model'),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     ],
 )
 def test_what_is_more_than_a_product_is_refused(
@@ -123,3 +143,56 @@ def test_another_models_adapter_is_refused(base: Path, tmp_path: Path) -> None:
 def test_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         merge(str(adapter(tmp_path / "adapter", base)), str(base), str(base))
+
+
+def hub_layout(folder: Path) -> Path:
+    """A GPT-2 as the hub has it: an old file, without the prefix `transformer.`."""
+    tiny_model(folder, family="gpt2")
+    weights = {key.removeprefix("transformer."): value for key, value in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def test_an_adapter_finds_its_weights_in_the_hubs_own_gpt2(tmp_path: Path) -> None:
+    base, folder = hub_layout(tmp_path / "base"), tmp_path / "adapter"
+    name = "h.0.attn.c_attn"
+    A_ri, B_or = torch.randn(RANK, 32), torch.randn(96, RANK)
+    parts = {"lora_A": A_ri, "lora_B": B_or}
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.transformer.{name}.{kind}.weight": part for kind, part in parts.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "fan_in_fan_out": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    merge(str(folder), str(base), str(tmp_path / "merged"))
+    before, after = load_file(base / WEIGHTS), load_file(tmp_path / "merged" / WEIGHTS)
+    expected = before.pop(f"{name}.weight") + ALPHA / RANK * (B_or @ A_ri).T
+    torch.testing.assert_close(after.pop(f"{name}.weight"), expected)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_command_is_told_the_model_and_writes_to_a_store(
+    base: Path, tmp_path: Path, moto_s3: Bucket, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    away = Store(moto_s3.uri())
+    for path in adapter(tmp_path / "adapter", base, base_model_name_or_path="elsewhere").iterdir():
+        away.write(path.name, path.read_bytes())
+    target = moto_s3.uri()
+    main("merge", [f"adapter={away.uri}", f"model={base}", f"output={target}"])
+    assert target in capsys.readouterr().out
+    assert {"config.json", WEIGHTS} <= {entry.name for entry in Store(target).list()}
+    assert not (tmp_path / "s3:").exists()
+    with pytest.raises(SystemExit):
+        main("merge", [f"adapter={tmp_path / 'adapter'}", f"model={tmp_path / 'gone'}", f"output={tmp_path / 'out'}"])
+    assert f"model={tmp_path / 'gone'}: there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_a_key_has_no_groups_name_unless_the_group_is_the_commands(name: str) -> None:
+    command = commands()[name]
+    groups = {path.name for path in Path(command.folder).iterdir() if path.is_dir()} - set(command.groups)
+    texts = {key for key, setting in command.all_settings.items() if setting.is_text}
+    assert not groups & texts
