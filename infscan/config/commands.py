@@ -226,9 +226,8 @@ def command_of(name: str) -> Command:
     return commands()[name]
 
 
-@cache
 def register(command: Command) -> str:
-    """Hand the command's settings to Hydra; returns the name of its primary config."""
+    """Hand the command's settings to Hydra, in place of another's of this name; returns its primary config's name."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
