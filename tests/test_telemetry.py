@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from infscan import telemetry
+from infscan.cli import exit_on_user_error
 from infscan.errors import ConfigError, InfscanError, RunError
-from infscan.telemetry import Phase, Telemetry, configure_logs, sentences
+from infscan.telemetry import Phase, Telemetry, configure_logs
 
 
 class Clock:
@@ -120,7 +121,7 @@ def test_warnings_are_shown_and_kept(logs: None, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("kind", [InfscanError, ConfigError, RunError])
 def test_an_error_is_one_sentence_and_status_2(kind: type[InfscanError], capsys: pytest.CaptureFixture[str]) -> None:
     said = f"{'a/long/path/' * 20}[bold]x[/bold]: no such [file]; give another scan.rank=4."
-    with pytest.raises(SystemExit) as ended, sentences():
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise kind(said)
     assert ended.value.code == 2
     assert ended.value.__cause__ is None
@@ -131,7 +132,7 @@ def test_an_error_is_one_sentence_and_status_2(kind: type[InfscanError], capsys:
 
 def test_an_error_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
-    with pytest.raises(SystemExit), sentences():
+    with pytest.raises(SystemExit), exit_on_user_error():
         raise RunError("s3://me:hunter2@host/bucket refused the key wJalrXUtnFEMI; mend it.")
     shown = capsys.readouterr().err
     assert "hunter2" not in shown
@@ -140,16 +141,16 @@ def test_an_error_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, sentences():
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(TypeError), sentences():
+    with pytest.raises(TypeError), exit_on_user_error():
         raise TypeError("a bug")
-    with sentences():
+    with exit_on_user_error():
         pass
 
 
