@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from infscan.config import Config, Dtype
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
+from infscan.influence.routed import Routed
 from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.score import LayerQueries
 from infscan.model.architecture import Architecture, describe, load_config
@@ -174,9 +175,9 @@ class Bench:
         """Of a micro-batch, what a consumer multiplies: counted while it runs once."""
         seen = Dry()
 
-        def counting(layer: Layer, s_bto: torch.Tensor, a_bti: torch.Tensor) -> None:
+        def counting(layer: Layer, s_bto: torch.Tensor, a_bti: torch.Tensor, routed: Routed | None) -> None:
             with seen:
-                consume(layer, s_bto, a_bti)
+                consume(layer, s_bto, a_bti, routed)
 
         self._pass(layers, counting)()
         return float(seen.flop)
