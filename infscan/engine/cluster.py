@@ -65,9 +65,9 @@ def _init(cluster: ClusterConfig) -> None:
 
 
 def _ask_for_token() -> None:
-    """Have a local Ray ask for a token of this process alone, unless the environment says otherwise."""
+    """Have a local Ray ask for a token that this process and its children alone know, not the one that Ray keeps in a
+    file; where the environment says RAY_AUTH_MODE, as that says."""
     if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 

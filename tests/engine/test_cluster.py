@@ -72,6 +72,7 @@ for process in (me, *me.children(recursive=True)):
     except psutil.Error:
         pass
 elsewhere = sorted(found - {"127.0.0.1", "::1", "::ffff:127.0.0.1"})
-print(json.dumps({"mode": os.environ["RAY_AUTH_MODE"], "token": len(os.environ["RAY_AUTH_TOKEN"]), "elsewhere": elsewhere}))
+mode, token = os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
+print(json.dumps({"mode": mode, "token": token, "elsewhere": elsewhere}))
 assert found
 """
