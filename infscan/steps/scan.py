@@ -178,6 +178,7 @@ class _Tally:
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
         self.run.folder.fence()
         store.write_json(f"{QUARANTINE}/{name}.json", note)
+        self.run.telemetry.warn(f"{name} is quarantined: {reason}")
 
     def check_nonfinite(self) -> None:
         limit = self.run.config.scan.max_nonfinite

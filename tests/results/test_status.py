@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infscan.__main__ import main
+from infscan.cli import main
 from infscan.errors import RunError
 from infscan.report.status import show_status, show_sweep
 from infscan.results.status import NOTHING_ALIVE, Driver, Status, exit_code, read_status, read_sweep
