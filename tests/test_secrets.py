@@ -31,6 +31,13 @@ VARIABLES = [
     "RAY_AUTH_TOKEN",
     "WANDB_API_KEY",
     "some_service_password",
+    "DATABASE_URL",
+    "PIP_INDEX_URL",
+    "SLACK_WEBHOOK_URL",
+    "SLACK_WEBHOOK",
+    "GITHUB_PAT",
+    "DB_PASS",
+    "SENTRY_DSN",
 ]
 PUBLIC = ["AWS_ENDPOINT_URL", "AWS_REGION", "HOME", "PATH", "PWD", "OLDPWD", "RAY_AUTH_MODE", "TOKENIZERS_PARALLELISM"]
 PUBLIC += ["GOOGLE_APPLICATION_CREDENTIALS", "RAY_AUTH_TOKEN_PATH", "SSH_AUTH_SOCK", "AWS_SHARED_CREDENTIALS_FILE"]
@@ -81,6 +88,13 @@ ADDRESSES = {
     "https://host/x?X-Amz-Credential=S&X-Amz-Signature=S": "https://host/x?X-Amz-Credential=***&X-Amz-Signature=***",
     "https://host/x?X-Goog-Signature=S": "https://host/x?X-Goog-Signature=***",
     "https://a.blob.core.windows.net/c/x?sv=2024&sig=S": "https://a.blob.core.windows.net/c/x?sv=2024&sig=***",
+    "https://www.dropbox.com/s/x?rlkey=S&dl=1": "https://www.dropbox.com/s/x?rlkey=***&dl=1",
+    "https://host/x?authkey=S": "https://host/x?authkey=***",
+    "https://host/x?resourcekey=S": "https://host/x?resourcekey=***",
+    "https://host/x?ticket=S": "https://host/x?ticket=***",
+    "https://host/x?session=S": "https://host/x?session=***",
+    "https://host/x?pass=S": "https://host/x?pass=***",
+    "https://host/x#access_token=S": "https://host/x#access_token=***",
     "AccountName=a;AccountKey=S;EndpointSuffix=b": "AccountName=a;AccountKey=***;EndpointSuffix=b",
 }
 
@@ -91,6 +105,20 @@ def test_an_address_with_a_secret_is_known_and_shown_without(address: str) -> No
     assert holds_secret(with_secret)
     assert redact(f"reading {with_secret} failed") == f"reading {ADDRESSES[address]} failed"
     assert not holds_secret(redact("no secret here"))
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("hf://hf_abcdefghijklmnop@datasets/x", "hf://***@datasets/x"),
+        ("s3://AKIAIOSFODNN7EXAMPLE@bucket/x", "s3://***@bucket/x"),
+        ("https://hooks.slack.com/services/T0/B0/xyz", "https://hooks.slack.com/services/***"),
+        ("https://discord.com/api/webhooks/1/abc", "https://discord.com/api/webhooks/***"),
+    ],
+)
+def test_a_key_in_the_place_of_a_name_or_of_a_path_is_known_by_its_looks(address: str, shown: str) -> None:
+    assert holds_secret(address)
+    assert redact(f"to {address} now") == f"to {shown} now"
 
 
 def test_a_header_that_a_library_repeats_is_blotted_out() -> None:

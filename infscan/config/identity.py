@@ -69,7 +69,10 @@ def is_intact(value: Any) -> bool:
     """Whether a value read back from JSON is an object that `sealed` gave, unchanged."""
     if not isinstance(value, dict):
         return False
-    return value.get(_SEAL) == _digest(unsealed(value))
+    try:
+        return value.get(_SEAL) == _digest(unsealed(value))
+    except RecursionError:
+        return False
 
 
 def seal_of(value: dict[str, Any]) -> str:

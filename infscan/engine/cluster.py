@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from infscan.config import ClusterConfig, Placement
 from infscan.errors import ConfigError
@@ -57,7 +59,35 @@ def _init(cluster: ClusterConfig) -> None:
         return
     # One CPU more than the ranks need, for the tasks between passes.
     needed = cluster.num_workers * cluster.ranks_per_worker * cluster.cpus_per_rank + 1
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)
+    _ask_for_token()
+    with _loopback_alone():
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)
+
+
+def _ask_for_token() -> None:
+    """Have a local Ray ask for a token that this process and its children alone know, not the one that Ray keeps in a
+    file; where the environment says RAY_AUTH_MODE, as that says."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Have a Ray that starts within listen where this machine alone reaches it, as it does on macOS and Windows.
+
+    Ray has no setting for it: a node's address of 127.0.0.1 is replaced by the machine's own.
+    """
+    before, variable = ray_constants.ENABLE_RAY_CLUSTER, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    told = os.environ.get(variable)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if told is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = told
 
 
 def gpus_per_rank(cluster: ClusterConfig) -> float:

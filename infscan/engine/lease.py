@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from infscan.errors import RunError, StorageError
 from infscan.storage import MissingError, Store
+from infscan.storage.foreign import parse_json
 from infscan.storage.host import Host, process_began, this_host
 
 log = logging.getLogger("infscan")
@@ -47,7 +48,7 @@ class Holder:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Holder:
-        value = json.loads(data)
+        value = parse_json(data)
         return cls(**(value | {"host": Host(**value["host"])}))
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from infscan.config import is_intact, sealed
 from infscan.errors import DamagedError, RunError
 from infscan.storage import MissingError, Store
+from infscan.storage.foreign import parse_json
 
 SUCCESS = "_SUCCESS"
 TABLES = ("top", "layers", "tokens", "sequences")
@@ -91,8 +92,8 @@ def read_manifest(store: Store) -> Manifest | None:
     if not data:
         return None
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         value = None
     if not is_intact(value):
         raise DamagedError(f"{store.uri}/{SUCCESS} is damaged; run the same command again, which publishes again.")

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from infscan.config import is_intact, sealed, unsealed
 from infscan.errors import DamagedError, RunError
 from infscan.storage import Store
+from infscan.storage.foreign import parse_json
 
 SCHEMA_VERSION = 1
 _FOOTER = b"infscan"
@@ -262,7 +263,7 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     if raw is None:
         raise RunError(f"{name} was not written by infscan (its footer says nothing); take it out of the run folder.")
     try:
-        footer = json.loads(raw)
+        footer = parse_json(raw)
     except ValueError:
         footer = None
     if not is_intact(footer):

@@ -6,7 +6,6 @@ clock, at which shard files appeared.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from infscan.results.read import parts_of, read_cells
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import FOLDER, QUARANTINE, SUFFIX, read_hits
 from infscan.storage import Entry, MissingError, Store
+from infscan.storage.foreign import parse_json
 from infscan.storage.host import process_began, this_host
 from infscan.storage.store import backend_of
 
@@ -269,6 +269,6 @@ def _query_ids(store: Store) -> list[str]:
     except MissingError:
         return []
     try:
-        return [json.loads(line)["id"] for line in lines]
+        return [parse_json(line)["id"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{store.uri}/queries/queries.jsonl is damaged ({error!r}); run the scan again.") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 from infscan.config import is_intact, seal_of, sealed
 from infscan.errors import DamagedError
 from infscan.storage import Store
+from infscan.storage.foreign import parse_json
 
 _CHECKSUMS = "infscan"
 _OF = "of"
@@ -137,8 +138,8 @@ def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
     if size < 8 + length:
         raise damaged(store, name, f"it is cut off at {size} bytes")
     try:
-        header = json.loads(stream.read(length))
-        header[_CHECKSUMS] = json.loads(header.pop("__metadata__")[_CHECKSUMS])
+        header = parse_json(stream.read(length))
+        header[_CHECKSUMS] = parse_json(header.pop("__metadata__")[_CHECKSUMS])
         intact = is_intact(header[_CHECKSUMS])
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from infscan.errors import StorageError
 from infscan.storage import remote
 from infscan.storage.address import Entry, checked_name, join, normalise, scheme_of
+from infscan.storage.foreign import parse_json
 from infscan.storage.local import LocalDisk
 from infscan.storage.writers import temporary_name
 
@@ -92,7 +93,7 @@ class Store:
         """The value of a JSON file; StorageError where it is not JSON."""
         data = self.read(name)
         try:
-            return json.loads(data)
+            return parse_json(data)
         except ValueError as error:
             raise StorageError(f"{self._address(name)} is not valid JSON ({error}); restore or remove it") from error
 

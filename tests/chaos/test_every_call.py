@@ -22,7 +22,9 @@ import pytest
 
 from infscan.config import Config, check
 from infscan.pipeline import answer
+from infscan.results.manifest import SUCCESS, TABLES, read_manifest
 from infscan.results.read import read_summary
+from infscan.results.verify import verify
 from infscan.storage import Store
 from infscan.storage.writers import is_abandoned
 from tests.chaos.every_call import (
@@ -39,8 +41,8 @@ from tests.chaos.every_call import (
 from tests.chaos.one_process import without_ray
 
 ROOT = Path(__file__).resolve().parents[2]
-# config.yaml holds the output's own path, summary.json seconds; its counts are compared.
-_APART = ("config.yaml", "summary.json")
+# config.yaml holds the output's own path, summary.json seconds, whose counts are compared, _SUCCESS digests of both.
+_APART = ("config.yaml", "summary.json", SUCCESS)
 # A day's tests are the same all day; set it to repeat another day's.
 SEED = int(os.environ.get("INFSCAN_CHAOS_SEED") or datetime.now(UTC).date().toordinal())
 Make = Callable[[int, str], Tripwire]
@@ -100,6 +102,7 @@ class Twin:
         assert sorted(ours) == sorted(self.files), why
         assert [name for name in ours if ours[name] != self.files[name]] == [], why
         assert read_summary(config.output)["counts"] == self.counts, why
+        assert verify(config.output)[1], why
         # What this process began is not swept while it lives: here a driver that ended leaves its process behind.
         hidden = [path.name for path in Path(config.output).rglob(".tmp-*")]
         assert [name for name in hidden if is_abandoned(name, age_s=0)] == [], why
@@ -127,8 +130,19 @@ def crash_and_resume(twin: Twin, strikes: list[Strike], folder: Path) -> None:
         config = twin.disturbed(folder / f"{at}-{moment}")
         with watched(crash_driver(at, moment)) as wire, pytest.raises(Crash):
             answer(config)
+        assert_a_glob_sees_what_was_committed(config, (SEED, at, moment, wire.struck))
         answer(config)
         twin.assert_equals(config, (SEED, at, moment, wire.struck))
+
+
+def assert_a_glob_sees_what_was_committed(config: Config, why: object) -> None:
+    """Wherever its driver ended, a run with _SUCCESS has the parts that it lists, and no others."""
+    store = Store(config.output)
+    if store.exists(SUCCESS):
+        manifest = read_manifest(store)
+        assert manifest is not None
+        for folder in TABLES:
+            assert [entry.name for entry in store.list(folder)] == manifest.names(folder), why
 
 
 def kill_a_rank(twin: Twin, strikes: list[Strike], folder: Path) -> None:
@@ -152,7 +166,7 @@ def some(strikes: list[Strike], count: int) -> list[Strike]:
 def test_the_tiny_run_does_everything_and_again(twin: Twin) -> None:
     folders = {name.partition("/")[0] for name in twin.files}
     assert folders >= {"corpus", "factors", "queries", "shards", "refined", "top", "sequences", "layers", "tokens"}
-    assert folders >= {"scores", "plan.json", "approximation.json", "_SUCCESS"}
+    assert folders >= {"scores", "plan.json", "approximation.json"}
     assert {call.operation for call in twin.calls} >= {"read", "open", "write", "create", "stat", "find", "remove"}
     assert sum(call.rank for call in twin.calls) > 50
     config = twin.disturbed(twin.root / "again")

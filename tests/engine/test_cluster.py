@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -43,3 +47,32 @@ def test_a_machine_without_room_for_one_worker_is_refused_at_once(
 def test_room_for_one_worker_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, {"CPU": 2.0})
     module.check_capacity(ClusterConfig(num_workers=50, ranks_per_worker=2), 0.0)
+
+
+def test_a_local_ray_listens_where_this_machine_alone_reaches_it_and_asks_for_a_token() -> None:
+    """In a process of its own: another test's Ray may run in this one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run([sys.executable, "-c", _LISTENING], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"mode": "token", "token": 64, "elsewhere": []}
+
+
+_LISTENING = """
+import json, os
+import psutil, ray
+from infscan.config import ClusterConfig
+from infscan.engine.cluster import connect
+connect(ClusterConfig())
+ray.get(ray.remote(lambda: 1).remote())
+me = psutil.Process()
+found = set()
+for process in (me, *me.children(recursive=True)):
+    try:
+        found |= {one.laddr.ip for one in process.net_connections("inet") if one.status == "LISTEN"}
+    except psutil.Error:
+        pass
+elsewhere = sorted(found - {"127.0.0.1", "::1", "::ffff:127.0.0.1"})
+mode, token = os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
+print(json.dumps({"mode": mode, "token": token, "elsewhere": elsewhere}))
+assert found
+"""

@@ -132,3 +132,33 @@ def test_a_file_that_is_no_lease_is_replaced(store: Store, lease: Lease) -> None
     store.write(LEASE, b"{torn")
     lease.take()
     assert held_by(store) == lease.mine.token
+
+
+def test_a_lease_that_vanished_stops_its_driver_and_is_not_written_anew(store: Store, lease: Lease) -> None:
+    lease.take()
+    store.remove(LEASE)
+    lease._renewals.join(timeout=30)
+    assert not lease._renewals.is_alive()
+    with pytest.raises(RunError, match=r"driver\.json is gone.*moved.*not mounted"):
+        lease.check()
+    lease.release()
+    assert not store.exists(LEASE)
+
+
+def test_a_driver_that_slept_finds_out_before_it_writes(store: Store) -> None:
+    """Its renewals slept as well: nothing but the question to storage says it."""
+    slept = Lease(store, 1000.0)
+    slept.take()
+    slept.confirm()
+    put(store, elsewhere(slept.mine))
+    slept.check()
+    with pytest.raises(RunError, match="taken over by"):
+        slept.confirm()
+    slept.release()
+    assert held_by(store) == "elsewhere"
+
+
+def test_a_file_that_nobody_wrote_takes_no_lease_away(store: Store, lease: Lease) -> None:
+    lease.take()
+    store.write(LEASE, b"{torn")
+    lease.confirm()

@@ -220,11 +220,11 @@ def test_factors_and_results_are_unchanged_by_a_thousand_uses(stages: list[Train
 
 
 def test_a_querys_vector_does_not_depend_on_the_others(stages: list[Trained], tmp_path: Path) -> None:
-    last, store = stages[1], Store(str(tmp_path))
+    last, together, alone = stages[1], Store(str(tmp_path / "together")), Store(str(tmp_path / "alone"))
     inverse = replace(last.inverse, alpha=0.05)
-    stage_task(last.rank, StageTask(store, ("a", "b"), QUERIES, last.rank.layers, inverse))
-    stage_task(last.rank, StageTask(store, ("alone",), QUERIES[1:], last.rank.layers, inverse))
-    assert store.read("b") == store.read("alone")
+    stage_task(last.rank, StageTask(together, ("a", "b"), QUERIES, last.rank.layers, inverse))
+    stage_task(last.rank, StageTask(alone, ("b",), QUERIES[1:], last.rank.layers, inverse))
+    assert together.read("b") == alone.read("b")
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_run_is_kept_stage_by_stage_and_goes_on(tmp_path: Path) -> None:
     changed = load_file(tmp_path / "finetuned" / "model.safetensors")
     name = next(name for name in changed if "dense_h_to_4h.weight" in name)
     save_file(changed | {name: changed[name] + 1}, tmp_path / "finetuned" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match="planned with another stages"):
+    with pytest.raises(RunError, match="planned with another factors, stages"):
         answer_here(two(tmp_path))
 
 
