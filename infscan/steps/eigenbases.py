@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.eigenbasis import check_finite, eigenbasis
+from infscan.influence.eigenbasis import check_finite, eigenbasis, threads_for
 from infscan.influence.layers import Layer
 from infscan.results.tensor_files import read_facts, read_tensor, tensor_bytes, write_tensors
 from infscan.steps.factor_files import (
@@ -38,17 +38,17 @@ def eigenbases_digest(factors: Store, layers: tuple[Layer, ...]) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads of several tasks on one core wait for each other; and a layer's bits do not depend on their number."""
+def _with_threads(count: int = 1) -> Iterator[None]:
+    """Threads of several tasks on one core wait for each other; and a layer's bits do not depend on the machine's."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@_with_threads()
 def pool_moments(factors: Store, plan: FactorsPlan, stack: str) -> None:
     """The mean A and S of a stack's experts over all their tokens, in which experts that saw few have a part."""
     path = pooled_path("covariance", stack)
@@ -64,9 +64,10 @@ def pool_moments(factors: Store, plan: FactorsPlan, stack: str) -> None:
     write_tensors(factors, path, {key: total / max(tokens, 1) for key, total in totals.items()})
 
 
-@_one_thread()
-def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer, device: str = "cpu") -> None:
     """A, S of one layer from their partial sums, with eigenvalues and eigenvectors; created if absent, never replaced.
+
+    device: where they are decomposed.
 
     Raises:
         FactorsError: where a sum is NaN or infinite.
@@ -79,12 +80,19 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         means = list(sums.values())
         means = _shrunk(factors, layer, sums, tokens) if layer.stack else [total / tokens for total in means]
         moment = BlockDiagonal(tuple((block + block.T) / 2 for block in means))
-        values, vectors = eigenbasis(moment, f"{kind} of {layer.name}")
+        with _with_threads(threads_for(max(moment.sizes))):
+            values, vectors = eigenbasis(moment, f"{kind} of {layer.name}", device)
         digest = hashlib.sha256()
         for block in vectors.blocks:
             digest.update(block.numpy().tobytes())
         tensors = named_blocks(kind, moment) | named_blocks(f"Q_{kind}", vectors) | {"eigenvalues": values}
         factors.create(path, tensor_bytes(tensors, {"digest": digest.hexdigest(), "tokens": str(tokens)}))
+
+
+def has_bases(factors: Store, layer: Layer) -> bool:
+    """Whether a layer's eigenbases are in storage."""
+    own = [f"S/{layer.name}.safetensors"] + [f"A/{layer.name}.safetensors"] * (layer.input_of == layer.name)
+    return all(factors.exists(path) for path in own)
 
 
 def _moment_sums(
@@ -107,7 +115,7 @@ def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) 
     return [(total + width * read_tensor(factors, path, key)) / (tokens + width) for key, total in sums.items()]
 
 
-@_one_thread()
+@_with_threads()
 def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
     """The mean of Lambda over all experts of a stack, which their damping is of."""
     experts = _experts(plan, stack)
@@ -116,7 +124,7 @@ def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
     write_tensors(factors, pooled_path("lambda", stack), {"mean": torch.tensor(mean, dtype=torch.float64)})
 
 
-@_one_thread()
+@_with_threads()
 def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
     """Lambda of one layer: the mean over sequences of its partial sums.
 
