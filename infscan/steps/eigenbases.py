@@ -99,8 +99,7 @@ def _moment_sums(
     factors: Store, plan: FactorsPlan, layer: Layer, kinds: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], int]:
     """The blocks of a layer's summed A or S by key, and the tokens that they are of."""
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
+    partials = [partial_path("covariance", _group_of(plan, layer), index) for index in range(len(plan.slices))]
     counted = tokens_key(layer.name) if layer.stack else "tokens"
     tokens = sum(int(read_tensor(factors, partial, counted)) for partial in partials)
     keys = [key for kind in kinds for key in block_keys(kind, plan.blocks)]
@@ -119,31 +118,39 @@ def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) 
 def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
     """The mean of Lambda over all experts of a stack, which their damping is of."""
     experts = _experts(plan, stack)
-    total = sum(float(_lambda_sum(factors, plan, layer).sum(dtype=torch.float64)) for layer in experts)
+    groups = {_group_of(plan, layer) for layer in experts}
+    bases = {group: eigenbases_digest(factors, plan.group(group)) for group in groups}
+    sums = (_lambda_sum(factors, plan, layer, bases[_group_of(plan, layer)]) for layer in experts)
+    total = sum(float(one.sum(dtype=torch.float64)) for one in sums)
     mean = total / plan.selection.size / sum(layer.size for layer in experts)
     write_tensors(factors, pooled_path("lambda", stack), {"mean": torch.tensor(mean, dtype=torch.float64)})
 
 
 @_with_threads()
-def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer, bases: str | None = None) -> None:
     """Lambda of one layer: the mean over sequences of its partial sums.
+
+    bases: `eigenbases_digest` of its layer group, where that is known.
 
     Raises:
         RuntimeError: where a partial was made in other eigenbases than those in storage.
         FactorsError: where a sum is NaN or infinite.
     """
-    Lambda = _lambda_sum(factors, plan, layer) / plan.selection.size
+    bases = bases or eigenbases_digest(factors, plan.group(_group_of(plan, layer)))
+    Lambda = _lambda_sum(factors, plan, layer, bases) / plan.selection.size
     check_finite([Lambda], f"Lambda of {layer.name}")
     mean = {"stack_mean": read_tensor(factors, pooled_path("lambda", layer.stack), "mean")} if layer.stack else {}
     write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda} | mean)
 
 
-def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer) -> Tensor:
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
-    expected = eigenbases_digest(factors, plan.group(group))
+def _group_of(plan: FactorsPlan, layer: Layer) -> int:
+    return next(index for index, names in enumerate(plan.groups) if layer.name in names)
+
+
+def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str) -> Tensor:
+    partials = [partial_path("lambda", _group_of(plan, layer), index) for index in range(len(plan.slices))]
     for partial in partials:
-        if read_facts(factors, partial)["eigenbases"] != expected:
+        if read_facts(factors, partial)["eigenbases"] != bases:
             raise RuntimeError(f"{factors.uri}/{partial} was made in other eigenbases; remove it and fit again")
     return _sum_in_order(factors, partials, layer.name)
 

@@ -162,7 +162,7 @@ def fit_factors(
         fitting.sum_lambdas(executor)
         if plan.stacks:
             executor.map_tasks(fitting.on_stacks("damping", pool_lambda))
-        executor.map_tasks(fitting.on_layers("factors", finish_layer))
+        fitting.finish(executor)
         store.write_json(COMPLETE, complete(store, plan))
     except MissingError:
         # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
@@ -254,7 +254,15 @@ class _Fitting:
         widest = max(block_sizes(max(layer.outputs, layer.inputs), self.plan.blocks))
         return Load(threads_for(widest), BYTES_PER_ENTRY * widest**2)
 
-    def on_layers(self, name: str, function: Callable[[Store, FactorsPlan, Layer], None]) -> TaskMap[Layer]:
+    def finish(self, executor: Executor) -> None:
+        """Lambda of every layer. The eigenbases' digests are read once for all layers of a group."""
+        by_layer = {}
+        for group, names in enumerate(self.plan.groups):
+            by_layer |= dict.fromkeys(names, eigenbases_digest(self.store, self.plan.group(group)))
+        tasks = self.on_layers("factors", finish_layer)
+        executor.map_tasks(replace(tasks, arguments=lambda layer: (self.store, self.plan, layer, by_layer[layer.name])))
+
+    def on_layers(self, name: str, function: Callable[..., None]) -> TaskMap[Layer]:
         """One task per layer, without a model. They ask for no core: ranks, which wait meanwhile, may hold all of them,
         and a task that asked for one of its own would never run."""
         return TaskMap(
