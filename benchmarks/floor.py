@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, GPTNeoXConfig, set_seed
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GptOssConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import (

@@ -256,7 +256,7 @@ class _Fitting:
 
     def finish(self, executor: Executor) -> None:
         """Lambda of every layer. The eigenbases' digests are read once for all layers of a group."""
-        by_layer = {}
+        by_layer: dict[str, str] = {}
         for group, names in enumerate(self.plan.groups):
             by_layer |= dict.fromkeys(names, eigenbases_digest(self.store, self.plan.group(group)))
         tasks = self.on_layers("factors", finish_layer)
