@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -66,8 +67,9 @@ def test_without_room_for_a_worker_the_end_is_clear(harness: Harness) -> None:
     overrides = ["cluster.cpus_per_rank=3", "cluster.placement_timeout_s=2"]
     assert harness.drive("no-room", overrides=overrides).wait() == 2
     said = harness.said("no-room")
-    assert "no worker could be placed for cluster.placement_timeout_s=2 s: one needs 1 x {CPU 3}" in said
-    assert "alive have in all {CPU 1; CPU 1; CPU 2}" in said
+    assert "no worker could be placed for cluster.placement_timeout_s=2 s: one needs 1 x {CPU 3, memory 1 GiB}" in said
+    room = r", memory [\d.]+ GiB"
+    assert re.search(rf"alive have in all \{{CPU 1{room}; CPU 1{room}; CPU 2{room}\}}", said)
 
 
 @pytest.mark.slow
