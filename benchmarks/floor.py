@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GptOssConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from infscan.config import (
@@ -107,6 +107,7 @@ def arguments() -> argparse.Namespace:
         "--cpu-time", action="store_true", help="seconds of CPU, for one thread on a machine that others use"
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="cases to time beside the floor; all, if not given")
+    parser.add_argument("--experts", type=int, default=0, help="of each block's mixture, two to a token; 0: no mixture")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.floor_dtype = options.floor_dtype or options.dtype
@@ -116,7 +117,33 @@ def arguments() -> argparse.Namespace:
 
 
 def save_model(options: argparse.Namespace, folder: Path) -> Path:
-    config = GPTNeoXConfig(
+    set_seed(options.seed)
+    config = mixture(options) if options.experts else dense(options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def mixture(options: argparse.Namespace) -> GptOssConfig:
+    """gpt-oss's shape: experts as wide as the model."""
+    return GptOssConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.width // 64),
+        num_key_value_heads=1,
+        head_dim=64,
+        num_local_experts=options.experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=options.length,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def dense(options: argparse.Namespace) -> GPTNeoXConfig:
+    return GPTNeoXConfig(
         vocab_size=options.vocab,
         hidden_size=options.width,
         intermediate_size=4 * options.width,
@@ -126,9 +153,6 @@ def save_model(options: argparse.Namespace, folder: Path) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    set_seed(options.seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    return folder / "model"
 
 
 def write_corpus(options: argparse.Namespace, folder: Path) -> Path:
@@ -354,7 +378,7 @@ class Bench:
             Case("covariance pass (labels drawn)", self.covariance),
             self.decompose(),
             Case("Lambda pass", lambda: lambda_task(self.rank, self.fit)),
-            *self.products(),
+            *([] if self.options.experts else self.products()),
             self.prepare(1),
             *([self.prepare(middle)] if middle > 1 else []),
             *(self.scan(count, counts[-1], self.options.rank) for count in counts),
@@ -416,7 +440,8 @@ def report(measured: dict[str, list[tuple[float, float]]], options: argparse.Nam
     """
     tokens = options.sequences * options.length
     dtypes = options.dtype if options.dtype == options.floor_dtype else f"{options.dtype}, floor {options.floor_dtype}"
-    table = Table(title=f"{tokens} tokens, GPT-NeoX {options.layers} layers, d={options.width}, {dtypes}")
+    family = f"gpt-oss with {options.experts} experts," if options.experts else "GPT-NeoX"
+    table = Table(title=f"{tokens} tokens, {family} {options.layers} layers, d={options.width}, {dtypes}")
     for column in ("case", "ms (median)", "tokens/s", "floors", "min - max"):
         table.add_column(column, justify="left" if column == "case" else "right")
     rows = []

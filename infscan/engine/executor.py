@@ -6,7 +6,7 @@ and given up in the end. What a step reads and writes is its own affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -50,6 +50,21 @@ class Step(Generic[U]):
 
 
 @dataclass(frozen=True)
+class Load:
+    """What an item of a `TaskMap` takes of its machine: cores that it keeps busy, and bytes of host memory at most."""
+
+    cores: int = 1
+    bytes: int = 0
+
+
+def fits(running: Iterable[Load], item: Load, all_of_it: Load) -> bool:
+    """Whether an item may start beside those that run. Alone it always may: it is then as well off as it can be."""
+    others = list(running)
+    cores, used = (sum(getattr(one, name) for one in (*others, item)) for name in ("cores", "bytes"))
+    return not others or (cores <= all_of_it.cores and used <= all_of_it.bytes)
+
+
+@dataclass(frozen=True)
 class TaskMap(Generic[U]):
     """Work without a model, one item at a time, each in a process of its own."""
 
@@ -63,6 +78,7 @@ class TaskMap(Generic[U]):
     progress: Callable[[U, Any], tuple[int, int]] = _nothing
     # CPU cores that an item asks for; 0 where ranks, which wait meanwhile, hold all of them.
     cores: int = 1
+    load: Callable[[U], Load] = lambda item: Load()
 
 
 @dataclass

@@ -10,9 +10,10 @@ import ray
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.cluster import check_capacity, connect, gpu_bytes, gpus_per_rank
-from infscan.engine.executor import OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, left_of
+from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, fits, left_of
 from infscan.engine.facts import RankFacts
 from infscan.engine.pool import Pool
+from infscan.errors import RunError
 from infscan.model.worker import WorkerSettings
 from infscan.telemetry import Telemetry
 
@@ -97,10 +98,15 @@ class RayExecutor:
             return self.pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
-        """As many items at once as the cluster has cores."""
+        """As many items at once as the cluster's cores and memory are enough for.
+
+        Raises:
+            RunError: where an item's process dies or is killed again and again, saying what it took.
+        """
         remote: Any = ray.remote(num_cpus=tasks.cores, max_retries=_TASK_RETRIES, scheduling_strategy="SPREAD")
         function = remote(tasks.function)
-        at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        there_is = ray.cluster_resources()
+        whole = Load(max(1, int(there_is.get("CPU", 1))), int(there_is.get("memory", 0)))
         done = [tasks.is_done(item) for item in tasks.items]
         waiting = [item for item, there in zip(tasks.items, done, strict=True) if not there][::-1]
         running: dict[ray.ObjectRef, Any] = {}
@@ -116,11 +122,12 @@ class RayExecutor:
                     finished(item, None)
             while waiting or running:
                 self.records.check()
-                while waiting and len(running) < at_once:
+                while waiting and fits(map(tasks.load, running.values()), tasks.load(waiting[-1]), whole):
                     item = waiting.pop()
                     running[function.remote(*tasks.arguments(item))] = item
                 for ref in ray.wait(list(running))[0]:
-                    finished(running.pop(ref), _result(ref))
+                    item = running.pop(ref)
+                    finished(item, _result(ref, tasks, item))
 
     def share(self, value: Any) -> Any:
         # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
@@ -150,8 +157,16 @@ class RayExecutor:
             pool.close()
 
 
-def _result(ref: ray.ObjectRef) -> Any:
+def _result(ref: ray.ObjectRef, tasks: TaskMap[Any], item: Any) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        needs = tasks.load(item).bytes
+        mend = f" (it holds up to {needs / 2**30:.1f} GiB; factors.blocks=2 quarters that)" if needs else ""
+        what = "was killed for its memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "died"
+        raise RunError(
+            f"{tasks.name} of {getattr(item, 'name', item)}: its process {what}, {_TASK_RETRIES + 1} times; give its "
+            f"node more memory{mend}, and run again: what is finished is kept."
+        ) from None

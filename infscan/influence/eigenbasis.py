@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,17 +18,44 @@ from infscan.influence.blocks import BlockDiagonal
 _CHUNK_ENTRIES, _CACHED_ENTRIES = 1 << 26, 1 << 20
 
 
-def eigenbasis(moment: BlockDiagonal, name: str) -> tuple[Tensor, BlockDiagonal]:
+# torch's LAPACK counts in 32 bits: the workspace of a wider matrix, 1 + 6 n + 2 n^2 numbers, is more than they say.
+_WIDEST_32 = 32766
+# Bytes that decomposing an n x n matrix holds at most, in n^2: measured (float32 in, float64 inside).
+BYTES_PER_ENTRY = 41
+# From this width on, one thread takes minutes. As many on every machine: a layer's bits are not to depend on it.
+_WIDE, _THREADS = 8192, 8
+
+
+def eigenbasis(moment: BlockDiagonal, name: str, device: str = "cpu") -> tuple[Tensor, BlockDiagonal]:
     """Eigenvalues [n] (ascending in each block) and eigenvectors [n, n] (columns) of a second moment, block by block.
 
-    Symmetrised, decomposed in float64, returned in the dtype given: one block at a time is held in float64.
+    Symmetrised, decomposed in float64, returned in the dtype given, on the CPU: one block at a time is held in float64.
+    device: where it is decomposed; a GPU whose memory a block does not fit leaves it to the CPU.
 
     Raises:
         FactorsError: where an entry is NaN or infinite; `name` says which factor of which layer.
     """
     check_finite(moment.blocks, name)
-    values, vectors = zip(*map(_eigh, moment.blocks), strict=True)
+    values, vectors = zip(*(_eigh(block, device) for block in moment.blocks), strict=True)
     return torch.cat(values), BlockDiagonal(vectors)
+
+
+def check_width(n: int, name: str) -> None:
+    """Refuse a matrix that no LAPACK here can decompose, before anything is summed for it.
+
+    Raises:
+        FactorsError: for more rows than 32-bit integers allow, where numpy's LAPACK has no others.
+    """
+    if n > _WIDEST_32 and not _counts_in_64_bits():
+        raise FactorsError(
+            f"{name} is {n} x {n}, and the LAPACK of torch and numpy here decomposes at most {_WIDEST_32}; give "
+            f"factors.blocks={-(-n // _WIDEST_32)}, or install numpy's own wheel, whose LAPACK counts in 64 bits."
+        )
+
+
+def threads_for(n: int) -> int:
+    """Threads that decompose an n x n matrix."""
+    return _THREADS if n >= _WIDE else 1
 
 
 def check_finite(tensors: Iterable[Tensor], name: str) -> None:
@@ -43,10 +72,35 @@ def check_finite(tensors: Iterable[Tensor], name: str) -> None:
         )
 
 
-def _eigh(block_kk: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(block_kk: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    if device != "cpu":
+        try:
+            return _decomposed(_on_device(block_kk, device))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return _decomposed(block_kk.cpu())
+
+
+def _on_device(block_kk: Tensor, device: str) -> Tensor:
+    return block_kk.to(device)
+
+
+def _decomposed(block_kk: Tensor) -> tuple[Tensor, Tensor]:
     wide = block_kk.to(torch.float64)
-    values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
-    return values.to(block_kk.dtype), vectors.to(block_kk.dtype)
+    symmetric = (wide + wide.T) / 2
+    if symmetric.is_cpu and len(symmetric) > _WIDEST_32:
+        del wide
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
+    else:
+        values, vectors = torch.linalg.eigh(symmetric)
+    return values.to("cpu", block_kk.dtype), vectors.to("cpu", block_kk.dtype)
+
+
+@cache
+def _counts_in_64_bits() -> bool:
+    """Whether numpy's LAPACK takes 64-bit integers, as that of its own wheels does."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return bool(blas.get("has ilp64")) or "USE64BITINT" in blas.get("openblas configuration", "")
 
 
 def rotate_tokens_first(T: int, O: int, I: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infscan.influence.blocks import BlockDiagonal
-from infscan.influence.eigenbasis import check_finite, eigenbasis
+from infscan.influence.eigenbasis import check_finite, eigenbasis, threads_for
 from infscan.influence.layers import Layer
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes, write_tensors
 from infscan.steps.factor_files import (
@@ -38,17 +38,17 @@ def eigenbases_digest(factors: Store, layers: tuple[Layer, ...]) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads of several tasks on one core wait for each other; and a layer's bits do not depend on their number."""
+def _with_threads(count: int = 1) -> Iterator[None]:
+    """Threads of several tasks on one core wait for each other; and a layer's bits do not depend on the machine's."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@_with_threads()
 def pool_moments(factors: Store, plan: FactorsPlan, stack: str) -> None:
     """The mean A and S of a stack's experts over all their tokens, in which experts that saw few have a part."""
     path = pooled_path("covariance", stack)
@@ -64,9 +64,10 @@ def pool_moments(factors: Store, plan: FactorsPlan, stack: str) -> None:
     write_tensors(factors, path, {key: total / max(tokens, 1) for key, total in totals.items()})
 
 
-@_one_thread()
-def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer, device: str = "cpu") -> None:
     """A, S of one layer from their partial sums, with eigenvalues and eigenvectors; created if absent, never replaced.
+
+    device: where they are decomposed.
 
     Raises:
         FactorsError: where a sum is NaN or infinite.
@@ -79,7 +80,8 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         means = list(sums.values())
         means = _shrunk(factors, layer, sums, tokens) if layer.stack else [total / tokens for total in means]
         moment = BlockDiagonal(tuple((block + block.T) / 2 for block in means))
-        values, vectors = eigenbasis(moment, f"{kind} of {layer.name}")
+        with _with_threads(threads_for(max(moment.sizes))):
+            values, vectors = eigenbasis(moment, f"{kind} of {layer.name}", device)
         digest = hashlib.sha256()
         for block in vectors.blocks:
             digest.update(block.numpy().tobytes())
@@ -88,12 +90,17 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
         factors.create(path, tensor_bytes(tensors, facts, path))
 
 
+def has_bases(factors: Store, layer: Layer) -> bool:
+    """Whether a layer's eigenbases are in storage."""
+    own = [f"S/{layer.name}.safetensors"] + [f"A/{layer.name}.safetensors"] * (layer.input_of == layer.name)
+    return all(factors.exists(path) for path in own)
+
+
 def _moment_sums(
     factors: Store, plan: FactorsPlan, layer: Layer, kinds: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], int]:
     """The blocks of a layer's summed A or S by key, and the tokens that they are of."""
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    partials = [partial_path("covariance", group, index) for index in range(len(plan.slices))]
+    partials = [partial_path("covariance", _group_of(plan, layer), index) for index in range(len(plan.slices))]
     counted = tokens_key(layer.name) if layer.stack else "tokens"
     tokens = sum(int(read_tensor(factors, partial, counted)) for partial in partials)
     keys = [key for kind in kinds for key in block_keys(kind, plan.blocks)]
@@ -108,38 +115,45 @@ def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) 
     return [(total + width * read_tensor(factors, path, key)) / (tokens + width) for key, total in sums.items()]
 
 
-@_one_thread()
+@_with_threads()
 def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
     """The mean of Lambda over all experts of a stack, which their damping is of."""
     experts = _experts(plan, stack)
-    total = sum(float(_lambda_sum(factors, plan, layer).sum(dtype=torch.float64)) for layer in experts)
+    groups = {_group_of(plan, layer) for layer in experts}
+    bases = {group: eigenbases_digest(factors, plan.group(group)) for group in groups}
+    sums = (_lambda_sum(factors, plan, layer, bases[_group_of(plan, layer)]) for layer in experts)
+    total = sum(float(one.sum(dtype=torch.float64)) for one in sums)
     mean = total / plan.selection.size / sum(layer.size for layer in experts)
     write_tensors(factors, pooled_path("lambda", stack), {"mean": torch.tensor(mean, dtype=torch.float64)})
 
 
-@_one_thread()
-def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+@_with_threads()
+def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer, bases: str | None = None) -> None:
     """Lambda of one layer: the mean over sequences of its partial sums.
 
-    The file carries the digest of the layer's eigenbases.
+    The file carries the digest of the layer's eigenbases. bases: `eigenbases_digest` of its layer group, where that is
+    known.
 
     Raises:
         DamagedError: where a partial was made in other eigenbases than those in storage.
         FactorsError: where a sum is NaN or infinite.
     """
-    Lambda = _lambda_sum(factors, plan, layer) / plan.selection.size
+    bases = bases or eigenbases_digest(factors, plan.group(_group_of(plan, layer)))
+    Lambda = _lambda_sum(factors, plan, layer, bases) / plan.selection.size
     check_finite([Lambda], f"Lambda of {layer.name}")
     mean = {"stack_mean": read_tensor(factors, pooled_path("lambda", layer.stack), "mean")} if layer.stack else {}
     facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
     write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda} | mean, facts)
 
 
-def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer) -> Tensor:
-    group = next(index for index, names in enumerate(plan.groups) if layer.name in names)
-    partials = [partial_path("lambda", group, index) for index in range(len(plan.slices))]
-    expected = eigenbases_digest(factors, plan.group(group))
+def _group_of(plan: FactorsPlan, layer: Layer) -> int:
+    return next(index for index, names in enumerate(plan.groups) if layer.name in names)
+
+
+def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str) -> Tensor:
+    partials = [partial_path("lambda", _group_of(plan, layer), index) for index in range(len(plan.slices))]
     for partial in partials:
-        if read_facts(factors, partial)["eigenbases"] != expected:
+        if read_facts(factors, partial)["eigenbases"] != bases:
             raise damaged(factors, partial, "it was summed in other eigenbases than those in A/ and S/")
     return _sum_in_order(factors, partials, layer.name)
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from infscan.config import Labels, Solver
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Selection
-from infscan.engine.executor import Executor, Step, TaskMap
+from infscan.engine.executor import Executor, Load, Step, TaskMap
 from infscan.errors import UnwritableError
-from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.covariance import add_second_moment, mirror
-from infscan.influence.eigenbasis import add_squared_gradients
+from infscan.influence.eigenbasis import BYTES_PER_ENTRY, add_squared_gradients, check_width, threads_for
 from infscan.influence.layers import Layer
 from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
@@ -35,6 +35,7 @@ from infscan.steps.eigenbases import (
     decompose_layer,
     eigenbases_digest,
     finish_layer,
+    has_bases,
     pool_lambda,
     pool_moments,
 )
@@ -96,7 +97,8 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
     plan = store_plan(store, plan_factors(run.inputs, corpus))
     if not store.exists(COMPLETE):
         check_disk_for_factors(config, plan, store)
-    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed)
+    on_gpu = run.inputs.device == "cuda"
+    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed, on_gpu=on_gpu)
     inverse = replace(inverse, identity=identity_of(store))
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
@@ -132,15 +134,29 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
 
 
 def fit_factors(
-    executor: Executor, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, labels: Labels, seed: int
+    executor: Executor,
+    store: Store,
+    corpus: AddressableCorpus,
+    plan: FactorsPlan,
+    labels: Labels,
+    seed: int,
+    *,
+    on_gpu: bool = False,
 ) -> None:
-    """Fit what the plan says into `store`, or check what is complete there."""
+    """Fit what the plan says into `store`, or check what is complete there. on_gpu: decompose on the ranks' GPUs.
+
+    Raises:
+        FactorsError: at once, where a layer is wider than can be decomposed here.
+    """
     if store.exists(COMPLETE):
         if check_files(store)["fingerprint"] != plan.fingerprint:
             raise damaged(store, COMPLETE, "it is of another fit than plan.json")
         log.info("factors     reused from %s", store.uri)
         _remove_partials(store)
         return
+    for layer in plan.layers:
+        for kind, n in (("A", layer.inputs), ("S", layer.outputs)):
+            check_width(max(block_sizes(n, plan.blocks)), f"{kind} of {layer.name}")
     log.info(
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
         len(plan.layers), plan.selection.size, len(plan.slices), len(plan.groups), plan.partial_bytes() / 2**20,
@@ -150,11 +166,11 @@ def fit_factors(
         fitting.sum_covariances(executor)
         if plan.stacks:
             executor.map_tasks(fitting.on_stacks("experts", pool_moments))
-        executor.map_tasks(fitting.on_layers("eigenbasis", decompose_layer))
+        fitting.decompose(executor, on_gpu=on_gpu)
         fitting.sum_lambdas(executor)
         if plan.stacks:
             executor.map_tasks(fitting.on_stacks("damping", pool_lambda))
-        executor.map_tasks(fitting.on_layers("factors", finish_layer))
+        fitting.finish(executor)
         check_eigenbases(store, plan.layers)
         store.write_json(COMPLETE, complete(store, plan))
     except MissingError:
@@ -228,7 +244,34 @@ class _Fitting:
     def _task(self, cell: Cell, *, draw_labels: bool = False) -> FitTask:
         return FitTask(self.store, self.corpus, self.plan, *cell, self.labels, self.seed, draw_labels)
 
-    def on_layers(self, name: str, function: Callable[[Store, FactorsPlan, Layer], None]) -> TaskMap[Layer]:
+    def decompose(self, executor: Executor, *, on_gpu: bool) -> None:
+        """The eigenbases: on the ranks' GPUs where they have any, else in processes of their own."""
+        if not on_gpu:
+            executor.map_tasks(replace(self.on_layers("eigenbasis", decompose_layer), load=self._load))
+            return
+        step = Step(
+            "eigenbasis",
+            "layers",
+            list(self.plan.layers),
+            decompose_task,
+            lambda layer: DecomposeTask(self.store, self.plan, layer),
+            lambda layer: has_bases(self.store, layer),
+        )
+        executor.run(step)
+
+    def _load(self, layer: Layer) -> Load:
+        widest = max(block_sizes(max(layer.outputs, layer.inputs), self.plan.blocks))
+        return Load(threads_for(widest), BYTES_PER_ENTRY * widest**2)
+
+    def finish(self, executor: Executor) -> None:
+        """Lambda of every layer. The eigenbases' digests are read once for all layers of a group."""
+        by_layer: dict[str, str] = {}
+        for group, names in enumerate(self.plan.groups):
+            by_layer |= dict.fromkeys(names, eigenbases_digest(self.store, self.plan.group(group)))
+        tasks = self.on_layers("factors", finish_layer)
+        executor.map_tasks(replace(tasks, arguments=lambda layer: (self.store, self.plan, layer, by_layer[layer.name])))
+
+    def on_layers(self, name: str, function: Callable[..., None]) -> TaskMap[Layer]:
         """One task per layer, without a model. They ask for no core: ranks, which wait meanwhile, may hold all of them,
         and a task that asked for one of its own would never run."""
         return TaskMap(
@@ -240,6 +283,22 @@ class _Fitting:
         return TaskMap(
             name, "stacks", self.plan.stacks, function, lambda stack: (self.store, self.plan, stack), cores=0
         )
+
+
+@dataclass(frozen=True)
+class DecomposeTask:
+    """One layer, on a rank."""
+
+    factors: Store
+    plan: FactorsPlan
+    layer: Layer
+
+
+@multiplying("exact")
+def decompose_task(worker: ModelWorker, task: DecomposeTask) -> None:
+    """`decompose_layer` on the GPU of a group's first rank."""
+    if worker.leads:
+        decompose_layer(task.factors, task.plan, task.layer, worker.device)
 
 
 @multiplying("exact")

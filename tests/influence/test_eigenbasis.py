@@ -90,3 +90,45 @@ def test_inputs_are_left_as_they_were() -> None:
     Lambda = torch.zeros(4, 5, dtype=torch.float64)
     add_squared_gradients(Lambda, s_bto, a_bti, BlockDiagonal((Q_S,)), BlockDiagonal((Q_A,)))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_wider_than_32_bits_count_goes_another_way_to_the_same_basis(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = diagonal_blocks(covariance(0, 40).to(dtype), 1)
+    values, basis = eigenbasis(moment, "A")
+    monkeypatch.setattr(module, "_WIDEST_32", 39)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("counts in 32 bits"))
+    wide_values, wide = eigenbasis(moment, "A")
+    torch.testing.assert_close(wide_values, values)
+    signs = (basis.dense() * wide.dense()).sum(dim=0).sign()
+    torch.testing.assert_close(wide.dense() * signs, basis.dense(), rtol=1e-4, atol=1e-5)
+    assert wide_values.dtype == wide.dense().dtype == dtype
+
+
+def test_a_width_that_nothing_here_decomposes_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    module.check_width(32766, "A of wide")
+    monkeypatch.setattr(module, "_counts_in_64_bits", lambda: False)
+    module.check_width(32766, "A of wide")
+    with pytest.raises(FactorsError, match=r"A of wide is 70000 x 70000.* at most 32766; give factors\.blocks=3"):
+        module.check_width(70000, "A of wide")
+
+
+def test_a_gpu_without_room_leaves_a_matrix_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = diagonal_blocks(covariance(0, 12), 1)
+    asked: list[str] = []
+
+    def to(block: torch.Tensor, device: str) -> torch.Tensor:
+        asked.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_on_device", to)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
+    values, _ = eigenbasis(moment, "A", "cuda:0")
+    assert asked == ["cuda:0", "emptied"]
+    assert torch.equal(values, eigenbasis(moment, "A")[0])
+
+
+def test_threads_are_as_many_for_a_width_on_every_machine() -> None:
+    assert (module.threads_for(8191), module.threads_for(8192)) == (1, 8)

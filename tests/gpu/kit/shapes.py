@@ -18,8 +18,8 @@ from transformers.initialization import no_init_weights
 from infscan.config import Config, Dtype
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
-from infscan.influence.routed import Routed
 from infscan.influence.precision import Multiply, multiplying
+from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries
 from infscan.model.architecture import Architecture, describe, load_config
 from infscan.model.loaded import LoadedModel, RankContext
