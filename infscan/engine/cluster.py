@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import ray
 from ray._private import ray_constants
 
 from infscan.config import ClusterConfig, Placement
+from infscan.engine.executor import RankMemory
 from infscan.errors import ConfigError
 
 log = logging.getLogger("infscan")
@@ -116,13 +117,19 @@ _GPU_GB = {
 }
 
 
-def gpu_bytes(resources: Mapping[str, float], gpus: float) -> int | None:
-    """The memory that a rank has of its GPU: of the smallest kind in the cluster, its share of one where it has less
-    than one. None without a GPU, or where Ray names one that is not known here."""
-    names = [name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)]
-    if not gpus or not names or any(name not in _GPU_GB for name in names):
+def gpu_memory(nodes: Sequence[Mapping[str, float]], gpus: float) -> RankMemory | None:
+    """What a rank has on the smallest GPU of the cluster, its share of one where it has less than one, and of the
+    smallest host. None without a GPU, or where a node has one that is not known here.
+
+    nodes: each one's resources, as Ray names them.
+    """
+    found = [node for node in nodes if gpus and node.get("GPU")]
+    names = [[name.removeprefix(_TYPE) for name in node if name.startswith(_TYPE)] for node in found]
+    if not found or any(len(kinds) != 1 or kinds[0] not in _GPU_GB for kinds in names):
         return None
-    return int(min(gpus, 1.0) * min(_GPU_GB[name] for name in names) * 10**9)
+    hosts = [node["memory"] * gpus / node["GPU"] for node in found if "memory" in node]
+    device = min(gpus, 1.0) * min(_GPU_GB[kind] for (kind,) in names) * 10**9
+    return RankMemory(int(device), int(min(hosts)) if hosts else None)
 
 
 def check_capacity(cluster: ClusterConfig, gpus: float) -> None:

@@ -173,12 +173,22 @@ def advance(work: Step[U] | TaskMap[U], phase: PhaseView, unit: U, result: Any) 
     phase.advance(sequences=sequences, tokens=tokens)
 
 
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that a rank on a GPU has: of its device, and of its host's, which it shares with the others there (None
+    where the cluster does not say)."""
+
+    device: int
+    host: int | None = None
+
+
 class Machines(Protocol):
     """Makes executors on one cluster."""
 
-    # GPUs of a rank; 0 for a CPU. Memory of a rank's GPU, of the smallest; None for a CPU or an unknown one.
+    # GPUs of a rank; 0 for a CPU.
     gpus: float
-    gpu_bytes: int | None
+    # On the smallest GPU; None for a CPU, or an unknown one.
+    gpu_memory: RankMemory | None
 
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> Executor: ...
 

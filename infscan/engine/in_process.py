@@ -13,7 +13,7 @@ import torch
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of
-from infscan.engine.executor import OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, left_of
+from infscan.engine.executor import OnDone, OnGivenUp, RankMemory, RunRecords, Step, TaskMap, advance, left_of
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.schedule import Schedule
 from infscan.errors import ConfigError
@@ -36,12 +36,17 @@ class InProcessBackend:
             )
         self.cluster = cluster
         self.gpus = 1.0 if torch.cuda.is_available() and cluster.gpus_per_rank != 0 else 0.0
-        self.gpu_bytes = torch.cuda.get_device_properties(0).total_memory if self.gpus else None
+        self.gpu_memory = _gpu_memory() if self.gpus else None
 
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> InProcessExecutor:
         device = "cuda:0" if self.gpus else "cpu"
         context = RankContext(device=device, threads=self.cluster.cpus_per_rank)
         return InProcessExecutor(settings, context, telemetry, records, max_attempts=self.cluster.max_attempts)
+
+
+def _gpu_memory() -> RankMemory:
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return RankMemory(torch.cuda.get_device_properties(0).total_memory, host)
 
 
 class InProcessExecutor:

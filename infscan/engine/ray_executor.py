@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from infscan.config import ClusterConfig, ModelConfig
-from infscan.engine.cluster import check_capacity, connect, gpu_bytes, gpus_per_rank
+from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank
 from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, fits, left_of
 from infscan.engine.facts import RankFacts
 from infscan.engine.pool import Pool
@@ -28,7 +28,7 @@ class RayBackend:
         self.cluster = cluster
         connect(cluster)
         self.gpus = gpus_per_rank(cluster)
-        self.gpu_bytes = gpu_bytes(ray.cluster_resources(), self.gpus)
+        self.gpu_memory = gpu_memory([node["Resources"] for node in ray.nodes() if node["Alive"]], self.gpus)
         check_capacity(cluster, self.gpus)
 
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> RayExecutor:

@@ -229,19 +229,19 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     for stage in (run, *run.later) if shared else ():
         if (needed := host_bytes(stage.inputs, T)) is not None:
             stage.executor.reserve(needed)
-    if run.inputs.device_bytes is not None:
+    if run.inputs.memory is not None:
         _warn_over_memory(run, T)
     return log_scan_memory(run.inputs, T)
 
 
 def _warn_over_memory(run: Run, T: int) -> None:
     inputs = run.inputs
-    assert inputs.device_bytes is not None
+    assert inputs.memory is not None
     try:
         costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
     except ModelError:
         return
-    if said := over_memory(costs, inputs.device_bytes):
+    if said := over_memory(costs, inputs.memory.device):
         run.telemetry.warn(said)
 
 
@@ -272,7 +272,7 @@ def host_bytes(inputs: Inputs, T: int) -> int | None:
         return None
     if not gpus:
         return _PROCESS_BYTES + largest(costs)[1].total
-    serialised = 2 * costs["covariance"].memory.factors if "covariance" in costs else 0
+    serialised = 3 * costs["covariance"].memory.factors if "covariance" in costs else 0
     offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
     return _PROCESS_BYTES + serialised + offloaded
 

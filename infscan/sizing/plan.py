@@ -20,6 +20,7 @@ from infscan.corpus.in_place import DESCRIPTION
 from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.executor import RankMemory
 from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
@@ -112,7 +113,8 @@ def estimate(config: PlanJob) -> Estimate:
 
 def _settled(config: PlanJob, architecture: Architecture, queries: int, gpus: float, memory: int | None) -> PlanJob:
     """With the sizes that a run on such a device would have."""
-    found = settled(config, architecture, run_dtype(config, architecture, gpus).itemsize, queries, memory)
+    itemsize = run_dtype(config, architecture, gpus).itemsize
+    found = settled(config, architecture, itemsize, queries, None if memory is None else RankMemory(memory))
     assert isinstance(found, PlanJob)
     return found
 

@@ -11,6 +11,7 @@ import torch
 
 from infscan.config import Config, Dtype, Matmul, ModelConfig, fingerprint, stage_output
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.engine.executor import RankMemory
 from infscan.influence.layers import Layer
 from infscan.influence.precision import Multiply
 from infscan.model.architecture import (
@@ -40,8 +41,8 @@ class Inputs:
     queries: tuple[Query, ...] = ()
     # What ranks hold the model on: `cpu` or `cuda`.
     device: str = "cpu"
-    # Memory of such a device; None for a CPU, or where the cluster does not say.
-    device_bytes: int | None = None
+    # What a rank has on a GPU; None for a CPU, or where the cluster does not say.
+    memory: RankMemory | None = None
     # Fingerprints of the models of the stages after this one, in order.
     later_models: tuple[str, ...] = ()
 

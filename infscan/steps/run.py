@@ -132,9 +132,9 @@ def _runs(stages: Sequence[Stage], machines: Machines, telemetry: Telemetry, rec
     first = stages[0][1].config.scan.stage
 
     def run(number: int, folder: RunFolder, inputs: Inputs, later: tuple[Run, ...] = ()) -> Run:
-        inputs = replace(inputs, device="cuda" if machines.gpus else "cpu", device_bytes=machines.gpu_bytes)
+        inputs = replace(inputs, device="cuda" if machines.gpus else "cpu", memory=machines.gpu_memory)
         known = (inputs.config, inputs.architecture, inputs.itemsize, len(inputs.queries))
-        inputs = replace(inputs, config=settled(*known, machines.gpu_bytes, folder.kept()))
+        inputs = replace(inputs, config=settled(*known, machines.gpu_memory, folder.kept()))
         config = inputs.config
         settings = WorkerSettings(
             inputs.model, inputs.layers, config.sharded, lease.store, identity=inputs.model_identity

@@ -1,8 +1,9 @@
 """Sizes that go by a device's memory, settled once for a run, before its first unit: on a CPU they are constants.
 
 A GPU of M bytes has R = 0.9 M - 2 GiB - weights for all else: the allocator's fragments take the tenth, the context and
-the libraries the 2 GiB. A micro-batch may have half of what the query batch leaves of R; queries at full rank have the
-other half, and a layer group's sums, eigenbases and Lambda all that a micro-batch leaves.
+the libraries the 2 GiB. A micro-batch may have half of what the query batch leaves of R, or three quarters where ranks
+gather each other's weights for every one. What is left then are queries' at full rank, or half of it where that is more
+than one needs. A layer group's sums, eigenbases and Lambda have all that a micro-batch leaves of R.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from infscan.config import ON_A_CPU, Config
+from infscan.engine.executor import RankMemory
 from infscan.influence.layout import stored_dense
 from infscan.model.architecture import Architecture
 
@@ -20,8 +22,8 @@ _USED, _CONTEXT_BYTES = 0.9, 2 << 30
 # 13 widths^2 (Llama, GPT-NeoX: 8 of the width and 4 of the inner one).
 _KEPT = 1.7
 _LEAST_TOKENS, _MOST_TOKENS = 512, 32768
-# Sums are serialised in the host's memory, twice.
-_MOST_GROUP_BYTES = 64 << 30
+# A layer group's sums are serialised in the host's memory, three times at most; half of it is others'.
+_MOST_GROUP_BYTES, _OF_THE_HOST = 64 << 30, 1 / 6
 
 
 def settled(
@@ -29,12 +31,12 @@ def settled(
     architecture: Architecture,
     itemsize: int,
     queries: int,
-    memory: int | None,
+    memory: RankMemory | None,
     kept: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration with every size that was not given.
 
-    itemsize: bytes of a parameter. memory: of a rank's device; None is a CPU. kept: the stored settings of a run that
+    itemsize: bytes of a parameter. memory: None is a CPU. kept: the stored settings of a run that
     is resumed, whose micro-batches stay as they are.
     """
     sizes = dict(ON_A_CPU) if memory is None else on_a_gpu(config, architecture, itemsize, queries, memory)
@@ -48,17 +50,26 @@ def settled(
     )
 
 
-def on_a_gpu(config: Config, architecture: Architecture, itemsize: int, queries: int, memory: int) -> dict[str, int]:
+def on_a_gpu(
+    config: Config, architecture: Architecture, itemsize: int, queries: int, memory: RankMemory
+) -> dict[str, int]:
     """The sizes by key. Groups are never smaller than a CPU's: what does not fit then is said to, not cut finer."""
-    room = int(_USED * memory) - _CONTEXT_BYTES - architecture.parameters * itemsize // config.cluster.ranks_per_worker
+    weights = architecture.parameters * itemsize // config.cluster.ranks_per_worker
+    room = int(_USED * memory.device) - _CONTEXT_BYTES - weights
     beside = room - _query_bytes(config, architecture, itemsize, queries)
     of_a_token = _of_a_token(config, architecture, itemsize)
-    blocks = int(max(0, beside) / 2 / of_a_token) // _LEAST_TOKENS
+    share = 0.75 if config.sharded else 0.5
+    blocks = int(max(0, beside) * share / of_a_token) // _LEAST_TOKENS
     tokens = _LEAST_TOKENS * min(_MOST_TOKENS // _LEAST_TOKENS, max(1, blocks))
     used = int(tokens * of_a_token)
+    left = beside - used
+    most = _MOST_GROUP_BYTES if memory.host is None else min(_MOST_GROUP_BYTES, int(memory.host * _OF_THE_HOST))
+    # The check holds a group's gradients beside the batch's matrices, which may have as much.
+    whole = 4 * sum(layer.size for layer in architecture.layers)
+    at_full_rank = left if left < whole else max(whole, left // 2)
     return {
-        "factors.max_group_bytes": min(_MOST_GROUP_BYTES, max(ON_A_CPU["factors.max_group_bytes"], room - used)),
-        "scan.query_group_bytes": max(ON_A_CPU["scan.query_group_bytes"], beside - used),
+        "factors.max_group_bytes": max(ON_A_CPU["factors.max_group_bytes"], min(most, room - used)),
+        "scan.query_group_bytes": max(ON_A_CPU["scan.query_group_bytes"], at_full_rank),
         "scan.tokens_per_batch": tokens,
     }
 

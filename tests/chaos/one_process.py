@@ -141,7 +141,7 @@ class HereExecutor(RayExecutor):
 
 class HereBackend:
     gpus = 0.0
-    gpu_bytes = None
+    gpu_memory = None
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self.cluster = cluster

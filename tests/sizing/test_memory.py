@@ -17,7 +17,16 @@ from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing.dry import dry
-from infscan.sizing.memory import DryWorker, memory_line, pass_costs, scan_cost, scan_memory
+from infscan.sizing.memory import (
+    DryWorker,
+    PassCost,
+    PassMemory,
+    memory_line,
+    over_memory,
+    pass_costs,
+    scan_cost,
+    scan_memory,
+)
 from infscan.steps.queries import on_device
 from tests.steps.runs import CONTEXT, tiny_model
 
@@ -163,3 +172,27 @@ def test_every_pass_is_sized_and_the_identity_has_no_factors(models: dict[str, A
     assert mixed["scan"].memory.weights < costs["scan"].memory.weights
     config.factors.solver = type(config.factors.solver).identity
     assert list(pass_costs(config, architecture, 3, CONTEXT, 0.0)) == ["check", "scan", "refine"]
+
+
+def test_a_pass_that_does_not_fit_is_said_to_with_what_would_mend_it() -> None:
+    costs = {
+        "scan": PassCost(PassMemory(weights=50, queries=10, activations=40), 1.0),
+        "lambda": PassCost(PassMemory(weights=50, factors=20), 1.0),
+    }
+    assert over_memory(costs, 100) is None
+    said = over_memory(costs, 80)
+    assert said is not None
+    assert "holds 100 bytes in scan, and its device has 80 bytes" in said
+    assert "scan.tokens_per_batch lower by 2 times, model.gradient_checkpointing=true" in said
+    # No micro-batch is small enough where the rest alone is too much.
+    assert "tokens_per_batch" not in (over_memory(costs, 60) or "")
+
+
+def test_what_a_pass_does_beside_forward_and_backward_is_counted_apart(models: dict[str, Architecture]) -> None:
+    costs = pass_costs(config_for(models["llama"]), models["llama"], 3, CONTEXT, 0.0)
+    own = {name: cost.own_flop_per_token for name, cost in costs.items()}
+    floors = {name: cost.flop_per_token - own[name] for name, cost in costs.items()}
+    assert floors["scan"] == floors["refine"] == floors["check"] == floors["lambda"]
+    layers = models["llama"].layers
+    assert own["scan"] == sum(2 * 3 * 4 * (layer.outputs + layer.inputs) for layer in layers)
+    assert own["refine"] == 2 * sum(layer.size for layer in layers)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from infscan.config import FactorsConfig
+from infscan.config import ON_A_CPU
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, FactorsError
@@ -149,7 +149,7 @@ def test_real_models_are_grouped_or_refused_with_what_they_need_before_a_weight_
         num_key_value_heads=8,
     )
     layers = tracked_layers(build_on_meta(config), tracked)
-    bound = FactorsConfig().max_group_bytes
+    bound = ON_A_CPU["factors.max_group_bytes"]
     if refusal is None:
         groups = layer_groups(layers, bound)
         assert [name for group in groups for name in group] == [layer.name for layer in layers]

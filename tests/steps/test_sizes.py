@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.config import ON_A_CPU, Config
-from infscan.engine.cluster import gpu_bytes
+from infscan.engine.cluster import gpu_memory
+from infscan.engine.executor import RankMemory
 from infscan.influence.layers import Layer
 from infscan.model.architecture import Architecture
 from infscan.sizing.devices import DEVICES
@@ -52,9 +53,9 @@ def test_more_memory_never_makes_anything_smaller_and_more_queries_never_larger(
     config = Config()
     config.cluster = replace(config.cluster, ranks_per_worker=ranks)
     config.model.gradient_checkpointing = checkpointed
-    less, more = (on_a_gpu(config, MODEL_8B, 2, queries, memory) for memory in sorted((one, other)))
+    less, more = (on_a_gpu(config, MODEL_8B, 2, queries, RankMemory(memory)) for memory in sorted((one, other)))
     assert less["scan.tokens_per_batch"] <= more["scan.tokens_per_batch"]
-    fewer = on_a_gpu(config, MODEL_8B, 2, queries // 2, max(one, other))
+    fewer = on_a_gpu(config, MODEL_8B, 2, queries // 2, RankMemory(max(one, other)))
     assert fewer["scan.tokens_per_batch"] >= more["scan.tokens_per_batch"]
     assert min(less.values()) > 0
     # All at once: weights, the query batch, a micro-batch, and queries at full rank.
@@ -68,12 +69,12 @@ def test_more_memory_never_makes_anything_smaller_and_more_queries_never_larger(
 def test_what_is_given_wins() -> None:
     config = Config()
     config.factors.max_group_bytes, config.scan.query_group_bytes, config.scan.tokens_per_batch = 1, 2, 3
-    assert settled(config, MODEL_8B, 2, 1, 80 * GIB, {"scan": {"tokens_per_batch": 9}}) == config
+    assert settled(config, MODEL_8B, 2, 1, RankMemory(80 * GIB), {"scan": {"tokens_per_batch": 9}}) == config
 
 
 def test_a_resumed_run_keeps_its_micro_batches_and_takes_the_devices_groups() -> None:
     kept = {"scan": {"tokens_per_batch": 777}}
-    found = settled(Config(), MODEL_8B, 2, 10, DEVICES["h200"].memory, kept)
+    found = settled(Config(), MODEL_8B, 2, 10, RankMemory(DEVICES["h200"].memory), kept)
     assert found.scan.tokens_per_batch == as_stored(Config(), kept).scan.tokens_per_batch == 777
     assert (found.factors.max_group_bytes or 0) > ON_A_CPU["factors.max_group_bytes"]
 
@@ -81,24 +82,36 @@ def test_a_resumed_run_keeps_its_micro_batches_and_takes_the_devices_groups() ->
 @pytest.mark.parametrize(("device", "groups"), [("h100", 3), ("h200", 2)])
 def test_8b_is_fitted_in_few_passes(device: str, groups: int) -> None:
     assert len(layer_groups(MODEL_8B.layers, ON_A_CPU["factors.max_group_bytes"])) == 14
-    config = settled(Config(), MODEL_8B, 2, 256, DEVICES[device].memory)
+    config = settled(Config(), MODEL_8B, 2, 256, RankMemory(DEVICES[device].memory))
     assert len(layer_groups(MODEL_8B.layers, config.group_bytes)) == groups
     assert config.tokens_per_batch >= 1024
     assert len(query_groups(256, MODEL_8B.layers, config.query_group_bytes)[1]) <= 2
 
 
+def test_a_small_host_holds_groups_down_and_never_below_a_cpus() -> None:
+    for host, expected in ((600, 64), (120, 20), (6, 8)):
+        found = settled(Config(), MODEL_8B, 2, 0, RankMemory(200 * GIB, host * GIB))
+        assert found.factors.max_group_bytes == expected * GIB
+
+
+H100, L4 = {"GPU": 8.0, "memory": 800.0, "accelerator_type:H100": 1.0}, {"GPU": 1.0, "accelerator_type:L4": 1.0}
+
+
 @pytest.mark.parametrize(
-    ("resources", "gpus", "expected"),
+    ("nodes", "gpus", "expected"),
     [
-        ({"CPU": 8.0}, 0.0, None),
-        ({"GPU": 8.0, "accelerator_type:H100": 1.0}, 1.0, 80 * 10**9),
-        ({"GPU": 8.0, "accelerator_type:H100": 1.0}, 0.5, 40 * 10**9),
-        ({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:L4": 1.0}, 1.0, 24 * 10**9),
-        ({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:NEW": 1.0}, 1.0, None),
-        ({"GPU": 8.0}, 1.0, None),
+        ([{"CPU": 8.0}], 0.0, None),
+        ([{"CPU": 8.0}], 1.0, None),
+        ([H100], 0.0, None),
+        ([H100, {"CPU": 4.0, "memory": 1.0}], 1.0, RankMemory(80 * 10**9, 100)),
+        ([H100], 0.5, RankMemory(40 * 10**9, 50)),
+        ([H100, L4], 1.0, RankMemory(24 * 10**9, 100)),
+        ([L4], 1.0, RankMemory(24 * 10**9)),
+        ([H100, {"GPU": 1.0, "accelerator_type:NEW": 1.0}], 1.0, None),
+        ([H100, {"GPU": 1.0}], 1.0, None),
     ],
 )
-def test_a_ranks_memory_is_that_of_the_smallest_gpu(
-    resources: dict[str, float], gpus: float, expected: int | None
+def test_a_rank_has_what_the_smallest_gpu_and_the_smallest_host_give(
+    nodes: list[dict[str, float]], gpus: float, expected: RankMemory | None
 ) -> None:
-    assert gpu_bytes(resources, gpus) == expected
+    assert gpu_memory(nodes, gpus) == expected

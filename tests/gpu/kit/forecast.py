@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from infscan.config import Matmul
 from infscan.config.jobs import PlanConfig, PlanJob
 from infscan.sizing.plan import estimate
 from tests.gpu.kit.device import name_in_table
 from tests.gpu.kit.shapes import SHAPES, Shape
 
-# EK-FAC for 256 queries over a billion tokens with an 8B model, as LoGra's paper prices it (Choe et al. 2024, table 1).
+# EK-FAC for 256 queries over a billion tokens with an 8B model, as LoGra's paper prices it (Choe et al. 2024).
 LOGRA = {"queries": 256, "tokens": 10**9, "a100_hours": 11_300}
 # name: the number, and whether at least it is wanted; else at most.
 TARGETS: dict[str, tuple[float, bool]] = {
@@ -51,7 +52,7 @@ def logra(results: Path, folder: Path, device: str, shape: Shape) -> Iterator[di
     job.model.path, job.output = str(shape.write(folder / "logra")), str(folder / "run")
     job.corpus.sequence_length = shape.T
     job.factors.corpus = job.corpus
-    job.factors.matmul = type(job.factors.matmul).tf32
+    job.factors.matmul = Matmul.tf32
     job.factors.path = str(folder / "factors")
     job.plan.sequences, job.plan.queries = LOGRA["tokens"] // shape.T, LOGRA["queries"]
     found = estimate(job)
