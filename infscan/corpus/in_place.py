@@ -37,10 +37,12 @@ class TokenFile:
     sequences: int
     tokens: int
     facts: dict[str, Any]
+    # What ids and sources are made of: its path below corpus.path. Earlier versions took the file's name.
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return file_name(self.data.uri)
+        return self.label or file_name(self.data.uri)
 
 
 @dataclass(frozen=True)

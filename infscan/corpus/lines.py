@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from infscan.config import CorpusConfig, TextRecords
 from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
-from infscan.corpus.files import file_name
+from infscan.corpus.files import folder_below, name_below
 from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import Document, document_of, kind_of
 from infscan.corpus.tally import Tally
@@ -35,7 +35,7 @@ def read_jsonl(
     uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int, stretch: Stretch
 ) -> Iterator[Document]:
     mend = ": is the file JSONL, one object per line? Split longer documents."
-    for line in _lines(uri, stream, tally, max_line_bytes, stretch, mend):
+    for line in _lines(uri, name_below(uri, config.path), stream, tally, max_line_bytes, stretch, mend):
         try:
             document = _from_json(uri, line, config)
         except BadDocumentError as error:
@@ -48,11 +48,12 @@ def read_text(
     uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int, stretch: Stretch
 ) -> Iterator[Document]:
     """The whole file as one document, or every line that is not blank (corpus.text_records)."""
-    by_line = config.text_records is TextRecords.line
+    by_line, name = config.text_records is TextRecords.line, name_below(uri, config.path)
+    source = name if by_line else folder_below(uri, config.path)
     found = (
-        _lines(uri, stream, tally, max_bytes, stretch, "; split it.")
+        _lines(uri, name, stream, tally, max_bytes, stretch, "; split it.")
         if by_line
-        else _whole(uri, stream, tally, max_bytes)
+        else _whole(uri, name, stream, tally, max_bytes)
     )
     for record in found:
         try:
@@ -61,11 +62,11 @@ def read_text(
             reason = f"{record.where}: byte {error.start} is not UTF-8; convert the file."
             tally.leave_out(BadDocumentError(reason, "not UTF-8"))
             continue
-        yield Document(record.name, file_name(uri), text, None, uri, record.offset)
+        yield Document(record.name, source, text, None, uri, record.offset)
 
 
 def _lines(
-    uri: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
+    uri: str, file: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
 ) -> Iterator[_Line]:
     """The lines whose first byte lies in the stretch; in a file that was cut they are named by that byte."""
     number = 0
@@ -89,7 +90,7 @@ def _lines(
             if not line.strip():
                 tally.blank += 1
                 continue
-            name = f"{file_name(uri)}#{number}" if stretch.whole else f"{file_name(uri)}@{begin}"
+            name = f"{file}#{number}" if stretch.whole else f"{file}@{begin}"
             yield _Line(where, name, begin, line)
     except DAMAGES as error:
         raise damaged(where, error) from error
@@ -121,7 +122,7 @@ def _rest_of_line(lines: BinaryIO, line: bytes) -> int:
     return count
 
 
-def _whole(uri: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator[_Line]:
+def _whole(uri: str, name: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator[_Line]:
     lines = decompressed(uri, stream)
     try:
         data = lines.read(max_bytes + 1)
@@ -136,7 +137,7 @@ def _whole(uri: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator
     except DAMAGES as error:
         raise damaged(uri, error) from error
     begin = len(_BOM) if data.startswith(_BOM) else 0
-    yield _Line(uri, file_name(uri), begin, data[begin:])
+    yield _Line(uri, name, begin, data[begin:])
 
 
 def _from_json(uri: str, line: _Line, config: CorpusConfig) -> Document:

@@ -23,7 +23,7 @@ from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, indexed_files
 from infscan.model.folder import model_folder as model_folder
-from infscan.storage import Store
+from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 
 DEFAULT_LENGTH = 512
 # Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
@@ -259,6 +259,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_whole(files: list[Path]) -> None:
     """Refuse a file whose header does not fit its size, before a worker tries to load it."""
     for path in files:
+        if (file := look_up(str(path))) is not None and is_lfs_pointer(file):
+            raise ModelError(f"{path} {LFS_POINTER}.")
         try:
             with safe_open(path, framework="pt"):
                 pass

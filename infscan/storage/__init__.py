@@ -6,23 +6,37 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 """
 
 from infscan.storage.address import MissingError, is_uri
-from infscan.storage.inputs import InputFile, changed, expand, localise, look_up, open_input, read_range
+from infscan.storage.inputs import (
+    LFS_POINTER,
+    InputFile,
+    changed,
+    expand,
+    is_lfs_pointer,
+    localise,
+    look_up,
+    open_input,
+    read_range,
+    root_of,
+)
 from infscan.storage.patience import storage_faults
 from infscan.storage.scratch import scratch_file
 from infscan.storage.store import Entry, Store
 
 __all__ = [
+    "LFS_POINTER",
     "Entry",
     "InputFile",
     "MissingError",
     "Store",
     "changed",
     "expand",
+    "is_lfs_pointer",
     "is_uri",
     "localise",
     "look_up",
     "open_input",
     "read_range",
+    "root_of",
     "scratch_file",
     "storage_faults",
 ]
