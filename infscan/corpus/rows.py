@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from infscan.config import CorpusConfig
 from infscan.corpus.files import name_below, partitions
+from infscan.corpus.json_lines import kind_of
 from infscan.errors import BadDocumentError
 
 MAX_LINE_BYTES = 64 << 20
@@ -285,15 +286,3 @@ def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
         raise BadDocumentError(
             f"{where}: {field!r} holds a number beyond 64 bits; is it a list of token ids?", "no token ids"
         ) from None
-
-
-def kind_of(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
