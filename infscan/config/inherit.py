@@ -34,6 +34,8 @@ def inherit(values: Values) -> None:
 def _fill_stage(stage: Values, values: Values, *, first: bool) -> None:
     place = () if first else _PLACE
     if first:
+        if stage["model"] == MISSING and stage["revision"] is None:
+            stage["revision"] = values["model"]["revision"]
         _fill(stage, {"model": values["model"]["path"]})
         _fill_corpus(stage["factors"]["corpus"], values["factors"]["corpus"])
     _fill_corpus(stage["corpus"], values["corpus"], without=place)

@@ -139,6 +139,8 @@ class ModelConfig:
     path: str = MISSING
     """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where
     corpus and queries bring token ids."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id, such as `step1000`; null is its main one."""
     dtype: Dtype = Dtype.auto
     """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
     tracked: str = "mlp"
@@ -324,6 +326,8 @@ class StageConfig:
 
     model: str = MISSING
     """The model that the stage ended with: a folder, URI or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main one."""
     corpus: CorpusConfig = field(default_factory=lambda: not_given(CorpusConfig))
     """What the stage was trained on."""
     factors: FactorsConfig = field(default_factory=lambda: not_given(FactorsConfig))
@@ -437,7 +441,7 @@ class Config:
         stage = self.stages[number - 1]
         return replace(
             self,
-            model=replace(self.model, path=stage.model),
+            model=replace(self.model, path=stage.model, revision=stage.revision),
             corpus=stage.corpus,
             factors=stage.factors,
             scan=replace(self.scan, stage=number),

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Sequence
-from datetime import datetime
-from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from infscan.config.arguments import as_typed, is_sweep
+from infscan.config.arguments import is_sweep
 from infscan.config.identity import fingerprint
-from infscan.config.paths import absolute
 from infscan.errors import ConfigError
 
 # What says where a cell's results go, and what changes no result.
@@ -56,23 +53,6 @@ def swept_keys(cells: Sequence[Sequence[str]]) -> list[str]:
     """The keys whose values differ between cells."""
     varied = {override for cell in cells for override in cell if any(override not in other for other in cells)}
     return sorted({key_of(override) for override in varied})
-
-
-def record_folder(output: str | None) -> list[str]:
-    """Where Hydra keeps what was asked of a sweep: below a local output, else below the folder that one is in.
-
-    Raises:
-        ConfigError: where that takes no file.
-    """
-    local = output is not None and "://" not in output
-    where = Path(absolute(str(output)) if local else ".").absolute()
-    folder = where / ".multirun" / f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        mend = "give an output where something may be" if local else "start it in a folder where something may be"
-        raise ConfigError(f"{where}: the record of a sweep cannot be written ({error.strerror}); {mend}.") from None
-    return [f"hydra.sweep.dir={as_typed(str(folder))}"]
 
 
 def sweep_cells(arguments: Sequence[str]) -> list[list[str]]:

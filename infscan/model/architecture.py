@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
-from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, indexed_files
+from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, commit_of, indexed_files
 from infscan.model.folder import model_folder as model_folder
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 
@@ -59,6 +59,7 @@ class Architecture:
 
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
+    revision: the commit of a model of the hub.
     takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
     """
 
@@ -73,6 +74,7 @@ class Architecture:
     family: str = ""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     takes_positions: bool = True
+    revision: str | None = None
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -93,7 +95,7 @@ class Architecture:
         return asked or min(self.context, DEFAULT_LENGTH)
 
 
-def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
+def describe(path: str, tracked: str, *, weights: bool = True, revision: str | None = None) -> Architecture:
     """Read a model's configuration and module tree (on the meta device: no weight is loaded).
 
     weights: they must be there, and are in the fingerprint; else config.json is enough, and it is the configuration's.
@@ -101,7 +103,7 @@ def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
     Raises:
         ModelError: for a folder that is not a causal language model in safetensors, or where `tracked` finds no layer.
     """
-    folder = model_folder(path, weights=weights)
+    folder = model_folder(path, weights=weights, revision=revision)
     config = load_config(folder)
     files = weight_files(folder) if weights else []
     _check_whole(files)
@@ -120,6 +122,7 @@ def describe(path: str, tracked: str, *, weights: bool = True) -> Architecture:
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
+        revision=commit_of(folder),
         takes_positions="position_ids" in signature(module.forward).parameters,
     )
 

@@ -48,7 +48,7 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
         torch.set_num_threads(context.threads)
     if context.device.startswith("cuda"):
         torch.cuda.set_device(context.device)
-    folder = model_folder(settings.path, weights=not on_meta)
+    folder = model_folder(settings.path, weights=not on_meta, revision=settings.revision)
     config = _without_dropout(load_config(folder))
     dtype = resolve_dtype(settings.dtype, config, context.device)
     if on_meta:

@@ -50,7 +50,7 @@ def estimate(config: PlanJob) -> Estimate:
         ConfigError: where there is neither a corpus nor plan.sequences, or neither queries nor plan.queries.
     """
     asked = config.plan
-    architecture = describe(config.model.path, config.model.tracked, weights=False)
+    architecture = describe(config.model.path, config.model.tracked, weights=False, revision=config.model.revision)
     tokenizer = load_tokenizer(architecture.folder)
     notes: list[str] = []
     scanned, corpus = _count(config, config.corpus, "corpus", architecture, tokenizer)

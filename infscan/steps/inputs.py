@@ -86,7 +86,7 @@ def open_inputs(config: Config) -> Inputs:
     Raises:
         InfscanError: for anything wrong with them.
     """
-    architecture = describe(config.model.path, config.model.tracked)
+    architecture = describe(config.model.path, config.model.tracked, revision=config.model.revision)
     tokenizer = load_tokenizer(architecture.folder)
     for corpus in (config.corpus, config.factors.corpus):
         input_files(corpus)

@@ -29,7 +29,9 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
     run.folder.claim(run.config)
     attention = settings.attention.value
-    value = sealed(made.to_json() | {"inputs": run.inputs.fingerprints(), "attention": attention})
+    commits = [each.architecture.revision for each in (run, *run.later)]
+    known = {"model_revisions": commits} if any(commits) else {}
+    value = sealed(made.to_json() | {"inputs": run.inputs.fingerprints(), "attention": attention} | known)
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
     if not is_intact(found):

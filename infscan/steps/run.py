@@ -133,7 +133,9 @@ def _runs(stages: Sequence[Stage], machines: Machines, telemetry: Telemetry, rec
     def run(number: int, folder: RunFolder, inputs: Inputs, later: tuple[Run, ...] = ()) -> Run:
         inputs = replace(inputs, device="cuda" if machines.gpus else "cpu")
         config = inputs.config
-        settings = WorkerSettings(config.model, inputs.layers, config.sharded, lease.store)
+        # Ranks load the commit that was looked at, wherever a branch has got to by then.
+        model = replace(config.model, revision=inputs.architecture.revision or config.model.revision)
+        settings = WorkerSettings(model, inputs.layers, config.sharded, lease.store)
         mine = telemetry.within(f"stage {number} ") if number > first else telemetry
         return Run(inputs, folder, machines.executor(settings, mine, records), mine, records, later)
 
