@@ -5,6 +5,7 @@ Settings are read, checked and composed before anything heavy is imported: help 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from infscan.config.arguments import SWEEP_FLAGS, is_sweep, read_arguments
+from infscan.config.arguments import SWEEP_FLAGS, as_typed, is_sweep, read_arguments
 from infscan.config.commands import Command, command_of, commands, compose, register, settle
 from infscan.config.help import OPTIONS, help_of, overview
 from infscan.errors import ConfigError, InfscanError
@@ -28,6 +29,7 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> Non
     An error that a user can fix ends the process with one sentence and status 2, a signal with 128 + its number.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _never_fail_to_print()
     if arguments is None:
         _heed_signals()
     with exit_on_user_error():
@@ -42,6 +44,13 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> Non
                 return
             name = _named(words.pop(0))
         run_job(command_of(name), words)
+
+
+def _never_fail_to_print() -> None:
+    """Let a terminal or file that is not UTF-8 show `?` for what it cannot: a finished run does not fail over it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _named(word: str) -> str:
@@ -148,15 +157,17 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     """Every cell of a sweep, by Hydra's launcher; one that fails ends itself, the others go on."""
     import hydra
 
-    from infscan.config.sweep import SWEPT, sweep_cells, swept_keys
+    from infscan.config.sweep import SWEPT, key_of, sweep_cells, swept_keys
 
     cells = sweep_cells(overrides)
-    for cell in cells:
-        # What cannot be composed is refused before the first cell starts.
-        compose(command, [word for word in cell if not word.startswith("hydra")])
+    # What cannot be composed is refused before the first cell starts.
+    settings = [compose(command, [word for word in cell if not word.startswith("hydra")]) for cell in cells]
     _Sweep.cells, _Sweep.failed = len(cells), 0
     swept = ",".join(swept_keys(cells))
     words = [word for word in overrides if word not in SWEEP_FLAGS]
+    if not any(key_of(word) == "hydra.sweep.dir" for word in words):
+        output = settings[0].get("output") if command.is_run and settings else None
+        words.append(f"hydra.sweep.dir={_record_folder(output)}")
     before = sys.argv
     sys.argv = [f"infscan {command.name}", "--multirun", *words, f"+hydra.job.env_set.{SWEPT}='{swept}'"]
     try:
@@ -166,6 +177,22 @@ def _sweep(command: Command, overrides: list[str]) -> None:
     if _Sweep.failed:
         _complain(f"{_Sweep.failed} of {_Sweep.cells} cells failed; the same command runs them again, and no other.")
         raise SystemExit(2)
+
+
+def _record_folder(output: str | None) -> str:
+    """Where Hydra keeps what was asked of a sweep: below a local output, else below this folder; quoted for Hydra.
+
+    Raises:
+        StorageError: where nothing may be written there.
+    """
+    from datetime import datetime
+
+    from infscan.storage import Store
+
+    local = output is not None and "://" not in output
+    folder = Store(str(output) if local else ".") / ".multirun" / f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    folder.check_writable()
+    return as_typed(folder.uri)
 
 
 def _cell(cfg: Any) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from infscan.config import Measure, QueriesConfig, fingerprint
 from infscan.corpus.cut import CutText, Encoder, common_start, encode_cut
-from infscan.errors import QueryError, RunError
-from infscan.storage import Store, open_input
+from infscan.corpus.json_lines import lines_of, parse_object
+from infscan.errors import BadDocumentError, QueryError, RunError
+from infscan.storage import Store
 
 # Where a run keeps what it measured.
 MEASURED = "queries/queries.jsonl"
@@ -98,9 +99,7 @@ def _lines(config: QueriesConfig) -> Iterator[tuple[int, bytes]]:
         row = {"id": ONE, "prompt": config.prompt, "completion": config.completion, "contrast": config.contrast}
         yield 1, json.dumps(row).encode()
         return
-    with open_input(config.path) as stream:
-        lines = stream.read().split(b"\n")
-    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    yield from lines_of(config.path)
 
 
 def queries_fingerprint(queries: Sequence[Query]) -> str:
@@ -179,12 +178,9 @@ def read_measured(store: Store) -> list[Query]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise QueryError(f"{where}: not JSON ({error}); write one object per line.") from None
-    if not isinstance(row, dict):
-        raise QueryError(f"{where}: a {type(row).__name__}, not an object with id, prompt and completion.")
-    return row
+        return parse_object(line, where)
+    except BadDocumentError as error:
+        raise QueryError(str(error)) from None
 
 
 def _checked_id(row: dict[str, Any], where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.config import Measure, QueriesConfig
 from infscan.corpus.cut import encode_cut
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
-from infscan.errors import QueryError, RunError
+from infscan.errors import BadFileError, QueryError, RunError
 from infscan.queries import (
     MEASURED,
     Part,
@@ -127,8 +129,10 @@ GOOD = {"id": "a", "prompt": "p", "completion": "c"}
 TOKENS = {"id": "a", "input_ids": [1, 2, 3], "prompt_len": 1}
 SAME = "its contrast has the tokens of its completion, as far as they are measured"
 REFUSED: list[tuple[dict[str, Any] | str, str]] = [
-    ("{", "line 2: not JSON"),
-    ("[1]", "line 2: a list, not an object"),
+    ("{", "line 2 is not JSON"),
+    ("[1]", "line 2 is a list, not an object"),
+    ('{"id": "a", "prompt": "\\ud83d", "completion": "c"}', "line 2: half a surrogate pair"),
+    ("[" * 100_000, "line 2: nested too deeply"),
     ({"prompt": "p"}, "line 2: id None must be a string of 1 to 64"),
     (GOOD | {"id": "x#0"}, "line 2: id 'x#0' must be a string"),
     (GOOD | {"id": "x" * 65}, "must be a string of 1 to 64"),
@@ -171,6 +175,19 @@ def test_what_cannot_be_measured_is_refused_by_line_and_id(
         read(tmp_path, {"id": "taken", "prompt": "p", "completion": "c"}, row)
     assert sentence in str(caught.value)
     assert str(tmp_path / "queries.jsonl") in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_query_file_may_be_compressed_and_begin_with_a_mark(tmp_path: Path, suffix: str) -> None:
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path = tmp_path / f"q.jsonl{suffix}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"))
+    found = read_queries(QueriesConfig(str(path)), Letters(), vocab_size=VOCAB, context=CONTEXT, bos_id=None)
+    assert [query.id for query in found] == ["a"]
+    if suffix:
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(BadFileError, match="truncated or corrupt"):
+            read_queries(QueriesConfig(str(path)), Letters(), vocab_size=VOCAB, context=CONTEXT, bos_id=None)
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -181,11 +181,11 @@ def _text(value: str, *, sweep: bool, verbatim: bool) -> str:
     if sweep and ("," in value or _SWEEP.fullmatch(stripped)):
         if "'" in value or '"' in value or _SWEEP.fullmatch(stripped):
             return value
-        return ",".join(_quoted(part.strip()) for part in value.split(","))
-    return _quoted(value)
+        return ",".join(as_typed(part.strip()) for part in value.split(","))
+    return as_typed(value)
 
 
-def _quoted(text: str) -> str:
+def as_typed(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text=text, quote=Quote.single).with_quotes()

@@ -245,7 +245,7 @@ def register(command: Command) -> str:
     return f"infscan_{command.name}"
 
 
-# Hydra writes no log and no copy of the settings: a run keeps its own. Of a sweep it keeps a record in multirun/.
+# Hydra writes no log and no copy of the settings: a run keeps its own. Of a sweep it keeps a record (`cli._sweep`).
 _HYDRA: dict[str, Any] = {
     "output_subdir": None,
     "run": {"dir": "."},

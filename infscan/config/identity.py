@@ -99,8 +99,9 @@ def lasting(settings: Any) -> list[tuple[str, Any]]:
 
 def at_top(key: str) -> str:
     """A stage's key as it would be called at the top: stages.1.corpus.path is corpus.path, stages.1.model is
-    model.path."""
-    return _STAGE.sub(lambda found: {"model": "model.path", "revision": "model.revision"}.get(found[1], ""), key)
+    model.path, stages.1.revision is model.revision."""
+    names = {"model": "model.path", "revision": "model.revision", None: ""}
+    return _STAGE.sub(lambda found: names[found[1]], key)
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

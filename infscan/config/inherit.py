@@ -34,12 +34,10 @@ def inherit(values: Values) -> None:
 def _fill_stage(stage: Values, values: Values, *, first: bool) -> None:
     place = () if first else _PLACE
     if first:
-        # A revision is of the model beside it: a stage with a model of its own inherits none.
-        own_model = stage["model"] != MISSING
-        _fill(stage, {"revision": None if own_model else values["model"]["revision"]})
+        if stage["model"] == MISSING and stage["revision"] is None:
+            stage["revision"] = values["model"]["revision"]
         _fill(stage, {"model": values["model"]["path"]})
         _fill_corpus(stage["factors"]["corpus"], values["factors"]["corpus"])
-    _fill(stage, {"revision": None})
     _fill_corpus(stage["corpus"], values["corpus"], without=place)
     _fill(stage["factors"], values["factors"], without=("corpus", *place))
     _fill(stage["factors"], {"path": None})

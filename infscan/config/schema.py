@@ -153,7 +153,7 @@ class ModelConfig:
     """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where
     corpus and queries bring token ids."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id, such as `step1000` of a Pythia model; not given, the hub's main one."""
+    """Branch, tag or commit of a hub id, such as `step1000`; null is its main one."""
     dtype: Dtype = Dtype.auto
     """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU, but bfloat16 for
     float16, whose range gradients leave."""
@@ -353,8 +353,8 @@ class StageConfig:
 
     model: str = MISSING
     """The model that the stage ended with: a folder, URI or hub id."""
-    revision: str | None = field(default=MISSING, metadata={"default": None})
-    """The revision of a stage's hub id; the first stage's is the run's own, where its model is."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main one."""
     corpus: CorpusConfig = field(default_factory=lambda: not_given(CorpusConfig))
     """What the stage was trained on."""
     factors: FactorsConfig = field(default_factory=lambda: not_given(FactorsConfig))

@@ -1,7 +1,7 @@
 """The documents of token arrays, to be prepared: Megatron's by its index, npy's by EOS, MDS's a sample each.
 
-A document's trailing EOS is taken off: packing adds its own. A stretch is bytes of the file: the documents whose first
-token lies in it; MDS shards are read whole.
+A document keeps its trailing EOS, which packing does not double. A stretch is bytes of the file: the documents whose
+first token lies in it; MDS shards are read whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from infscan.config import CorpusConfig
 from infscan.corpus import mds, megatron, npy
-from infscan.corpus.files import file_name
+from infscan.corpus.files import name_below
 from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import MAX_LINE_BYTES, Document
 from infscan.corpus.tally import Tally
@@ -37,18 +37,14 @@ def read_array_documents(
         yield from _samples(file, config, tally)
         return
     found = _indexed(file, stretch) if kind == "megatron" else _separated(file, config, stretch)
-    name = file_name(file.uri)
+    name = name_below(file.uri, config.path)
     for label, offset, tokens in found:
         tally.records += 1
         if len(tokens) > MAX_LINE_BYTES:
             where = f"{file.uri}: the document at byte {offset}"
             tally.leave_out(BadDocumentError(f"{where} has more than {MAX_LINE_BYTES} tokens; split it.", "too long"))
             continue
-        yield Document(f"{name}{label}", name, None, _without_eos(tokens, config), file.uri, offset)
-
-
-def _without_eos(tokens: np.ndarray, config: CorpusConfig) -> np.ndarray:
-    return tokens[:-1] if len(tokens) and tokens[-1] == config.eos_id else tokens
+        yield Document(f"{name}{label}", name, None, tokens, file.uri, offset)
 
 
 def _indexed(file: InputFile, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -131,7 +127,7 @@ def _separated(file: InputFile, config: CorpusConfig, stretch: Stretch) -> Itera
 
 
 def _samples(file: InputFile, config: CorpusConfig, tally: Tally) -> Iterator[Document]:
-    name = file_name(file.uri)
+    name = name_below(file.uri, config.path)
     index, shard = mds.read_shard(file)
     column = config.tokens_field or config.text_field
     encoding = shard.encoding(column)
@@ -141,23 +137,22 @@ def _samples(file: InputFile, config: CorpusConfig, tally: Tally) -> Iterator[Do
             "or corpus.text_field."
         )
     reader = mds.ShardReader(shard)
+    columns_of = {key: mds.label_column(shard, config, key) for key in ("id_field", "source_field")}
     for start in range(0, shard.samples, _BLOCK_DOCUMENTS):
         samples = reader.samples(start, min(start + _BLOCK_DOCUMENTS, shard.samples))
         for number, (offset, columns) in enumerate(samples, start):
             where = f"{file.uri}, sample {number}"
 
-            def label(field: str, missing: str, where: str = where, columns: dict[str, bytes] = columns) -> str:
-                if field not in columns:
-                    return missing
-                return mds.text_of(where, shard.encoding(field), columns[field])
+            def label(key: str, missing: str, where: str = where, columns: dict[str, bytes] = columns) -> str:
+                own = columns_of[key]
+                return missing if own is None else mds.text_of(where, shard.encoding(own), columns[own])
 
             tokens = text = None
             if config.tokens_field:
-                tokens = _without_eos(mds.token_ids(where, encoding, columns[column], config.dtype), config)
+                tokens = mds.token_ids(where, encoding, columns[column], config.dtype)
             else:
                 text = mds.text_of(where, encoding, columns[column])
             tally.records += 1
             yield Document(
-                label(config.id_field, f"{name}#{number}"), label(config.source_field, name), text, tokens, file.uri,
-                offset,
-            )  # fmt: skip
+                label("id_field", f"{name}#{number}"), label("source_field", name), text, tokens, file.uri, offset
+            )

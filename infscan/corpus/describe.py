@@ -11,7 +11,8 @@ import numpy as np
 
 from infscan.config import CorpusConfig, Packing, fingerprint
 from infscan.corpus import mds, megatron, npy
-from infscan.corpus.files import file_name
+from infscan.corpus.beside import data_files, refuse_pointer
+from infscan.corpus.files import file_name, name_below
 from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, sampled_digest
 from infscan.corpus.packing import PackSettings
 from infscan.errors import CorpusError, StorageError
@@ -53,6 +54,7 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
     kind = config.format if config.format != "auto" else _guess(files)
     if kind is None:
         return None
+    files, _ = data_files(files, config.path)
     suffixes = {"megatron": (".bin", ".idx"), "npy": (".npy",), "mds": (mds.INDEX, ".mds", ".mds.zstd")}[kind]
     if config.format == "auto":
         for file in files:
@@ -97,8 +99,10 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
     Raises:
         CorpusError: for files that are cut off, do not belong together, or hold token ids the model does not have.
     """
+    for file in files:
+        refuse_pointer(file)
     found, truncated, documents = _FILES[kind](files, config, pack)
-    found = [file for file in found if file.sequences]
+    found = [replace(file, label=name_below(file.data.uri, config.path)) for file in found if file.sequences]
     if not found:
         raise CorpusError(f"{config.path}: its {len(files)} files hold no token.")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -231,9 +235,8 @@ def _mds(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -
             continue
         length = mds.sample_tokens(shards[0], column, config.dtype)
         windows = max(1, -(-length // pack.sequence_length))
-        facts: dict[str, Any] = {
-            key: getattr(config, key) for key in ("tokens_field", "id_field", "source_field", "dtype")
-        }
+        facts: dict[str, Any] = {"tokens_field": column, "dtype": config.dtype}
+        facts |= {key: mds.label_column(shards[0], config, key) for key in ("id_field", "source_field")}
         facts["windows"] = windows
         facts["uneven"] = not shards[0].sizes[shards[0].names.index(column)]
         # Told from the first sample; every other one is held against it when it is read.
@@ -260,6 +263,9 @@ def difference(before: Description, now: Description) -> str | None:
             return f"{file.data.uri} changed: {old.size} bytes then, {file.data.size} now, or written anew"
     if before.fingerprint == now.fingerprint:
         return None
+    for old_file, file in zip(before.files, now.files, strict=False):
+        if old_file.name != file.name:
+            return f"earlier versions named its documents {old_file.name}, without their folder, not {file.name}"
     old_settings, settings = (replace(each, files=(), fingerprint="").to_json() for each in (before, now))
     changed = [
         f"{key}: {old_settings[key]!r} -> {settings[key]!r}" for key in settings if old_settings[key] != settings[key]

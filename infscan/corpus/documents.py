@@ -7,6 +7,7 @@ from functools import partial
 
 from infscan.config import CorpusConfig
 from infscan.corpus.array_documents import INDICES, read_array_documents
+from infscan.corpus.beside import data_files, refuse_mixture, refuse_pointer
 from infscan.corpus.decompress import COMPRESSIONS
 from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import array_files, list_files
@@ -57,6 +58,7 @@ def read_documents(
     """
     tally = Tally() if tally is None else tally
     check_same_file(file)
+    refuse_pointer(file)
     kind = file_format(file.uri, config.format)
     try:
         if kind in ARRAYS:
@@ -92,15 +94,25 @@ def document_files(config: CorpusConfig) -> list[InputFile]:
         StorageError: where nothing is there.
         CorpusError: where a file's format is unknown.
     """
+    return data_and_beside(config)[0]
+
+
+def data_and_beside(config: CorpusConfig) -> tuple[list[InputFile], list[InputFile]]:
+    """As `document_files`, and the files beside them that are left aside.
+
+    Raises:
+        StorageError: where nothing is there.
+        CorpusError: where a file's format is unknown, or a folder is of no one kind.
+    """
     files = list_files(config)
     arrays = array_files(config, files)
     if arrays is not None:
-        return [file for file in stored_once(arrays[1]) if not file.uri.endswith(INDICES)]
+        return [file for file in stored_once(arrays[1]) if not file.uri.endswith(INDICES)], []
     if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
         files = [file for file in files if not _is_beside_arrow(file_name(file.uri))]
-    for file in files:
-        file_format(file.uri, config.format)
-    return files
+    files, aside = data_files(files, config.path)
+    refuse_mixture(files, config.path, partial(file_format, setting=config.format))
+    return files, aside
 
 
 def _is_beside_arrow(name: str) -> bool:
@@ -127,6 +139,7 @@ def file_format(uri: str, setting: str = "auto") -> str:
         if name.endswith(suffix):
             return kind
     raise CorpusError(
-        f"{uri}: the suffix says nothing about the format; rename it ({', '.join(_SUFFIXES)}, JSONL and text also with "
-        f"{' or '.join(COMPRESSIONS)}), or set corpus.format to one of {', '.join(_FORMATS)}."
+        f"{uri}: the suffix says nothing about the format; name the other files by a glob in corpus.path, rename it "
+        f"({', '.join(_SUFFIXES)}, JSONL and text also with {' or '.join(COMPRESSIONS)}), or set corpus.format to one "
+        f"of {', '.join(_FORMATS)}."
     )

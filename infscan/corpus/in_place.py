@@ -44,10 +44,12 @@ class TokenFile:
     tokens: int
     facts: dict[str, Any]
     digests: tuple[str, ...] = ()
+    # What ids and sources are made of: its path below corpus.path. Earlier versions took the file's name.
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return file_name(self.data.uri)
+        return self.label or file_name(self.data.uri)
 
     @property
     def sources(self) -> tuple[InputFile, ...]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from infscan.config import CorpusConfig, TextRecords
 from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
-from infscan.corpus.files import file_name
+from infscan.corpus.files import folder_below, name_below
+from infscan.corpus.json_lines import BOM, parse_object
 from infscan.corpus.pieces import Stretch
-from infscan.corpus.rows import Document, document_of, kind_of
+from infscan.corpus.rows import Document, document_of
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _READ_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def read_jsonl(
     uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int, stretch: Stretch
 ) -> Iterator[Document]:
     mend = ": is the file JSONL, one object per line? Split longer documents."
-    for line in _lines(uri, stream, tally, max_line_bytes, stretch, mend):
+    for line in _lines(uri, name_below(uri, config.path), stream, tally, max_line_bytes, stretch, mend):
         try:
             document = _from_json(uri, line, config)
         except BadDocumentError as error:
@@ -48,11 +45,12 @@ def read_text(
     uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int, stretch: Stretch
 ) -> Iterator[Document]:
     """The whole file as one document, or every line that is not blank (corpus.text_records)."""
-    by_line = config.text_records is TextRecords.line
+    by_line, name = config.text_records is TextRecords.line, name_below(uri, config.path)
+    source = name if by_line else folder_below(uri, config.path)
     found = (
-        _lines(uri, stream, tally, max_bytes, stretch, "; split it.")
+        _lines(uri, name, stream, tally, max_bytes, stretch, "; split it.")
         if by_line
-        else _whole(uri, stream, tally, max_bytes)
+        else _whole(uri, name, stream, tally, max_bytes)
     )
     for record in found:
         try:
@@ -61,11 +59,11 @@ def read_text(
             reason = f"{record.where}: byte {error.start} is not UTF-8; convert the file."
             tally.leave_out(BadDocumentError(reason, "not UTF-8"))
             continue
-        yield Document(record.name, file_name(uri), text, None, uri, record.offset)
+        yield Document(record.name, source, text, None, uri, record.offset)
 
 
 def _lines(
-    uri: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
+    uri: str, file: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
 ) -> Iterator[_Line]:
     """The lines whose first byte lies in the stretch; in a file that was cut they are named by that byte."""
     number = 0
@@ -79,8 +77,8 @@ def _lines(
                 return
             number += 1
             tally.records += 1
-            if offset == 0 and line.startswith(_BOM):
-                line, offset = line[len(_BOM) :], len(_BOM)
+            if offset == 0 and line.startswith(BOM):
+                line, offset = line[len(BOM) :], len(BOM)
             begin, offset = offset, offset + len(line)
             if len(line) > max_line_bytes:
                 tally.leave_out(BadDocumentError(f"{where} is longer than {max_line_bytes} bytes{mend}", "too long"))
@@ -89,7 +87,7 @@ def _lines(
             if not line.strip():
                 tally.blank += 1
                 continue
-            name = f"{file_name(uri)}#{number}" if stretch.whole else f"{file_name(uri)}@{begin}"
+            name = f"{file}#{number}" if stretch.whole else f"{file}@{begin}"
             yield _Line(where, name, begin, line)
     except DAMAGES as error:
         raise damaged(where, error) from error
@@ -121,7 +119,7 @@ def _rest_of_line(lines: BinaryIO, line: bytes) -> int:
     return count
 
 
-def _whole(uri: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator[_Line]:
+def _whole(uri: str, name: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator[_Line]:
     lines = decompressed(uri, stream)
     try:
         data = lines.read(max_bytes + 1)
@@ -135,35 +133,10 @@ def _whole(uri: str, stream: BinaryIO, tally: Tally, max_bytes: int) -> Iterator
             return
     except DAMAGES as error:
         raise damaged(uri, error) from error
-    begin = len(_BOM) if data.startswith(_BOM) else 0
-    yield _Line(uri, file_name(uri), begin, data[begin:])
+    begin = len(BOM) if data.startswith(BOM) else 0
+    yield _Line(uri, name, begin, data[begin:])
 
 
 def _from_json(uri: str, line: _Line, config: CorpusConfig) -> Document:
-    where = line.where
-    try:
-        row = json.loads(line.data.decode("utf-8"))
-        if _SURROGATE.search(line.data):
-            # JSON can spell half a surrogate pair, which no tokenizer and no Parquet file can hold.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadDocumentError(
-            f"{where}: byte {error.start} of the line is not UTF-8; convert the file, or give a compressed one its "
-            "suffix (.gz, .zst).",
-            "not UTF-8",
-        ) from None
-    except UnicodeEncodeError:
-        raise BadDocumentError(
-            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.", "half a surrogate pair"
-        ) from None
-    except RecursionError:
-        raise BadDocumentError(
-            f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
-        ) from None
-    except ValueError as error:
-        raise BadDocumentError(f"{where} is not JSON ({error}); mend or remove the line.", "not JSON") from None
-    if not isinstance(row, dict):
-        raise BadDocumentError(
-            f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"
-        )
-    return document_of(uri, where, line.name, line.offset, row, config)
+    row = parse_object(line.data, line.where)
+    return document_of(uri, line.where, line.name, line.offset, row, config)

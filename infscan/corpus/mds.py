@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from infscan.config import CorpusConfig
 from infscan.corpus.files import file_name
 from infscan.corpus.in_place import InPlace, document_spans
 from infscan.corpus.sequences import Span, TokenBlock
@@ -25,6 +26,7 @@ from infscan.storage import InputFile, look_up, read_range
 INDEX = "index.json"
 MAX_SHARD_BYTES = 2 << 30
 _UNSAFE = ("pkl",)
+_TEXTS = ("str", "str_int")
 _SCALARS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 _WHOLE = {**{name: np.dtype(name) for name in _SCALARS}, "int": np.dtype("<i8")}
 _CODES = {8: "|u1", 9: "|i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
@@ -270,7 +272,7 @@ def text_of(where: str, encoding: str | None, value: bytes) -> str:
     Raises:
         CorpusError: for a column of another kind, or bytes that are not UTF-8.
     """
-    if encoding in ("str", "str_int"):
+    if encoding in _TEXTS:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
@@ -279,6 +281,25 @@ def text_of(where: str, encoding: str | None, value: bytes) -> str:
     if kind is not None and len(value) == kind.itemsize:
         return str(int(np.frombuffer(value, kind.newbyteorder("<"))[0]))
     raise CorpusError(f"{where}: a column of {encoding} is no text; name another.")
+
+
+def label_column(shard: Shard, config: CorpusConfig, key: str) -> str | None:
+    """The column of an id or source; None where nobody named it and it is not there, or can be no label.
+
+    Raises:
+        CorpusError: for a column that was named and is not there, or can be none.
+    """
+    column = str(getattr(config, key))
+    encoding = shard.encoding(column)
+    if encoding in _TEXTS or encoding in _WHOLE:
+        return column
+    if column == getattr(CorpusConfig, key):
+        return None
+    what = "is not there" if encoding is None else f"holds {encoding}, no texts or whole numbers"
+    raise CorpusError(
+        f"{shard.file.uri}: corpus.{key}={column} {what}; its columns are {', '.join(shard.names)}: name one, or leave "
+        "the key out."
+    )
 
 
 class MdsSamples(InPlace):

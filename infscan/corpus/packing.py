@@ -24,13 +24,15 @@ class Counts:
     records_blank + documents_bad + documents_duplicate + documents_read == records_read. A record is a line (JSONL) or
     a row (Parquet). `documents_duplicate` were dropped (corpus.deduplicate). `tokens_added` are separators (BOS, EOS);
     `documents_empty` had no token and are in no sequence. `documents_spanning` have a token that begins in the prompt
-    and ends after it. Of a bad file nothing is kept, and nothing else is counted.
+    and ends after it. `labels_aside` are ids and sources that rows bring, nobody asked for, and that can be none. Of a
+    bad file nothing is kept, and nothing else is counted. `files_aside` lie beside the data (licences, checksums).
     `tokens_masked` are those of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone
     scores 0.
     """
 
     files_read: int = 0
     files_bad: int = 0
+    files_aside: int = 0
     records_read: int = 0
     records_blank: int = 0
     documents_bad: int = 0
@@ -39,6 +41,7 @@ class Counts:
     documents_empty: int = 0
     documents_truncated: int = 0
     documents_spanning: int = 0
+    labels_aside: int = 0
     tokens_read: int = 0
     tokens_truncated: int = 0
     tokens_added: int = 0
@@ -123,7 +126,7 @@ class Packer:
     """Packs one file's documents; the sequences are numbered from 0. Afterwards `counts` says what happened.
 
     `document`: [BOS?] doc, one sequence each, cut at T. `concat`: [BOS?] doc EOS [BOS?] doc EOS ... cut every T tokens,
-    the shorter tail of the file kept.
+    the shorter tail of the file kept. A BOS or EOS that a document brings itself is not doubled.
     """
 
     def __init__(self, settings: PackSettings, tally: Tally | None = None) -> None:
@@ -146,19 +149,19 @@ class Packer:
         pieces = _Pieces()
         for document in documents:
             try:
-                tokens = self._checked(document)
+                tokens, loss = self._own(document)
             except BadDocumentError as error:
                 self.tally.leave_out(error)
                 continue
             self.counts.documents_read += 1
             self.counts.tokens_read += len(tokens)
             self.counts.documents_spanning += document.spans
+            self.counts.labels_aside += document.aside
             self._lengths[len(tokens).bit_length()] += 1
             if not len(tokens):
                 self.counts.documents_empty += 1
                 continue
             stream = np.concatenate([self._before, tokens, self._after])
-            loss = self._loss(document, len(tokens)) if self.settings.masked else None
             own = len(self._before), len(self._before) + len(tokens)
             self.counts.tokens_added += len(self._before) + len(self._after)
             if not concat:
@@ -185,6 +188,19 @@ class Packer:
         """Of the documents that were read."""
         return Lengths.of(self._lengths)
 
+    def _own(self, document: Document) -> tuple[np.ndarray, np.ndarray | None]:
+        """A document's tokens without separators that it brings itself, which are put back once; and which tokens of
+        its stream have a loss (bool; None where nothing is masked)."""
+        tokens = self._checked(document)
+        loss = np.ones(len(tokens), np.bool_) if document.loss is None else document.loss
+        ends = len(self._after) and len(tokens) and tokens[-1] == self._after[0]
+        after = loss[-1:] if ends else np.ones(len(self._after), np.bool_)
+        tokens, loss = (tokens[:-1], loss[:-1]) if ends else (tokens, loss)
+        if len(self._before) and len(tokens) and tokens[0] == self._before[0]:
+            tokens, loss = tokens[1:], loss[1:]
+        before = np.zeros(len(self._before), np.bool_)
+        return tokens, np.concatenate([before, loss, after]) if self.settings.masked else None
+
     def _checked(self, document: Document) -> np.ndarray:
         tokens = document.token_ids
         assert tokens is not None, f"document {document.id} reached the packer without token ids"
@@ -196,11 +212,6 @@ class Packer:
                     "token outside the vocabulary",
                 )
         return tokens.astype(np.int64, copy=False)
-
-    def _loss(self, document: Document, tokens: int) -> np.ndarray:
-        """bool: which tokens of the document's stream have a loss."""
-        own = np.ones(tokens, np.bool_) if document.loss is None else document.loss
-        return np.concatenate([np.zeros(len(self._before), np.bool_), own, np.ones(len(self._after), np.bool_)])
 
     def _sequence(self, pieces: _Pieces) -> Sequence:
         loss = np.concatenate(pieces.losses) if self.settings.masked else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Row
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import CorpusConfig, TextRecords, fingerprint
-from infscan.corpus.documents import read_documents
+from infscan.config import CorpusConfig, Packing, TextRecords, fingerprint
+from infscan.corpus.documents import file_format, read_documents
 from infscan.corpus.duplicates import HASH, hashes_of
+from infscan.corpus.files import file_name, folder_below, name_below
 from infscan.corpus.manifest import (
     INPUTS,
     MANIFEST,
@@ -42,6 +43,9 @@ from infscan.storage import InputFile, Store
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 NOTHING = np.empty(0, np.int64)
+# The version of what makes a corpus of files: since 2, made-up ids and sources have the path below corpus.path, a
+# prompt is tokenised with what follows, and a document's own EOS is not doubled.
+RULES = 2
 
 
 def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None) -> dict[str, Any]:
@@ -53,16 +57,13 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
     fields |= {key: value for key in ("dtype",) if (value := getattr(config, key)) is not None}
     if config.deduplicate:
         fields["deduplicate"] = True
-    settings = {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest}
+    settings = {**fields, **asdict(pack), "packing": pack.packing.value, "tokenizer": tokenizer_digest, "rules": RULES}
     del settings["masked"]
     if settings["eos_id"] is None and config.eos_id is not None:
         # Not packed with, and yet what npy's documents are told by.
         settings["eos_id"] = config.eos_id
     # Where the loss is everywhere, nothing is said of it.
     masks = {"prompt_field": config.prompt_field, "mask_field": config.mask_field} if pack.masked else {}
-    if config.prompt_field is not None:
-        # Earlier versions tokenised a prompt apart.
-        masks["prompts"] = "tokenised with what follows"
     return settings | masks
 
 
@@ -217,9 +218,15 @@ def finished_parts(store: Store, pieces: Row[Piece]) -> list[PartSummary]:
 
 
 def write_manifest(
-    store: Store, config: CorpusConfig, pack: PackSettings, tokenizer_digest: str | None, parts: Iterable[PartSummary]
+    store: Store,
+    config: CorpusConfig,
+    pack: PackSettings,
+    tokenizer_digest: str | None,
+    parts: Iterable[PartSummary],
+    *,
+    files_aside: int = 0,
 ) -> Manifest:
-    """Number the parts through and write manifest.json; every part must be there.
+    """Number the parts through and write manifest.json; every part must be there. files_aside: beside the data.
 
     The fingerprint is of the content (token ids, document ids, T): the same documents prepared elsewhere have the same.
 
@@ -230,7 +237,7 @@ def write_manifest(
     settings = prepare_settings(config, pack, tokenizer_digest)
     assert [part.index for part in ordered] == list(range(len(ordered))), "a part is missing or twice"
     assert {part.settings for part in ordered} <= {fingerprint(settings)}, "parts of different settings"
-    counts = sum((part.counts for part in ordered), Counts())
+    counts = sum((part.counts for part in ordered), Counts(files_aside=files_aside))
     check_allowed(config, counts, LeftOut.together(part.left_out for part in ordered))
     if not counts.sequences:
         raise CorpusError(
@@ -255,6 +262,23 @@ def write_manifest(
     store.write_json(MANIFEST, manifest.to_json())
     _remove_stale(store, len(ordered))
     return manifest
+
+
+def earlier_rules(before: Mapping[str, Any], config: CorpusConfig, files: Row[InputFile]) -> str | None:
+    """How a corpus that an earlier version prepared would come out otherwise now; None where it would not."""
+    if before.get("rules", 1) >= RULES:
+        return None
+    if config.prompt_field is not None:
+        return "prompts were tokenised apart from what follows"
+    if config.tokens_field is not None and before.get("packing") == Packing.concat.value:
+        return "an EOS that documents bring was doubled"
+    names = [(name_below(file.uri, config.path), folder_below(file.uri, config.path)) for file in files]
+    by_folder = files and file_format(files[0].uri, config.format) == "text"
+    if any(name != file_name(file.uri) for file, (name, _) in zip(files, names, strict=True)):
+        return "documents were named by their file alone, without its folder"
+    if by_folder and config.text_records is TextRecords.file and any(name != folder for name, folder in names):
+        return "each text was a source of its own, not its folder"
+    return None
 
 
 def check_allowed(config: CorpusConfig, counts: Counts, left_out: LeftOut) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
 
 from infscan.config import CorpusConfig
-from infscan.corpus.files import file_name
+from infscan.corpus.files import name_below, partitions
+from infscan.corpus.json_lines import kind_of
 from infscan.errors import BadDocumentError
 
 MAX_LINE_BYTES = 64 << 20
 # Ids and sources are repeated in every sequence of their document.
 MAX_LABEL_CHARACTERS = 4096
+# Up to here every whole number is a float of its own.
+MAX_EXACT = 2.0**53
+
+
+# What find() gives where a row has no such field: null is a value.
+_ABSENT = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +34,8 @@ class Document:
 
     `prompt`: a text that comes before, without a loss (corpus.prompt_field). `loss`: bool [n], where it has one, of
     token ids that are not all of them in the loss; None where they are. `spans`: whether a token of its begins in the
-    prompt and ends after it.
+    prompt and ends after it. `aside`: how many of its row's labels, which nobody asked for, can be none. `lacks`: by
+    key, what fields its row has in place of one that was asked for.
     `offset` is the byte of the decompressed stream where its line starts (JSONL, text), or its row from 0 (tables).
     """
 
@@ -36,10 +48,20 @@ class Document:
     prompt: str | None = None
     loss: np.ndarray | None = None
     spans: bool = False
+    aside: int = 0
+    lacks: Mapping[str, tuple[str, ...]] | None = None
 
 
-def document_of(uri: str, where: str, name: str, offset: int, row: dict[str, Any], config: CorpusConfig) -> Document:
-    """The document of one row; `name` is its id where it brings none.
+def document_of(
+    uri: str,
+    where: str,
+    name: str,
+    offset: int,
+    row: dict[str, Any],
+    config: CorpusConfig,
+    fields: tuple[str, ...] | None = None,
+) -> Document:
+    """The document of one row; `name` is its id where it brings none. fields: what the file has, where `row` has less.
 
     Raises:
         BadDocumentError: saying `where`, for a row that is no document.
@@ -48,44 +70,77 @@ def document_of(uri: str, where: str, name: str, offset: int, row: dict[str, Any
     prompt: str | None = None
     token_ids: np.ndarray | None = None
     loss: np.ndarray | None = None
-    if config.tokens_field is not None and row.get(config.tokens_field) is not None:
-        token_ids = _token_ids(where, config.tokens_field, row[config.tokens_field])
+    tokens = None if config.tokens_field is None else find(row, config.tokens_field)
+    if tokens is not None and tokens is not _ABSENT:
+        token_ids = _token_ids(where, str(config.tokens_field), tokens)
         if config.masked:
             token_ids, loss = _with_loss(where, token_ids, row, config)
     else:
         text = _text(where, row, config)
         if config.prompt_field is not None:
             prompt = _prompt(where, row, config.prompt_field)
+    own_id = _label(where, row, config, "id_field")
+    # Of Hive's columns, which are folders, the one that may be a source is kept.
+    folders = partitions(uri)
+    own_source = _label(where, {**folders, **row} if folders else row, config, "source_field")
+    lacks = [key for key, label in (("id_field", own_id), ("source_field", own_source)) if label is _Lacking.asked]
     return Document(
-        id=_label(where, row, config.id_field, name),
-        source=_label(where, row, config.source_field, file_name(uri)),
+        id=own_id if isinstance(own_id, str) else name,
+        source=own_source if isinstance(own_source, str) else name_below(uri, config.path),
         text=text,
         token_ids=token_ids,
         path=uri,
         offset=offset,
         prompt=prompt,
         loss=loss,
+        aside=sum(label is _Lacking.unusable for label in (own_id, own_source)),
+        lacks=dict.fromkeys(lacks, fields or tuple(fields_of(row))) if lacks else None,
     )
+
+
+def find(row: Mapping[str, Any], field: str) -> Any:
+    """A field of a row, or of an object in it by a dotted path (`meta.lang`); `_ABSENT` where there is none."""
+    if field in row:
+        return row[field]
+    at: Any = row
+    for part in field.split("."):
+        if not isinstance(at, Mapping) or part not in at:
+            return _ABSENT
+        at = at[part]
+    return at
+
+
+def fields_of(row: Mapping[str, Any]) -> list[str]:
+    """The names of a row's fields, those of objects in it dotted."""
+    found: list[str] = []
+    for name, value in row.items():
+        inner = value if isinstance(value, Mapping) else {}
+        found += [f"{name}.{one}" for one in inner] or [str(name)]
+    return found
 
 
 def _prompt(where: str, row: dict[str, Any], field: str) -> str:
-    if isinstance(prompt := row.get(field), str):
+    prompt = _decoded(where, field, find(row, field))
+    if isinstance(prompt, str):
         return prompt
-    if field in row:
-        raise BadDocumentError(
-            f"{where}: {field!r} is {kind_of(row[field])}, not a text; give the prompt's text, empty for no prompt.",
-            "no prompt",
-        )
-    raise _no_field(where, row, field, "prompt_field")
+    if prompt is _ABSENT:
+        raise _no_field(where, row, field, "prompt_field")
+    raise BadDocumentError(
+        f"{where}: {field!r} is {kind_of(prompt)}, not a text; give the prompt's text, empty for no prompt.",
+        "no prompt",
+    )
 
 
 def _no_field(where: str, row: dict[str, Any], field: str, key: str) -> BadDocumentError:
-    fields = ", ".join(map(repr, list(row)[:10])) or "none"
     return BadDocumentError(
-        f"{where} has no field {field!r}; it has {fields}. Every row says where its loss is; name the field in "
+        f"{where} has no field {field!r}; it has {_listed(row)}. Every row says where its loss is; name the field in "
         f"corpus.{key}, or give null for a corpus whose loss is everywhere.",
         "no prompt",
     )
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name)[:80] for name in fields_of(row)[:10]) or "none"
 
 
 def _with_loss(
@@ -93,9 +148,8 @@ def _with_loss(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with the prompt's before them where those come apart, and bool [n]: which of them have a loss."""
     if config.mask_field is not None:
-        if config.mask_field not in row:
+        if (value := find(row, config.mask_field)) is _ABSENT:
             raise _no_field(where, row, config.mask_field, "mask_field")
-        value = row[config.mask_field]
         mask = value if isinstance(value, list) else value.to_pylist() if isinstance(value, pa.Array) else None
         if mask is None or len(mask) != len(token_ids) or not all(one in (0, 1) for one in mask):
             found = kind_of(value) if mask is None else f"{len(mask)} values for {len(token_ids)} token ids"
@@ -105,9 +159,8 @@ def _with_loss(
             )
         return token_ids, np.array(mask, np.bool_)
     assert config.prompt_field is not None
-    if config.prompt_field not in row:
+    if (value := find(row, config.prompt_field)) is _ABSENT:
         raise _no_field(where, row, config.prompt_field, "prompt_field")
-    value = row[config.prompt_field]
     if type(value) is int:
         if not 0 <= value <= len(token_ids):
             raise BadDocumentError(
@@ -129,42 +182,83 @@ def _with_loss(
 
 
 def _text(where: str, row: dict[str, Any], config: CorpusConfig) -> str:
-    text = row.get(config.text_field)
+    text = _decoded(where, config.text_field, find(row, config.text_field))
     if isinstance(text, str):
         if len(text) > MAX_LINE_BYTES:
             raise BadDocumentError(
                 f"{where}: a text of {len(text)} characters; split documents of more than {MAX_LINE_BYTES}.", "too long"
             )
         return text
-    if config.text_field in row:
+    if text is not _ABSENT:
         raise BadDocumentError(
             f"{where}: {config.text_field!r} is {kind_of(text)}, not a text; correct or remove the row, or "
             "leave out up to N such documents with corpus.allow_bad_documents=N.",
             "not a text",
         )
-    fields = ", ".join(repr(name)[:80] for name in list(row)[:10]) or "none"
     neither = f" nor {config.tokens_field!r}" if config.tokens_field else ""
     raise BadDocumentError(
-        f"{where} has no field {config.text_field!r}{neither}; it has {fields}. Name the text's field in "
+        f"{where} has no field {config.text_field!r}{neither}; it has {_listed(row)}. Name the text's field in "
         "corpus.text_field, or the token ids' in corpus.tokens_field.",
         "no text",
     )
 
 
-def _label(where: str, row: dict[str, Any], field: str, missing: str) -> str:
-    value = row.get(field)
-    if value is None:
-        return missing
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        label = str(value)
-        if len(label) <= MAX_LABEL_CHARACTERS:
-            return label
+def _decoded(where: str, field: str, value: Any) -> Any:
+    """Bytes as the text that they are: ClickHouse and Impala write texts without saying that they are UTF-8."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
         raise BadDocumentError(
-            f"{where}: {field!r} has {len(label)} characters; give at most {MAX_LABEL_CHARACTERS}.", "not a label"
-        )
+            f"{where}: {field!r} is bytes, not UTF-8 at byte {error.start}; name another field, or write it as text.",
+            "not UTF-8",
+        ) from None
+
+
+class _Lacking(Enum):
+    """Why a row has no label of its own."""
+
+    none = "it has none"
+    asked = "it has none, and one was asked for by name"
+    unusable = "it has something that is no label, and nobody asked for it by name"
+
+
+def _label(where: str, row: Mapping[str, Any], config: CorpusConfig, key: str) -> str | _Lacking:
+    """A row's own id or source.
+
+    Raises:
+        BadDocumentError: where the key was given, and the field holds something else.
+    """
+    field = getattr(config, key)
+    asked = field != getattr(CorpusConfig, key)
+    value = find(row, field)
+    if value is _ABSENT:
+        return _Lacking.asked if asked else _Lacking.none
+    if value is None or (isinstance(value, float) and value != value):
+        return _Lacking.none
+    label = _as_label(value)
+    if label is not None and len(label) <= MAX_LABEL_CHARACTERS:
+        return label
+    if not asked:
+        return _Lacking.unusable
+    what = kind_of(value) if label is None else f"{len(label)} characters long, above {MAX_LABEL_CHARACTERS}"
     raise BadDocumentError(
-        f"{where}: {field!r} is {kind_of(value)}; give a text or a whole number, or leave it out.", "not a label"
+        f"{where}: {field!r} is {what}; name a field of texts or whole numbers in corpus.{key}.", "not a label"
     )
+
+
+def _as_label(value: Any) -> str | None:
+    """A text or whole number as a text: pandas makes floats of whole numbers beside an empty one."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, str | UUID) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value)
+    exact = isinstance(value, Decimal) or (isinstance(value, float) and abs(value) <= MAX_EXACT)
+    return str(int(value)) if exact and value == value // 1 else None
 
 
 def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
@@ -192,15 +286,3 @@ def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
         raise BadDocumentError(
             f"{where}: {field!r} holds a number beyond 64 bits; is it a list of token ids?", "no token ids"
         ) from None
-
-
-def kind_of(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig
-from infscan.corpus.files import file_name
+from infscan.corpus.files import name_below
 from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import Document, document_of
 from infscan.corpus.tally import Tally
@@ -20,6 +20,8 @@ _READ_BYTES = 1 << 20
 # Few rows at a time: a dictionary can make every one of them as long as the longest.
 _ROWS_PER_BATCH = 16
 _LARGE_COLUMN = 64 << 20
+# Rows, with the names of all the file's columns.
+_Batch = tuple[pa.RecordBatch, tuple[str, ...]]
 
 
 def read_parquet(
@@ -33,16 +35,16 @@ def read_arrow(uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally) -
 
 
 def _documents(
-    name: str, uri: str, batches: Iterator[pa.RecordBatch], config: CorpusConfig, tally: Tally, row: int
+    name: str, uri: str, batches: Iterator[_Batch], config: CorpusConfig, tally: Tally, row: int
 ) -> Iterator[Document]:
     """A document per row, from number `row` on; every error of reading the table, `name`, says after which row."""
     try:
-        for batch in batches:
+        for batch, fields in batches:
             for index in range(batch.num_rows):
                 row += 1
                 tally.records += 1
                 try:
-                    document = _from_row(uri, row - 1, batch, index, config)
+                    document = _from_row(uri, row - 1, batch, index, fields, config)
                 except BadDocumentError as error:
                     tally.leave_out(error)
                 else:
@@ -54,10 +56,10 @@ def _documents(
         ) from error
 
 
-def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: Stretch) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: Stretch) -> Iterator[_Batch]:
     with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
         metadata = parquet.metadata
-        columns = _columns(uri, parquet.schema_arrow.names, config)
+        columns, fields = _columns(uri, parquet.schema_arrow.names, config), _fields(parquet.schema_arrow)
         rows = _rows_per_batch(metadata, columns)
         stop = metadata.num_rows if stretch.stop is None else stretch.stop
         first = 0
@@ -70,28 +72,38 @@ def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: 
                     begin, end = max(stretch.start - at, 0), min(stop - at, batch.num_rows)
                     at += batch.num_rows
                     if end > begin:
-                        yield batch.slice(begin, end - begin)
+                        yield batch.slice(begin, end - begin), fields
                     if at >= stop:
                         break
             first = after
 
 
-def _arrow_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[_Batch]:
     """An IPC file (it begins with ARROW1) or stream, one record batch in memory at a time."""
     is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
     stream.seek(0)
     with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
-        columns = _columns(uri, reader.schema.names, config)
+        columns, fields = _columns(uri, reader.schema.names, config), _fields(reader.schema)
         for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
             batch.validate(full=True)
-            yield batch.select(columns)
+            yield batch.select(columns), fields
+
+
+def _fields(schema: pa.Schema) -> tuple[str, ...]:
+    """The names of all columns, those of objects in them dotted."""
+    found: list[str] = []
+    for column in schema:
+        inner = list(column.type) if pa.types.is_struct(column.type) else []
+        found += [f"{column.name}.{one.name}" for one in inner] or [column.name]
+    return tuple(found)
 
 
 def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
-    wanted = [config.text_field, config.id_field, config.source_field, config.tokens_field]
-    wanted += [config.prompt_field, config.mask_field]
-    columns = [name for name in dict.fromkeys(wanted) if name in names]
-    if config.text_field not in columns and config.tokens_field not in columns:
+    text = [column_of(field, names) for field in (config.text_field, config.tokens_field) if field]
+    others = (config.id_field, config.source_field, config.prompt_field, config.mask_field)
+    wanted = [*text, *(column_of(field, names) for field in others if field)]
+    columns = list(dict.fromkeys(name for name in wanted if name is not None))
+    if not any(text):
         raise CorpusError(
             f"{uri} has the columns {', '.join(map(repr, names[:10]))}, and no {config.text_field!r}; "
             "name one in corpus.text_field, or one with token ids in corpus.tokens_field."
@@ -100,6 +112,12 @@ def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
         if names.count(name) > 1:
             raise CorpusError(f"{uri} has the column {name!r} {names.count(name)} times; write it with distinct names.")
     return columns
+
+
+def column_of(field: str, names: Sequence[str]) -> str | None:
+    """The column that holds a field: of that name, or the object that a dotted path begins with."""
+    head = field.partition(".")[0]
+    return field if field in names else head if head in names else None
 
 
 def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
@@ -113,7 +131,13 @@ def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
     return _ROWS_PER_BATCH
 
 
-def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: CorpusConfig) -> Document:
+def _plain(value: pa.Scalar) -> Any:
+    return dict(value.as_py() or ()) if isinstance(value, pa.MapScalar) else value.as_py()
+
+
+def _from_row(
+    uri: str, number: int, batch: pa.RecordBatch, index: int, fields: tuple[str, ...], config: CorpusConfig
+) -> Document:
     where = f"{uri}, row {number}"
     row: dict[str, Any] = {}
     for name in batch.schema.names:
@@ -121,7 +145,7 @@ def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: 
         try:
             # Token ids stay an Arrow array: turning them into Python numbers would cost more than all the rest.
             lists = (config.tokens_field, config.prompt_field, config.mask_field)
-            row[name] = value.values if name in lists and isinstance(value, pa.ListScalar) else value.as_py()
+            row[name] = value.values if name in lists and isinstance(value, pa.ListScalar) else _plain(value)
         except UnicodeDecodeError as error:
             raise BadDocumentError(
                 f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.", "not UTF-8"
@@ -130,4 +154,4 @@ def _from_row(uri: str, number: int, batch: pa.RecordBatch, index: int, config: 
             raise BadDocumentError(
                 f"{where}: {name!r} cannot be read ({error}); mend or remove the row.", "not readable"
             ) from None
-    return document_of(uri, where, f"{file_name(uri)}#{number}", number, row, config)
+    return document_of(uri, where, f"{name_below(uri, config.path)}#{number}", number, row, config, fields)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from infscan.corpus.json_lines import lines_of, parse_object
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.errors import ConfigError, CorpusError
-from infscan.storage import open_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +45,10 @@ def given_texts(
         return {"text": GivenText(_tokens({"text": text}, "text", tokenizer, vocab_size, context, bos_id))}
     assert path is not None
     found: dict[str, GivenText] = {}
-    with open_input(path) as stream:
-        lines = stream.read().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{where}: not JSON ({error}); write one object per line: id, text.") from None
-        name = row.get("id") if isinstance(row, dict) else None
+        row = parse_object(line, where)
+        name = row.get("id")
         if not isinstance(name, str) or not _ID.fullmatch(name) or name in found:
             raise CorpusError(f"{where}: id {name!r} must be 1 to 64 letters, digits, '_' or '-', and stand once.")
         queries = row.get("queries")

@@ -48,7 +48,8 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Doc
             yield document
         elif document.prompt is None:
             # Not by dataclasses.replace, which would cost as much as packing does.
-            yield Document(document.id, document.source, None, next(rows), document.path, document.offset)
+            name, source, path, offset = document.id, document.source, document.path, document.offset
+            yield Document(name, source, None, next(rows), path, offset, aside=document.aside)
         else:
             yield _cut(document, next(cuts))
 

@@ -61,8 +61,14 @@ def _init(cluster: ClusterConfig) -> None:
     # One CPU more than the ranks need, for the tasks between passes.
     needed = cluster.num_workers * cluster.ranks_per_worker * cluster.cpus_per_rank + 1
     _ask_for_token()
-    with _loopback_alone():
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)
+    try:
+        with _loopback_alone():
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)
+    except OSError as error:
+        # Its sockets lie in its temporary folder, and a socket's path has at most 107 bytes.
+        reason = " ".join(str(error).split())
+        mend = "use a short folder: export RAY_TMPDIR=/tmp/r" if "AF_UNIX" in reason else "mend that, or set RAY_TMPDIR"
+        raise ConfigError(f"a local Ray cannot start in its temporary folder ({reason[:300]}); {mend}.") from None
 
 
 def _ask_for_token() -> None:

@@ -25,10 +25,10 @@ from infscan.model.family import (
     refuse_quantised,
     with_attention,
 )
-from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, indexed_files, model_folder
+from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, hub_commit, indexed_files, model_folder
 from infscan.model.probe import run_on_shapes
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
-from infscan.storage import Store
+from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 
 DEFAULT_LENGTH = 512
 # Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
@@ -41,6 +41,7 @@ class Architecture:
 
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
+    revision: the commit that a hub id was resolved to.
     takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
     recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
     left_out: linears of the chosen kinds that the model does not run on text. tied_head: whether the output embeddings
@@ -61,6 +62,7 @@ class Architecture:
     recurrent: str = ""
     left_out: tuple[str, ...] = ()
     tied_head: bool = False
+    revision: str | None = None
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -132,6 +134,7 @@ def describe(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         family=str(config.model_type),
         shapes=_inner_shapes(module),
+        revision=hub_commit(path, str(folder)),
         takes_positions="position_ids" in signature(module.forward).parameters,
         recurrent=recurrent_part(module),
         left_out=left_out(module, tracked, ran),
@@ -241,6 +244,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_whole(files: list[Path]) -> None:
     """Refuse a file whose header does not fit its size, before a worker tries to load it."""
     for path in files:
+        if (file := look_up(str(path))) is not None and is_lfs_pointer(file):
+            raise ModelError(f"{path} {LFS_POINTER}.")
         try:
             with safe_open(path, framework="pt"):
                 pass

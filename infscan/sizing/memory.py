@@ -101,9 +101,8 @@ class DryWorker:
         dtype = run_dtype(config, architecture, gpus)
         # Two bytes are two bytes.
         dtype = torch.bfloat16 if dtype is torch.float16 else dtype
-        model = replace(
-            config.model, path=architecture.folder, revision=None, dtype=Dtype(str(dtype).removeprefix("torch."))
-        )
+        dtype_name = Dtype(str(dtype).removeprefix("torch."))
+        model = replace(config.model, path=architecture.folder, revision=None, dtype=dtype_name)
         self.worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
         self.B, self.T = max(1, config.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker

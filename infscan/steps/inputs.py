@@ -20,7 +20,7 @@ from infscan.model.architecture import (
     describe,
     load_config,
 )
-from infscan.model.folder import hub_commit, model_folder
+from infscan.model.folder import model_folder
 from infscan.model.load import resolve_dtype
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.steps.corpus_inputs import bos_of, input_files, settings_for, wants_bos
@@ -96,7 +96,7 @@ class Inputs:
     @property
     def model_identity(self) -> Identity:
         path, known = self.config.model.path, self.architecture
-        return Identity("model", path, known.fingerprint, _CHECKED, hub_commit(path, known.folder))
+        return Identity("model", path, known.fingerprint, _CHECKED, known.revision)
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the inputs by content: what a path leads to, not the path."""

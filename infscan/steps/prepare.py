@@ -21,18 +21,21 @@ from infscan.corpus.addressable import (
     require_document_boundaries,
 )
 from infscan.corpus.describe import describe, difference, token_files
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import data_and_beside, document_files, document_pieces
 from infscan.corpus.duplicates import HASH, duplicates
+from infscan.corpus.files import file_name
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.in_place import DESCRIPTION, Description
 from infscan.corpus.joined import describe_joined
 from infscan.corpus.manifest import MANIFEST, read_inputs
+from infscan.corpus.named_fields import asked_fields, check_named_fields
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.parts import open_prepared
 from infscan.corpus.pieces import Piece
 from infscan.corpus.prepared import (
     NOTHING,
     check_allowed,
+    earlier_rules,
     finished_parts,
     prepare_settings,
     prepare_task,
@@ -126,8 +129,13 @@ def _addressable(
     if arrays is not None:
         if config.masked:
             raise no_rows(config)
+        if arrays[0] != "mds" and not prefix and (asked := asked_fields(config)):
+            key, field = next(iter(asked.items()))
+            raise CorpusError(
+                f"corpus.{key}={field}: {config.path} holds token arrays, which have no fields; leave it out."
+            )
         return _described(config, pack, store, *arrays)
-    files = document_files(config)
+    files, aside = data_and_beside(config)
     config = reading(config, architecture, tokenizer, files)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
@@ -142,9 +150,10 @@ def _addressable(
             check_allowed(config, corpus.manifest.counts, corpus.manifest.left_out)
             _warn_of(corpus, executor.telemetry)
             return corpus
-    return prepare_pieces(
-        config, pack, architecture.folder, tokenizer, document_pieces(files, config), store, executor, prefix
-    )
+    if not prefix:
+        check_named_fields([(config, files)])
+    pieces = document_pieces(files, config)
+    return prepare_pieces(config, pack, architecture.folder, tokenizer, pieces, store, executor, prefix, aside)
 
 
 def prepare_pieces(
@@ -156,8 +165,10 @@ def prepare_pieces(
     store: Store,
     executor: Executor,
     prefix: str = "",
+    aside: Sequence[InputFile] = (),
 ) -> PreparedCorpus:
-    """Prepare these pieces of a corpus's files. folder: the model's, which has the tokenizer."""
+    """Prepare these pieces of a corpus's files. folder: the model's, which has the tokenizer. aside: files beside the
+    data, which are none."""
     digest = tokenizer.digest if tokenizer else None
     dropped = [NOTHING] * len(pieces)
     if config.deduplicate:
@@ -173,7 +184,10 @@ def prepare_pieces(
             progress=lambda index, done: done,
         )
     )
-    write_manifest(store, config, pack, digest, finished_parts(store, pieces))
+    write_manifest(store, config, pack, digest, finished_parts(store, pieces), files_aside=len(aside))
+    if aside:
+        names = ", ".join(file_name(file.uri) for file in aside[:4]) + (", ..." if len(aside) > 4 else "")
+        executor.telemetry.warn(f"{config.path}: {len(aside)} files lie beside the data and are left aside ({names})")
     if config.deduplicate:
         for entry in store.list(_HASHES):
             store.remove(entry.name)
@@ -191,6 +205,7 @@ def _joined(
     prefix: str = "",
 ) -> AddressableCorpus:
     """Several corpora, each where it lies or in a folder of its label, and the description that joins them."""
+    check_named_fields([(one, _documents(one)) for one in config.several.values()])
     parts = {
         label: prepare(one, architecture, tokenizer, store / label, executor, f"{label} ")
         for label, one in config.several.items()
@@ -202,9 +217,19 @@ def _joined(
     return open_corpus(store, config.attention)
 
 
+def _documents(config: CorpusConfig) -> list[InputFile]:
+    """The files of a corpus that have rows."""
+    return [] if is_prepared(config.path) or token_files(config) is not None else document_files(config)
+
+
 def _warn_of(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
     """Say what was left out, and what is probably not as it was meant."""
     left_out, spanning = corpus.manifest.left_out, corpus.manifest.counts.documents_spanning
+    if aside := corpus.manifest.counts.labels_aside:
+        telemetry.warn(
+            f"{corpus.store.uri}: {aside} ids or sources are neither texts nor whole numbers and were left aside; name "
+            "another field in corpus.id_field or corpus.source_field (a dotted path leads into objects)"
+        )
     if spanning:
         telemetry.warn(
             f"{corpus.store.uri}: in {spanning} documents a token spans the end of the prompt, as where it ends in a "
@@ -304,6 +329,12 @@ def _check_same(
             "new output."
         )
     before = dict(corpus.manifest.settings)
+    if (earlier := earlier_rules(before, config, files)) is not None:
+        raise RunError(
+            f"{corpus.store.uri} was prepared by an earlier version, in which {earlier}; start a new output, or scan "
+            f"it as it is with corpus.path={corpus.store.uri}."
+        )
+    before["rules"] = settings["rules"]
     changed = [
         f"{key}: {before.get(key)!r} -> {value!r}" for key, value in settings.items() if before.get(key) != value
     ]

@@ -7,12 +7,24 @@ Credentials come from the environment alone. Every failure is a `StorageError` t
 
 from infscan.storage.address import MissingError, is_uri
 from infscan.storage.identity import Identity, stamp_of
-from infscan.storage.inputs import InputFile, changed, expand, localise, look_up, open_input, read_range
+from infscan.storage.inputs import (
+    LFS_POINTER,
+    InputFile,
+    changed,
+    expand,
+    is_lfs_pointer,
+    localise,
+    look_up,
+    open_input,
+    read_range,
+    root_of,
+)
 from infscan.storage.patience import storage_faults
 from infscan.storage.scratch import scratch_file
 from infscan.storage.store import Entry, Store, json_bytes
 
 __all__ = [
+    "LFS_POINTER",
     "Entry",
     "Identity",
     "InputFile",
@@ -20,12 +32,14 @@ __all__ = [
     "Store",
     "changed",
     "expand",
+    "is_lfs_pointer",
     "is_uri",
     "json_bytes",
     "localise",
     "look_up",
     "open_input",
     "read_range",
+    "root_of",
     "scratch_file",
     "stamp_of",
     "storage_faults",

@@ -24,6 +24,9 @@ from infscan.storage.store import Entry, Store, backend_of
 _MAGIC = re.compile(r"[*?\[]")
 _DOWNLOADS = 4  # files at a time
 _CHUNK_BYTES = 16 << 20
+_POINTER_BYTES = 1024
+# What is said of such a file.
+LFS_POINTER = "is a pointer of Git LFS, not the file itself; run `git lfs pull` in the clone, or download the file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ def expand(pattern: str) -> list[InputFile]:
     return sorted(files, key=lambda file: file.uri)
 
 
+def root_of(pattern: str, uri: str) -> str:
+    """The folder below which `expand` found a file: the one named, or the one before a glob's first wildcard."""
+    address = normalise(pattern)
+    return (address if uri.startswith(f"{address}/") else _split_pattern(address)[0]).rstrip("/")
+
+
 def open_input(uri: str) -> BinaryIO:
     """A seekable stream of one input file; StorageError where it is missing or refused."""
     address = normalise(uri)
@@ -89,6 +98,12 @@ def read_range(uri: str, start: int, stop: int) -> bytes:
     """The bytes [start, stop) of one input file, and no others; StorageError where they are not all there."""
     address = normalise(uri)
     return backend_of(address).read_range(address, start, stop) if stop > start else b""
+
+
+def is_lfs_pointer(file: InputFile) -> bool:
+    """Whether a file is what a Git clone without Git LFS has in its place."""
+    head = b"version https://git-lfs.github.com/spec/"
+    return len(head) <= file.size <= _POINTER_BYTES and read_range(file.uri, 0, len(head)) == head
 
 
 def look_up(uri: str) -> InputFile | None:

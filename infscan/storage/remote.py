@@ -19,6 +19,7 @@ from infscan.errors import StorageError, UnwritableError
 from infscan.secrets import redact
 from infscan.storage import s3
 from infscan.storage.address import Entry, MissingError, is_temporary, join, scheme_of, tag
+from infscan.storage.locations import Location, location_of
 from infscan.storage.patience import Patience
 from infscan.storage.trouble import (
     ChangedError,
@@ -46,17 +47,19 @@ T = TypeVar("T")
 def connect(address: str) -> "ObjectStore":
     """The store that the URI's scheme names, with the settings that the environment has now."""
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith(_SETTINGS))
-    return _connect(scheme_of(address), os.getpid(), hashlib.sha256(repr(settings).encode()).hexdigest())
+    scheme = scheme_of(address)
+    place = location_of(address) if scheme in _S3_SCHEMES else Location()
+    return _connect(scheme, place, os.getpid(), hashlib.sha256(repr(settings).encode()).hexdigest())
 
 
 @lru_cache(maxsize=8)
-def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
+def _connect(scheme: str, place: Location, _process: int, _settings: str) -> "ObjectStore":
     patience = Patience.from_environment()
     # fsspec's own cache would hand back a client with the credentials of an earlier environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     endpoint = None
     if scheme in _S3_SCHEMES:
-        endpoint = next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
+        endpoint = place.endpoint_url or next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
         options["config_kwargs"] = {
             "connect_timeout": min(CONNECT_TIMEOUT_S, patience.timeout_s),
             "read_timeout": patience.timeout_s,  # for each wait on the socket
@@ -66,6 +69,7 @@ def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
             # Many S3-compatible servers do not know the checksum trailers that AWS's client sends by default.
             options["config_kwargs"]["request_checksum_calculation"] = "when_required"
             options["endpoint_url"] = endpoint
+        options |= _of_place(place)
     try:
         filesystem = fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
@@ -76,6 +80,13 @@ def _connect(scheme: str, _process: int, _settings: str) -> "ObjectStore":
     if scheme in _S3_SCHEMES:
         filesystem.retries = 1
     return ObjectStore(filesystem, scheme, endpoint, patience)
+
+
+def _of_place(place: Location) -> dict[str, Any]:
+    """A place's settings, as s3fs calls them."""
+    named = {"anon": place.anonymous, "requester_pays": place.requester_pays, "profile": place.profile}
+    found: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    return found | ({} if place.region is None else {"client_kwargs": {"region_name": place.region}})
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ async def get_range(fs: Any, uri: str, start: int, stop: int, etag: str | None, 
 
 async def _ask(fs: Any, uri: str, patience: Patience, **options: Any) -> dict[str, Any]:
     bucket, key, _ = fs.split_path(uri)
-    request = fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    # req_kw says that the requester pays, where a bucket is read so.
+    request = fs._call_s3("get_object", Bucket=bucket, Key=key, **fs.req_kw, **options)
     answer: dict[str, Any] = await asyncio.wait_for(request, patience.attempt_s())
     return answer
 

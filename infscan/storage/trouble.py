@@ -135,13 +135,17 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
     if code == "NoSuchBucket":
         return "the bucket does not exist; create it or correct its name"
     if any(_is(e, _WITHOUT_CREDENTIALS) for e in causes):
-        return "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return (
+            "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or say that it "
+            """is public: INFSCAN_STORAGE_LOCATIONS='{"s3://bucket": {"anonymous": true}}'"""
+        )
     if code in _SKEWED_CODES:
         return f"{store} says that this machine's clock is wrong ({code}); set the clock"
     if _is_refused(error):
         return (
             f"{store} refused access ({code or 'permission denied'}); "
-            "check the credentials in the environment, and that they may list, read and write there"
+            "check the credentials in the environment, and that they may list, read and write there; a bucket whose "
+            "requester pays, or that has other credentials, needs INFSCAN_STORAGE_LOCATIONS (docs/storage.md)"
         )
     if isinstance(error, FileNotFoundError):
         return "there is no such object; check the address"

@@ -57,7 +57,8 @@ def test_the_documents_come_out_whatever_the_cuts_and_their_offsets_lead_back(
     store = laid_down(kind, found)
     config = corpus_config(store.uri, in_place=False, eos_id=EOS, dtype=None, part_bytes=limit)
     got = read(config)
-    assert [document.token_ids.tolist() for document in got if document.token_ids is not None] == found
+    ended = [[*tokens, EOS] for tokens in found]
+    assert [document.token_ids.tolist() for document in got if document.token_ids is not None] == ended
     if kind == "mds":
         assert [document.id for document in got] == [f"d{n}" for n in range(len(found))]
         return

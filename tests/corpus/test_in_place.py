@@ -383,7 +383,7 @@ def test_files_that_are_cut_off_or_of_another_kind_are_refused() -> None:
     refused(r"a\.idx has 40 bytes, and its header says", cut("a.idx", 40))
     refused(r"a\.idx is no Megatron index", cut("a.idx", 5))
     refused(r"a\.idx is missing", lambda store: store.write("a.bin", b"12"))
-    refused("notes.md lies among npy files", lambda s: (layouts.npy(s, "a.npy", [2]), s.write("notes.md", b"x")))
+    refused("notes.dat lies among npy files", lambda s: (layouts.npy(s, "a.npy", [2]), s.write("notes.dat", b"x")))
     refused("is no number of uint16", lambda store: store.write("a.npy", b"123"))
     refused("hold no token", lambda store: store.write("a.npy", b""))
     refused("holds float64", lambda store: store.write("a.npy", _saved(np.zeros(3))))

@@ -85,7 +85,7 @@ def test_a_text_file_is_one_document(text: str) -> None:
     text = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     for suffix, data in ((".txt", text.encode()), (".txt.gz", gzip.compress(text.encode()))):
         (document,) = read(laid_down(data, suffix))
-        assert (document.id, document.source, document.text, document.offset) == (f"x{suffix}", f"x{suffix}", text, 0)
+        assert (document.id, document.text, document.offset) == (f"x{suffix}", text, 0)
 
 
 @examples(max_examples=25)

@@ -56,10 +56,10 @@ FILES["tokens.jsonl"] = (rows({"tokens": [1, 2, 3]}, {"tokens": [1, 10**6]}, {"t
 FILES["empty.jsonl"] = (b"", 0, 0, 0)
 FILES["bomb.jsonl.zst"] = (zstd_bomb(600), 0, 1, 0)
 FILES["wrong.parquet"] = (parquet(pa.table({"text": pa.array([1.5, 2.5])})), 0, 2, 0)
-FILES["bytes.parquet"] = (parquet(pa.table({"text": pa.array([b"ok", b"\xff"]).view(pa.string())})), 1, 1, 0)
+FILES["not-utf-8.parquet"] = (parquet(pa.table({"text": pa.array([b"ok", b"\xff"]).view(pa.string())})), 1, 1, 0)
 CUT = {
     "cut.jsonl.gz": gzip.compress(GOOD * 50)[:-12],
-    "cut.jsonl.zst": zstandard.ZstdCompressor().compress(GOOD * 50)[:-4],
+    "cut-too.jsonl.zst": zstandard.ZstdCompressor().compress(GOOD * 50)[:-4],
     "cut.parquet": parquet(pa.table({"text": pa.array(["the river"] * 50)}))[:-20],
     "none.parquet": b"<html>404 not found</html>",
 }
@@ -81,7 +81,7 @@ def hostile_run(folder: Path, *overrides: str) -> Config:
     return compose(
         "scan",
         f"model.path={folder / 'model'}",
-        f"corpus.path={folder / 'corpus'}",
+        f"corpus.path={folder / 'corpus'}/*",
         "corpus.tokens_field=tokens",
         "corpus.packing=document",
         f"queries.path={folder / 'queries.jsonl'}",
@@ -126,6 +126,6 @@ def test_a_hostile_corpus_adds_up_to_the_last_record(tmp_path: Path, capsys: pyt
 
 def test_it_is_refused_at_its_first_bad_record_where_none_is_allowed(tmp_path: Path) -> None:
     config = hostile_run(tmp_path)
-    with pytest.raises(BadDocumentError, match=r"corpus/\w+\.\w+"):
+    with pytest.raises(BadDocumentError, match=r"corpus/[\w-]+\.\w+"):
         answer_here(config)
     assert not Store(config.output).exists("plan.json")

@@ -1,0 +1,81 @@
+"""A line of JSON as an object, or the sentence for what it is in place of one: of a corpus, of queries, of texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from infscan.corpus.decompress import DAMAGES, damaged, decompressed
+from infscan.errors import BadDocumentError, BadFileError
+from infscan.storage import open_input
+
+BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Lines that people write: what is beyond is no such file.
+_MOST_BYTES = 256 << 20
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Raises:
+        BadDocumentError: saying `where`, for anything else, and for half a surrogate pair in it.
+    """
+    try:
+        row = json.loads(data.decode("utf-8"))
+        if _SURROGATE.search(data):
+            # JSON can spell half a surrogate pair, which no tokenizer and no Parquet file can hold.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocumentError(
+            f"{where}: byte {error.start} of the line is not UTF-8; convert the file, or give a compressed one its "
+            "suffix (.gz, .zst).",
+            "not UTF-8",
+        ) from None
+    except UnicodeEncodeError:
+        raise BadDocumentError(
+            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.", "half a surrogate pair"
+        ) from None
+    except RecursionError:
+        raise BadDocumentError(
+            f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
+        ) from None
+    except ValueError as error:
+        raise BadDocumentError(f"{where} is not JSON ({error}); mend or remove the line.", "not JSON") from None
+    if not isinstance(row, dict):
+        raise BadDocumentError(
+            f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"
+        )
+    return row
+
+
+def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
+    """A small file's lines that are not blank, with their numbers; plain, gzip or zstd by its suffix.
+
+    Raises:
+        StorageError: where it is missing or refused.
+        BadFileError: where it is cut off, corrupt, or no file that a person wrote.
+    """
+    try:
+        with open_input(path) as stream:
+            data = decompressed(path, stream).read(_MOST_BYTES + 1)
+    except DAMAGES as error:
+        raise damaged(path, error) from error
+    if len(data) > _MOST_BYTES:
+        raise BadFileError(f"{path} is longer than {_MOST_BYTES >> 20} MiB; is it a corpus? Split it.")
+    lines = data.removeprefix(BOM).split(b"\n")
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def kind_of(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
