@@ -75,7 +75,7 @@ def test_documents_of_a_sequence_are_as_if_alone(
     the sequence's own."""
     monkeypatch.setattr(families, "CONFIGS", CONFIGS | WINDOWED)
     path = str(save(family, tmp_path))
-    settings = ModelConfig(path, Dtype.float64, gradient_checkpointing=checkpointing)
+    settings = ModelConfig(path, dtype=Dtype.float64, gradient_checkpointing=checkpointing)
     model = load(settings, RankContext(), sharded=False)
     check_document_mask(model)
     layers = describe(path, "linear").layers

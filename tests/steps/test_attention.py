@@ -87,7 +87,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     path = str(tiny_model(folder / "model", width=8, vocab=VOCAB))
     tracked = r"layers\.\d+\.(mlp|attention\.dense)"
     layers = describe(path, tracked).layers
-    rank = ModelWorker(WorkerSettings(ModelConfig(path, Dtype.float64, tracked), layers, sharded=False), RankContext())
+    rank = ModelWorker(
+        WorkerSettings(ModelConfig(path, dtype=Dtype.float64, tracked=tracked), layers, sharded=False), RankContext()
+    )
     rng = np.random.default_rng(0)
     documents = [{"id": f"d{n}", "tokens": rng.integers(2, VOCAB, length).tolist()} for n, length in enumerate(LENGTHS)]
     write_rows(folder / "in.jsonl", documents)

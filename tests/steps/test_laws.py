@@ -64,7 +64,7 @@ def corpus_of(folder: Path, documents: list[list[int]]) -> PreparedCorpus:
 def rank(tmp_path_factory: pytest.TempPathFactory) -> ModelWorker:
     folder = str(save("gpt_neox", tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
-    return ModelWorker(WorkerSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), RankContext())
+    return ModelWorker(WorkerSettings(ModelConfig(folder, dtype=Dtype.float64), layers, sharded=False), RankContext())
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def opened(
 ) -> tuple[ModelWorker, PreparedCorpus]:
     folder = str(save(request.param, tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
-    rank = ModelWorker(WorkerSettings(ModelConfig(folder, Dtype.float64), layers, sharded=False), RankContext())
+    rank = ModelWorker(WorkerSettings(ModelConfig(folder, dtype=Dtype.float64), layers, sharded=False), RankContext())
     root = tmp_path_factory.mktemp("corpus")
     write_rows(root / "in.jsonl", [{"id": f"d{n}", "tokens": tokens} for n, tokens in enumerate(DOCUMENTS)])
     return rank, prepare(root / "in.jsonl", root / "out", pack_settings(Packing.document, CONTEXT))[1]
