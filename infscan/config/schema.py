@@ -152,7 +152,7 @@ class ModelConfig:
     path: str = MISSING
     """The model: a folder in Hugging Face layout, a URI, or a hub id. A folder without a tokenizer suffices where
     corpus and queries bring token ids."""
-    revision: str | None = None
+    revision: str | None = field(default=None, kw_only=True)
     """Branch, tag or commit of a hub id, such as `step1000`; null is its main one."""
     dtype: Dtype = Dtype.auto
     """Dtype of the model in every pass; `auto` is float32 on a CPU and the checkpoint's own on a GPU, but bfloat16 for
