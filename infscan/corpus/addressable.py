@@ -18,7 +18,7 @@ from infscan.corpus.mds import MdsSamples
 from infscan.corpus.parts import PreparedCorpus, open_prepared
 from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import ChangedCorpusError, CorpusError
-from infscan.storage import Identity, MissingError, Store
+from infscan.storage import Identity, MissingError, Store, refuse_own_network
 
 __all__ = [
     "AddressableCorpus",
@@ -41,12 +41,14 @@ def is_prepared(path: str) -> bool:
     return store.exists(MANIFEST) or store.exists(DESCRIPTION)
 
 
-def open_corpus(store: Store, attention: Attention = Attention.across) -> AddressableCorpus:
+def open_corpus(store: Store, attention: Attention = Attention.across, *, foreign: bool = False) -> AddressableCorpus:
     """Open what lies in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
 
     attention: whether it crosses the documents of a sequence, which the corpus then says of every sequence it reads.
+    foreign: somebody else may have written the folder, and its description is not asked for in this machine's network.
 
     Raises:
+        StorageError: where a foreign description names an address of this machine's own.
         CorpusError: where there is no complete corpus, or a part is missing or has another size.
     """
     if store.exists(MANIFEST):
@@ -61,16 +63,25 @@ def open_corpus(store: Store, attention: Attention = Attention.across) -> Addres
     if kind in (FILTERED, JOINED) and not is_intact(value):
         raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
     if kind == FILTERED:
-        at = at_address(store, value["base"])
-        whole = open_corpus(at, attention)
+        at = _part_of(store, value["base"], foreign)
+        whole = open_corpus(at, attention, foreign=foreign)
         if whole.fingerprint != value["base_fingerprint"]:
             raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
         return FilteredCorpus(store, whole, value)
     if kind == JOINED:
-        parts = [open_corpus(at_address(store, entry["at"]), attention) for entry in value["corpora"]]
+        at_each = [_part_of(store, entry["at"], foreign) for entry in value["corpora"]]
+        parts = [open_corpus(at, attention, foreign=foreign) for at in at_each]
         return JoinedCorpus(store, value, parts)
     description = Description.from_json(value, f"{store}/{DESCRIPTION}")
+    for source in (source for file in description.files for source in file.sources) if foreign else ():
+        refuse_own_network(source.uri, f"{store}/{DESCRIPTION}")
     return _IN_PLACE[description.format](store, description, attention)
+
+
+def _part_of(store: Store, address: str, foreign: bool) -> Store:
+    if foreign:
+        refuse_own_network(address, f"{store}/{DESCRIPTION}")
+    return at_address(store, address)
 
 
 @dataclass(frozen=True)

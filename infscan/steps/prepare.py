@@ -119,7 +119,7 @@ def _addressable(
     if config.paths:
         return _joined(config, architecture, tokenizer, store, executor)
     if is_prepared(config.path):
-        there = open_corpus(Store(config.path), config.attention)
+        there = open_corpus(Store(config.path), config.attention, foreign=True)
         _check_fits(config, there, architecture, tokenizer)
         if isinstance(there, PreparedCorpus):
             _warn_of(there, executor.telemetry)

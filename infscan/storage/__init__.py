@@ -5,7 +5,7 @@ what it writes becomes visible whole or not at all, and what it lists or asks fo
 Credentials come from the environment alone. Every failure is a `StorageError` that names the place and the mend.
 """
 
-from infscan.storage.address import MissingError, is_uri
+from infscan.storage.address import MissingError, is_uri, refuse_own_network
 from infscan.storage.identity import Identity, stamp_of
 from infscan.storage.inputs import (
     LFS_POINTER,
@@ -39,6 +39,7 @@ __all__ = [
     "look_up",
     "open_input",
     "read_range",
+    "refuse_own_network",
     "root_of",
     "scratch_file",
     "stamp_of",

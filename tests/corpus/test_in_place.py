@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from infscan.config import Attention, Packing
+from infscan.config import Attention, Packing, sealed
 from infscan.corpus import arrays, describe, in_place, megatron
 from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.documents import document_files, read_documents
 from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.sequences import Sequence
-from infscan.errors import CorpusError
+from infscan.errors import CorpusError, StorageError
 from infscan.storage import Store
 from tests.conftest import Bucket
 from tests.corpus import layouts
@@ -462,3 +462,24 @@ def test_arrays_in_an_s3_bucket_are_read_by_ranges(moto_s3: Bucket) -> None:
         corpus = layouts.described(store, corpus_config(f"{store}/{path}"), pack, Store(f"memory://s3-{path}"))
         ids = np.array([corpus.sequences - 1, 0, corpus.sequences // 2])
         assert [content(one) for one in corpus.read(ids)] == [expected[n] for n in ids]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "169.254.169.254", "localhost:8080", "a.localhost", "[::1]", "[::ffff:169.254.169.254]", "0.0.0.0"],
+)
+def test_a_strangers_description_asks_nothing_of_this_machines_own_network(tmp_path: Path, host: str) -> None:
+    store = Store(str(tmp_path))
+    layouts.npy(store, "a.npy", stream(big_corpus(50)))
+    value = layouts.described(store, corpus_config(store.uri), settings(Packing.concat, T)).description.to_json()
+    named = replace_first(value, f"http://{host}/latest/meta-data")
+    for description in (named, sealed({"format": "joined", "corpora": [{"at": f"http://{host}/x"}]})):
+        store.write_json("addressable.json", description)
+        with pytest.raises(StorageError, match=r"addressable\.json names http://.*cloud's metadata"):
+            open_corpus(store, foreign=True)
+
+
+def replace_first(value: dict[str, Any], uri: str) -> dict[str, Any]:
+    """A description whose first file lies elsewhere."""
+    first, *others = value["files"]
+    return value | {"files": [first | {"data": first["data"] | {"uri": uri}}, *others]}

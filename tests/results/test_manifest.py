@@ -120,8 +120,12 @@ def test_a_damaged_manifest_is_one_sentence(finished: Path, damage: bytes) -> No
         read_top(str(finished))
 
 
-def test_a_commit_is_created_once_and_the_holder_has_the_last_word(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path) if request.param == "local" else request.getfixturevalue("moto_s3").uri())
+
+
+def test_a_commit_is_created_once_and_the_holder_has_the_last_word(store: Store) -> None:
     commit(store, made("first"), holds)
     commit(store, made("first"), holds)
     commit(store, made("second"), holds)
@@ -130,8 +134,7 @@ def test_a_commit_is_created_once_and_the_holder_has_the_last_word(tmp_path: Pat
     assert manifest.token == "second"
 
 
-def test_a_driver_without_the_lease_neither_commits_nor_removes(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_a_driver_without_the_lease_neither_commits_nor_removes(store: Store) -> None:
     first, second = Lease(store, 60.0), Lease(store, 60.0)
     first.take()
     first.confirm()
