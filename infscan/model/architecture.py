@@ -22,12 +22,12 @@ from infscan.influence.layers import Layer
 from infscan.model.family import (
     build_on_meta,
     first_line,
-    recurrent_part,
+    recurrent_parts,
     refuse_encoder,
     refuse_quantised,
     with_attention,
 )
-from infscan.model.probe import run_on_shapes
+from infscan.model.probe import run_on_shapes, runs
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import Store, is_uri, localise
 
@@ -148,7 +148,10 @@ def describe(
     refuse_quantised(config)
     module = build_on_meta(with_attention(config, attention))
     text = config.get_text_config()
-    ran = run_on_shapes(module, linear_names(module))
+    states = recurrent_parts(module)
+    # A convolution may be used by its weight: it runs where the module around it does.
+    around = {name: name.rpartition(".")[0] for name in states}
+    ran = run_on_shapes(module, [*linear_names(module), *states, *around.values()])
     layers = tracked_layers(module, tracked, ran)
     context = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
@@ -163,7 +166,7 @@ def describe(
         family=str(config.model_type),
         shapes=_inner_shapes(module),
         takes_positions="position_ids" in signature(module.forward).parameters,
-        recurrent=recurrent_part(module),
+        recurrent=next((kind for name, kind in states.items() if runs(ran, name) or runs(ran, around[name])), ""),
         left_out=left_out(module, tracked, ran),
         tied_head=any(layer.name == tied_head(module) for layer in layers),
     )
