@@ -20,13 +20,13 @@ from infscan.influence.layers import Layer
 from infscan.model.family import (
     build_on_meta,
     first_line,
-    recurrent_part,
+    recurrent_parts,
     refuse_encoder,
     refuse_quantised,
     with_attention,
 )
 from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, hub_commit, indexed_files, model_folder
-from infscan.model.probe import run_on_shapes
+from infscan.model.probe import run_on_shapes, runs
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 
@@ -120,7 +120,10 @@ def describe(
     refuse_quantised(config)
     module = build_on_meta(with_attention(config, attention))
     text = config.get_text_config()
-    ran = run_on_shapes(module, linear_names(module))
+    states = recurrent_parts(module)
+    # A convolution may be used by its weight: it runs where the module around it does.
+    around = {name: name.rpartition(".")[0] for name in states}
+    ran = run_on_shapes(module, [*linear_names(module), *states, *around.values()])
     layers = tracked_layers(module, tracked, ran)
     context = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
     return Architecture(
@@ -136,7 +139,7 @@ def describe(
         shapes=_inner_shapes(module),
         revision=hub_commit(path, str(folder)),
         takes_positions="position_ids" in signature(module.forward).parameters,
-        recurrent=recurrent_part(module),
+        recurrent=next((kind for name, kind in states.items() if runs(ran, name) or runs(ran, around[name])), ""),
         left_out=left_out(module, tracked, ran),
         tied_head=any(layer.name == tied_head(module) for layer in layers),
     )

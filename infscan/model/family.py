@@ -131,16 +131,17 @@ def text_tower(module: PreTrainedModel) -> str:
     return f"{max(towers, key=len)}." if towers else ""
 
 
-def recurrent_part(module: PreTrainedModel) -> str:
-    """The class of a module that mixes tokens by a state or a convolution, whatever attention is told; else empty."""
+def recurrent_parts(module: PreTrainedModel) -> dict[str, str]:
+    """Modules that mix tokens by a state or a convolution, whatever attention is told: their classes, by path."""
     tower = text_tower(module)
+    found = {}
     for name, child in module.named_modules():
         if isinstance(child, PreTrainedModel) or not name.startswith(tower):
             continue
         convolves = isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1
         if convolves or isinstance(child, nn.RNNBase) or _RECURRENT.search(type(child).__name__):
-            return type(child).__name__
-    return ""
+            found[name] = type(child).__name__
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -48,11 +48,12 @@ def run_on_shapes(module: PreTrainedModel, names: Sequence[str]) -> Ran | None:
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], _out: object) -> None:
             times[name] += 1
-            given[name] = args[0]
+            if args:
+                given[name] = args[0]
 
         return children[name].register_forward_hook(hook)
 
-    handles = [watch(name) for name in names]
+    handles = [watch(name) for name in dict.fromkeys(names)]
     try:
         with torch.no_grad(), torch.device("meta"), _Shapes():
             document_logits(module.eval(), _ids(module, "meta"))
@@ -62,6 +63,11 @@ def run_on_shapes(module: PreTrainedModel, names: Sequence[str]) -> Ran | None:
         for handle in handles:
             handle.remove()
     return Ran(times, {name: tensor.untyped_storage()._cdata for name, tensor in given.items()})
+
+
+def runs(ran: Ran | None, name: str) -> bool:
+    """Whether a module runs, as far as is known."""
+    return ran is None or ran.times[name] > 0
 
 
 def check_tracked(module: PreTrainedModel, layers: Sequence[Layer], device: str) -> None:

@@ -15,7 +15,7 @@ from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.model.experts import expert_layers, expert_stacks, holds_experts
 from infscan.model.family import text_tower
-from infscan.model.probe import Ran
+from infscan.model.probe import Ran, runs
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)")
 # Not a block that has attention among its parts.
@@ -89,7 +89,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def _is_idle(name: str, linears: Collection[str], ran: Ran | None) -> bool:
-    return ran is not None and name in linears and not ran.times[name]
+    return name in linears and not runs(ran, name)
 
 
 def _wanted(module: PreTrainedModel, tracked: str) -> list[str]:

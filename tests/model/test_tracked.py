@@ -67,6 +67,15 @@ def test_a_wrappers_text_tower_is_tracked_alone() -> None:
         assert all(layer.name.startswith("model.language_model.") for layer in tracked_layers(module, tracked))
 
 
+def test_a_tower_that_text_does_not_reach_is_no_state_beside_attention(tmp_path: Path) -> None:
+    """Phi-4's audio encoder convolves, and stands among the text's own modules."""
+    found = describe(str(zoo.save("phi4_multimodal", tmp_path)), "mlp")
+    assert found.recurrent == ""
+    assert len(found.left_out) > 1
+    assert all("embed_tokens_extend" in name for name in found.left_out)
+    assert not any("embed_tokens_extend" in layer.name for layer in found.layers)
+
+
 def test_a_wrappers_context_and_separators_are_its_text_towers(tmp_path: Path) -> None:
     found = describe(str(zoo.save("gemma3", tmp_path)), "mlp")
     assert (found.context, found.eos_id, found.bos_id) == (zoo.CONTEXT, 2, 1)

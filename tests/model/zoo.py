@@ -141,6 +141,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": _SIZES | _HEADS,
     "glm4": _SIZES | _HEADS,
     "glm4_moe": _SIZES | _HEADS | _MOE | _GROUPS,
+    "exaone_moe": _SIZES
+    | _HEADS
+    | _MOE
+    | _GROUPS
+    | {"layer_types": ["full_attention"] * 2, "is_moe_layer": [False, True]},
     "glm4v": _text(**_HEADS, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}),
     "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},
     "gpt_bigcode": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},
@@ -183,6 +188,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | _MOE
     | {"num_experts_per_tok": 1, "intermediate_size_mlp": 24, "attention_chunk_size": 32},
     "llava": _text(model_type="llama") | {"vision_config": _VISION | {"model_type": "clip_vision_model"}},
+    "llama4": _text(**_HEADS, **(_MOE | {"num_experts_per_tok": 1}), intermediate_size_mlp=24, attention_chunk_size=32)
+    | {"vision_config": _VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}},
     "longcat_flash": _SIZES
     | _MLA
     | {
@@ -234,6 +241,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "persimmon": _SIZES,
     "phi": _SIZES,
     "phi3": _SIZES,
+    "phi4_multimodal": _SIZES
+    | {
+        "vision_config": _VISION | {"crop_size": 28},
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+            "nemo_conv_channels": 16,
+        },
+    },
     "phimoe": _SIZES | _MOE,
     "qwen2": _SIZES,
     "qwen2_5_vl": _text(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}),
