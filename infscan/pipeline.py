@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infscan.config import Config
-from infscan.sizing.memory import reserve_memory
+from infscan.sizing.reserve import reserve_memory
 from infscan.steps.check import check
 from infscan.steps.factors import fit
 from infscan.steps.measure import measure

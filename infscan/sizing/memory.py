@@ -7,8 +7,6 @@ the step's own code. docs/sizing.md has the arithmetic.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import Config, Dtype, Labels, Offload, Solver, fingerprint, plain
+from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
@@ -34,23 +32,15 @@ from infscan.sizing.dry import Dry, dry
 from infscan.steps.check import scoring_twice
 from infscan.steps.factor_files import layer_groups
 from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
-from infscan.steps.inputs import Inputs, in_dtype
+from infscan.steps.inputs import in_dtype
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import pair_scoring
-from infscan.steps.run import Run
 from infscan.steps.scan import scoring
-from infscan.steps.volume import size
-
-log = logging.getLogger("infscan")
 
 # glibc's heap keeps freed buffers, and they leave holes: so many buffers of the widest layer's width, for every token
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one
 # instead (MALLOC_MMAP_THRESHOLD_) leave none, and cost 28 % more CPU time.
 _KEPT_WIDTHS = 7
-
-
-# A rank's process before it loads a model: torch, transformers, Ray (docs/sizing.md).
-_PROCESS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -204,82 +194,6 @@ def scan_memory(config: Config, architecture: Architecture, queries: int, T: int
 
 # One process may run many scans of one shape, as a sweep's cells do.
 _KNOWN: dict[str, PassMemory] = {}
-
-
-def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold at once; returns its bytes by part, or None where that cannot be told."""
-    gpus = float(inputs.device == "cuda")
-    try:
-        memory = scan_memory(inputs.config, inputs.architecture, len(inputs.queries), T, gpus)
-    except ModelError as error:
-        log.warning("memory      %s", error)
-        return None
-    log.info("memory      %s", memory_line(memory))
-    return dict(vars(memory))
-
-
-def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold, warn where a pass needs more than the device has, and have workers ask a
-    shared cluster for the host memory that they need.
-
-    Returns a scanning rank's bytes by part, or None where that cannot be told.
-    """
-    shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
-    for stage in (run, *run.later) if shared else ():
-        if (needed := host_bytes(stage.inputs, T)) is not None:
-            stage.executor.reserve(needed)
-    if run.inputs.memory is not None:
-        _warn_over_memory(run, T)
-    return log_scan_memory(run.inputs, T)
-
-
-def _warn_over_memory(run: Run, T: int) -> None:
-    inputs = run.inputs
-    assert inputs.memory is not None
-    try:
-        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
-    except ModelError:
-        return
-    if said := over_memory(costs, inputs.memory.device):
-        run.telemetry.warn(said)
-
-
-def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
-    """What is said where a pass holds more than a device has, before anything runs there."""
-    name, held = largest(costs)
-    if held.total <= memory:
-        return None
-    rest = held.total - held.activations
-    mend = f"scan.tokens_per_batch lower by {held.activations / (memory - rest):.2g} times" if rest < memory else ""
-    mends = [mend, "model.gradient_checkpointing=true", "fewer queries at a time", "more cluster.ranks_per_worker"]
-    return (
-        f"a rank holds {size(held.total)} in {name}, and its device has {size(memory)}: micro-batches will be halved "
-        f"until they fit, in every unit again; give {', '.join(filter(None, mends[:-1]))} or {mends[-1]}."
-    )
-
-
-def host_bytes(inputs: Inputs, T: int) -> int | None:
-    """Host memory that a rank needs at most, over all steps, its process included; None where that cannot be told.
-
-    On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights and from a
-    layer group's sums, which are serialised there.
-    """
-    config, gpus = inputs.config, float(inputs.device == "cuda")
-    try:
-        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
-    except ModelError:
-        return None
-    if not gpus:
-        return _PROCESS_BYTES + largest(costs)[1].total
-    serialised = 3 * costs["covariance"].memory.factors if "covariance" in costs else 0
-    offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
-    return _PROCESS_BYTES + serialised + offloaded
-
-
-def memory_line(memory: PassMemory) -> str:
-    """`a rank of the scan holds at most 1.2 GiB: weights 88 MiB + queries 38 MiB + activations 969 MiB`"""
-    parts = " + ".join(f"{name} {size(part)}" for name, part in vars(memory).items() if part)
-    return f"a rank of the scan holds at most {size(memory.total)}: {parts}"
 
 
 def scan_cost(sized: DryWorker, queries: int) -> PassCost:

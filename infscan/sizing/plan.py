@@ -30,7 +30,8 @@ from infscan.results.read import read_summary
 from infscan.sizing.devices import Device, Rates, calibration, device
 from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
 from infscan.sizing.hours import Rate, rates_of, timed
-from infscan.sizing.memory import over_memory, pass_costs, run_dtype
+from infscan.sizing.memory import pass_costs, run_dtype
+from infscan.sizing.reserve import over_memory
 from infscan.steps.corpus_inputs import bos_of, reading, settings_for
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import slice_bounds

@@ -70,7 +70,7 @@ def cases(device: str, small: bool, folder: Path, record: Record) -> Iterator[Ca
         yield from _measuring(shape, device, folder)
     yield from _decomposing(device, small, record)
     shape = SMALL if small else SHAPES[0]
-    yield Case("logra", "logra", partial(forecast.logra, record.path, folder, device, shape), 2)
+    yield Case("logra", "logra", partial(forecast.logra, record.path, folder, device, shape), 2 if small else 30)
 
 
 def _agreeing(device: str, small: bool, folder: Path) -> Iterator[Case]:

@@ -21,12 +21,11 @@ from infscan.sizing.memory import (
     DryWorker,
     PassCost,
     PassMemory,
-    memory_line,
-    over_memory,
     pass_costs,
     scan_cost,
     scan_memory,
 )
+from infscan.sizing.reserve import memory_line, over_memory
 from infscan.steps.queries import on_device
 from tests.steps.runs import CONTEXT, tiny_model
 

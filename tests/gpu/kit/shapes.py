@@ -79,6 +79,8 @@ class Bench:
         self.config = Config()
         self.config.model.path, self.config.model.dtype = str(shape.write(folder)), self.dtype
         self.config.scan.tokens_per_batch = shape.tokens
+        # Every layer in columns, in the plan as in what is measured.
+        self.config.scan.query_group_bytes = 1
         self.architecture: Architecture = describe(str(folder), "mlp", weights=False)
 
     @cached_property
@@ -107,8 +109,9 @@ class Bench:
 
     @cached_property
     def floor_s(self) -> float:
-        """Seconds of a micro-batch."""
-        return seconds(self._pass((), _nothing), self.device)["median_s"]
+        """Seconds of a micro-batch, the least: what is told in floors, or apart from one, is not to hold another job's
+        noise."""
+        return seconds(self._pass((), _nothing), self.device)["min_s"]
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -120,8 +123,8 @@ class Bench:
         """Tokens per second; of the peak, what 4 N a token make (MFU), N without embeddings."""
         run = self._pass((), _nothing)
         found = seconds(run, self.device)
-        self.floor_s = found["median_s"]
-        tokens_per_s = self.shape.tokens / self.floor_s
+        self.floor_s = found["min_s"]
+        tokens_per_s = self.shape.tokens / found["median_s"]
         N = self.architecture.parameters - self.shape.vocab * self.shape.width * (not self.shape.tied)
         yield {
             "model": self.shape.name, "dtype": self.dtype.value, "tokens": self.shape.tokens, **found,
@@ -136,11 +139,11 @@ class Bench:
         scores_bq = torch.zeros(len(self.batch.rows), queries, device=self.device)
         run = self._pass(self.architecture.layers, scoring(scores_bq, laid_out))
         found, cost = seconds(run, self.device), self._planned(queries, rank)
-        own_s = found["median_s"] - self.floor_s
+        own_s = found["min_s"] - self.floor_s
         peak, predicted = peak_bytes(run, self.device), cost.memory.total
         yield {
             "model": self.shape.name, "queries": queries, "rank": rank, **found,
-            "floors": found["median_s"] / self.floor_s, "tokens_per_s": self.shape.tokens / found["median_s"],
+            "floors": found["min_s"] / self.floor_s, "tokens_per_s": self.shape.tokens / found["median_s"],
             "own_flops": self.shape.tokens * cost.own_flop_per_token / own_s if own_s > 0 else None,
             "host_waits": host_waits(run, self.device), "peak": peak, "predicted": predicted,
             "predicted_over_peak": predicted / peak if peak else None,
@@ -163,7 +166,7 @@ class Bench:
 
     def _fitted(self, name: str, products: str, layers: tuple[Layer, ...], consume: LayerConsumer) -> dict[str, Any]:
         found = seconds(self._pass(layers, consume), self.device)
-        own_s = found["median_s"] - self.floor_s
+        own_s = found["min_s"] - self.floor_s
         whole_s = own_s * len(self.architecture.layers) / len(layers)
         return {
             "model": self.shape.name, "pass": name, "products": products, "layers": len(layers), **found,
