@@ -41,6 +41,12 @@ class TokenFile:
     label: str = ""
 
     @property
+    def pieces(self) -> tuple[InputFile, ...]:
+        """The files whose bytes, one after another, are the token ids: the one, or all that it was cut into."""
+        cut = self.facts.get("pieces")
+        return tuple(InputFile(**one) for one in cut) if cut else (self.data,)
+
+    @property
     def name(self) -> str:
         return self.label or file_name(self.data.uri)
 
@@ -97,6 +103,18 @@ def sampled_digest(file: InputFile, files: int) -> str:
     for start in starts:
         digest.update(read_range(file.uri, start, start + _SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def read_bytes(pieces: tuple[InputFile, ...], start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of files that follow one another."""
+    found: list[bytes] = []
+    at = 0
+    for piece in pieces:
+        low, high = max(start - at, 0), min(stop - at, piece.size)
+        if low < high:
+            found.append(read_range(piece.uri, low, high))
+        at += piece.size
+    return found[0] if len(found) == 1 else b"".join(found)
 
 
 class InPlace(ABC):
@@ -219,7 +237,8 @@ class InPlace(ABC):
     def _checked_block(self, index: int, start: int, stop: int) -> TokenBlock:
         file = self.description.files[index]
         if index not in self._checked:
-            check_same_file(file.data)
+            for piece in file.pieces:
+                check_same_file(piece)
             self._checked.add(index)
         block = self.block(index, start, stop)
         self.check_vocabulary(file.data.uri, block.tokens)
