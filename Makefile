@@ -66,7 +66,7 @@ $(RIVALS)/%/.ready:
 bench-rivals: $(READY) $(RIVALS)/kronfluence/.ready $(RIVALS)/bergson/.ready
 	$(BIN)/python benchmarks/whole_job.py --kronfluence $(RIVALS)/kronfluence/bin/python --bergson $(RIVALS)/bergson/bin/python
 
-# What docs/truth.md, docs/stages.md and docs/studies.md report, hours on two cores; each keeps what is finished below runs/ and goes on from there.
+# What docs/reports/truth.md, docs/reports/stages.md and docs/reports/studies.md report, hours on two cores; each keeps what is finished below runs/ and goes on from there.
 bench-truth: $(READY)
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/many_queries.py --query-group-bytes 8589934592

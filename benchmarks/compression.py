@@ -1,4 +1,4 @@
-"""What the scan's low-rank compression and bfloat16 cost in accuracy, on a model that was trained (docs/truth.md).
+"""The accuracy that the low-rank compression and bfloat16 cost, on a trained model (docs/reports/truth.md).
 
 python benchmarks/compression.py [--folder runs/compression] [--ranks 4 8 16 32 64] ...
 

@@ -1,4 +1,4 @@
-"""A thousand queries at once: what is kept of full rank, and what a scan with them costs (docs/performance.md).
+"""A thousand queries at once: what is kept of full rank, and what a scan with them costs (docs/reports/performance.md).
 
 python benchmarks/many_queries.py [--folder runs/compression] [--queries 1000] [--energies 0.95] ...
 

@@ -1,4 +1,4 @@
-"""PBRF on a tiny language model: do the scores predict where the model moves? (docs/truth.md)
+"""PBRF on a tiny language model: do the scores predict where the model moves? (docs/reports/truth.md)
 
 python benchmarks/pbrf.py [--folder runs/pbrf] [--points 125]
 

@@ -1,4 +1,4 @@
-"""LDS and QLD on a tiny language model: do the scores predict what retraining does? (docs/truth.md)
+"""LDS and QLD on a tiny language model: do the scores predict what retraining does? (docs/reports/truth.md)
 
 python benchmarks/retraining.py [--folder runs/retraining] [--subsets 64] [--seeds 2] [--solvers ekfac identity cg]
 

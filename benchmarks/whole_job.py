@@ -1,4 +1,4 @@
-"""The whole job, from fitting to published rows: infscan beside kronfluence and bergson (docs/performance.md).
+"""The whole job, from fitting to published rows: infscan beside kronfluence and bergson (docs/reports/performance.md).
 
 python benchmarks/whole_job.py [--kronfluence .venv-kronfluence/bin/python] [--bergson .venv-bergson/bin/python] ...
 

@@ -1,4 +1,4 @@
-"""The word-order study with two dozen invented facts and several models of the demo's recipe (docs/studies.md).
+"""The word-order study with two dozen invented facts and several models of the demo's recipe (docs/reports/studies.md).
 
 python benchmarks/word_order.py [--folder runs/word-order] [--facts 24] [--seeds 3]
 

@@ -91,7 +91,10 @@ def against_cg(
     log(f"LiSSA: {len(series.history)} steps in {series.history[-1].seconds:.0f} s, scale {scale:.3g}")
 
     def keep(iteration: int, seconds: float, residual_k: Tensor, x_kp: Tensor) -> None:
-        log(f"CG: iteration {iteration}, largest residual {float(residual_k.max()):.2g}, {seconds:.0f} s")
+        largest = float(residual_k.max())
+        # The residual's norm is not what CG makes smaller at every step: the error in the norm of G + lambda is.
+        above = " (x = 0 has 1; it may rise before it falls)" if largest > 1 else ""
+        log(f"CG: iteration {iteration}, largest relative residual {largest:.2g}{above}, {seconds:.0f} s")
         if iteration in settings.cg.snapshots:
             solutions[f"CG-{iteration}"] = (x_kp.clone(), fit_seconds + seconds)
 

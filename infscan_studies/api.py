@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from infscan.config import absolute, plain
@@ -126,6 +126,17 @@ class ValidateResult:
         print(f"\nBy query: {self.uri}")
 
 
+def of_run(config: ValidateJob) -> ValidateJob:
+    """The settings of the finished run that is named, beside the validation's own."""
+    if config.run is None:
+        return config
+    from infscan.steps.finished import finished_config
+
+    run = finished_config(absolute(config.run))
+    factors = replace(config.factors, damping=run.factors.damping, labels=run.factors.labels, blocks=run.factors.blocks)
+    return replace(config, model=run.model, corpus=run.corpus, queries=run.queries, factors=factors)
+
+
 def run_validate(config: ValidateJob) -> ValidateResult:
     from infscan_studies import against_cg, against_pbrf, coverage, regression
 
@@ -137,6 +148,7 @@ def run_validate(config: ValidateJob) -> ValidateResult:
     }
     configure_logs()
     config.truth.check()
+    config = of_run(config)
     validate, name = studies[type(config.truth)]
     _, table, facts = validate(config, log.info)
     return ValidateResult(f"{config.output}/validate/{name}.parquet", table, facts, config.truth)

@@ -44,7 +44,7 @@ COMMANDS = (
         shows=(
             *("model.path", "model.tracked", "model.dtype", "corpus.", "queries."),
             *("factors.labels", "factors.blocks", "factors.damping.", "scan.tokens_per_batch", "cluster.cpus_per_rank"),
-            *("validate.", "truth.", "output", "seed"),
+            *("run", "validate.", "truth.", "output", "seed"),
         ),
         variants={
             "truth": {
@@ -56,6 +56,7 @@ COMMANDS = (
         },
         examples=(
             "output=runs/validate",
+            "run=runs/mine output=runs/validate-mine",
             "truth=pbrf validate.curvature_sequences=300 output=runs/pbrf",
             "truth=pbrf_regression output=runs/regression",
             "truth=coverage truth.run=runs/demo truth.filter=runs/filter output=runs/coverage",

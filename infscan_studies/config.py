@@ -406,6 +406,8 @@ class CoverageConfig(TruthConfig):
 class ValidateJob(Config):
     """A run's settings, a validation's, and the ground truth."""
 
+    run: str | None = None
+    """Finished run whose model, corpus, queries and settings of factors are judged, in place of presets and keys."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     truth: TruthConfig = field(default_factory=TruthConfig)
 

@@ -61,7 +61,7 @@ def _command(command: Command, run: dict[str, Setting]) -> Iterator[str]:
     for group, options in ((group, command.options(group)) for group in (*command.groups, *command.variants)):
         if options and not (command.is_run and command.name != "scan" and group not in command.variants):
             yield f"Presets `{group}=`: {', '.join(f'`{option}`' for option in options)}.\n"
-    own = [setting for setting in settings_of(command.kind) if setting.key not in run]
+    own = [setting for setting in settings_of(command.kind) if run.get(setting.key) != setting]
     if own:
         yield from _table(shown_settings(own))
     for preset, meaning, settings in command.preset_settings():

@@ -35,7 +35,8 @@ def settings_of(kind: type, prefix: str = "", given: Any = None) -> Iterator[Set
     given: the group as an outer class sets it; a key that it leaves open is inherited.
     """
     hints, meanings = get_type_hints(kind), _meanings(kind)
-    is_inherited = given is not None and given == not_given(kind)
+    # A group of mandatory keys alone is open by itself.
+    is_inherited = given is not None and given == not_given(kind) != kind()
     for one in fields(kind):
         key, hint = f"{prefix}{one.name}", hints[one.name]
         default = one.default_factory() if callable(one.default_factory) else one.default

@@ -181,8 +181,8 @@ class Pool:
             self.announce(f"waiting for capacity: {missing}")
             return
         raise RunError(
-            f"no worker could be placed for cluster.placement_timeout_s={self.cluster.placement_timeout_s:g} s: {missing}. Add "
-            "nodes, or free them from other jobs, and run the same command again: it goes on from here."
+            f"no worker could be placed for cluster.placement_timeout_s={self.cluster.placement_timeout_s:g} s: "
+            f"{missing}. Add nodes, or free them from other jobs, and run the same command again: it goes on from here."
         )
 
     def _started(self, group: WorkerGroup, outcome: Outcome, result: Any, schedule: Schedule | None = None) -> None:

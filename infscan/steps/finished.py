@@ -28,18 +28,28 @@ def reopen(uri: str, cluster: ClusterConfig) -> AbstractContextManager[Run]:
     Raises:
         RunError: where the run is not finished, its config.yaml is damaged or its factors are gone.
     """
+    config = finished_config(uri)
+    config.cluster = cluster
+    for factors in (config.factors, *(stage.factors for stage in config.stages[config.scan.stage :])):
+        if factors.solver is not Solver.identity and not Store(factors.path or "").exists(COMPLETE):
+            raise RunError(f"{factors.path} holds no complete factors any more; run infscan scan on {uri} again.")
+    return open_run(config, queries=read_measured(Store(uri)))
+
+
+def finished_config(uri: str) -> Config:
+    """The settings of a finished run, its corpora where it prepared them.
+
+    Raises:
+        RunError: where the run is not finished, or its config.yaml is damaged.
+    """
     store = Store(uri)
     read_summary(uri)
     try:
         config = stored_config(store.read(CONFIG).decode(errors="replace"), store.uri)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
-    config.cluster = cluster
     _read_what_was_prepared(config)
-    for factors in (config.factors, *(stage.factors for stage in config.stages[config.scan.stage :])):
-        if factors.solver is not Solver.identity and not Store(factors.path or "").exists(COMPLETE):
-            raise RunError(f"{factors.path} holds no complete factors any more; run jobs/scan.py on {uri} again.")
-    return open_run(config, queries=read_measured(store))
+    return config
 
 
 def factors_of(run: Run) -> tuple[AddressableCorpus, Factors]:

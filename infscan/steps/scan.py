@@ -151,6 +151,7 @@ class _Tally:
         self.quarantined[number] = reason = redact(reason)
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
         store.write_json(f"{QUARANTINE}/{name}.json", note)
+        self.run.telemetry.warn(f"{name} is quarantined: {reason}")
 
     def check_nonfinite(self) -> None:
         limit = self.run.config.scan.max_nonfinite

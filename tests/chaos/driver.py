@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     handed_out = 0
     pids: dict[Any, int] = {}
     progress = open(order["progress"], "a")  # noqa: SIM115 (a driver that is killed closes nothing)
-    submit, done = WorkerGroup.submit, RecoveryLog.done
+    submit, done = WorkerGroup.submit, RecoveryLog.unit_finished
 
     def note(what: str, worker: int, pid: int = 0) -> None:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         done(self, worker)
 
     WorkerGroup.submit = counted  # type: ignore[method-assign]
-    RecoveryLog.done = noted  # type: ignore[method-assign]
+    RecoveryLog.unit_finished = noted  # type: ignore[method-assign]
     try:
         answer(compose("scan", *order["overrides"]))
     except InfscanError as error:

@@ -166,7 +166,8 @@ class Harness:
             "corpus.packing=document", f"queries.path={root / 'queries.jsonl'}", "factors.slices=2", "scan.rank=8",
             "scan.top_k=5", f"scan.shard_sequences={PER_SHARD}", "scan.tokens_per_batch=256",
             f"output={self._output(name)}", f"cluster.num_workers={WORKERS}", f"cluster.address={self.cluster.address}",
-            "cluster.heartbeat_s=0.5", "cluster.heartbeat_timeout_s=4", "cluster.placement_timeout_s=120", "cluster.max_attempts=2",
+            "cluster.heartbeat_s=0.5", "cluster.heartbeat_timeout_s=4", "cluster.placement_timeout_s=120",
+            "cluster.max_attempts=2",
         ]  # fmt: skip
         return settings if "--factors" in own else [*settings, f"factors.path={twin / 'factors'}"]
 

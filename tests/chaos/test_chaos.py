@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -66,8 +67,9 @@ def test_without_room_for_a_worker_the_end_is_clear(harness: Harness) -> None:
     overrides = ["cluster.cpus_per_rank=3", "cluster.placement_timeout_s=2"]
     assert harness.drive("no-room", overrides=overrides).wait() == 2
     said = harness.said("no-room")
-    assert "no worker could be placed for cluster.placement_timeout_s=2 s: one needs 1 x {CPU 3}" in said
-    assert "alive have in all {CPU 1; CPU 1; CPU 2}" in said
+    assert "no worker could be placed for cluster.placement_timeout_s=2 s: one needs 1 x {CPU 3, memory 1 GiB}" in said
+    room = r", memory [\d.]+ GiB"
+    assert re.search(rf"alive have in all \{{CPU 1{room}; CPU 1{room}; CPU 2{room}\}}", said)
 
 
 @pytest.mark.slow
@@ -129,12 +131,12 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
     for group in pool.groups:
         group.rebuild = partial(rebuilt, group, group.rebuild)  # type: ignore[method-assign]
     assert not pool.run(range(units), work, int, lambda unit, result: None)
-    [loss] = pool.losses.all
+    [loss] = pool.recovery.failures
     [struck] = [group for group in pool.groups if group.index == loss.worker]
     assert struck.state is State.starting
     # All but the one that the other may have had in hand already.
-    assert loss.meanwhile in (units - 1, units)
-    assert loss.back_s is None
+    assert loss.units_by_others in (units - 1, units)
+    assert loss.recovery_s is None
 
     all_done.touch()
 
@@ -144,8 +146,8 @@ def test_a_worker_that_is_rebuilt_keeps_nobody_waiting(pool: Pool, tmp_path: Pat
 
     # Both units are at work at once: the struck worker is back.
     assert not pool.run(range(2), meet, int, lambda unit, result: None)
-    assert [loss] == pool.losses.all
-    assert loss.back_s is not None
+    assert [loss] == pool.recovery.failures
+    assert loss.recovery_s is not None
 
 
 @pytest.mark.slow

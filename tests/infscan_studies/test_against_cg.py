@@ -19,11 +19,12 @@ from infscan.results.schema import footer_of
 from infscan.steps.preconditioner import layer_factors, query_gradients
 from infscan.steps.solve import ekfac_inverse
 from infscan_studies.against_cg import Findings, against_cg, validate
+from infscan_studies.api import of_run
 from infscan_studies.comparison import AVERAGE, EKFAC
 from infscan_studies.config import ValidateJob
 from infscan_studies.in_process import Study, open_study
 from infscan_studies.validation import Cost
-from tests.steps.runs import compose, tiny_model, token_corpus, token_queries
+from tests.steps.runs import answer_here, compose, small_run, tiny_model, token_corpus, token_queries
 
 CG_ITERATES = [1, 3]
 DEPTHS = [2, 6]
@@ -177,3 +178,13 @@ def test_settings_that_cannot_work_are_refused(folder: Path, override: str, said
     extra = ("scan.compression=plain",) if "identity" in override else ()
     with pytest.raises(ConfigError, match=said):
         open_study(asked(folder, override, *extra))
+
+
+def test_a_finished_run_is_judged_with_its_own_model_corpus_and_queries(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "factors.damping.relative=0.3")
+    answer_here(run)
+    job = compose("validate", f"run={run.output}", f"output={tmp_path / 'judged'}")
+    judged = of_run(job)
+    assert (judged.model, judged.queries) == (run.model, run.queries)
+    assert (judged.corpus.path, judged.factors.damping.relative) == (f"{run.output}/corpus", 0.3)
+    assert judged.output == str(tmp_path / "judged")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from infscan.cli import help_of, main
-from infscan.config.commands import commands
+from infscan.cli import main
+from infscan.config.commands import Command, commands
+from infscan.config.help import help_of
+from infscan.config.settings import settings_of
 from infscan_studies.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -17,15 +19,14 @@ every_command = pytest.mark.parametrize("command", COMMANDS, ids=[command.name f
 
 
 @every_command
-def test_a_command_is_found_and_has_a_job(command: object) -> None:
-    name = command.name  # type: ignore[attr-defined]
-    assert commands()[name] == command
-    assert f'main("{name}")' in (ROOT / "jobs" / f"{name}.py").read_text()
+def test_a_command_is_found_and_has_a_job(command: Command) -> None:
+    assert commands()[command.name] == command
+    assert f'main("{command.name}")' in (ROOT / "jobs" / f"{command.name}.py").read_text()
 
 
 @every_command
-def test_every_key_has_its_meaning(command: object) -> None:
-    settings = list(command.all_settings())  # type: ignore[attr-defined]
+def test_every_key_has_its_meaning(command: Command) -> None:
+    settings = [*settings_of(command.kind), *(one for _, _, mine in command.preset_settings() for one in mine)]
     assert settings
     assert not [setting.key for setting in settings if not setting.meaning]
 

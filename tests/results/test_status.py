@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infscan.__main__ import main
+from infscan.cli import main
 from infscan.errors import RunError
 from infscan.report.status import show_status, show_sweep
 from infscan.results.status import NOTHING_ALIVE, Driver, Status, exit_code, read_status, read_sweep
@@ -92,11 +92,11 @@ def test_a_published_run_shows_its_published_rows(tmp_path: Path, capsys: pytest
     assert (found.phase, found.done, found.eta_s, found.read) == ("finished", 2, None, None)
     best = [(row.query_id, row.side, row.sequence_id) for row in found.top]
     assert best == [("alpha", "opponent", 11), ("alpha", "proponent", 1), ("beta#1", "proponent", 1)]
-    main(["status", str(tmp_path), "--top", "1"])
+    main(None, ["status", str(tmp_path), "--top", "1"])
     shown = capsys.readouterr().out
     assert "shards      2 of 2 done" in shown
     assert "proponent   1  sequence            1  +5" in shown
-    main(["status", str(tmp_path), "--json"])
+    main(None, ["status", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out)["phase"] == "finished"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

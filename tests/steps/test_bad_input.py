@@ -238,11 +238,12 @@ def test_a_missing_query_file_is_named(folder: Path, no_ray: None) -> None:
 
 
 def claim(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open and leave a run without Ray."""
+    """Claim a run's folder and keep a plan there, without Ray."""
     with monkeypatch.context() as patch:
-        patch.setattr(infscan.steps.run, "connect_backend", lambda name, cluster: InProcessBackend(cluster))
-        with open_run(config):
-            pass
+        patch.setattr(infscan.steps.run, "connect_backend", InProcessBackend)
+        with open_run(config) as run:
+            run.folder.claim(config)
+            run.store.write("plan.json", b"{}")
 
 
 def test_an_output_of_another_configuration_is_refused_by_field(
@@ -321,14 +322,14 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "cluster.num_workers=0": ("cluster.num_workers=0", "greater than 0"),
     "cluster.gpus_per_rank=-1": ("cluster.gpus_per_rank=-1", "0 or more"),
     "model.tracked='mlp('": ("model.tracked='mlp('", "regular expression"),
-    "factors.solver=identity": ("factors.solver=identity", "scan.compression=plain"),
+    "factors.solver=identity scan.compression=weighted": ("factors.solver=identity", "scan.compression"),
 }
 
 
 @pytest.mark.parametrize("override", IMPOSSIBLE)
 def test_an_impossible_value_is_refused_with_its_key(folder: Path, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        small_run(folder, override)
+        small_run(folder, *override.split())
     assert_says(str(caught.value), *IMPOSSIBLE[override])
 
 
