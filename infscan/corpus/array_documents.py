@@ -50,6 +50,11 @@ def read_array_documents(
 def _indexed(file: InputFile, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
     stem = file.uri.removesuffix(".bin")
     beside = look_up(f"{stem}.idx")
+    if beside is None and megatron.is_piece(file.uri):
+        raise CorpusError(
+            f"{file.uri} is a piece of a data set with one index; it is read where it lies, so leave "
+            "corpus.in_place=true, or join the pieces first."
+        )
     if beside is None:
         raise CorpusError(f"{stem}.idx is missing: Megatron's tokens (.bin) and index (.idx) go together.")
     shape = megatron.read_header(beside)

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from infscan.config import Packing
-from infscan.corpus.in_place import InPlace, TokenFile, document_spans
+from infscan.corpus.in_place import InPlace, TokenFile, document_spans, read_bytes
 from infscan.corpus.megatron import Index
 from infscan.corpus.sequences import Span, TokenBlock
-from infscan.storage import read_range
 
 # A document without an index begins after the EOS before it, which is looked for this far back, block by block.
 _SEARCH_TOKENS = 1 << 22
@@ -98,5 +97,5 @@ def read_tokens(file: TokenFile, begin: int, end: int) -> np.ndarray:
     """Tokens [begin, end) of a file, in its own dtype."""
     dtype = np.dtype(file.facts["dtype"])
     first = file.facts["begin"]
-    data = read_range(file.data.uri, first + begin * dtype.itemsize, first + end * dtype.itemsize)
+    data = read_bytes(file.pieces, first + begin * dtype.itemsize, first + end * dtype.itemsize)
     return np.frombuffer(data, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,10 @@ from infscan.config import CorpusConfig, Packing, fingerprint
 from infscan.corpus import mds, megatron, npy
 from infscan.corpus.beside import data_files, refuse_pointer
 from infscan.corpus.files import file_name, name_below
-from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, sampled_digest
+from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, read_bytes, sampled_digest
 from infscan.corpus.packing import PackSettings
 from infscan.errors import CorpusError, StorageError
-from infscan.storage import InputFile, expand, look_up, read_range
+from infscan.storage import InputFile, expand, look_up
 
 FORMATS = ("megatron", "npy", "mds")
 _AT_ONCE = 16
@@ -81,6 +82,9 @@ def list_files(config: CorpusConfig) -> list[InputFile]:
         found = [file for file in beside if file is not None]
         if not found:
             raise
+        if beside[0] is None:
+            with suppress(StorageError):
+                found += expand(f"{config.path.rstrip('/')}-*-of-*.bin")
         return found
 
 
@@ -102,7 +106,9 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
     for file in files:
         refuse_pointer(file)
     found, truncated, documents = _FILES[kind](files, config, pack)
-    found = [replace(file, label=name_below(file.data.uri, config.path)) for file in found if file.sequences]
+    found = [
+        replace(file, label=file.label or name_below(file.data.uri, config.path)) for file in found if file.sequences
+    ]
     if not found:
         raise CorpusError(f"{config.path}: its {len(files)} files hold no token.")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -114,7 +120,13 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
         "sequence_length": pack.sequence_length,
         "separators": [pack.bos_id, pack.eos_id],
         "files": [
-            [file.name, file.sequences, file.tokens, digest, {k: v for k, v in file.facts.items() if k != "index"}]
+            [
+                file.name,
+                file.sequences,
+                file.tokens,
+                digest,
+                _content_facts(file),
+            ]
             for file, digest in zip(found, digests, strict=True)
         ],
     }
@@ -132,6 +144,11 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
     )
 
 
+def _content_facts(file: TokenFile) -> dict[str, Any]:
+    """What is known of a file wherever it lies."""
+    return {key: value for key, value in file.facts.items() if key not in ("index", "pieces")}
+
+
 def _digests(file: TokenFile, files: int) -> list[str]:
     return [sampled_digest(each, files) for each in file.sources]
 
@@ -141,7 +158,7 @@ Found = tuple[list[TokenFile], int, int | None]
 
 def _megatron(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(lambda pair: _megatron_file(pair[0], pair[1], pack), _pairs(files)))
+        found = list(pool.map(lambda pair: _megatron_file(pair[0], pair[1], config, pack), _pairs(files)))
     return (
         [file for file, _, _ in found],
         sum(truncated for _, truncated, _ in found),
@@ -149,39 +166,53 @@ def _megatron(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettin
     )
 
 
-def _pairs(files: Sequence[InputFile]) -> list[tuple[InputFile, InputFile]]:
+Pieces = tuple[InputFile, ...]
+
+
+def _pairs(files: Sequence[InputFile]) -> list[tuple[Pieces, InputFile]]:
+    """Tokens and their index: a .bin, or Pythia's pieces of one (`document-00000-of-00020.bin` with `document.idx`)."""
     by_uri = {file.uri: file for file in files}
-    pairs = []
-    for stem in sorted({uri.rpartition(".")[0] for uri in by_uri}):
-        both = [by_uri.get(f"{stem}{suffix}") or look_up(f"{stem}{suffix}") for suffix in (".bin", ".idx")]
-        if both[0] is None or both[1] is None:
-            missing = ".bin" if both[0] is None else ".idx"
+    cut = megatron.pieces_of([uri for uri in by_uri if uri.endswith(".bin")])
+    of_piece = {uri for uris in cut.values() for uri in uris}
+    pairs: list[tuple[Pieces, InputFile]] = []
+    for stem in sorted({uri.rpartition(".")[0] for uri in by_uri if uri not in of_piece} | cut.keys()):
+        index = by_uri.get(f"{stem}.idx") or look_up(f"{stem}.idx")
+        whole = by_uri.get(f"{stem}.bin") or look_up(f"{stem}.bin")
+        data = tuple(by_uri[uri] for uri in cut[stem]) if stem in cut else (whole,) if whole else ()
+        if not data or index is None:
+            missing = ".bin" if not data else ".idx"
             raise CorpusError(f"{stem}{missing} is missing: Megatron's tokens (.bin) and index (.idx) go together.")
-        pairs.append((both[0], both[1]))
+        pairs.append((data, index))
     return pairs
 
 
-def _megatron_file(data: InputFile, file: InputFile, pack: PackSettings) -> tuple[TokenFile, int, int]:
+def _megatron_file(
+    data: Pieces, file: InputFile, config: CorpusConfig, pack: PackSettings
+) -> tuple[TokenFile, int, int]:
     shape = megatron.read_header(file)
     index = megatron.Index(file, shape)
     size = np.dtype(shape.dtype).itemsize
     tokens = index.tokens()
-    if tokens * size != data.size:
+    there = sum(piece.size for piece in data)
+    if tokens * size != there:
         raise CorpusError(
-            f"{data.uri} has {data.size} bytes, and its index says {tokens * size}: one of the two was cut off or "
-            "belongs to another; copy both again."
+            f"{data[0].uri} has {there} bytes{' with its other pieces' * (len(data) > 1)}, and its index says "
+            f"{tokens * size}: one of the two was cut off or belongs to another; copy both again."
         )
     facts = index.to_facts()
+    if len(data) > 1:
+        facts["pieces"] = [{"uri": one.uri, "size": one.size, "etag": one.etag} for one in data]
+    label = name_below(f"{file.uri.removesuffix('.idx')}.bin", config.path)
     _check_first(data, facts, tokens, pack)
     documents = shape.indices - 1
     if pack.packing is Packing.concat:
-        return TokenFile(data, -(-tokens // pack.sequence_length), tokens, facts), 0, documents
+        return TokenFile(data[0], -(-tokens // pack.sequence_length), tokens, facts, label), 0, documents
     kept = 0
     for lengths in index.lengths():
         if len(lengths) and lengths.min() < 1:
             raise CorpusError(f"{file.uri} has documents without a token, which corpus.packing=document cannot number.")
         kept += int(np.minimum(lengths, pack.sequence_length).sum())
-    return TokenFile(data, documents, kept, facts), tokens - kept, documents
+    return TokenFile(data[0], documents, kept, facts, label), tokens - kept, documents
 
 
 def _npy(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
@@ -196,20 +227,20 @@ def _npy(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -
     def one(file: InputFile) -> TokenFile:
         tokens, facts = npy.read_layout(file, config.dtype, pack.vocab_size, pack.sequence_length)
         npy.check_dtype(file, facts["begin"], tokens, facts["dtype"])
-        _check_first(file, facts, tokens, pack)
+        _check_first((file,), facts, tokens, pack)
         return TokenFile(file, -(-tokens // pack.sequence_length), tokens, facts)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(one, files)), 0, None
 
 
-def _check_first(file: InputFile, facts: dict[str, Any], tokens: int, pack: PackSettings) -> None:
+def _check_first(pieces: Pieces, facts: dict[str, Any], tokens: int, pack: PackSettings) -> None:
     """Token ids of another model show in the first ones, before anything is scanned."""
     kind = np.dtype(facts["dtype"])
     count = min(tokens, _FIRST_TOKENS)
     if count:
-        data = read_range(file.uri, facts["begin"], facts["begin"] + count * kind.itemsize)
-        check_vocabulary(file.uri, np.frombuffer(data, kind), pack.vocab_size)
+        data = read_bytes(pieces, facts["begin"], facts["begin"] + count * kind.itemsize)
+        check_vocabulary(pieces[0].uri, np.frombuffer(data, kind), pack.vocab_size)
 
 
 def _mds(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
@@ -235,8 +266,11 @@ def _mds(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -
             continue
         length = mds.sample_tokens(shards[0], column, config.dtype)
         windows = max(1, -(-length // pack.sequence_length))
-        facts: dict[str, Any] = {"tokens_field": column, "dtype": config.dtype}
-        facts |= {key: mds.label_column(shards[0], config, key) for key in ("id_field", "source_field")}
+        for key in ("id_field", "source_field"):
+            mds.label_column(shards[0], config, key)
+        facts: dict[str, Any] = {
+            key: getattr(config, key) for key in ("tokens_field", "id_field", "source_field", "dtype")
+        }
         facts["windows"] = windows
         facts["uneven"] = not shards[0].sizes[shards[0].names.index(column)]
         # Told from the first sample; every other one is held against it when it is read.

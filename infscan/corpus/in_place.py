@@ -48,14 +48,20 @@ class TokenFile:
     label: str = ""
 
     @property
+    def pieces(self) -> tuple[InputFile, ...]:
+        """The files whose bytes, one after another, are the token ids: the one, or all that it was cut into."""
+        cut = self.facts.get("pieces")
+        return tuple(InputFile(**one) for one in cut) if cut else (self.data,)
+
+    @property
     def name(self) -> str:
         return self.label or file_name(self.data.uri)
 
     @property
     def sources(self) -> tuple[InputFile, ...]:
-        """The file, and its index."""
+        """The files of its token ids, and its index."""
         index = self.facts.get("index")
-        return (self.data, *([InputFile(**index)] if index else ()))
+        return (*self.pieces, *([InputFile(**index)] if index else ()))
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,18 @@ def sampled_digest(file: InputFile, files: int) -> str:
     for start in starts:
         digest.update(read_range(file.uri, start, start + _SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def read_bytes(pieces: tuple[InputFile, ...], start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of files that follow one another."""
+    found: list[bytes] = []
+    at = 0
+    for piece in pieces:
+        low, high = max(start - at, 0), min(stop - at, piece.size)
+        if low < high:
+            found.append(read_range(piece.uri, low, high))
+        at += piece.size
+    return found[0] if len(found) == 1 else b"".join(found)
 
 
 class InPlace(ABC):

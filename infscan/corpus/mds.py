@@ -354,7 +354,10 @@ class MdsSamples(InPlace):
         column = facts[key]
         if column not in columns:
             return missing
-        return text_of(where, facts["encodings"][facts["names"].index(column)], columns[column])
+        encoding = facts["encodings"][facts["names"].index(column)]
+        usable = encoding in _TEXTS or encoding in _WHOLE
+        # One that was asked for by name was refused when the shards were described.
+        return text_of(where, encoding, columns[column]) if usable else missing
 
     def _reader(self, index: int) -> ShardReader:
         if index not in self._readers:

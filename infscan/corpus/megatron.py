@@ -7,15 +7,16 @@ then n lengths (i32), n pointers into name.bin in bytes (i64), and d document in
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from infscan.errors import CorpusError
-from infscan.storage import InputFile, read_range
+from infscan.storage import InputFile, look_up, read_range
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -147,3 +148,38 @@ class Index:
         dtype = np.dtype("<i4" if kind == "lengths" else "<i8")
         data = read_range(self.file.uri, at + start * dtype.itemsize, at + stop * dtype.itemsize)
         return np.frombuffer(data, dtype).astype(np.int64)
+
+
+_PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
+
+
+def is_piece(uri: str) -> bool:
+    """Whether a .bin is one of several that have one index."""
+    match = _PIECE.fullmatch(uri)
+    return match is not None and look_up(f"{match[1]}.idx") is not None
+
+
+def pieces_of(uris: Iterable[str]) -> dict[str, list[str]]:
+    """By what they are pieces of: .bin files that were cut into `<stem>-00000-of-00020.bin`, as Pythia's are, in order.
+
+    Raises:
+        CorpusError: where one of them is missing.
+    """
+    found: dict[str, dict[int, str]] = {}
+    counts: dict[str, int] = {}
+    for uri in uris:
+        if match := _PIECE.fullmatch(uri):
+            # Whole data sets may be numbered in this way too: each then has an index of its own.
+            if look_up(f"{uri.removesuffix('.bin')}.idx") is not None or not is_piece(uri):
+                continue
+            found.setdefault(match[1], {})[int(match[2])] = uri
+            counts[match[1]] = int(match[3])
+    for stem, pieces in found.items():
+        # Some tools say how many there are, Pythia's the last one's number.
+        missing = sorted(set(range(max(counts[stem], max(pieces) + 1))) - pieces.keys())
+        if missing:
+            raise CorpusError(
+                f"{stem}-{missing[0]:05d}-of-{counts[stem]:05d}.bin is missing, a piece of what {stem}.idx lists; copy "
+                "it too."
+            )
+    return {stem: [pieces[number] for number in sorted(pieces)] for stem, pieces in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infscan.errors import ModelError
-from infscan.storage import Store, is_uri, localise
+from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, is_uri, localise, look_up
 
 # A vocabulary in any of these is a tokenizer; tokenizer_config.json alone is not.
 _VOCABULARIES = (
@@ -123,6 +123,10 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     hub = is_hub_id(path)
     if not hub and not _files(path):
         return None
+    for name in [] if hub else _files(path):
+        file = look_up(f"{path}/{name}")
+        if file is not None and is_lfs_pointer(file):
+            raise ModelError(f"{file.uri} {LFS_POINTER}.")
     from transformers import AutoTokenizer  # here, since it takes seconds and brings torch
 
     try:
@@ -133,7 +137,13 @@ def load_tokenizer(path: str) -> Tokenizer | None:
             f"{path}: its tokenizer cannot be loaded ({reason}). Mend the folder's tokenizer files, or remove them and "
             "bring token ids (corpus.tokens_field)."
         ) from error
-    return Tokenizer(backend, _digest(_snapshot(path) if hub else path))
+    tokenizer = Tokenizer(backend, _digest(_snapshot(path) if hub else path))
+    if not len(tokenizer.encode("a")):
+        raise ModelError(
+            f"{path}: its tokenizer makes no token of a text, so its vocabulary is cut off or damaged; copy the "
+            "tokenizer's files again."
+        )
+    return tokenizer
 
 
 def is_hub_id(path: str) -> bool:

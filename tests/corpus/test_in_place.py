@@ -17,7 +17,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from infscan.config import Attention, Packing, sealed
-from infscan.corpus import arrays, describe, in_place, megatron
+from infscan.corpus import arrays, in_place, megatron
 from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.documents import document_files, read_documents
 from infscan.corpus.packing import Packer, PackSettings
@@ -290,6 +290,34 @@ def test_a_shard_of_a_merged_index_counts_once(compress: bool, only: str) -> Non
     assert len(documents) == 6
 
 
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("last", [2, 3])
+def test_pythias_pieces_of_one_file_are_read_as_the_file(packing: Packing, last: int) -> None:
+    docs = ended(big_corpus(40))
+    whole, cut = memory(), memory()
+    layouts.megatron(whole, "document", docs)
+    layouts.megatron(cut, "document", docs)
+    data = cut.read("document.bin")
+    # Cut anywhere, in the middle of a token too.
+    bounds = [0, 101, 102, len(data)]
+    for number in range(3):
+        cut.write(f"document-{number:05d}-of-{last:05d}.bin", data[bounds[number] : bounds[number + 1]])
+    cut.remove("document.bin")
+    pack = settings(packing, T)
+    one = layouts.described(whole, corpus_config(whole.uri, packing=packing), pack)
+    for path in (cut.uri, f"{cut.uri}/document"):
+        two = layouts.described(cut, corpus_config(path, packing=packing), pack)
+        assert [content(each) for each in two.read(np.arange(two.sequences))] == [
+            content(each) for each in one.read(np.arange(one.sequences))
+        ]
+    cut.write(f"document-00001-of-{last:05d}.bin", b"xyz")
+    with pytest.raises(CorpusError, match=r"with its other pieces, and its index says"):
+        layouts.described(cut, corpus_config(cut.uri, packing=packing), pack)
+    cut.remove(f"document-00001-of-{last:05d}.bin")
+    with pytest.raises(CorpusError, match=rf"document-00001-of-{last:05d}\.bin is missing, a piece"):
+        layouts.described(cut, corpus_config(cut.uri, packing=packing), pack)
+
+
 def big_corpus(count: int = 5000) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(2, VOCAB, n).tolist() for n in rng.integers(1, 60, count)]
@@ -309,7 +337,7 @@ def test_a_window_costs_a_few_small_ranges_and_never_the_file(kind: str, monkeyp
         return real(uri, start, stop)
 
     real = in_place.read_range
-    for module in (arrays, megatron, in_place, describe):
+    for module in (megatron, in_place):
         monkeypatch.setattr(module, "read_range", counted)
     monkeypatch.setattr(arrays, "_STEP_TOKENS", 512)
     (one,) = corpus.read(np.array([corpus.sequences // 2]))

@@ -77,3 +77,44 @@ def test_a_tokenizer_in_an_object_store_is_fetched(tmp_path: Path, monkeypatch: 
     assert remote is not None
     assert local is not None
     assert remote.digest == local.digest
+
+
+def sentencepiece_alone(folder: Path) -> Path:
+    """A vocabulary of SentencePiece without tokenizer.json, as Llama 2's own release has it."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    texts = ["the river runs to the sea", "the island is Velmistok", "he said yes to the river"] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2,
+        byte_fallback=False,
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def test_sentencepieces_own_file_is_enough(tmp_path: Path) -> None:
+    import sentencepiece
+
+    folder = sentencepiece_alone(tmp_path / "model")
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer is not None
+    own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in ("the river is Velmistok", "yes the sea"):
+        assert tokenizer.encode(text).tolist() == own.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_vocabulary_that_is_damaged_or_a_pointer_is_named(tmp_path: Path) -> None:
+    folder = sentencepiece_alone(tmp_path / "model")
+    (folder / "tokenizer.model").write_bytes(b"no tokenizer yet")
+    with pytest.raises(ModelError, match=r"makes no token of a text|cannot be loaded"):
+        load_tokenizer(str(folder))
+    (folder / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match=r"tokenizer\.model is a pointer of Git LFS"):
+        load_tokenizer(str(folder))
