@@ -206,13 +206,13 @@ def _megatron_file(
     _check_first(data, facts, tokens, pack)
     documents = shape.indices - 1
     if pack.packing is Packing.concat:
-        return TokenFile(data[0], -(-tokens // pack.sequence_length), tokens, facts, label), 0, documents
+        return TokenFile(data[0], -(-tokens // pack.sequence_length), tokens, facts, label=label), 0, documents
     kept = 0
     for lengths in index.lengths():
         if len(lengths) and lengths.min() < 1:
             raise CorpusError(f"{file.uri} has documents without a token, which corpus.packing=document cannot number.")
         kept += int(np.minimum(lengths, pack.sequence_length).sum())
-    return TokenFile(data[0], documents, kept, facts, label), tokens - kept, documents
+    return TokenFile(data[0], documents, kept, facts, label=label), tokens - kept, documents
 
 
 def _npy(files: Sequence[InputFile], config: CorpusConfig, pack: PackSettings) -> Found:
