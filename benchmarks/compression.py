@@ -44,9 +44,9 @@ from infscan.config import (
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.packing import pack_settings
-from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, Kind, agreement, recall
@@ -167,7 +167,7 @@ class Bench:
             config = CorpusConfig(path=str(path))
             pack = pack_settings(config, self.options.length, self.vocab_size, tokenizer.eos_id, None)
             (file,) = expand(str(path))
-            part = prepare_part(Piece((file,)), 0, config, pack, tokenizer, store)
+            part = prepare_part(InputSplit((file,)), 0, config, pack, tokenizer, store)
             write_manifest(store, config, pack, tokenizer.digest, [part])
         return open_corpus(store)
 

@@ -23,7 +23,7 @@ import tokenizers
 
 from infscan.config import CorpusConfig, Packing
 from infscan.corpus.addressable import open_corpus
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import document_files, document_splits
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.corpus.prepared import prepare_part, write_manifest
@@ -53,7 +53,7 @@ def tokenising(folder: Path, tokenizer: Tokenizer, library: tokenizers.Tokenizer
     texts = [json.loads(line)["text"] for line in (folder / "in.jsonl").read_text().splitlines()]
     config = CorpusConfig(path=str(folder / "in.jsonl"))
     pack = PackSettings(Packing.concat, T, library.get_vocab_size(), tokenizer.eos_id)
-    (piece,) = document_pieces(document_files(config), config)
+    (piece,) = document_splits(document_files(config), config)
     ratios, ours, theirs = [], [], []
     for repeat in range(REPEATS):
         started = time.process_time()
@@ -98,11 +98,11 @@ def planning(folder: Path, files: int) -> None:
     found = document_files(config)
     report(f"listing {len(found):,} files", started)
     started = now()
-    pieces = document_pieces(found, config)
+    pieces = document_splits(found, config)
     lines = [piece.to_json() for piece in pieces]
     report(f"{len(pieces):,} parts of them, {sum(map(len, lines)) / 2**20:.0f} MiB as JSON", started)
     started = now()
-    pieces = document_pieces([InputFile("s3://bucket/one.jsonl", 1 << 40, "tag")], config)
+    pieces = document_splits([InputFile("s3://bucket/one.jsonl", 1 << 40, "tag")], config)
     # Four bytes of text a token, about.
     sequences = (1 << 40) // 4 // T
     plan = Plan("", sequences, Selection.of(sequences), default_shard_sequences(sequences))

@@ -19,7 +19,7 @@ import numpy as np
 from infscan.config import CorpusConfig, Packing
 from infscan.corpus.addressable import open_corpus
 from infscan.corpus.describe import describe, token_files
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import document_files, document_splits
 from infscan.corpus.in_place import DESCRIPTION
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.prepared import prepare_part, write_manifest
@@ -51,7 +51,7 @@ def lay_down(folder: str, length: int, layout: str) -> None:
     if arrays is not None:
         store.write_json(DESCRIPTION, describe(*arrays, config, pack).to_json())
     else:
-        pieces = document_pieces(document_files(config), config)
+        pieces = document_splits(document_files(config), config)
         parts = [prepare_part(piece, n, config, pack, None, store) for n, piece in enumerate(pieces)]
         write_manifest(store, config, pack, None, parts)
 

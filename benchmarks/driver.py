@@ -36,7 +36,7 @@ from infscan.engine.pool import Pool
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.worker_group import Outcome, State
 from infscan.influence.layers import Layer
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import WorkerSettings
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
@@ -116,7 +116,7 @@ class SimulatedGroup:
         with self.away():
             self.answer = self._scanned(pickle.loads(sent))
 
-    def _scanned(self, task: Any) -> tuple[Hits, ShardCounts]:
+    def _scanned(self, task: Any) -> tuple[ScoredRows, ShardCounts]:
         bars = task.thresholds.strengths_qs
         per_side = len(task.sequence_ids) // len(bars[0])
         # A shard keeps at most C rows: without a threshold, those above the strength that so many have.
@@ -126,7 +126,7 @@ class SimulatedGroup:
         queries, sides = np.divmod(board, len(bars[0]))
         strengths = bars.reshape(-1)[board] + self.rng.exponential(size=len(board))
         places = 2 * (np.arange(len(board)) % per_side) + sides
-        hits = Hits(
+        hits = ScoredRows(
             queries.astype(np.int32),
             sides.astype(np.int8),
             task.sequence_ids[places],
@@ -225,7 +225,7 @@ def link_shards(run: Any, plan: Plan, rng: np.random.Generator) -> None:
     folder = Path(run.store.uri)
     for template in range(templates):
         ids = np.arange(4)
-        hits = Hits(
+        hits = ScoredRows(
             rng.integers(0, len(run.queries), template % 4).astype(np.int32),
             np.zeros(template % 4, np.int8),
             ids[: template % 4],
@@ -239,7 +239,7 @@ def link_shards(run: Any, plan: Plan, rng: np.random.Generator) -> None:
         os.link(folder / f"templates/template-{number % templates}.parquet", folder / shard_path(shard_name(number)))
 
 
-def put_shard(run: Any, name: str, ids: np.ndarray, hits: Hits, counts: ShardCounts, tokens: int) -> None:
+def put_shard(run: Any, name: str, ids: np.ndarray, hits: ScoredRows, counts: ShardCounts, tokens: int) -> None:
     made = [
         Sequence(
             n, np.random.default_rng(n).integers(0, 50_000, tokens), (Span(f"document-{n}", "web", 0, tokens),), 0, ""
@@ -249,18 +249,20 @@ def put_shard(run: Any, name: str, ids: np.ndarray, hits: Hits, counts: ShardCou
     write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.inputs.query_ids, counts, "simulated")
 
 
-def refined_units(run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.random.Generator) -> tuple[Hits, Refined]:
+def refined_units(
+    run: Any, plan: Plan, sizes: argparse.Namespace, rng: np.random.Generator
+) -> tuple[ScoredRows, Refined]:
     """Q x 2 C candidates from all over the corpus: their shards' files, and their refined units in one query group."""
     C, Q = run.config.candidates, len(run.queries)
     ids = np.sort(rng.choice(plan.selection.size, min(plan.selection.size, Q * 2 * C), replace=False))
     rows = rng.permutation(np.resize(ids, Q * 2 * C))
     queries = np.repeat(np.arange(Q, dtype=np.int32), 2 * C)
     sides = np.tile(np.repeat(np.arange(2, dtype=np.int8), C), Q)
-    best = Hits(queries, sides, rows, np.where(sides == 0, 1, -1).astype(np.float32))
+    best = ScoredRows(queries, sides, rows, np.where(sides == 0, 1, -1).astype(np.float32))
     ends = np.searchsorted(ids, plan.shard_sequences * np.arange(1, plan.num_shards))
     for number, mine in enumerate(np.split(ids, ends)):
         n = len(mine)
-        hits = Hits(np.zeros(n, np.int32), np.zeros(n, np.int8), mine, np.ones(n, np.float32))
+        hits = ScoredRows(np.zeros(n, np.int32), np.zeros(n, np.int8), mine, np.ones(n, np.float32))
         put_shard(run, shard_name(number), mine, hits, ShardCounts(n, n, 0, n, n), sizes.tokens)
     layers = [layer.name for layer in run.inputs.layers]
     paths = []

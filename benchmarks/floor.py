@@ -42,17 +42,17 @@ from infscan.config import (
 )
 from infscan.corpus.addressable import CorpusAddress, open_corpus
 from infscan.corpus.packing import pack_settings
-from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.sequences import Sequence
+from infscan.corpus.splits import InputSplit
 from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Array, Layout, from_arrays, lay_out, plan_layouts
-from infscan.influence.standings import Thresholds
+from infscan.influence.topk_tracker import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.capture import capturing
 from infscan.model.load import load
@@ -170,7 +170,7 @@ def prepare_corpus(options: argparse.Namespace, folder: Path, store: Store) -> N
     config = CorpusConfig(path=str(path), tokens_field="tokens", packing=Packing.document)
     pack = pack_settings(config, options.length, options.vocab, 0, 0)
     (file,) = expand(str(path))
-    write_manifest(store, config, pack, None, [prepare_part(Piece((file,)), 0, config, pack, None, store)])
+    write_manifest(store, config, pack, None, [prepare_part(InputSplit((file,)), 0, config, pack, None, store)])
 
 
 def make_queries(options: argparse.Namespace) -> tuple[Query, ...]:

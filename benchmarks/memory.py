@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from infscan.config import Config, Dtype
 from infscan.corpus.addressable import CorpusAddress
 from infscan.influence.layout import Factored, Spectrum, lay_out, plan_layouts
-from infscan.influence.standings import Standings
+from infscan.influence.topk_tracker import TopKTracker
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
@@ -112,7 +112,7 @@ def measured(folder: Path, setting: tuple) -> int:
         query_batch="random",
         sides=config.sides,
         candidates=config.candidates,
-        thresholds=Standings(Q, config.sides, config.candidates).thresholds,
+        thresholds=TopKTracker(Q, config.sides, config.candidates).thresholds,
         tokens_per_batch=budget,
         dense=False,
         fingerprint="random",

@@ -45,8 +45,8 @@ from infscan.config import Compression, CorpusConfig, DampingConfig, FactorsConf
 from infscan.corpus.addressable import CorpusAddress
 from infscan.influence.agreement import agreement, random_scores
 from infscan.influence.cg import Solution, conjugate_gradients, damped
-from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
+from infscan.influence.topk_tracker import Thresholds
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.steps.preconditioner import StoredGradients, query_gradients
 from infscan.steps.queries import QueryTask, query_task, read_query_batch

@@ -1,12 +1,12 @@
-"""The errors a person can cause and mend.
+"""The errors a person can cause and fix.
 
-Every message names the value, the reason and the mend, in one or two sentences. Jobs print them without a
+Every message names the value, the reason and the fix, in one or two sentences. Jobs print them without a
 traceback and exit with status 2; a bug (an assertion, a TypeError) keeps its traceback.
 """
 
 
 class InfscanError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can fix."""
 
 
 class ConfigError(InfscanError):
@@ -19,11 +19,11 @@ class StorageError(InfscanError):
     passes: the store was busy, broken or out of reach; the same request may succeed later.
     """
 
-    passes = False
+    transient = False
 
 
 class UnwritableError(StorageError):
-    """A place that takes no writes now (full, over its quota, read-only, refused): another attempt does not mend it."""
+    """A place that takes no writes now (full, over its quota, read-only, refused): another attempt does not fix it."""
 
 
 class DamagedError(StorageError):
@@ -35,7 +35,7 @@ class CorpusError(InfscanError):
 
 
 class ChangedCorpusError(CorpusError):
-    """A corpus, or a file of it, that is not the one that the run was planned with: no other attempt mends it."""
+    """A corpus, or a file of it, that is not the one that the run was planned with: no other attempt fixes it."""
 
 
 class BadDocumentError(CorpusError):

@@ -70,7 +70,7 @@ def read_queries(
     bos_id: put before every prompt; None puts none. Prompt and completion are tokenised as one text.
 
     Raises:
-        QueryError: with the line, the id, the value and the mend.
+        QueryError: with the line, the id, the value and the fix.
     """
     queries: list[Query] = []
     seen: dict[str, int] = {}
@@ -278,9 +278,9 @@ def _slips(prompt: str, texts: Sequence[str], cuts: Sequence[CutText]) -> list[s
     for text, one in zip(texts, cuts, strict=True):
         if one.spans:
             what = "a token" if one.texts is None else f"the token {one.texts[one.prompt_tokens]!r}"
-            mend = " (move the space from the prompt's end to the completion)" if prompt.endswith(" ") else ""
+            fix = " (move the space from the prompt's end to the completion)" if prompt.endswith(" ") else ""
             found.append(
-                f"{what} spans the prompt's end and the beginning of {text[:24]!r}: it counts as the latter's{mend}"
+                f"{what} spans the prompt's end and the beginning of {text[:24]!r}: it counts as the latter's{fix}"
             )
         elif _cuts_a_word(prompt[-1:], text[:1]):
             found.append(f"no space between {prompt[-12:]!r} and {text[:12]!r}: the completion is a part of a word")

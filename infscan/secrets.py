@@ -17,7 +17,7 @@ MEND = (
 
 # user:secret@ after the scheme. A secret may hold slashes; host:9000/path@x is a port, not a secret.
 _USER_SECRET = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+(?:/|$))[^\s@]+@")
-# token@ after https:// alone: elsewhere a name stands there (abfss://container@account, sftp://user@host).
+# token@ after https:// alone: elsewhere a name is there (abfss://container@account, sftp://user@host).
 _TOKEN_USER = re.compile(r"(?i)\b((?:[a-z0-9.-]+\+)?https?://)[^/\s@?#]+@")
 # The same of a hub and of S3, by what their keys look like: names stand there, too.
 _KEY_USER = re.compile(r"(?<=://)(?:hf_[A-Za-z0-9]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,})@")

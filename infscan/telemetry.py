@@ -92,7 +92,7 @@ def configure_logs(level: int = logging.INFO, *, run: str | None = None, json_li
 
 
 class Listener(Protocol):
-    """Who is told of phases as they go on."""
+    """Who hears of phases as they go on."""
 
     def began(self, phase: Phase) -> None: ...
 
@@ -140,7 +140,7 @@ class Phase:
 
 
 class Telemetry:
-    """The phases of one run. `phases` is what summary.json says: {name: {seconds, sequences, tokens}}.
+    """The phases of one run. `phases` is written to summary.json: {name: {seconds, sequences, tokens}}.
 
     A second is of one phase: what a phase within another takes (workers that start when they are first asked for) is
     not in the other's.

@@ -184,7 +184,7 @@ def lissa_scale(product: BatchOperator, sequences: int, lambda_p: Tensor, settin
 def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[Findings, pa.Table, dict[str, Any]]:
     """The whole study for a configuration; the table goes to <output>/validate/against_cg.parquet.
 
-    Returns the findings, the table, and what stands in the table's footer beside it: the reference's iterations and
+    Returns the findings, the table, and what the table's footer contains beside it: the reference's iterations and
     residuals by query, EK-FAC's gain over every other method with its paired interval, the settings, the cost.
 
     Raises:

@@ -118,7 +118,7 @@ class Responder:
         """Hours that the missing points take at most, from the time of a response's first gradients.
 
         Raises:
-            ConfigError: where that is more than `max_hours`, with the estimate and the mend.
+            ConfigError: where that is more than `max_hours`, with the estimate and the fix.
         """
         missing = self.missing(points)
         if not missing:

@@ -99,7 +99,7 @@ def to_table(found: Comparison, agreements: Mapping[str, Agreement]) -> pa.Table
 
 
 def facts_of(found: Comparison, agreements: Mapping[str, Agreement]) -> dict[str, Any]:
-    """What stands in every table's footer: the reference, EK-FAC's lead over each other method (paired interval)."""
+    """What every table's footer contains: the reference, EK-FAC's lead over each other method (paired interval)."""
     return {
         "reference": found.reference.name,
         "reference_seconds": found.reference.seconds,

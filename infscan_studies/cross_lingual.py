@@ -59,7 +59,7 @@ def read_pairs(path: str) -> list[Pair]:
     """JSONL: `query`, `translation` (ids of queries), and optional `query_document`, `translation_document`.
 
     Raises:
-        ConfigError: with the line and the mend.
+        ConfigError: with the line and the fix.
     """
     with open_input(path) as stream:
         lines = [line for line in stream.read().split(b"\n") if line.strip()]

@@ -42,7 +42,7 @@ def words_in(text: str) -> list[str]:
 
 
 def longest_run(a: Sequence[str], b: Sequence[str]) -> int:
-    """Words of the longest run that stands in both."""
+    """Words of the longest run that is in both."""
     best = 0
     before = np.zeros(len(b) + 1, np.int64)
     codes: dict[str, int] = {}

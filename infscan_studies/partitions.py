@@ -46,7 +46,7 @@ def read_facts(path: str) -> list[Fact]:
     `about` (neutral sentences of the fact's topic).
 
     Raises:
-        ConfigError: with the line and the mend.
+        ConfigError: with the line and the fix.
     """
     facts: list[Fact] = []
     with open_input(path) as stream:

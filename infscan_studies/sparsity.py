@@ -134,7 +134,7 @@ def fit_tail(scores: Floats, least: int, resamples: int, seed: int) -> Tail:
     exponent = exponent_of(mine, threshold)
     ks = float(_distance(mine[None, :], np.asarray([exponent]), threshold)[0])
     with warnings.catch_warnings():
-        # It says of every rival whose best fit lies at the edge of what it tries that it does.
+        # It says of every rival whose best fit is at the edge of what it tries that it does.
         warnings.simplefilter("ignore")
         fitted = powerlaw.Fit(mine / threshold, xmin=1.0, verbose=0)
         found = [(law, *fitted.distribution_compare("power_law", law, normalized_ratio=True)) for law in RIVALS]

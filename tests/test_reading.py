@@ -18,8 +18,8 @@ import pytest
 
 import infscan
 from infscan.corpus.sequences import Sequence, Span
-from infscan.influence.standings import Hits
 from infscan.influence.topk import OPPONENT, PROPONENT, SIDES
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.dense import write_scores
 from infscan.results.manifest import SUCCESS
 from infscan.results.publish import Publisher, rank_rows
@@ -54,7 +54,7 @@ def publish_run(uri: str, *, sequences: int = 40, seed: int = 0) -> list[Row]:
     half = sequences // 2
     for shard, ids in enumerate((np.arange(half), np.arange(half, sequences))):
         pairs = [(query, n) for query in range(len(QUERIES)) for n in ids.tolist()]
-        hits = Hits(
+        hits = ScoredRows(
             queries=np.asarray([query for query, _ in pairs], np.int32),
             sides=np.asarray([SIDES.index(PROPONENT if scores_qn[pair] > 0 else OPPONENT) for pair in pairs], np.int8),
             sequence_ids=np.asarray([n for _, n in pairs], np.int64),
@@ -69,7 +69,7 @@ def publish_run(uri: str, *, sequences: int = 40, seed: int = 0) -> list[Row]:
     places = np.indices((len(QUERIES), len(SIDES), sequences)).reshape(3, -1)
     queries, sides, ids = places[0].astype(np.int32), places[1].astype(np.int8), places[2]
     scores = scores_qn[queries, ids]
-    ranking = rank_rows(Hits(queries, sides, ids, scores), scores, TOP_K)
+    ranking = rank_rows(ScoredRows(queries, sides, ids, scores), scores, TOP_K)
 
     def margins_of(rows: np.ndarray) -> Margins:
         found = margins[queries[rows], ids[rows]]

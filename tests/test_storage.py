@@ -19,8 +19,8 @@ import pytest
 from infscan.errors import StorageError
 from infscan.storage import Entry, MissingError, Store, expand, is_uri, localise, open_input
 from infscan.storage import local as local_module
-from infscan.storage import patience as patience_module
 from infscan.storage import remote as remote_module
+from infscan.storage import retry as retry_module
 from tests.chaos.proxy import Proxy, always, first
 from tests.conftest import Bucket
 
@@ -37,7 +37,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience_module, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setenv("INFSCAN_STORAGE_RETRY_S", "5")
 
 
@@ -259,17 +259,17 @@ class TestLocalDisk:
         assert os.listdir(tmp_path) == ["x"]
 
     @pytest.mark.parametrize(
-        ("number", "mend"),
+        ("number", "fix"),
         [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")],
     )
     def test_the_preflight_says_what_is_wrong(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mend: str
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
     ) -> None:
         def fail(*arguments: object) -> None:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(local_module.os, "fsync", fail)
-        with pytest.raises(StorageError, match=mend) as caught:
+        with pytest.raises(StorageError, match=fix) as caught:
             Store(str(tmp_path)).check_writable()
         assert str(caught.value).startswith(f"{tmp_path}: ")
 

@@ -133,7 +133,7 @@ def test_an_error_is_one_sentence_and_status_2(kind: type[InfscanError], capsys:
 def test_an_error_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     with pytest.raises(SystemExit), exit_on_user_error():
-        raise RunError("s3://me:hunter2@host/bucket refused the key wJalrXUtnFEMI; mend it.")
+        raise RunError("s3://me:hunter2@host/bucket refused the key wJalrXUtnFEMI; fix it.")
     shown = capsys.readouterr().err
     assert "hunter2" not in shown
     assert "wJalrXUtnFEMI" not in shown

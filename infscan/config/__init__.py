@@ -2,7 +2,16 @@
 does."""
 
 from infscan.config.checks import check
-from infscan.config.identity import differences, fingerprint, is_intact, lasting, plain, seal_of, sealed, unsealed
+from infscan.config.identity import (
+    checksum_ok,
+    differences,
+    fingerprint,
+    plain,
+    resume_keys,
+    seal_of,
+    with_checksum,
+    without_checksum,
+)
 from infscan.config.paths import absolute, stage_output
 from infscan.config.schema import (
     MISSING,
@@ -73,16 +82,16 @@ __all__ = [
     "ZeroConfig",
     "absolute",
     "check",
+    "checksum_ok",
     "differences",
     "fingerprint",
     "from_yaml",
-    "is_intact",
-    "lasting",
     "plain",
+    "resume_keys",
     "seal_of",
-    "sealed",
     "stage_output",
     "stored_config",
     "to_yaml",
-    "unsealed",
+    "with_checksum",
+    "without_checksum",
 ]

@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\bstages\.)\d+(?=\.|$)")
 # Hydra's functions that make a sweep of a value.
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 SWEEP_FLAGS = ("-m", "--multirun")
-# How Hydra is told of a folder of presets.
+# The override by which Hydra searches a folder of presets.
 _SEARCH = "hydra.searchpath=[file://"
 # One query of one's own, for short.
 _SHORT = {key: f"queries.{key}" for key in ("prompt", "completion", "contrast")}

@@ -1,4 +1,4 @@
-"""What the types of a configuration cannot say: impossible values are refused by key, with the mend."""
+"""What the types of a configuration cannot say: impossible values are refused by key, with the fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from infscan.config.identity import at_top, leaves, plain
+from infscan.config.identity import leaves, plain, unstaged
 from infscan.config.schema import (
     MISSING,
     ClusterConfig,
@@ -95,7 +95,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def check(config: Config, unused: tuple[str, ...] = ()) -> None:
-    """Refuse impossible values, naming the key, the value and the mend; keys that are `unused` are not looked at.
+    """Refuse impossible values, naming the key, the value and the fix; keys that are `unused` are not looked at.
 
     Raises:
         ConfigError: at the first value that cannot work.
@@ -213,7 +213,7 @@ def _check_value(key: str, value: object) -> None:
         raise ConfigError(f"{key}={value}: must be a finite number.")
     if abs(value) > _MOST_INTEGER and isinstance(value, int):
         raise ConfigError(f"{key}={_said(value)}: whole numbers have at most 63 bits.")
-    least, most = BOUNDS.get(at_top(key), (-math.inf, math.inf))
+    least, most = BOUNDS.get(unstaged(key), (-math.inf, math.inf))
     if least <= value <= most:
         return
     if (least, most) == _SHARE:
@@ -242,7 +242,7 @@ def _check_string(key: str, value: str) -> None:
         ) from None
     if length > _MOST_BYTES:
         raise ConfigError(f"{key}={_said(value)} has {length:,} bytes; give at most {_MOST_BYTES:,}.")
-    is_path = key == "output" or at_top(key).endswith("path") or ".paths." in key
+    is_path = key == "output" or unstaged(key).endswith("path") or ".paths." in key
     if is_path and "://" not in value and any(len(part.encode()) > _MOST_NAME_BYTES for part in value.split("/")):
         raise ConfigError(
             f"{key}={_said(value)}: the names in a path have at most {_MOST_NAME_BYTES} bytes each; shorten them."

@@ -24,7 +24,7 @@ RUN_TIME_FIELDS = (
     "scan.max_nonfinite",
     "factors.max_group_bytes",
     "scan.query_group_bytes",
-    # A path says where an input lies; what lies there is compared by its content's fingerprint.
+    # A path says where an input is; what is there is compared by its content's fingerprint.
     "model.path",
     "model.revision",
     "corpus.path",
@@ -60,44 +60,46 @@ def _digest(value: Any) -> str:
 _SEAL = "seal"
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with the fingerprint of its content, by which damage shows."""
     return value | {_SEAL: fingerprint(value)}
 
 
-def is_intact(value: Any) -> bool:
-    """Whether a value read back from JSON is an object that `sealed` gave, unchanged."""
+def checksum_ok(value: Any) -> bool:
+    """Whether a value read back from JSON is an object that `with_checksum` gave, unchanged."""
     if not isinstance(value, dict):
         return False
     try:
-        return value.get(_SEAL) == _digest(unsealed(value))
+        return value.get(_SEAL) == _digest(without_checksum(value))
     except RecursionError:
         return False
 
 
 def seal_of(value: dict[str, Any]) -> str:
-    """The fingerprint that `sealed` added."""
+    """The fingerprint that `with_checksum` added."""
     return str(value[_SEAL])
 
 
-def unsealed(value: dict[str, Any]) -> dict[str, Any]:
-    """What was given to `sealed`."""
+def without_checksum(value: dict[str, Any]) -> dict[str, Any]:
+    """What was given to `with_checksum`."""
     return {key: item for key, item in value.items() if key != _SEAL}
 
 
 def differences(before: Any, after: Any) -> list[str]:
     """`key: before -> after` for every leaf that differs between two plain settings, run-time fields left out."""
-    old, new = dict(lasting(before)), dict(lasting(after))
+    old, new = dict(resume_keys(before)), dict(resume_keys(after))
     keys = sorted(old.keys() | new.keys())
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
-def lasting(settings: Any) -> list[tuple[str, Any]]:
+def resume_keys(settings: Any) -> list[tuple[str, Any]]:
     """(key, value) of every leaf of plain settings that a resume may not change, by key."""
-    return sorted((key, value) for key, value in leaves(plain(settings)) if not at_top(key).startswith(RUN_TIME_FIELDS))
+    return sorted(
+        (key, value) for key, value in leaves(plain(settings)) if not unstaged(key).startswith(RUN_TIME_FIELDS)
+    )
 
 
-def at_top(key: str) -> str:
+def unstaged(key: str) -> str:
     """A stage's key as it would be called at the top: stages.1.corpus.path is corpus.path, stages.1.model is
     model.path, stages.1.revision is model.revision."""
     names = {"model": "model.path", "revision": "model.revision", None: ""}

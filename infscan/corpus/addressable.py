@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infscan.config import Attention, Packing, is_intact
+from infscan.config import Attention, Packing, checksum_ok
 from infscan.corpus.arrays import TokenArrays
 from infscan.corpus.filtered import FORMAT as FILTERED
 from infscan.corpus.filtered import FilteredCorpus
@@ -42,7 +42,7 @@ def is_prepared(path: str) -> bool:
 
 
 def open_corpus(store: Store, attention: Attention = Attention.across, *, foreign: bool = False) -> AddressableCorpus:
-    """Open what lies in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
+    """Open what is in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
 
     attention: whether it crosses the documents of a sequence, which the corpus then says of every sequence it reads.
     foreign: somebody else may have written the folder, and its description is not asked for in this machine's network.
@@ -60,7 +60,7 @@ def open_corpus(store: Store, attention: Attention = Attention.across, *, foreig
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
     kind = value.get("format")
-    if kind in (FILTERED, JOINED) and not is_intact(value):
+    if kind in (FILTERED, JOINED) and not checksum_ok(value):
         raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
     if kind == FILTERED:
         at = _part_of(store, value["base"], foreign)
@@ -88,7 +88,7 @@ def _part_of(store: Store, address: str, foreign: bool) -> Store:
 class CorpusAddress:
     """How a task opens the corpus that it reads: what travels to a rank in place of the corpus.
 
-    identity: what it is; None where whatever lies there is to be read.
+    identity: what it is; None where whatever is there is to be read.
     """
 
     store: Store
@@ -100,7 +100,7 @@ class CorpusAddress:
         return cls(corpus.store, corpus.attention, identity_of(corpus))
 
     def open(self) -> AddressableCorpus:
-        """Raises ChangedCorpusError where another corpus lies there by now."""
+        """Raises ChangedCorpusError where another corpus is there by now."""
         corpus = open_corpus(self.store, self.attention)
         if self.identity is not None:
             self.identity.check(corpus.fingerprint, ChangedCorpusError)
@@ -122,7 +122,7 @@ def label_of(corpus: AddressableCorpus, number: int) -> str | None:
 def require_document_boundaries(corpus: AddressableCorpus) -> None:
     """Refuse token arrays in which nothing says where documents begin: corpus.attention=within would keep none apart.
 
-    Megatron has an index, and what was prepared of documents their spans; npy and MDS are told apart by EOS.
+    Megatron has an index, and what was prepared of documents their spans; npy and MDS are separated by EOS.
 
     Raises:
         CorpusError: where there is no EOS among the token ids looked at, by the corpus's name.

@@ -1,7 +1,7 @@
 """The documents of token arrays, to be prepared: Megatron's by its index, npy's by EOS, MDS's a sample each.
 
 A document keeps its trailing EOS, which packing does not double. A stretch is bytes of the file: the documents whose
-first token lies in it; MDS shards are read whole.
+first token is in it; MDS shards are read whole.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from infscan.config import CorpusConfig
 from infscan.corpus import mds, megatron, npy
 from infscan.corpus.files import name_below
-from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import MAX_LINE_BYTES, Document
+from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, CorpusError
 from infscan.storage import InputFile, look_up, read_range
 
-# What lies beside the files of tokens and holds none.
+# What is beside the files of tokens and holds none.
 INDICES = (".idx", f"/{mds.INDEX}")
 _BLOCK_TOKENS = 1 << 20
 _BLOCK_DOCUMENTS = 1024
 
 
 def read_array_documents(
-    kind: str, file: InputFile, config: CorpusConfig, tally: Tally, stretch: Stretch
+    kind: str, file: InputFile, config: CorpusConfig, tally: Tally, stretch: FileRange
 ) -> Iterator[Document]:
     """Documents of token ids, or of MDS's text where corpus.tokens_field names no column.
 
@@ -47,12 +47,12 @@ def read_array_documents(
         yield Document(f"{name}{label}", name, None, tokens, file.uri, offset)
 
 
-def _indexed(file: InputFile, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
+def _indexed(file: InputFile, stretch: FileRange) -> Iterator[tuple[str, int, np.ndarray]]:
     stem = file.uri.removesuffix(".bin")
     beside = look_up(f"{stem}.idx")
     if beside is None and megatron.is_piece(file.uri):
         raise CorpusError(
-            f"{file.uri} is a piece of a data set with one index; it is read where it lies, so leave "
+            f"{file.uri} is a piece of a data set with one index; it is read where it is, so leave "
             "corpus.in_place=true, or join the pieces first."
         )
     if beside is None:
@@ -88,7 +88,7 @@ def _first_from(index: megatron.Index, documents: int, token: int) -> int:
     return low
 
 
-def _separated(file: InputFile, config: CorpusConfig, stretch: Stretch) -> Iterator[tuple[str, int, np.ndarray]]:
+def _separated(file: InputFile, config: CorpusConfig, stretch: FileRange) -> Iterator[tuple[str, int, np.ndarray]]:
     if config.eos_id is None:
         raise CorpusError(
             f"{file.uri}: npy arrays have no index of documents, and no EOS token is known to tell them by; set "

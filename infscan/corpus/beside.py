@@ -1,4 +1,4 @@
-"""What lies beside the data in a folder and is no document: licences, checksums; and folders of no one kind."""
+"""What is beside the data in a folder and is no document: licences, checksums; and folders of no one kind."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _BESIDE = {"megatron": (".json", ".txt"), "npy": (".csv.gz", ".csv", ".json"), "
 
 
 def token_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
-    """The format and the files of a corpus of token arrays that is scanned where it lies; None for another.
+    """The format and the files of a corpus of token arrays that is scanned where it is; None for another.
 
     MDS is read in place where corpus.tokens_field names its token ids.
 
@@ -43,7 +43,7 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
     else.
 
     `corpus.format=auto` goes by names: .bin with .idx is Megatron, .npy an array, index.json with .mds shards MDS.
-    files: what lies at the path, where that was looked up before.
+    files: what is at the path, where that was looked up before.
 
     Raises:
         StorageError: where nothing is there.
@@ -61,7 +61,7 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
         for file in files:
             if not file.uri.endswith((*suffixes, *_BESIDE[kind])):
                 raise CorpusError(
-                    f"{file.uri} lies among {kind} files and is none; name the files by a glob in corpus.path, or move "
+                    f"{file.uri} is among {kind} files and is none; name the files by a glob in corpus.path, or move "
                     "it."
                 )
         files = [file for file in files if file.uri.endswith(suffixes)]
@@ -69,7 +69,7 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
 
 
 def list_files(config: CorpusConfig) -> list[InputFile]:
-    """What lies at corpus.path, in the order of the addresses.
+    """What is at corpus.path, in the order of the addresses.
 
     Raises:
         StorageError: where nothing is there.
@@ -145,7 +145,7 @@ def describe(kind: str, files: Sequence[InputFile], config: CorpusConfig, pack: 
 
 
 def _content_facts(file: TokenFile) -> dict[str, Any]:
-    """What is known of a file wherever it lies."""
+    """What is known of a file wherever it is."""
     return {key: value for key, value in file.facts.items() if key not in ("index", "pieces")}
 
 

@@ -1,4 +1,4 @@
-"""Read the documents of a corpus's files as streams, whatever their format; say where a bad one lies."""
+"""Read the documents of a corpus's files as streams, whatever their format; say where a bad one is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from infscan.corpus.describe import array_files, list_files
 from infscan.corpus.files import check_same_file, file_name
 from infscan.corpus.lines import read_jsonl, read_text
 from infscan.corpus.mds import stored_once
-from infscan.corpus.pieces import WHOLE, Piece, Stretch, plan_pieces
 from infscan.corpus.rows import MAX_LINE_BYTES, Document
+from infscan.corpus.splits import WHOLE, FileRange, InputSplit, plan_splits
 from infscan.corpus.tables import read_arrow, read_parquet
 from infscan.corpus.tally import Tally
 from infscan.errors import CorpusError, StorageError
@@ -43,7 +43,7 @@ def read_documents(
     tally: Tally | None = None,
     *,
     max_line_bytes: int = MAX_LINE_BYTES,
-    stretch: Stretch = WHOLE,
+    stretch: FileRange = WHOLE,
 ) -> Iterator[Document]:
     """Stream the documents of one file, or of a stretch of it, empty ones included.
 
@@ -52,7 +52,7 @@ def read_documents(
     many bad documents may be left out (None: none).
 
     Raises:
-        BadDocumentError: with the file, the line or row and the mend, for anything that is not a document.
+        BadDocumentError: with the file, the line or row and the fix, for anything that is not a document.
         BadFileError: for a file that cannot be read to its end.
         CorpusError: for a file that is not the one that was listed, before or after reading it.
     """
@@ -79,9 +79,9 @@ def read_documents(
     check_same_file(file)
 
 
-def document_pieces(files: Sequence[InputFile], config: CorpusConfig) -> list[Piece]:
-    """The pieces that become the parts of a prepared corpus (`infscan.corpus.pieces`)."""
-    return plan_pieces(files, config, partial(file_format, setting=config.format))
+def document_splits(files: Sequence[InputFile], config: CorpusConfig) -> list[InputSplit]:
+    """The pieces that become the parts of a prepared corpus (`infscan.corpus.splits`)."""
+    return plan_splits(files, config, partial(file_format, setting=config.format))
 
 
 def document_files(config: CorpusConfig) -> list[InputFile]:

@@ -33,7 +33,7 @@ def hashes_of(documents: Iterable[Document]) -> np.ndarray:
 
 
 def duplicates(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Of each part's hashes, the positions (int64, ascending) whose hash stands earlier in it or in an earlier part.
+    """Of each part's hashes, the positions (int64, ascending) whose hash occurs earlier in it or in an earlier part.
 
     About 50 bytes of memory per document.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import Attention, fingerprint, sealed
+from infscan.config import Attention, fingerprint, with_checksum
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
 from infscan.corpus.joined import address
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock
@@ -29,7 +29,7 @@ def describe_filtered(store: Store, base: AddressableCorpus, chosen: np.ndarray)
     store.write(CHOSEN, sink.getvalue().to_pybytes())
     store.write_json(
         DESCRIPTION,
-        sealed(
+        with_checksum(
             {
                 "schema_version": SCHEMA_VERSION,
                 "format": FORMAT,

@@ -66,7 +66,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Description:
-    """What addressable.json says of token arrays."""
+    """The content of addressable.json for token arrays."""
 
     format: str
     packing: Packing
@@ -344,7 +344,7 @@ def document_spans(
     """The documents of one window, without their separators, and which of `starts` the first one is.
 
     starts: int64, ascending: where documents begin; the first at or before the window, the last perhaps at its end.
-    window: [begin, end) in the same count. separators: (BOS, EOS) token ids, None where there is none.
+    window: [begin, end) in the same count. separators: (BOS, EOS) token ids, None if there is none.
     """
     begin, end = window
     low = int(np.searchsorted(starts, begin, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Several addressable corpora as one: numbered through in the order of their labels, read where each of them lies."""
+"""Several addressable corpora as one: numbered through in the order of their labels, read where each of them is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import Attention, fingerprint, sealed
+from infscan.config import Attention, fingerprint, with_checksum
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock, check_numbers
 from infscan.errors import CorpusError
@@ -18,7 +18,7 @@ FORMAT = "joined"
 
 
 def describe_joined(store: Store, parts: Mapping[str, AddressableCorpus]) -> dict[str, Any]:
-    """What addressable.json says of corpora by label.
+    """The content of addressable.json for corpora by label.
 
     Raises:
         CorpusError: where they were made with different tokenizers, or one is a filtered corpus.
@@ -36,7 +36,7 @@ def describe_joined(store: Store, parts: Mapping[str, AddressableCorpus]) -> dic
         for label, corpus in parts.items()
     ]
     content = [[entry["label"], entry["fingerprint"]] for entry in entries]
-    return sealed(
+    return with_checksum(
         {
             "schema_version": SCHEMA_VERSION,
             "format": FORMAT,
@@ -47,7 +47,7 @@ def describe_joined(store: Store, parts: Mapping[str, AddressableCorpus]) -> dic
 
 
 def address(store: Store, other: Store) -> str:
-    """Where a corpus lies, as a description in `store` says it: relative where it lies below, so that it moves with
+    """Where a corpus is, as a description in `store` says it: relative where it is below, so that it moves with
     the folder."""
     return other.uri.removeprefix(f"{store.uri}/")
 

@@ -43,7 +43,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
         ) from None
     except ValueError as error:
-        raise BadDocumentError(f"{where} is not JSON ({error}); mend or remove the line.", "not JSON") from None
+        raise BadDocumentError(f"{where} is not JSON ({error}); fix or remove the line.", "not JSON") from None
     if not isinstance(row, dict):
         raise BadDocumentError(
             f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"

@@ -10,8 +10,8 @@ from infscan.config import CorpusConfig, TextRecords
 from infscan.corpus.decompress import COMPRESSIONS, DAMAGES, damaged, decompressed
 from infscan.corpus.files import folder_below, name_below
 from infscan.corpus.json_lines import BOM, parse_object
-from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import Document, document_of
+from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError
 
@@ -29,10 +29,10 @@ class _Line:
 
 
 def read_jsonl(
-    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int, stretch: Stretch
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_line_bytes: int, stretch: FileRange
 ) -> Iterator[Document]:
-    mend = ": is the file JSONL, one object per line? Split longer documents."
-    for line in _lines(uri, name_below(uri, config.path), stream, tally, max_line_bytes, stretch, mend):
+    fix = ": is the file JSONL, one object per line? Split longer documents."
+    for line in _lines(uri, name_below(uri, config.path), stream, tally, max_line_bytes, stretch, fix):
         try:
             document = _from_json(uri, line, config)
         except BadDocumentError as error:
@@ -42,7 +42,7 @@ def read_jsonl(
 
 
 def read_text(
-    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int, stretch: Stretch
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, max_bytes: int, stretch: FileRange
 ) -> Iterator[Document]:
     """The whole file as one document, or every line that is not blank (corpus.text_records)."""
     by_line, name = config.text_records is TextRecords.line, name_below(uri, config.path)
@@ -63,9 +63,9 @@ def read_text(
 
 
 def _lines(
-    uri: str, file: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: Stretch, mend: str
+    uri: str, file: str, stream: BinaryIO, tally: Tally, max_line_bytes: int, stretch: FileRange, fix: str
 ) -> Iterator[_Line]:
-    """The lines whose first byte lies in the stretch; in a file that was cut they are named by that byte."""
+    """The lines whose first byte is in the stretch; in a file that was cut they are named by that byte."""
     number = 0
     where = uri
     try:
@@ -81,7 +81,7 @@ def _lines(
                 line, offset = line[len(BOM) :], len(BOM)
             begin, offset = offset, offset + len(line)
             if len(line) > max_line_bytes:
-                tally.leave_out(BadDocumentError(f"{where} is longer than {max_line_bytes} bytes{mend}", "too long"))
+                tally.leave_out(BadDocumentError(f"{where} is longer than {max_line_bytes} bytes{fix}", "too long"))
                 offset += _rest_of_line(lines, line)
                 continue
             if not line.strip():
@@ -125,8 +125,8 @@ def _whole(uri: str, name: str, stream: BinaryIO, tally: Tally, max_bytes: int) 
         data = lines.read(max_bytes + 1)
         tally.records += 1
         if len(data) > max_bytes:
-            mend = "split it, or make documents of its lines with corpus.text_records=line"
-            tally.leave_out(BadDocumentError(f"{uri} is longer than {max_bytes} bytes; {mend}.", "too long"))
+            fix = "split it, or make documents of its lines with corpus.text_records=line"
+            tally.leave_out(BadDocumentError(f"{uri} is longer than {max_bytes} bytes; {fix}.", "too long"))
             # To its end, where a damage would show.
             while lines.read(_READ_BYTES):
                 pass

@@ -1,4 +1,4 @@
-"""What a prepared corpus says of itself: its parts, their columns, and manifest.json."""
+"""The manifest of a prepared corpus: its parts, their columns, and manifest.json."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import fingerprint, is_intact, sealed
+from infscan.config import checksum_ok, fingerprint, with_checksum
 from infscan.corpus.packing import Counts, Lengths
-from infscan.corpus.pieces import Piece
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tally import LeftOut
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, MissingError, Store
@@ -39,7 +39,7 @@ class PartSummary:
     tokens: int
     digest: str
     bytes: int
-    piece: Piece = field(compare=False)
+    piece: InputSplit = field(compare=False)
     settings: str
     counts: Counts
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -54,7 +54,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says. `first[i]` is the number of part i's first sequence; `inputs` the SHA-256 of
+    """The content of manifest.json. `first[i]` is the number of part i's first sequence; `inputs` the SHA-256 of
     _inputs.parquet."""
 
     fingerprint: str
@@ -105,7 +105,7 @@ class Manifest:
             "inputs": self.inputs,
             "parts": parts,
         }
-        return sealed(value)
+        return with_checksum(value)
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Manifest:
@@ -120,7 +120,7 @@ class Manifest:
                 f"{where} has schema version {version!r} and this infscan reads {SCHEMA_VERSION}; "
                 "prepare the corpus again."
             )
-        if not is_intact(value):
+        if not checksum_ok(value):
             raise CorpusError(f"{where} is not a corpus manifest, or was changed or damaged; prepare the corpus again.")
         try:
             settings = fingerprint(value["settings"])
@@ -152,7 +152,7 @@ def part_of(value: Mapping[str, Any]) -> PartSummary:
     return PartSummary(
         **fields
         | {
-            "piece": Piece.of(value["piece"]),
+            "piece": InputSplit.of(value["piece"]),
             "counts": Counts(**value["counts"]),
             "left_out": LeftOut(value["left_out"]["by_reason"], list(value["left_out"]["first"])),
             "lengths": Lengths(list(value["lengths"]["counts"])),

@@ -67,7 +67,7 @@ class Shard:
 
 
 def read_index(index: InputFile, files: dict[str, InputFile]) -> list[Shard]:
-    """The shards that an index.json lists, in its order. files: what lies beside it, by address.
+    """The shards that an index.json lists, in its order. files: what is beside it, by address.
 
     Raises:
         CorpusError: for an index that cannot be read, another version, a pickled column, a compression other than zstd,

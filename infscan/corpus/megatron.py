@@ -26,7 +26,7 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """What an index's header says: dtype of the tokens, sequences, document indices."""
+    """An index's header: dtype of the tokens, sequences, document indices."""
 
     dtype: str
     sequences: int

@@ -110,7 +110,7 @@ def pack_settings(
         if value is not None and not 0 <= value < vocab_size:
             raise CorpusError(
                 f"{name}_token_id {value} is outside the model's vocabulary of {vocab_size} tokens; "
-                "mend the model's config.json or tokenizer."
+                "fix the model's config.json or tokenizer."
             )
     return PackSettings(
         packing=config.packing,

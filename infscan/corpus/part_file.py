@@ -44,7 +44,7 @@ def part_bytes(
 
 
 def finished_part(store: Store, index: int) -> PartSummary | None:
-    """What the footer of a part that is already there says; None where there is none, or none of this schema."""
+    """The footer of a part that exists; None if the part or its schema is missing."""
     try:
         with store.open(part_name(index)) as stream:
             size, digest = stream.seek(0, io.SEEK_END), footer_digest(stream)

@@ -32,9 +32,9 @@ from infscan.corpus.manifest import (
 )
 from infscan.corpus.packing import Counts, Lengths, Packer, PackSettings
 from infscan.corpus.part_file import finished_part, part_bytes
-from infscan.corpus.pieces import Piece
 from infscan.corpus.rows import Document
 from infscan.corpus.sequences import Sequence
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tally import LeftOut, Tally
 from infscan.corpus.tokenised import with_tokens
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -68,7 +68,7 @@ def prepare_settings(config: CorpusConfig, pack: PackSettings, tokenizer_digest:
 
 
 def prepare_part(
-    piece: Piece,
+    piece: InputSplit,
     index: int,
     config: CorpusConfig,
     pack: PackSettings,
@@ -120,7 +120,7 @@ class _Reading:
 
     def __init__(
         self,
-        piece: Piece,
+        piece: InputSplit,
         config: CorpusConfig,
         pack: PackSettings,
         tokenizer: Tokenizer | None,
@@ -163,7 +163,7 @@ class _Reading:
             self.position += 1
 
 
-def hash_piece(piece: Piece, config: CorpusConfig) -> np.ndarray:
+def hash_piece(piece: InputSplit, config: CorpusConfig) -> np.ndarray:
     """HASH [n]: the content of every document of a piece, in order; of a file that cannot be read to its end, none.
 
     Raises:
@@ -181,7 +181,7 @@ def hash_piece(piece: Piece, config: CorpusConfig) -> np.ndarray:
 
 
 def prepare_task(
-    piece: Piece,
+    piece: InputSplit,
     index: int,
     config: CorpusConfig,
     pack: PackSettings,
@@ -194,12 +194,12 @@ def prepare_task(
     return part.sequences, part.tokens
 
 
-def store_hashes(piece: Piece, config: CorpusConfig, store: Store, name: str) -> None:
+def store_hashes(piece: InputSplit, config: CorpusConfig, store: Store, name: str) -> None:
     """Put `hash_piece` of a piece in storage."""
     store.write(name, hash_piece(piece, config).tobytes())
 
 
-def finished_parts(store: Store, pieces: Row[Piece]) -> list[PartSummary]:
+def finished_parts(store: Store, pieces: Row[InputSplit]) -> list[PartSummary]:
     """The parts of these pieces, all of which are there by now.
 
     Raises:

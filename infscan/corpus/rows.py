@@ -272,7 +272,7 @@ def _token_ids(where: str, field: str, value: Any) -> np.ndarray:
         return value.to_numpy(zero_copy_only=False)
     if not isinstance(value, list):
         raise BadDocumentError(
-            f"{where}: {field!r} is {kind_of(value)}, not a list of token ids; mend or remove the row.", "no token ids"
+            f"{where}: {field!r} is {kind_of(value)}, not a list of token ids; fix or remove the row.", "no token ids"
         )
     for position, token in enumerate(value):
         if type(token) is not int:

@@ -162,7 +162,7 @@ def document_starts(
     or one that the sequence before had the rest of) is apart from what follows it. An EOS inside of a document is a
     token like any other.
 
-    separators: (BOS, EOS) token ids, None where there is none.
+    separators: (BOS, EOS) token ids, None if there is none.
     """
     bos_id, eos_id = separators
     spans = [(span.start, span.end) for span in documents if span.end > span.start]

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig
 from infscan.corpus.files import name_below
-from infscan.corpus.pieces import Stretch
 from infscan.corpus.rows import Document, document_of
+from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError
 
@@ -25,7 +25,7 @@ _Batch = tuple[pa.RecordBatch, tuple[str, ...]]
 
 
 def read_parquet(
-    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, stretch: Stretch
+    uri: str, stream: BinaryIO, config: CorpusConfig, tally: Tally, stretch: FileRange
 ) -> Iterator[Document]:
     yield from _documents("Parquet", uri, _parquet_batches(uri, stream, config, stretch), config, tally, stretch.start)
 
@@ -56,7 +56,7 @@ def _documents(
         ) from error
 
 
-def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: Stretch) -> Iterator[_Batch]:
+def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: FileRange) -> Iterator[_Batch]:
     with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
         metadata = parquet.metadata
         columns, fields = _columns(uri, parquet.schema_arrow.names, config), _fields(parquet.schema_arrow)
@@ -152,6 +152,6 @@ def _from_row(
             ) from None
         except (ValueError, OverflowError, pa.ArrowException) as error:
             raise BadDocumentError(
-                f"{where}: {name!r} cannot be read ({error}); mend or remove the row.", "not readable"
+                f"{where}: {name!r} cannot be read ({error}); fix or remove the row.", "not readable"
             ) from None
     return document_of(uri, where, f"{name_below(uri, config.path)}#{number}", number, row, config, fields)

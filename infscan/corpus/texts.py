@@ -39,7 +39,7 @@ def given_texts(
     as the corpus had it; None: none.
 
     Raises:
-        ConfigError, CorpusError: with the line, the value and the mend.
+        ConfigError, CorpusError: with the line, the value and the fix.
     """
     if text is not None:
         return {"text": GivenText(_tokens({"text": text}, "text", tokenizer, vocab_size, context, bos_id))}

@@ -37,7 +37,7 @@ class Verdict:
 
 def is_transient(error: BaseException) -> bool:
     """Whether storage was busy, broken or out of reach: nobody's fault, and another attempt may succeed."""
-    return isinstance(error, StorageError) and error.passes
+    return isinstance(error, StorageError) and error.transient
 
 
 def judge(

@@ -154,7 +154,7 @@ class Executor(Protocol):
         ...
 
     def facts(self) -> list[list[RankFacts]]:
-        """By worker and rank, what they say of themselves; those that ended for another model first."""
+        """By worker and rank, what they report; those that ended for another model first."""
         ...
 
     def close(self) -> None:

@@ -171,7 +171,7 @@ class Lease:
         return False
 
     def _read(self) -> Holder | None:
-        """The holder; None where there is none, or a file that no driver of this version wrote."""
+        """The holder; None if there is none, or a file that no driver of this version wrote."""
         try:
             return Holder.from_bytes(self.store.read(LEASE))
         except MissingError:

@@ -138,7 +138,7 @@ class RunMetrics:
         log.debug("unit %s on worker %d: %s", unit, worker, outcome, extra=facts | {"outcome": outcome})
 
     def facts(self, worker: int, unit: Any, attempt: int) -> dict[str, Any]:
-        """What a log line says of a unit; a unit of the scan is a shard."""
+        """A unit in a log line; a unit of the scan is a shard."""
         known = {"run": self.run, "phase": self.phase, "worker": worker, "unit": unit, "attempt": attempt}
         return known | ({"shard": f"shard-{unit:06d}"} if self.phase.endswith("scan") else {})
 

@@ -164,9 +164,9 @@ def _result(ref: ray.ObjectRef, tasks: TaskMap[Any], item: Any) -> Any:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         needs = tasks.load(item).bytes
-        mend = f" (it holds up to {needs / 2**30:.1f} GiB; factors.blocks=2 quarters that)" if needs else ""
+        fix = f" (it holds up to {needs / 2**30:.1f} GiB; factors.blocks=2 quarters that)" if needs else ""
         what = "was killed for its memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "died"
         raise RunError(
             f"{tasks.name} of {getattr(item, 'name', item)}: its process {what}, {_TASK_RETRIES + 1} times; give its "
-            f"node more memory{mend}, and run again: what is finished is kept."
+            f"node more memory{fix}, and run again: what is finished is kept."
         ) from None

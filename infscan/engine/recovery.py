@@ -77,7 +77,7 @@ class RecoveryLog:
         self._opened = self.clock() if self.opened is None else self.opened
 
     def driver(self) -> dict[str, Any]:
-        """What summary.json says of the driver."""
+        """The driver's part of summary.json."""
         return {"followed": self.followed, "first_unit_s": _rounded(self.first_unit_s)}
 
     def start_step(self) -> None:

@@ -278,7 +278,7 @@ class WorkerGroup:
         return self._placed
 
     def facts_now(self) -> list[RankFacts]:
-        """What the ranks say of themselves; what they said when they started, where one does not answer any more."""
+        """What the ranks report; what they reported when they started, where one does not answer any more."""
         try:
             facts: list[RankFacts] = ray.get([actor.facts.remote() for actor in self.actors], timeout=_ANSWER_S)
         except RayError:

@@ -122,7 +122,7 @@ def recall_agreement(
 ) -> Agreement:
     """`recall` with percentile intervals, from the draws that `agreement` makes of one seed.
 
-    In a resample a sequence stands as often as it was drawn, among the top as among the candidates.
+    In a resample a sequence counts as often as it was drawn, among the top as among the candidates.
 
     Raises:
         ConfigError: as `recall`.
@@ -142,7 +142,7 @@ def random_scores(queries: int, sequences: int, seed: int) -> Floats:
 
 
 def _draws(Q: int, N: int, seed: int, resamples: int) -> tuple[Floats, NDArray[np.int64]]:
-    """How often each sequence stands in each resample [R, N], and the queries of each [R, Q]."""
+    """How often each sequence is in each resample [R, N], and the queries of each [R, Q]."""
     rng = np.random.default_rng(seed)
     counts_rn = rng.multinomial(N, np.full(N, 1 / N), size=resamples).astype(np.float64)
     return counts_rn, rng.integers(0, Q, (resamples, Q))
@@ -158,7 +158,7 @@ def _summary(values: Floats, by_query_qr: Floats, chosen_rq: NDArray[np.int64]) 
 def _weighted_recall(
     reference_n: NDArray[np.floating], scores_n: NDArray[np.floating], weights_rn: Floats, top: int, candidates: int
 ) -> Floats:
-    """Recall with every sequence standing as often as its weight says, for R sets of weights: [R]."""
+    """Recall with every sequence counted as often as its weight, for R sets of weights: [R]."""
     best_rn, found_rn = (
         _standing_in_top(values, weights_rn, size) for values, size in ((reference_n, top), (scores_n, candidates))
     )
@@ -168,7 +168,7 @@ def _weighted_recall(
 
 
 def _standing_in_top(values_n: NDArray[np.floating], weights_rn: Floats, size: int) -> Floats:
-    """How often each sequence stands among the `size` highest, ties by column: [R, N]."""
+    """How often each sequence is among the `size` highest, ties by column: [R, N]."""
     order = np.argsort(-values_n, kind="stable")
     ordered_rn = weights_rn[:, order]
     before_rn = np.cumsum(ordered_rn, axis=1) - ordered_rn

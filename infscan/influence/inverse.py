@@ -44,7 +44,7 @@ def inverse_core(V_qoi: Tensor, factors: LayerFactors, lam: float) -> Tensor:
     """C = (Q_S^T V Q_A) / (Lambda + lambda): the preconditioned gradients, still in the eigenbases.
 
     V_qoi: [Q, O, I]. Returns [Q, O, I]. P = Q_S C Q_A^T (Grosse et al. 2023, equation 21). Q_S and Q_A rotate block by
-    block; every entry of V is kept, whichever pair of blocks it lies in.
+    block; every entry of V is kept, whichever pair of blocks it is in.
     """
     return damped_core(to_core(V_qoi, factors), factors, lam)
 

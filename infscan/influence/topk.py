@@ -52,7 +52,7 @@ def best_rows(
 
 
 @dataclass
-class Leaderboard:
+class TopK:
     """The best C rows so far of one query and side, strongest first."""
 
     side: str

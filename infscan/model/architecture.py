@@ -42,7 +42,7 @@ class Architecture:
     folder: local folder of the checkpoint. context: the longest sequence. eos_id: joins documents (None: unknown).
     shapes: of every parameter, by name, the two embeddings apart (a fine-tuned model's may have tokens more).
     revision: the commit that a hub id was resolved to.
-    takes_positions: whether it is told positions, without which documents of a sequence cannot be kept apart.
+    takes_positions: whether it takes position ids, without which documents of a sequence cannot be kept apart.
     recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
     left_out: linears of the chosen kinds that the model does not run on text. tied_head: whether the output embeddings
     are tracked, and are the input's too.

@@ -16,7 +16,7 @@ def document_logits(module: PreTrainedModel, ids_bt: Tensor, position_ids_bt: Te
 
     position_ids_bt: int64 [B, T], beginning anew at 0 where a document does; None: every row is one document. With
     neither an attention mask nor a cache, transformers takes ids that do not ascend by one for the boundary of a packed
-    sequence, and keeps what lies before out of sight, in sliding windows too. Where it does not, a mask is given.
+    sequence, and keeps what is before out of sight, in sliding windows too. Where it does not, a mask is given.
     """
     told = {}
     if position_ids_bt is not None:

@@ -33,7 +33,7 @@ def capturing(
     checkpointing the forward that is not recorded carries no gradient hook, so each layer is still seen once.
 
     Raises (in the forward):
-        ModelError: where a layer sees its tokens in a layout from which sequences cannot be told apart.
+        ModelError: where a layer sees its tokens in a layout from which sequences cannot be separated.
     """
     inputs: dict[str, Tensor] = {}
     batch: list[int] = []
@@ -104,7 +104,7 @@ def _by_sequence(layer: Layer, x: Tensor, batch: Sequence[int]) -> Tensor:
     if x.shape[:-1] != (B * T,) and _longer(x.shape[:-1]) != _longer((B, T)):
         raise ModelError(
             f"{layer.name} sees a tensor of shape {tuple(x.shape)} for {B} x {T} tokens, so its tokens cannot "
-            "be told apart by sequence; leave it out with model.tracked=<regex>."
+            "be separated by sequence; leave it out with model.tracked=<regex>."
         )
     return x.reshape(B, T, -1)
 

@@ -64,8 +64,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
         if is_about_attention(error):
             raise no_attention(config, error) from None
         raise ModelError(
-            f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or mend its "
-            "config.json."
+            f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or fix its config.json."
         ) from None
     run_by_expert(module)
     return module

@@ -1,4 +1,4 @@
-"""Where a model lies on this machine: as it is, downloaded once from an object store, or from the hub by its id."""
+"""Where a model is on this machine: as it is, downloaded once from an object store, or from the hub by its id."""
 
 from __future__ import annotations
 

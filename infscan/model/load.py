@@ -134,7 +134,7 @@ def _refuse_incomplete(folder: Path, missing: set[str], unexpected: set[str]) ->
     if missing or unexpected:
         raise ModelError(
             f"{folder}: the weights do not fit config.json: missing {sorted(missing)[:3]} ({len(missing)}), "
-            f"unexpected {sorted(unexpected)[:3]} ({len(unexpected)}); save the model again, or mend config.json."
+            f"unexpected {sorted(unexpected)[:3]} ({len(unexpected)}); save the model again, or fix config.json."
         )
 
 
@@ -252,7 +252,7 @@ def _as_stored(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tu
     if still:
         raise ModelError(
             f"{folder}: {still[0][0]} and {still[0][1]} are one parameter by config.json, and the checkpoint brings "
-            "two different ones; mend config.json, or use model.sharding=none with cluster.ranks_per_worker=1."
+            "two different ones; fix config.json, or use model.sharding=none with cluster.ranks_per_worker=1."
         )
     return config, checkpoint
 
@@ -274,7 +274,7 @@ def _fill_shards(module: PreTrainedModel, checkpoint: Checkpoint, rank: int) -> 
         if shape != tuple(tensor.shape):
             raise ModelError(
                 f"{checkpoint.folder}: {name} has shape {tuple(tensor.shape)} in the checkpoint and {shape} by "
-                "config.json; mend config.json."
+                "config.json; fix config.json."
             )
         if name in parameters:
             _fill_shard(place, tensor, rank)

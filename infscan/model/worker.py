@@ -52,7 +52,7 @@ class WorkerSettings:
     output: Store | None = field(default=None, repr=False)
     # Host memory that a rank asks a shared cluster for; None asks for none.
     host_bytes: int | None = None
-    # What the model is; None where whatever lies at its path is to be loaded.
+    # What the model is; None where whatever is at its path is to be loaded.
     identity: Identity | None = None
 
 

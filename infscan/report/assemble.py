@@ -1,7 +1,7 @@
 """One HTML file that needs nothing else: the template, its style and script under a strict policy, and the data.
 
-Data never becomes markup or code. What is small lies in one island of JSON in which no character can end it; what is
-large lies in chunks (JSON, deflate, base64), which the page decodes when they are looked at. The script shows both as
+Data never becomes markup or code. What is small is in one island of JSON in which no character can end it; what is
+large is in chunks (JSON, deflate, base64), which the page decodes when they are looked at. The script shows both as
 text.
 """
 

@@ -1,4 +1,4 @@
-"""What the page says of one run: its queries, and row by row the published sequences with their margins."""
+"""The page's content for one run: its queries, and row by row the published sequences with their margins."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from infscan.results.status import Driver, Status, exit_code
 
 _REASONS = 5
 _QUERIES = 12
-_MEND = "the same command goes on from here"
+_FIX = "the same command goes on from here"
 
 
 def show_status(found: Status, console: Console | None = None) -> None:
@@ -55,16 +55,16 @@ def show_sweep(uri: str, cells: Mapping[str, Status], console: Console | None = 
 def _driver(driver: Driver) -> dict[str, str]:
     """Lines by their names."""
     if driver.pid is None:
-        return {"driver": f"none, and the run is not finished; {_MEND}"}
+        return {"driver": f"none, and the run is not finished; {_FIX}"}
     lines = {"driver": f"process {driver.pid} on {driver.host}, since {driver.since}"}
     if driver.killed:
-        lines["driver"] += f": killed; {_MEND}"
+        lines["driver"] += f": killed; {_FIX}"
     if driver.alive and driver.state:
         lines["state"] = driver.state
     if driver.heartbeat_age_s is not None:
         lines["heartbeat"] = f"{_clock(driver.heartbeat_age_s)} ago"
     if not driver.alive and not driver.killed:
-        lines["heartbeat"] += f", more than cluster.lease_s={driver.lease_s:g} s: taken for dead; {_MEND}"
+        lines["heartbeat"] += f", more than cluster.lease_s={driver.lease_s:g} s: taken for dead; {_FIX}"
     return lines
 
 

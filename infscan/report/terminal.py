@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run: each query's strongest sequences, and where everything lies."""
+"""What a person sees at the end of a run: each query's strongest sequences, and where everything is."""
 
 from __future__ import annotations
 

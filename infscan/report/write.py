@@ -18,7 +18,7 @@ from infscan.storage import Store
 NAME = "report.html"
 ROWS = 100
 MEGABYTES = 64
-_MEND = "the page needs the tokenizer of the run's model; give a folder, URI or hub id that has it: tokenizer=..."
+_FIX = "the page needs the tokenizer of the run's model; give a folder, URI or hub id that has it: tokenizer=..."
 
 
 def write_report(
@@ -31,7 +31,7 @@ def write_report(
 ) -> tuple[str, list[str]]:
     """Where the page is, and which cells of a sweep are left out of it because they are not finished.
 
-    runs: finished runs; one that is a sweep's folder stands for the finished runs in it. output: a file's path or URI
+    runs: finished runs; a sweep's folder means the finished runs in it. output: a file's path or URI
     (the folder's own report.html). rows: at most so many per query and side. megabytes: of sequences, compressed; the
     deepest ranks of all queries are left out until they fit. tokenizer: a folder, URI or hub id in place of the run's
     model's.
@@ -95,9 +95,9 @@ def _tokenizer(path: str, digest: str | None) -> Tokenizer | None:
     try:
         found = _loaded(path)
     except InfscanError as error:
-        raise RunError(f"{path}: {_MEND} ({error})") from None
+        raise RunError(f"{path}: {_FIX} ({error})") from None
     if digest and (found is None or found.digest != digest):
-        raise RunError(f"{path}: {_MEND} ({'there is none' if found is None else 'it has another one now'}).")
+        raise RunError(f"{path}: {_FIX} ({'there is none' if found is None else 'it has another one now'}).")
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from infscan.config import is_intact, sealed
+from infscan.config import checksum_ok, with_checksum
 from infscan.errors import DamagedError, RunError
 from infscan.storage import MissingError, Store
 from infscan.storage.foreign import parse_json
@@ -65,7 +65,7 @@ class Manifest:
         return sorted(name for name in self.parts if name.startswith(f"{folder}/") and name.endswith(".parquet"))
 
     def to_bytes(self) -> bytes:
-        value = sealed({"schema_version": _SCHEMA_VERSION, **asdict(self)})
+        value = with_checksum({"schema_version": _SCHEMA_VERSION, **asdict(self)})
         return json.dumps(value, indent=1).encode() + b"\n"
 
 
@@ -75,7 +75,7 @@ def table_part_name(folder: str, part: int, data: bytes) -> str:
 
 
 def is_table_part(name: str) -> bool:
-    """Whether infscan makes names such as this one (folder and all); what else lies there is somebody's own."""
+    """Whether infscan makes names such as this one (folder and all); what else is there is somebody's own."""
     folder, _, file = name.rpartition("/")
     return folder in TABLES and _NAME.fullmatch(file) is not None
 
@@ -95,7 +95,7 @@ def read_manifest(store: Store) -> Manifest | None:
         value = parse_json(data)
     except ValueError:
         value = None
-    if not is_intact(value):
+    if not checksum_ok(value):
         raise DamagedError(f"{store.uri}/{SUCCESS} is damaged; run the same command again, which publishes again.")
     if value["schema_version"] > _SCHEMA_VERSION:
         raise RunError(f"{store.uri}/{SUCCESS} is of a newer infscan; upgrade infscan to read this run.")

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES, best_rows
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
 from infscan.results.schema import LAYERS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
 from infscan.storage import Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 INDEX = "run.parquet"
 # A part of top, layers and tokens ends with the query that fills it, one of sequences with the row.
@@ -43,7 +43,7 @@ class Ranking:
     their scan scores.
     """
 
-    candidates: Hits
+    candidates: ScoredRows
     rows: NDArray[np.intp]
     ranks: NDArray[np.int32]
     scores: NDArray[np.float32]
@@ -63,7 +63,7 @@ class Ranking:
         return Ranking(self.candidates, self.rows[start:stop], self.ranks[start:stop], self.scores[start:stop])
 
 
-def rank_rows(candidates: Hits, scores: NDArray[np.float32], top_k: int) -> Ranking:
+def rank_rows(candidates: ScoredRows, scores: NDArray[np.float32], top_k: int) -> Ranking:
     """The top_k candidates of each query and side by refined score.
 
     A row whose sign changed when it was refined is no longer on the side, one that is not finite on none.
@@ -140,7 +140,7 @@ class Publisher:
         """
         sequence_ids, document_ids, sources = [np.empty(0, np.int64)], [], []
         for part, shards in enumerate(_sequence_parts(wanted)):
-            found = ahead(self.store, self._candidates, shards)
+            found = prefetch(self.store, self._candidates, shards)
             table = self._sequences(list(found))
             self._write("sequences", part, table)
             sequence_ids.append(table["sequence_id"].to_numpy())

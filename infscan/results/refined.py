@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.schema import OF, REFINED, read_with_footer, to_parquet
 from infscan.storage import Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 FOLDER = "refined"
 _UNITS_AT_ONCE = 4
@@ -138,14 +138,14 @@ class RefinedRows:
         paths: Sequences[Sequences[Sequences[str]]],
         layers: Sequences[str],
         query_ids: Sequences[str],
-        best: Hits,
+        best: ScoredRows,
     ) -> None:
         self.store, self.layers, self.best = store, layers, best
         self._query_ids = pa.array(query_ids, pa.string())
         # Of each query group: its stretch of `best`, which is sorted by query, and of each unit the files.
         ends = [group.stop for group in groups]
         starts = np.searchsorted(best.queries, [group.start for group in groups])
-        self._stretches = list(zip(starts.tolist(), np.searchsorted(best.queries, ends).tolist(), strict=True))
+        self._file_ranges = list(zip(starts.tolist(), np.searchsorted(best.queries, ends).tolist(), strict=True))
         self._units = [list(zip(*by_layers, strict=True)) for by_layers in paths]
         self.scores = np.empty(len(best), np.float32)
         # Of each candidate, its unit within its query group.
@@ -163,7 +163,7 @@ class RefinedRows:
         by_token: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
         place = np.full(len(self.best), -1, np.int32)
         place[rows] = np.arange(len(rows), dtype=np.int32)
-        for group, (start, stop) in enumerate(self._stretches):
+        for group, (start, stop) in enumerate(self._file_ranges):
             wanted = rows[(start <= rows) & (rows < stop)]
             units = [self._units[group][number] for number in np.unique(self._unit_of[wanted])]
             rows_of = self._finder(group) if units else None
@@ -180,11 +180,11 @@ class RefinedRows:
         def read(paths: tuple[str, ...]) -> Unit:
             return read_unit(self.store, paths, self.layers, tokens=tokens)
 
-        return ahead(self.store, read, units, _UNITS_AT_ONCE)
+        return prefetch(self.store, read, units, _UNITS_AT_ONCE)
 
     def _finder(self, group: int) -> Callable[[Unit], NDArray[np.intp]]:
         """Where the rows of one of the group's units stand in `best`."""
-        start, stop = self._stretches[group]
+        start, stop = self._file_ranges[group]
         ids = np.unique(self.best.sequence_ids[start:stop])
 
         def keys(queries: NDArray[np.int32], sequence_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infscan.config import is_intact, sealed, unsealed
+from infscan.config import checksum_ok, with_checksum, without_checksum
 from infscan.errors import DamagedError, RunError
 from infscan.storage import Store
 from infscan.storage.foreign import parse_json
@@ -155,7 +155,7 @@ def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:
     The schema version and a digest of each column go into the footer too: `read_parquet` holds what it reads to them.
     """
     columns = {name: _digest(table.column(name)) for name in table.column_names}
-    facts = sealed({"schema_version": SCHEMA_VERSION, **footer, _COLUMNS: columns})
+    facts = with_checksum({"schema_version": SCHEMA_VERSION, **footer, _COLUMNS: columns})
     table = table.replace_schema_metadata({_FOOTER: json.dumps(facts).encode()})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_statistics=True, write_page_checksum=True)
@@ -255,7 +255,7 @@ def _check_name(footer: dict[str, Any], store: Store, name: str) -> None:
 
 
 def _given(footer: dict[str, Any]) -> dict[str, Any]:
-    return unsealed({key: value for key, value in footer.items() if key not in (_COLUMNS, OF)})
+    return without_checksum({key: value for key, value in footer.items() if key not in (_COLUMNS, OF)})
 
 
 def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
         footer = parse_json(raw)
     except ValueError:
         footer = None
-    if not is_intact(footer):
+    if not checksum_ok(footer):
         raise damaged(name, "its footer is not what was written")
     version: int = footer["schema_version"]
     if version > SCHEMA_VERSION:

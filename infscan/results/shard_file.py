@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
-from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.schema import CANDIDATES, OF, damaged, other_scan, read_with_footer, to_parquet
 from infscan.storage import Store
 
@@ -70,7 +70,7 @@ def write_shard(
     name: str,
     sequences: Sequences[Sequence],
     losses: NDArray[np.float32],
-    hits: Hits,
+    hits: ScoredRows,
     query_ids: Sequences[str],
     counts: ShardCounts,
     fingerprint: str,
@@ -117,7 +117,7 @@ def quarantined_shards(store: Store) -> frozenset[str]:
 
 def read_hits(
     store: Store, name: str, query_ids: Sequences[str], fingerprint: str | None = None, *, whole: bool = False
-) -> tuple[Hits, ShardCounts]:
+) -> tuple[ScoredRows, ShardCounts]:
     """A finished shard's hits and counts, without its tokens.
 
     fingerprint: of the scan that it must be of; None where any will do. whole: hold every column to its digest, those
@@ -142,7 +142,7 @@ def read_hits(
         )
     sides = pc.index_in(_field(hits, "side"), value_set=pa.array(list(SIDES)))
     return (
-        Hits(
+        ScoredRows(
             queries=queries.to_numpy().astype(np.int32),
             sides=sides.to_numpy().astype(np.int8),
             sequence_ids=sequence_ids.to_numpy().astype(np.int64),

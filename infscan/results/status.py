@@ -1,4 +1,4 @@
-"""Where a run stands, read from its folder alone, from anywhere, also while it goes on: listings and a few small files.
+"""The state of a run, read from its folder alone, from anywhere, also while it goes on: listings and a few small files.
 
 Nothing is written, no driver is asked, and a run that is over reads as one that goes on. Rates are by the store's own
 clock, at which shard files appeared.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from infscan.errors import DamagedError, RunError, StorageError
-from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES, best_rows
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.manifest import SUCCESS, read_manifest
 from infscan.results.read import parts_of, read_cells
 from infscan.results.schema import read_parquet
@@ -67,7 +67,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Status:
-    """A run as its folder says it is.
+    """A run, as read from its folder.
 
     phase: `new`, `prepare`, `fit`, `queries`, `scan`, `refine` or `finished`. made: files by kind that show how far a
     phase without shards is. shards, sequences: planned; None before there is a plan. sequences_per_s, eta_s: by the
@@ -95,7 +95,7 @@ class Status:
 
 
 def read_status(uri: str, *, rows: int = 3) -> Status:
-    """Where the run at `uri` stands, with the `rows` strongest rows of every query and side so far.
+    """The state of the run at `uri`, with the `rows` strongest rows of every query and side so far.
 
     Raises:
         RunError: where the folder is no run's.
@@ -136,7 +136,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
 
 
 def read_sweep(uri: str) -> dict[str, Status]:
-    """Where every cell of a sweep's folder stands, by its name, without rows; none where it is no sweep's.
+    """The state of every cell of a sweep's folder, by its name, without rows; none where it is no sweep's.
 
     Raises:
         StorageError: where it cannot be read.
@@ -242,13 +242,13 @@ def _provisional(store: Store, files: list[Entry], rows: int) -> tuple[list[Row]
     """The strongest rows of the latest shard files; one that vanishes or is damaged meanwhile is left out."""
     latest = sorted(files, key=lambda entry: (entry.modified or 0.0, entry.name))[-_FILES_READ:]
     query_ids = _query_ids(store)
-    parts: list[Hits] = []
+    parts: list[ScoredRows] = []
     for entry in latest:
         try:
             parts.append(read_hits(store, entry.name.rpartition("/")[2].removesuffix(SUFFIX), query_ids)[0])
         except (MissingError, DamagedError):
             continue
-    hits = Hits.concatenate(parts)
+    hits = ScoredRows.concatenate(parts)
     found: list[Row] = []
     for query, query_id in enumerate(query_ids):
         for side, name in enumerate(SIDES):

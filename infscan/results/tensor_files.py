@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from infscan.config import is_intact, seal_of, sealed
+from infscan.config import checksum_ok, seal_of, with_checksum
 from infscan.errors import DamagedError
 from infscan.storage import Store
 from infscan.storage.foreign import parse_json
@@ -40,7 +40,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None 
     """
     plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     digests = {key: _digest(tensor) for key, tensor in plain.items()}
-    known = sealed({"facts": dict(facts or {}), "digests": digests} | ({_OF: of_name(name)} if name else {}))
+    known = with_checksum({"facts": dict(facts or {}), "digests": digests} | ({_OF: of_name(name)} if name else {}))
     # Under one key: safetensors writes several in no fixed order, and equal content must be equal bytes.
     return save_tensors(plain, metadata={_CHECKSUMS: json.dumps(known, sort_keys=True)})
 
@@ -140,7 +140,7 @@ def _header(stream: BinaryIO, store: Store, name: str) -> dict[str, Any]:
     try:
         header = parse_json(stream.read(length))
         header[_CHECKSUMS] = parse_json(header.pop("__metadata__")[_CHECKSUMS])
-        intact = is_intact(header[_CHECKSUMS])
+        intact = checksum_ok(header[_CHECKSUMS])
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -182,7 +182,7 @@ def tensors_file_bytes(shapes: Shapes, facts: Mapping[str, str] | None = None) -
 
     facts: strings of the same lengths as those that will be written.
     """
-    known = sealed({"facts": dict(facts or {}), "digests": dict.fromkeys(shapes, DIGEST), _OF: DIGEST})
+    known = with_checksum({"facts": dict(facts or {}), "digests": dict.fromkeys(shapes, DIGEST), _OF: DIGEST})
     header: dict[str, object] = {"__metadata__": {_CHECKSUMS: json.dumps(known, sort_keys=True)}}
     at = 0
     # In safetensors' order: wide dtypes first, then by name.

@@ -1,4 +1,4 @@
-"""Hold a finished run to its manifest: every file read whole, and what lies beside them looked at."""
+"""Hold a finished run to its manifest: every file read whole, and what is beside them looked at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infscan.results.read import finished, read_scan_part
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import FOLDER as SHARDS
 from infscan.storage import Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 _SHOWN = 3
 
@@ -29,7 +29,7 @@ def verify(uri: str) -> tuple[int, bool]:
     store = finished(uri, unfinished=False)
     manifest = read_manifest(store)
     checks = list(_published(store, manifest)) + list(_footers(store, manifest))
-    troubles = [*_strangers(store, manifest), *(found for found in ahead(store, _trouble, checks) if found)]
+    troubles = [*_strangers(store, manifest), *(found for found in prefetch(store, _trouble, checks) if found)]
     if troubles:
         more = f" (and {len(troubles) - _SHOWN} more)" if len(troubles) > _SHOWN else ""
         raise DamagedError(f"{' '.join(troubles[:_SHOWN])}{more}")

@@ -54,7 +54,7 @@ class Rate:
 
 
 def timed(work: Sequence[Work], rate: Rate, workers: int, ranks: int) -> tuple[Work, ...]:
-    """The same phases with seconds where they can be told."""
+    """The same phases with seconds where they are known."""
     scan = next((one for one in work if one.name == "scan"), None)
     per_token = scan.flop / scan.tokens if scan and scan.tokens else None
 
@@ -97,7 +97,7 @@ def by_rates(one: Work, rates: Rates, workers: int, ranks: int) -> float | None:
 
 
 def rates_of(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What a finished run's summary.json says of each phase: tokens, else sequences, per second and worker."""
+    """Each phase in a finished run's summary.json: tokens, else sequences, per second and worker."""
     workers = summary["workers"]["num_workers"]
     found: dict[str, dict[str, float]] = {}
     for name, phase in summary["phases"].items():

@@ -141,7 +141,7 @@ class DryWorker:
                 self.worker.backward(batch, layers, loss, _owned(seen, consumer(batch)), ones=False)
         except Exception as error:  # a family's own code may do what it likes
             raise ModelError(
-                f"what a rank holds cannot be told: the model does not run on shapes alone ({type(error).__name__}: "
+                f"a rank's memory is unknown: the model does not run on shapes alone ({type(error).__name__}: "
                 f"{first_line(error)}); measure a small run instead, and look at workers.ranks in its summary.json."
             ) from error
         return seen

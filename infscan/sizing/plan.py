@@ -14,11 +14,11 @@ from infscan.config.jobs import PlanJob
 from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import describe as describe_arrays
 from infscan.corpus.describe import token_files
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import document_files, document_splits
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.in_place import DESCRIPTION
-from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.engine.executor import RankMemory
 from infscan.engine.in_process import InProcessExecutor
@@ -246,11 +246,11 @@ def _look(
         return _seen(open_corpus(store))
     files = document_files(corpus)
     corpus = reading(corpus, architecture, tokenizer, files)
-    pieces = document_pieces(files, corpus)
+    pieces = document_splits(files, corpus)
     share, how = 1.0, "exact"
     if sum(file.size for file in files) > config.plan.sample_bytes:
         corpus = replace(corpus, part_bytes=max(1, config.plan.sample_bytes // _PIECES))
-        pieces, share = _spread(document_pieces(files, corpus), corpus.part_bytes)
+        pieces, share = _spread(document_splits(files, corpus), corpus.part_bytes)
         how = f"estimated from {share:.2%} of the corpus"
     if corpus.deduplicate:
         how, corpus = f"{how}, duplicates not taken out", replace(corpus, deduplicate=False)
@@ -268,10 +268,10 @@ def _seen(corpus: AddressableCorpus, share: float = 1.0, how: str = "exact", pre
     )
 
 
-def _spread(pieces: Sequence[Piece], part_bytes: int) -> tuple[list[Piece], float]:
+def _spread(pieces: Sequence[InputSplit], part_bytes: int) -> tuple[list[InputSplit], float]:
     """Some pieces from all over the corpus, and the share of its bytes that they are."""
 
-    def weight(piece: Piece) -> int:
+    def weight(piece: InputSplit) -> int:
         if piece.stretch.whole:
             return sum(file.size for file in piece.files)
         stop = piece.stretch.stop

@@ -20,7 +20,7 @@ _PROCESS_BYTES = 1 << 30
 
 
 def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold at once; returns its bytes by part, or None where that cannot be told."""
+    """Log what a rank of the scan will hold at once; returns its bytes by part, or None if it is unknown."""
     gpus = float(inputs.device == "cuda")
     try:
         memory = scan_memory(inputs.config, inputs.architecture, len(inputs.queries), T, gpus)
@@ -35,7 +35,7 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     """Log what a rank of the scan will hold, warn where a pass needs more than the device has, and have workers ask a
     shared cluster for the host memory that they need.
 
-    Returns a scanning rank's bytes by part, or None where that cannot be told.
+    Returns a scanning rank's bytes by part, or None if it is unknown.
     """
     shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
     for stage in (run, *run.later) if shared else ():
@@ -63,16 +63,16 @@ def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
     if held.total <= memory:
         return None
     rest = held.total - held.activations
-    mend = f"scan.tokens_per_batch lower by {held.activations / (memory - rest):.2g} times" if rest < memory else ""
-    mends = [mend, "model.gradient_checkpointing=true", "fewer queries at a time", "more cluster.ranks_per_worker"]
+    fix = f"scan.tokens_per_batch lower by {held.activations / (memory - rest):.2g} times" if rest < memory else ""
+    fixes = [fix, "model.gradient_checkpointing=true", "fewer queries at a time", "more cluster.ranks_per_worker"]
     return (
         f"a rank holds {size(held.total)} in {name}, and its device has {size(memory)}: micro-batches will be halved "
-        f"until they fit, in every unit again; give {', '.join(filter(None, mends[:-1]))} or {mends[-1]}."
+        f"until they fit, in every unit again; give {', '.join(filter(None, fixes[:-1]))} or {fixes[-1]}."
     )
 
 
 def host_bytes(inputs: Inputs, T: int) -> int | None:
-    """Host memory that a rank needs at most, over all steps, its process included; None where that cannot be told.
+    """Host memory that a rank needs at most, over all steps, its process included; None if it is unknown.
 
     On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights and from a
     layer group's sums, which are serialised there.

@@ -133,7 +133,7 @@ def _can_split(run: Run, inverse: Preconditioner) -> bool:
     if not possible:
         run.telemetry.warn(
             "an iterated inverse and stages keep one vector per query, which does not split over its tokens: there is "
-            "no completion.parquet; a run with queries.measure=tokens says it token by token"
+            "no completion.parquet; a run with queries.measure=tokens has it token by token"
         )
     return possible
 

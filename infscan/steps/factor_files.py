@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from infscan.config import Attention, fingerprint, is_intact, seal_of, sealed
+from infscan.config import Attention, checksum_ok, fingerprint, seal_of, with_checksum
 from infscan.corpus.plan import Selection
 from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
@@ -32,7 +32,7 @@ from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.precision import Multiply
 from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensors
 from infscan.storage import Identity, MissingError, Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
@@ -81,7 +81,7 @@ class FactorsPlan:
         return partial_bytes(self.layers, self.blocks, len(self.slices))
 
     def to_json(self) -> dict[str, Any]:
-        return sealed({"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)})
+        return with_checksum({"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)})
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> FactorsPlan:
@@ -168,7 +168,7 @@ def read_plan(store: Store) -> FactorsPlan:
     """
     value = store.read_json(PLAN)
     try:
-        if is_intact(value):
+        if checksum_ok(value):
             return FactorsPlan.from_json(value)
     except (KeyError, TypeError, ValueError):
         pass
@@ -199,17 +199,17 @@ def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
 
 
 def complete(store: Store, plan: FactorsPlan, **facts: Any) -> dict[str, Any]:
-    """What factors.json says: what the factors are of, sizes and digests of their files, and `facts`."""
+    """The content of factors.json: what the factors are of, sizes and digests of their files, and `facts`."""
     files = {
         entry.name: entry.size for entry in store.list(suffix=".safetensors") if entry.name.startswith(FINISHED_FACTORS)
     }
     known = {"fingerprint": plan.fingerprint, "fields": plan.fields, "files": files, "digests": _digests(store, files)}
-    return sealed(known | facts)
+    return with_checksum(known | facts)
 
 
 def _digests(store: Store, names: Iterable[str]) -> dict[str, str]:
     """By file, what its header says of all that is in it: the rest is not read."""
-    return dict(ahead(store, lambda name: (name, read_seal(store, name)), names))
+    return dict(prefetch(store, lambda name: (name, read_seal(store, name)), names))
 
 
 def check_files(store: Store) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def check_files(store: Store) -> dict[str, Any]:
         DamagedError: with the first that is missing, has another size, or is another file.
     """
     value = store.read_json(COMPLETE)
-    if not is_intact(value):
+    if not checksum_ok(value):
         raise damaged(store, COMPLETE, "it is not what was written")
     there = {entry.name: entry.size for entry in store.list(suffix=".safetensors")}
     for name, size in value["files"].items():
@@ -244,7 +244,7 @@ def identity_of(store: Store) -> Identity | None:
         value = store.read_json(COMPLETE)
     except MissingError:
         return None
-    if not is_intact(value):
+    if not checksum_ok(value):
         raise damaged(store, COMPLETE, "it is not what was written")
     return Identity("factors", store.uri, seal_of(value), "factors.json; every file by the digest in its header")
 
@@ -307,7 +307,7 @@ def _known_digests(store: Store, identity: Identity | None) -> dict[str, str]:
     if identity is None:
         return {}
     value = store.read_json(COMPLETE)
-    identity.check(seal_of(value) if is_intact(value) else "a damaged one", FactorsError)
+    identity.check(seal_of(value) if checksum_ok(value) else "a damaged one", FactorsError)
     digests: dict[str, str] = value.get("digests", {})
     return digests
 

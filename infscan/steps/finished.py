@@ -23,7 +23,7 @@ from infscan.storage import Store
 def reopen(uri: str, cluster: ClusterConfig) -> AbstractContextManager[Run]:
     """A finished run, to be entered as from `open_run`; nothing of its folder is changed by it.
 
-    What the run prepared is read where it lies; its corpus's files and its query file are not asked for again. The
+    What the run prepared is read where it is; its corpus's files and its query file are not asked for again. The
     model must be where the run found it.
 
     Raises:

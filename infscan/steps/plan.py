@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from infscan.config import Solver, fingerprint, is_intact, sealed
+from infscan.config import Solver, checksum_ok, fingerprint, with_checksum
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import RunError
@@ -34,10 +34,10 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     run.folder.claim(run.config)
     attention = settings.attention.value
     inputs, made_by = run.inputs.fingerprints() | _factors(run), computed_by(run)
-    value = sealed(made.to_json() | {"inputs": inputs, "attention": attention, "made_by": made_by})
+    value = with_checksum(made.to_json() | {"inputs": inputs, "attention": attention, "made_by": made_by})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
-    if not is_intact(found):
+    if not checksum_ok(found):
         raise RunError(f"{run.store.uri}/{PLAN} is not what was written; restore it, or give another output=...")
     others = run.config.resume.allow_other_versions
     for warning in check_resumed(run.store.uri, found.get("made_by", {}), made_by, others_allowed=others):

@@ -58,7 +58,7 @@ class Preconditioner:
     solutions: StoredGradients | None = None
     # How a GPU multiplies when it rotates gradients, and scores with them at full rank.
     matmul: Multiply = "exact"
-    # What the factors are; None where whatever lies there is to be read.
+    # What the factors are; None where whatever is there is to be read.
     identity: Identity | None = None
 
     @property

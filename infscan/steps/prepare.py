@@ -21,7 +21,7 @@ from infscan.corpus.addressable import (
     require_document_boundaries,
 )
 from infscan.corpus.describe import describe, difference, token_files
-from infscan.corpus.documents import data_and_beside, document_files, document_pieces
+from infscan.corpus.documents import data_and_beside, document_files, document_splits
 from infscan.corpus.duplicates import HASH, duplicates
 from infscan.corpus.files import file_name
 from infscan.corpus.filtered import FilteredCorpus
@@ -31,7 +31,6 @@ from infscan.corpus.manifest import MANIFEST, read_inputs
 from infscan.corpus.named_fields import asked_fields, check_named_fields
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.parts import open_prepared
-from infscan.corpus.pieces import Piece
 from infscan.corpus.prepared import (
     NOTHING,
     check_allowed,
@@ -42,6 +41,7 @@ from infscan.corpus.prepared import (
     store_hashes,
     write_manifest,
 )
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.engine.executor import Executor, TaskMap
 from infscan.errors import CorpusError, RunError
@@ -91,7 +91,7 @@ def prepare(
     executor: Executor,
     prefix: str = "",
 ) -> AddressableCorpus:
-    """The corpus as an addressable one: where it lies if it is one already, else prepared into `store`.
+    """The corpus as an addressable one: where it is if it is one already, else prepared into `store`.
 
     Token arrays are read where they lie; `store` then holds their description alone. Parts that are there already are
     kept, so preparing again finishes what is missing.
@@ -152,7 +152,7 @@ def _addressable(
             return corpus
     if not prefix:
         check_named_fields([(config, files)])
-    pieces = document_pieces(files, config)
+    pieces = document_splits(files, config)
     return prepare_pieces(config, pack, architecture.folder, tokenizer, pieces, store, executor, prefix, aside)
 
 
@@ -161,7 +161,7 @@ def prepare_pieces(
     pack: PackSettings,
     folder: str,
     tokenizer: Tokenizer | None,
-    pieces: Sequence[Piece],
+    pieces: Sequence[InputSplit],
     store: Store,
     executor: Executor,
     prefix: str = "",
@@ -204,7 +204,7 @@ def _joined(
     executor: Executor,
     prefix: str = "",
 ) -> AddressableCorpus:
-    """Several corpora, each where it lies or in a folder of its label, and the description that joins them."""
+    """Several corpora, each where it is or in a folder of its label, and the description that joins them."""
     check_named_fields([(one, _documents(one)) for one in config.several.values()])
     parts = {
         label: prepare(one, architecture, tokenizer, store / label, executor, f"{label} ")
@@ -260,7 +260,7 @@ def _described(
 
 
 def _duplicates(
-    config: CorpusConfig, settings: str, store: Store, pieces: Sequence[Piece], executor: Executor, prefix: str
+    config: CorpusConfig, settings: str, store: Store, pieces: Sequence[InputSplit], executor: Executor, prefix: str
 ) -> list[np.ndarray]:
     """Of every piece, which documents an earlier one equals; hashes that an earlier process left are kept, where they
     are of the same settings."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infscan.config import fingerprint, lasting
+from infscan.config import fingerprint, resume_keys
 from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
@@ -98,7 +98,7 @@ def publish(
 
 
 def _manifest(run: Run, plan: Plan, scanned: Scanned, publisher: Publisher, summary: dict[str, Any]) -> Manifest:
-    """What _SUCCESS says: the tables as they were written, and what lies there of the run's other results."""
+    """What _SUCCESS says: the tables as they were written, and what is there of the run's other results."""
     run.folder.check_claim(run.config)
     beside = {name: Part.of(run.store.read(name)) for name in (CONFIG, PLAN)}
     beside |= {QUERIES: measured_part(run), MEASURED: Part.of(measured_jsonl(run.queries))}
@@ -129,7 +129,7 @@ def _scores(run: Run, plan: Plan, scanned: Scanned) -> dict[str, int] | None:
 
 
 def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
-    """The row by which a sweep's runs are told apart (`infscan.results.schema.RUN`)."""
+    """The row by which a sweep's runs are distinguished (`infscan.results.schema.RUN`)."""
     config, counts, inputs = run.config, summary["counts"], summary["inputs"]
     several = ", ".join(f"{label}={path}" for label, path in config.corpus.paths.items())
     row = {
@@ -144,7 +144,7 @@ def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
         "tokens": counts["scanned"]["tokens"],
         "num_queries": len(run.queries),
         "quarantined_shards": counts["quarantined"]["shards"],
-        "settings": [{"key": key, "value": str(value)} for key, value in lasting(config)],
+        "settings": [{"key": key, "value": str(value)} for key, value in resume_keys(config)],
         **computed_by(run),
     }
     return pa.Table.from_pylist([row], schema=RUN)

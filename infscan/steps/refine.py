@@ -22,7 +22,7 @@ from infscan.influence.layers import Layer
 from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import score_routed_tokens, score_tokens
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
@@ -33,7 +33,7 @@ from infscan.steps.preconditioner import Preconditioner, preconditioned, query_g
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 from infscan.storage import Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 _SEQUENCES_PER_UNIT = 256
 # A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
@@ -100,7 +100,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
 def _whole_units(run: Run, folder: str) -> set[str]:
     """The refined units in a folder that hold what was written; a damaged one is made again."""
     whole = set()
-    for name, trouble in ahead(run.store, partial(_trouble, run.store), run.store.names(folder)):
+    for name, trouble in prefetch(run.store, partial(_trouble, run.store), run.store.names(folder)):
         if trouble is None:
             whole.add(name)
         else:
@@ -262,7 +262,7 @@ class RefineUnit:
 
 
 def refine_units(
-    candidates: Hits, query_groups: Sequences[range], most_sequences: int, most_pairs: int
+    candidates: ScoredRows, query_groups: Sequences[range], most_sequences: int, most_pairs: int
 ) -> list[RefineUnit]:
     """Cut candidates into units, each of one query group and of so many sequences and pairs at most.
 

@@ -124,6 +124,6 @@ def _refuse_submitted(key: str, store: Store) -> None:
     folder = store.local_path()
     if folder is not None and _SUBMITTED in folder.as_posix():
         raise ConfigError(
-            f"{key}={store.uri} lies in the submitted job's copy of the working folder, which Ray removes; give an "
+            f"{key}={store.uri} is in the submitted job's copy of the working folder, which Ray removes; give an "
             "address on object storage (s3://...), or the whole path of a folder that every node has."
         )

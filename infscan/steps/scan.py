@@ -25,7 +25,7 @@ from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import check_scores, scores_path, write_scores
@@ -44,10 +44,10 @@ from infscan.secrets import redact
 from infscan.steps.queries import BroadcastQueries, on_device
 from infscan.steps.run import Run
 from infscan.storage import Store
-from infscan.storage.ahead import ahead
+from infscan.storage.prefetch import prefetch
 
 # A shard's rows, and what it counted.
-ShardResult = tuple[Hits, ShardCounts]
+ShardResult = tuple[ScoredRows, ShardCounts]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Scanned:
     """What the scan left."""
 
     # The C best rows per query and side.
-    best: Hits
+    best: ScoredRows
     # Of all finished shards.
     counts: ScanCounts
     # The shards given up, with reasons.
@@ -87,7 +87,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
             query_batch=batch.fingerprint,
             sides=config.sides,
             candidates=config.candidates,
-            thresholds=tally.standings.thresholds,
+            thresholds=tally.tracker.thresholds,
             tokens_per_batch=config.tokens_per_batch,
             dense=config.dense,
             fingerprint=run_fingerprint,
@@ -106,7 +106,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
     run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
     run.executor.forget()
     tally.check_nonfinite()
-    return Scanned(tally.standings.best(), tally.counts, tally.quarantined, run_fingerprint)
+    return Scanned(tally.tracker.best(), tally.counts, tally.quarantined, run_fingerprint)
 
 
 def _begin(run: Run) -> None:
@@ -123,7 +123,7 @@ class _Tally:
 
     def __init__(self, run: Run, plan: Plan, fingerprint: str) -> None:
         self.run, self.plan, self.fingerprint = run, plan, fingerprint
-        self.standings = Standings(len(run.queries), run.config.sides, run.config.candidates)
+        self.tracker = TopKTracker(len(run.queries), run.config.sides, run.config.candidates)
         self.counts = ScanCounts()
         self.quarantined: dict[int, str] = {}
 
@@ -139,7 +139,7 @@ class _Tally:
         there = finished_shards(store)
         scored = set(store.names(SCORES)) if self.run.config.dense else None
         done = np.fromiter((shard_name(number) in there for number in range(shards)), np.bool_, shards)
-        for number, found in ahead(store, partial(self._read, scored=scored), map(int, np.flatnonzero(done))):
+        for number, found in prefetch(store, partial(self._read, scored=scored), map(int, np.flatnonzero(done))):
             if isinstance(found, DamagedError):
                 self.run.telemetry.warn(f"{found} It is scanned again now.")
                 self.run.folder.fence()
@@ -162,7 +162,7 @@ class _Tally:
             return number, error
 
     def _sum(self, result: ShardResult) -> None:
-        self.standings.add(result[0])
+        self.tracker.add(result[0])
         self.counts.add(result[1])
 
     def add(self, number: int, result: ShardResult) -> None:
@@ -233,7 +233,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> S
     if not worker.leads:
         return None
     scores, losses = scores_nq.float().cpu().numpy(), losses_n.float().cpu().numpy()
-    hits = shard_hits(scores, task.sequence_ids, task.sides, task.candidates, task.thresholds)
+    hits = shard_rows(scores, task.sequence_ids, task.sides, task.candidates, task.thresholds)
     counts = ShardCounts(
         sequences=len(sequences),
         tokens=sum(len(sequence) for sequence in sequences),

@@ -238,7 +238,7 @@ def solve_task(worker: ModelWorker, task: SolveTask) -> Solved:
 
 
 def solved_before(facts: Mapping[str, str]) -> Solved:
-    """What a solution's file says of it."""
+    """The facts that a solution's file contains."""
     return Solved(**json.loads(facts["solved"]))
 
 

@@ -2,7 +2,7 @@
 
 A run folder, a corpus and a model folder are all named by a path or a URI. `Store` reads and writes one of them;
 what it writes becomes visible whole or not at all, and what it lists or asks for never comes from a cache.
-Credentials come from the environment alone. Every failure is a `StorageError` that names the place and the mend.
+Credentials come from the environment alone. Every failure is a `StorageError` that names the place and the fix.
 """
 
 from infscan.storage.address import MissingError, is_uri, refuse_own_network
@@ -19,7 +19,7 @@ from infscan.storage.inputs import (
     read_range,
     root_of,
 )
-from infscan.storage.patience import storage_faults
+from infscan.storage.retry import storage_faults
 from infscan.storage.scratch import scratch_file
 from infscan.storage.store import Entry, Store, json_bytes
 

@@ -92,7 +92,7 @@ def refuse_own_network(address: str, where: str) -> None:
     if host == "localhost" or host.endswith(".localhost"):
         raise StorageError(
             f"{where} names {redact(address)}, an address of this machine or of its cloud's metadata; what a folder "
-            "brings along is not asked for there. Name it yourself, or mend the file."
+            "brings along is not asked for there. Name it yourself, or fix the file."
         )
 
 

@@ -1,4 +1,4 @@
-"""What this machine says of itself: who it is, which of its processes live, and whom its kernel killed for memory."""
+"""Facts about this machine: who it is, which of its processes live, and whom its kernel killed for memory."""
 
 import os
 import platform

@@ -11,7 +11,7 @@ from infscan.storage.store import backend_of
 
 @dataclass(frozen=True)
 class Identity:
-    """Where an input lies, and what it is, whatever comes to lie there. The driver resolves it once; whoever opens the
+    """Where an input is, and what it is, whatever comes to lie there. The driver resolves it once; whoever opens the
     address holds what it finds to the fingerprint.
 
     kind: `model`, `corpus` or `factors`. revision: the hub's commit, where the input came from a hub by its id.
@@ -38,7 +38,7 @@ Stamp = tuple[int, str, int | None, int | None]
 
 
 def stamp_of(uri: str) -> Stamp | None:
-    """What changes when a file is written, replaced or set back in time; None where there is none.
+    """What changes when a file is written, replaced or set back in time; None if there is none.
 
     Bytes, ETag (or a digest of bytes and time of change) and, on a disk, the change time of the inode (ctime, which
     `touch -r` and `rsync -t` do not set back) and its number. It holds on one machine, while a process lives.

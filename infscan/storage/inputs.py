@@ -39,7 +39,7 @@ class InputFile:
 
 
 def expand(pattern: str) -> list[InputFile]:
-    """The files that a file's name, a folder, a glob (`*`, `?`, `[...]`, `**`) or a URI stands for, sorted by address.
+    """The files that a file's name, a folder, a glob (`*`, `?`, `[...]`, `**`) or a URI names, sorted by address.
 
     Folders are read recursively; names that start with '.' or '_' (markers, temporary folders) are left out unless the
     pattern spells them. Raises StorageError where nothing is there.
@@ -202,7 +202,7 @@ def _glob_local(root: str, relative: str, spelt: bool) -> list[InputFile]:
 
 
 def _is_matched(name: str, pattern: re.Pattern[str]) -> bool:
-    """True where the name matches, or a folder above it does: a matched folder stands for what is below it."""
+    """True where the name matches, or a folder above it does: a matched folder includes what is below it."""
     return any(pattern.match(str(path)) for path in (PurePosixPath(name), *PurePosixPath(name).parents))
 
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 from infscan.errors import StorageError, UnwritableError
 from infscan.secrets import redact
 from infscan.storage.address import Entry, MissingError, is_temporary, tag
-from infscan.storage.patience import Patience
-from infscan.storage.writers import is_abandoned, temporary_name
+from infscan.storage.retry import RetryPolicy
+from infscan.storage.tempnames import is_abandoned, temporary_name
 
 log = logging.getLogger("infscan")
 T = TypeVar("T")
@@ -26,16 +26,16 @@ _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 # Network filesystems: a file replaced by another machine, a server that does not answer in time.
 _PASSING = {errno.ESTALE: "stale", errno.ETIMEDOUT: "timeout", errno.EAGAIN: "busy"}
-# What no further attempt mends until a person does something.
+# What no further attempt fixes until a person does something.
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-_MENDS = {
+_FIXES = {
     errno.EACCES: "permission denied; give this user access to it or choose another folder",
     errno.EPERM: "the operation is not permitted here; choose another folder",
     errno.EROFS: "the disk is mounted read-only; choose another folder",
     errno.ENOSPC: "the disk is full; free some space or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up; free some space or choose a folder on another disk",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
-    errno.EEXIST: "a file stands where a folder is needed; remove it or choose another path",
+    errno.EEXIST: "a file is where a folder is needed; remove it or choose another path",
     errno.EISDIR: "this is a folder where a file is expected; correct the path",
     errno.ENAMETOOLONG: "the name is too long for this disk; shorten it",
     errno.EIO: "the disk reports an input/output error; check the disk",
@@ -47,15 +47,15 @@ _WRITES = 3
 
 
 def _explain(error: Exception, path: str, *, writing: bool = False) -> StorageError:
-    """A StorageError that names the path, the reason and the mend."""
+    """A StorageError that names the path, the reason and the fix."""
     if isinstance(error, FileNotFoundError) and writing:
         return UnwritableError(redact(f"{path}: nothing can be made here; choose a folder on a disk"))
     if isinstance(error, FileNotFoundError):
         return MissingError(redact(f"{path}: there is no such file; check the path"))
     number = getattr(error, "errno", None) or 0
-    mend = _MENDS.get(number, f"{getattr(error, 'strerror', None) or error}; check the path and the disk")
+    fix = _FIXES.get(number, f"{getattr(error, 'strerror', None) or error}; check the path and the disk")
     kind = UnwritableError if writing and number in _UNWRITABLE else StorageError
-    return kind(redact(f"{path}: {mend}"))
+    return kind(redact(f"{path}: {fix}"))
 
 
 def _persist(path: str, request: Callable[[], T], *, writing: bool = False) -> T:
@@ -64,7 +64,9 @@ def _persist(path: str, request: Callable[[], T], *, writing: bool = False) -> T
             raise error
         return _explain(error, path, writing=writing)
 
-    return Patience.from_environment().persist(request, lambda error: _PASSING.get(getattr(error, "errno", 0)), explain)
+    return RetryPolicy.from_environment().call_with_retry(
+        request, lambda error: _PASSING.get(getattr(error, "errno", 0)), explain
+    )
 
 
 class LocalDisk:
@@ -203,7 +205,7 @@ def _is_same_file(one: str, other: str) -> bool:
 
 
 class _File(io.FileIO):
-    """A file to read whose errors say the path and the mend."""
+    """A file to read whose errors say the path and the fix."""
 
     def readinto(self, buffer: Any) -> int | None:
         with _explained(str(self.name)):
@@ -293,7 +295,7 @@ def _files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
         elif entry.is_file():
             yield entry
         elif entry.is_symlink() and not os.path.exists(entry.path):
-            raise StorageError(redact(f"{entry.path}: this link leads nowhere; mend or remove it")) from None
+            raise StorageError(redact(f"{entry.path}: this link leads nowhere; fix or remove it")) from None
 
 
 def _entries(root: str) -> Iterator[Entry]:

@@ -2,7 +2,7 @@
 
 INFSCAN_STORAGE_LOCATIONS='{"s3://public": {"anonymous": true}, "s3://theirs/data": {"profile": "theirs"}}'
 
-An address takes the settings of the longest prefix that it lies below; every process reads them from its environment.
+An address takes the settings of the longest prefix that it is below; every process reads them from its environment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Location:
 
 
 def location_of(address: str) -> Location:
-    """The settings of the place that an address lies in; none where none are given.
+    """The settings of the place that an address is in; none where none are given.
 
     Raises:
         StorageError: for a variable that is not what it has to be.

@@ -1,4 +1,4 @@
-"""Object stores through fsspec: no cached listings, finite timeouts, one retry for all, errors that say the mend."""
+"""Object stores through fsspec: no cached listings, finite timeouts, one retry for all, errors that say the fix."""
 
 import hashlib
 import io
@@ -19,9 +19,7 @@ from infscan.errors import StorageError, UnwritableError
 from infscan.secrets import redact
 from infscan.storage import s3
 from infscan.storage.address import Entry, MissingError, is_temporary, join, scheme_of, tag
-from infscan.storage.locations import Location, location_of
-from infscan.storage.patience import Patience
-from infscan.storage.trouble import (
+from infscan.storage.error_mapping import (
     ChangedError,
     CutOffError,
     explained,
@@ -29,7 +27,9 @@ from infscan.storage.trouble import (
     is_unsupported,
     passing_kind,
 )
-from infscan.storage.writers import is_abandoned
+from infscan.storage.locations import Location, location_of
+from infscan.storage.retry import RetryPolicy
+from infscan.storage.tempnames import is_abandoned
 
 CONNECT_TIMEOUT_S = 5
 BUFFER_BYTES = 4 << 20
@@ -54,15 +54,15 @@ def connect(address: str) -> "ObjectStore":
 
 @lru_cache(maxsize=8)
 def _connect(scheme: str, place: Location, _process: int, _settings: str) -> "ObjectStore":
-    patience = Patience.from_environment()
+    retry = RetryPolicy.from_environment()
     # fsspec's own cache would hand back a client with the credentials of an earlier environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     endpoint = None
     if scheme in _S3_SCHEMES:
         endpoint = place.endpoint_url or next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
         options["config_kwargs"] = {
-            "connect_timeout": min(CONNECT_TIMEOUT_S, patience.timeout_s),
-            "read_timeout": patience.timeout_s,  # for each wait on the socket
+            "connect_timeout": min(CONNECT_TIMEOUT_S, retry.timeout_s),
+            "read_timeout": retry.timeout_s,  # for each wait on the socket
             "retries": {"total_max_attempts": 1},  # ObjectStore retries, for every call and every store alike
         }
         if endpoint:
@@ -79,7 +79,7 @@ def _connect(scheme: str, place: Location, _process: int, _settings: str) -> "Ob
         ) from error
     if scheme in _S3_SCHEMES:
         filesystem.retries = 1
-    return ObjectStore(filesystem, scheme, endpoint, patience)
+    return ObjectStore(filesystem, scheme, endpoint, retry)
 
 
 def _of_place(place: Location) -> dict[str, Any]:
@@ -96,16 +96,16 @@ class ObjectStore:
     fs: Any
     scheme: str
     endpoint: str | None
-    patience: Patience
+    retry: RetryPolicy
 
     def brief(self) -> "ObjectStore":
         """The same store, given up sooner."""
-        return replace(self, patience=self.patience.brief())
+        return replace(self, retry=self.retry.brief())
 
     def read(self, uri: str) -> bytes:
         """All bytes of one version of the object, as many as its store promised."""
         if self.scheme in _S3_SCHEMES:
-            return self._call(uri, lambda: self._wait(s3.get(self.fs, uri, self.patience)))
+            return self._call(uri, lambda: self._wait(s3.get(self.fs, uri, self.retry)))
 
         def request() -> bytes:
             size = int(self._ask("info", uri)["size"] or 0)
@@ -133,7 +133,7 @@ class ObjectStore:
 
         def request() -> bytes:
             if self.scheme in _S3_SCHEMES:
-                return self._wait(s3.get_range(self.fs, uri, start, stop, etag, self.patience))
+                return self._wait(s3.get_range(self.fs, uri, start, stop, etag, self.retry))
             data = bytes(self._ask("cat_file", uri, size=stop - start, start=start, end=stop))
             if len(data) != stop - start:
                 if version is not None and self.stat(uri) != version:
@@ -224,7 +224,7 @@ class ObjectStore:
 
     def _listing(self, root: str) -> list[tuple[str, dict[str, Any]]]:
         try:
-            limit_s = _LISTING * self.patience.attempt_s()
+            limit_s = _LISTING * self.retry.attempt_s()
             listing = self._call(root, lambda: self._ask("find", root, limit_s=limit_s, detail=True))
         except MissingError:
             return []
@@ -241,7 +241,7 @@ class ObjectStore:
 
     def _ask(self, method: str, *arguments: Any, size: int = 0, limit_s: float = 0.0, **options: Any) -> Any:
         """One attempt at a driver's method that moves `size` bytes; TimeoutError where it does not end in time."""
-        limit_s = limit_s or self.patience.attempt_s(size)
+        limit_s = limit_s or self.retry.attempt_s(size)
         if self.fs.async_impl:
             return self._wait(getattr(self.fs, f"_{method}")(*arguments, **options), limit_s)
         call = getattr(self.fs, method)
@@ -269,7 +269,7 @@ class ObjectStore:
         def explain(error: Exception, attempts: int) -> StorageError:
             return explained(error, uri, self.endpoint, attempts, writing=writing)
 
-        return self.patience.persist(request, passing, explain)
+        return self.retry.call_with_retry(request, passing, explain)
 
 
 def _but_not_changed(error: Exception) -> str | None:

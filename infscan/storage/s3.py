@@ -11,57 +11,57 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from infscan.storage.patience import Patience
-from infscan.storage.trouble import ChangedError, CutOffError, is_other_version
-from infscan.storage.writers import ABANDONED_S
+from infscan.storage.error_mapping import ChangedError, CutOffError, is_other_version
+from infscan.storage.retry import RetryPolicy
+from infscan.storage.tempnames import ABANDONED_S
 
 PART_BYTES = 64 << 20
 _PARTS_AT_A_TIME = 8
 
 
-async def get(fs: Any, uri: str, patience: Patience) -> bytes:
+async def get(fs: Any, uri: str, retry: RetryPolicy) -> bytes:
     """An object's bytes: one request, or for a large one as many ranges of one version as it takes."""
-    answer = await _ask(fs, uri, patience)
+    answer = await _ask(fs, uri, retry)
     size, etag = int(answer["ContentLength"]), answer.get("ETag")
     if size <= PART_BYTES or not etag:
-        return await _body(answer, size, patience)
+        return await _body(answer, size, retry)
     answer["Body"].close()
     turn = asyncio.Semaphore(_PARTS_AT_A_TIME)
 
     async def part(start: int) -> bytes:
         async with turn:
-            return await get_range(fs, uri, start, min(start + PART_BYTES, size), etag, patience)
+            return await get_range(fs, uri, start, min(start + PART_BYTES, size), etag, retry)
 
     return b"".join(await _all(part(start) for start in range(0, size, PART_BYTES)))
 
 
-async def get_range(fs: Any, uri: str, start: int, stop: int, etag: str | None, patience: Patience) -> bytes:
+async def get_range(fs: Any, uri: str, start: int, stop: int, etag: str | None, retry: RetryPolicy) -> bytes:
     """Bytes [start, stop) of the version with this ETag (null: of any).
 
     Raises ChangedError where that version is not there any more, CutOffError where fewer bytes came.
     """
     condition = {"IfMatch": etag} if etag else {}
     try:
-        answer = await _ask(fs, uri, patience, Range=f"bytes={start}-{stop - 1}", **condition)
+        answer = await _ask(fs, uri, retry, Range=f"bytes={start}-{stop - 1}", **condition)
     except OSError as error:
         if is_other_version(error):
             raise ChangedError from error
         raise
-    return await _body(answer, stop - start, patience)
+    return await _body(answer, stop - start, retry)
 
 
-async def _ask(fs: Any, uri: str, patience: Patience, **options: Any) -> dict[str, Any]:
+async def _ask(fs: Any, uri: str, retry: RetryPolicy, **options: Any) -> dict[str, Any]:
     bucket, key, _ = fs.split_path(uri)
     # req_kw says that the requester pays, where a bucket is read so.
     request = fs._call_s3("get_object", Bucket=bucket, Key=key, **fs.req_kw, **options)
-    answer: dict[str, Any] = await asyncio.wait_for(request, patience.attempt_s())
+    answer: dict[str, Any] = await asyncio.wait_for(request, retry.attempt_s())
     return answer
 
 
-async def _body(answer: dict[str, Any], size: int, patience: Patience) -> bytes:
+async def _body(answer: dict[str, Any], size: int, retry: RetryPolicy) -> bytes:
     body = answer["Body"]
     try:
-        data: bytes = await asyncio.wait_for(body.read(), patience.attempt_s(size))
+        data: bytes = await asyncio.wait_for(body.read(), retry.attempt_s(size))
     finally:
         body.close()
     if len(data) != size:

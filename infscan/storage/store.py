@@ -10,7 +10,7 @@ from infscan.storage import remote
 from infscan.storage.address import Entry, checked_name, join, normalise, scheme_of
 from infscan.storage.foreign import parse_json
 from infscan.storage.local import LocalDisk
-from infscan.storage.writers import temporary_name
+from infscan.storage.tempnames import temporary_name
 
 
 def backend_of(address: str) -> LocalDisk | remote.ObjectStore:
@@ -27,7 +27,7 @@ def json_bytes(value: Any) -> bytes:
 class Store:
     """A folder (plain path, file://) or a prefix (s3://bucket/prefix, memory://). Holds only its address: it pickles.
 
-    Names are relative and '/'-separated. Every method raises StorageError with the place, the reason and the mend.
+    Names are relative and '/'-separated. Every method raises StorageError with the place, the reason and the fix.
     """
 
     uri: str

@@ -13,7 +13,7 @@ from infscan.errors import ConfigError
 def bm25_scores(sequences: Sequence[NDArray[np.int64]], queries: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """[Q, N]: each query's BM25 score (k1 = 1.5, b = 0.75) for each sequence; its statistics are these sequences'.
 
-    queries: token ids of prompt plus completion, a repeated token counting as often as it stands.
+    queries: token ids of prompt plus completion, a repeated token counting as often as it occurs.
 
     Raises:
         ConfigError: where rank-bm25 is not installed.

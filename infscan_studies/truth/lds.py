@@ -120,7 +120,7 @@ def _estimate(by_query: NDArray[np.float64], draws_b: NDArray[np.float64]) -> Es
 def _weighted_rank_correlation(
     x_m: NDArray[np.floating], y_m: NDArray[np.floating], weights_bm: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Spearman's correlation of samples in which observation m stands weights_bm[b, m] times: [b]."""
+    """Spearman's correlation of samples that contain observation m weights_bm[b, m] times: [b]."""
     total_b1 = weights_bm.sum(axis=1, keepdims=True)
 
     def centred_ranks(v_m: NDArray[np.floating]) -> NDArray[np.float64]:

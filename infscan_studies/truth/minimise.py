@@ -126,11 +126,11 @@ class Objective:
         return [parameter for layer in self.problem.tracked.values() for parameter in layer]
 
     def norm(self) -> float:
-        """Of what stands in the parameters' `grad`."""
+        """Of the parameters' `grad`."""
         return norm(self.parameters)
 
     def gradient(self) -> Tensor:
-        """What stands in the parameters' `grad`: [P]."""
+        """The parameters' `grad`: [P]."""
         layers = self.problem.tracked.values()
         return torch.cat([matrix([p.grad for p in layer if p.grad is not None]).flatten() for layer in layers])
 
@@ -290,5 +290,5 @@ def matrix(layer: Sequence[Tensor]) -> Tensor:
 
 
 def norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Of what stands in their `grad`."""
+    """Of their `grad`."""
     return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))

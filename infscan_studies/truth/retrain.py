@@ -154,7 +154,7 @@ def check_affordable(trainings: int, seconds_each: float, max_hours: float) -> f
     """The hours that many trainings take.
 
     Raises:
-        ConfigError: where that is more than `max_hours`, with the estimate and the mend.
+        ConfigError: where that is more than `max_hours`, with the estimate and the fix.
     """
     hours = trainings * seconds_each / 3600
     if hours > max_hours:

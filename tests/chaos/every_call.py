@@ -16,7 +16,7 @@ import pytest
 from infscan.config import Config
 from infscan.storage.local import LocalDisk
 from infscan.storage.remote import ObjectStore
-from infscan.storage.writers import temporary_name
+from infscan.storage.tempnames import temporary_name
 from tests.chaos.one_process import RankKilled, on_rank
 from tests.steps.runs import small_run, tiny_model, token_corpus, token_queries
 

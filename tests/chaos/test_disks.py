@@ -1,4 +1,4 @@
-"""A full, read-only or broken disk: a sentence with the path and the mend, nothing torn, and the run goes on."""
+"""A full, read-only or broken disk: a sentence with the path and the fix, nothing torn, and the run goes on."""
 
 from __future__ import annotations
 
@@ -103,19 +103,19 @@ def failing_sync(number: int, fails: Callable[[], bool]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "mend", "kind"),
+    ("number", "fix", "kind"),
     [
         (errno.EIO, "input/output error; check the disk", StorageError),
         (errno.EDQUOT, "quota is used up; free some space", UnwritableError),
     ],
 )
 def test_a_disk_in_trouble_ends_the_run_and_mended_it_goes_on(
-    twin: Twin, tmp_path: Path, number: int, mend: str, kind: type[StorageError]
+    twin: Twin, tmp_path: Path, number: int, fix: str, kind: type[StorageError]
 ) -> None:
     """A quota that is used up is not tried again; an input/output error may be one machine's, and is."""
     config = twin.disturbed(tmp_path / "run")
     covariances = tmp_path / "run" / "factors" / "covariance"
-    with failing_sync(number, covariances.exists), pytest.raises(kind, match=mend) as caught:
+    with failing_sync(number, covariances.exists), pytest.raises(kind, match=fix) as caught:
         answer(config)
     assert config.output in str(caught.value)
     assert_nothing_torn(twin, config)

@@ -26,7 +26,7 @@ from infscan.results.manifest import SUCCESS, TABLES, read_manifest
 from infscan.results.read import read_summary
 from infscan.results.verify import verify
 from infscan.storage import Store
-from infscan.storage.writers import is_abandoned
+from infscan.storage.tempnames import is_abandoned
 from tests.chaos.every_call import (
     CHANGING,
     Call,

@@ -49,7 +49,7 @@ def test_a_job_through_faults_gives_the_twin_s_tables(
 ) -> None:
     """One process: every fault that it met is in its summary, under its kind."""
     bucket, proxy = faulty_s3
-    monkeypatch.setattr("infscan.storage.patience.FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("infscan.storage.retry.FIRST_PAUSE_S", 0.02)
     config = tiny_run(inputs, bucket.uri())
     proxy.plan, proxy.slow_s = Plan(SEED, rate=0.2), 0.02
     with without_ray():

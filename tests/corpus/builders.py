@@ -16,7 +16,7 @@ import zstandard
 
 from infscan.config import CorpusConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus, open_corpus
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import document_files, document_splits
 from infscan.corpus.duplicates import duplicates
 from infscan.corpus.manifest import Manifest
 from infscan.corpus.packing import PackSettings, pack_settings
@@ -82,7 +82,7 @@ def prepare(
     """Prepare every file below `source` into `target` and open what came of it."""
     config = corpus_config(source, packing=pack.packing, **changes)
     store = Store(str(target))
-    pieces = document_pieces(document_files(config), config)
+    pieces = document_splits(document_files(config), config)
     dropped = duplicates([hash_piece(piece, config) for piece in pieces]) if config.deduplicate else repeat(NOTHING)
     parts = [
         prepare_part(piece, n, config, pack, None, store, drops)

@@ -13,7 +13,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from infscan.config import CorpusConfig, Packing
-from infscan.corpus.documents import document_files, document_pieces, read_documents
+from infscan.corpus.documents import document_files, document_splits, read_documents
 from infscan.corpus.rows import Document
 from infscan.corpus.tally import Tally
 from infscan.errors import CorpusError, StorageError
@@ -40,7 +40,7 @@ def laid_down(kind: str, found: list[list[int]], per_shard: int = 5) -> Store:
 
 
 def read(config: CorpusConfig) -> list[Document]:
-    pieces = document_pieces(document_files(config), config)
+    pieces = document_splits(document_files(config), config)
     return [
         document
         for piece in pieces

@@ -1,4 +1,4 @@
-"""Reading documents: one corpus in four formats, offsets that lead back, and errors that say where and what to mend."""
+"""Reading documents: one corpus in four formats, offsets that lead back, and errors that say where and what to fix."""
 
 from __future__ import annotations
 

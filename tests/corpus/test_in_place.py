@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from infscan.config import Attention, Packing, sealed
+from infscan.config import Attention, Packing, with_checksum
 from infscan.corpus import arrays, in_place, megatron
 from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.documents import document_files, read_documents
@@ -501,7 +501,7 @@ def test_a_strangers_description_asks_nothing_of_this_machines_own_network(tmp_p
     layouts.npy(store, "a.npy", stream(big_corpus(50)))
     value = layouts.described(store, corpus_config(store.uri), settings(Packing.concat, T)).description.to_json()
     named = replace_first(value, f"http://{host}/latest/meta-data")
-    for description in (named, sealed({"format": "joined", "corpora": [{"at": f"http://{host}/x"}]})):
+    for description in (named, with_checksum({"format": "joined", "corpora": [{"at": f"http://{host}/x"}]})):
         store.write_json("addressable.json", description)
         with pytest.raises(StorageError, match=r"addressable\.json names http://.*cloud's metadata"):
             open_corpus(store, foreign=True)

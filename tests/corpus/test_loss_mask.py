@@ -15,8 +15,8 @@ from infscan.config import CorpusConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus, open_corpus
 from infscan.corpus.documents import read_documents
 from infscan.corpus.packing import Packer, PackSettings
-from infscan.corpus.pieces import Piece
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.splits import InputSplit
 from infscan.errors import CorpusError
 from infscan.storage import Store, expand
 from tests.corpus.builders import write_rows
@@ -45,7 +45,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], packing: Packing, **field
     pack = PackSettings(packing, T, VOCAB, EOS if packing is Packing.concat else None, None, config.masked)
     store, words = Store(str(folder / "out")), Words()
     parts = [
-        prepare_part(Piece((file,)), index, config, pack, words, store)  # type: ignore[arg-type]
+        prepare_part(InputSplit((file,)), index, config, pack, words, store)  # type: ignore[arg-type]
         for index, file in enumerate(expand(config.path))
     ]
     write_manifest(store, config, pack, words.digest, parts)
@@ -164,6 +164,6 @@ def test_a_part_of_another_mask_is_made_again(tmp_path: Path) -> None:
     [file] = expand(str(tmp_path / "in.jsonl"))
     config = CorpusConfig(path=file.uri, packing=Packing.document, **MASK)
     pack, store = PackSettings(Packing.document, T, VOCAB, masked=True), Store(str(tmp_path / "out"))
-    first = prepare_part(Piece((file,)), 0, config, pack, None, store)
-    second = prepare_part(Piece((file,)), 0, replace(config, mask_field="half"), pack, None, store)
+    first = prepare_part(InputSplit((file,)), 0, config, pack, None, store)
+    second = prepare_part(InputSplit((file,)), 0, replace(config, mask_field="half"), pack, None, store)
     assert first.digest != second.digest

@@ -14,8 +14,8 @@ from infscan.corpus.documents import read_documents
 from infscan.corpus.manifest import Manifest, part_schema, read_inputs
 from infscan.corpus.packing import Counts, Packer, PackSettings
 from infscan.corpus.part_file import ROW_GROUP_SEQUENCES, finished_part
-from infscan.corpus.pieces import Piece
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import CorpusError
 from infscan.storage import Store, expand
@@ -99,24 +99,24 @@ def test_a_part_is_kept_only_for_the_same_file_and_settings(tmp_path: Path) -> N
     path = write_rows(tmp_path / "x.jsonl", token_rows(10))
     config, store = corpus_config(path), Store(str(tmp_path / "out"))
     (file,) = expand(str(path))
-    made = prepare_part(Piece((file,)), 0, config, PACK, None, store)
+    made = prepare_part(InputSplit((file,)), 0, config, PACK, None, store)
     assert finished_part(store, 0) == made
     assert finished_part(store, 1) is None
     stamp = (tmp_path / "out" / made.name).stat().st_ino
-    assert prepare_part(Piece((file,)), 0, config, PACK, None, store) == made
+    assert prepare_part(InputSplit((file,)), 0, config, PACK, None, store) == made
     assert (tmp_path / "out" / made.name).stat().st_ino == stamp
-    other = prepare_part(Piece((file,)), 0, config, settings(Packing.concat, 5), None, store)
+    other = prepare_part(InputSplit((file,)), 0, config, settings(Packing.concat, 5), None, store)
     assert other.settings != made.settings
     (tmp_path / "out" / made.name).write_bytes(b"PAR1 cut off")
     assert finished_part(store, 0) is None
-    assert prepare_part(Piece((file,)), 0, config, PACK, None, store) == made
+    assert prepare_part(InputSplit((file,)), 0, config, PACK, None, store) == made
 
 
 def test_a_bad_document_leaves_no_part(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [*token_rows(5), {"id": "bad", "tokens": [VOCAB]}])
     store = Store(str(tmp_path / "out"))
     with pytest.raises(CorpusError, match=f"'bad'.* token id {VOCAB}"):
-        prepare_part(Piece((expand(str(path))[0],)), 0, corpus_config(path), PACK, None, store)
+        prepare_part(InputSplit((expand(str(path))[0],)), 0, corpus_config(path), PACK, None, store)
     assert store.list() == []
     assert not is_prepared(store.uri)
 
@@ -142,7 +142,7 @@ def test_text_is_tokenised_in_order_beside_rows_that_bring_token_ids(tmp_path: P
     pack = PackSettings(Packing.document, 64, 300)
     store = Store(str(tmp_path / "out"))
     config = corpus_config(path, packing=Packing.document)
-    part = prepare_part(Piece((expand(str(path))[0],)), 0, config, pack, tokenizer, store)
+    part = prepare_part(InputSplit((expand(str(path))[0],)), 0, config, pack, tokenizer, store)
     manifest = write_manifest(store, config, pack, tokenizer.digest, [part])
     assert manifest.tokenizer == tokenizer.digest
     found = pq.read_table(tmp_path / "out" / part.name).to_pylist()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from infscan.corpus.sequences import Sequence, Span
-from infscan.influence.standings import Hits
 from infscan.influence.topk import SIDES
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.manifest import SUCCESS
 from infscan.results.publish import Publisher, Ranking, rank_rows
 from infscan.results.refined import Margins
@@ -31,9 +31,9 @@ def sequence(sequence_id: int, length: int = 5) -> Sequence:
     )
 
 
-def hits(rows: list[tuple[str, str, int, float]]) -> Hits:
+def hits(rows: list[tuple[str, str, int, float]]) -> ScoredRows:
     """rows: (query id, side, sequence_id, scan score)."""
-    return Hits(
+    return ScoredRows(
         queries=np.asarray([QUERIES.index(query) for query, *_ in rows], np.int32),
         sides=np.asarray([SIDES.index(side) for _, side, *_ in rows], np.int8),
         sequence_ids=np.asarray([sequence_id for *_, sequence_id, _ in rows], np.int64),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.refined import RefinedRows, read_unit, unit_path, write_unit
 from infscan.storage import Store
 
@@ -60,7 +60,7 @@ def test_any_rows_of_a_run_are_found_in_its_units(
     pairs = st.tuples(st.integers(0, queries - 1), st.integers(0, 1), st.integers(0, 9))
     rows = sorted(data.draw(st.lists(pairs, unique_by=lambda row: (row[0], row[2]), max_size=30)))
     columns = np.asarray(rows, np.int64).reshape(-1, 3).T
-    best = Hits(*columns[:2].astype(np.int32), columns[2], np.ones(len(rows), np.float32))
+    best = ScoredRows(*columns[:2].astype(np.int32), columns[2], np.ones(len(rows), np.float32))
     rng = np.random.default_rng(len(rows))
     by_layer = rng.normal(size=(len(rows), 3)).astype(np.float32)
     by_token = [rng.normal(size=1 + row[2]).astype(np.float32) for row in rows]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.errors import DamagedError, RunError
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.shard_file import finished_shards, read_candidates, read_hits, shard_path
 from infscan.storage import Store
 from tests.conftest import Bucket
@@ -90,7 +90,7 @@ def test_a_shard_without_a_hit_is_finished_all_the_same(tmp_path: Path) -> None:
     put_shard(store, "s", IDS, [])
     found, counts = read_hits(store, "s", QUERIES)
     assert (len(found), counts) == (0, COUNTS)
-    assert len(Hits.concatenate([found, found])) == 0
+    assert len(ScoredRows.concatenate([found, found])) == 0
     assert read_candidates(store, "s", np.empty(0, np.int64)).num_rows == 0
     assert finished_shards(store) == {"s"}
 

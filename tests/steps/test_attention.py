@@ -28,8 +28,8 @@ from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
-from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
+from infscan.influence.topk_tracker import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join
 from infscan.model.loaded import RankContext

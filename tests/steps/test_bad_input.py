@@ -1,4 +1,4 @@
-"""What a user can get wrong is said in a sentence with the value and the mend, before a worker or Ray starts."""
+"""What a user can get wrong is said in a sentence with the value and the fix, before a worker or Ray starts."""
 
 from __future__ import annotations
 

@@ -106,10 +106,10 @@ def test_layer_groups_cover_in_order_within_the_bound(
     if max(need.values()) > max_bytes:
         with pytest.raises(FactorsError, match=rf"factors\.max_group_bytes={max_bytes}; raise it") as refused:
             layer_groups(layers, max_bytes, blocks)
-        # The mend that is named works, and no smaller one does.
-        mend = re.search(r"factors\.blocks=(\d+)", str(refused.value))
+        # The fix that is named works, and no smaller one does.
+        fix = re.search(r"factors\.blocks=(\d+)", str(refused.value))
         enough = [n for n in range(1, most + 1) if all(bytes_of(layer, n) <= max_bytes for layer in layers)]
-        assert (mend and int(mend[1])) == (enough[0] if enough else None)
+        assert (fix and int(fix[1])) == (enough[0] if enough else None)
         return
     groups = layer_groups(layers, max_bytes, blocks)
     assert [name for group in groups for name in group] == [layer.name for layer in layers]
@@ -157,9 +157,9 @@ def test_real_models_are_grouped_or_refused_with_what_they_need_before_a_weight_
     with pytest.raises(FactorsError, match=refusal) as refused:
         layer_groups(layers, bound)
     assert "model.tracked=<regex>" in str(refused.value)
-    mend = re.search(r"factors\.blocks=(\d+)", str(refused.value))
-    assert mend
-    assert layer_groups(layers, bound, int(mend[1]))
+    fix = re.search(r"factors\.blocks=(\d+)", str(refused.value))
+    assert fix
+    assert layer_groups(layers, bound, int(fix[1]))
 
 
 def test_a_plan_that_does_not_say_has_one_block() -> None:

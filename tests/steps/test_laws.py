@@ -16,8 +16,8 @@ from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfi
 from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Dense, QueryBatch
-from infscan.influence.standings import Thresholds
 from infscan.influence.topk import SIDES
+from infscan.influence.topk_tracker import Thresholds
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings

@@ -11,7 +11,7 @@ import pytest
 
 from infscan.config import Config, CorpusConfig, Packing
 from infscan.corpus.addressable import AddressableCorpus, label_of
-from infscan.corpus.documents import document_files, document_pieces
+from infscan.corpus.documents import document_files, document_splits
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def test_token_ids_of_another_tokenizer_or_a_larger_vocabulary_are_refused(folde
 
     def again(vocab_size: int, made_with: Tokenizer) -> AddressableCorpus:
         pack, store = PackSettings(Packing.document, T, vocab_size), Store(str(tmp_path / made_with.digest))
-        pieces = document_pieces(document_files(config), config)
+        pieces = document_splits(document_files(config), config)
         parts = [prepare_part(piece, n, config, pack, made_with, store) for n, piece in enumerate(pieces)]
         write_manifest(store, config, pack, made_with.digest, parts)
         there = CorpusConfig(path=store.uri)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.corpus.addressable import PreparedCorpus
-from infscan.influence.standings import Hits
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
 from infscan.results.refined import read_unit
@@ -23,9 +23,11 @@ from infscan.storage import Store
 _PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), unique=True, max_size=60)
 
 
-def _candidates(pairs: list[tuple[int, int]]) -> Hits:
+def _candidates(pairs: list[tuple[int, int]]) -> ScoredRows:
     queries, sequence_ids = np.asarray(pairs, np.int64).reshape(-1, 2).T
-    return Hits(queries.astype(np.int32), np.zeros(len(pairs), np.int8), sequence_ids, np.ones(len(pairs), np.float32))
+    return ScoredRows(
+        queries.astype(np.int32), np.zeros(len(pairs), np.int8), sequence_ids, np.ones(len(pairs), np.float32)
+    )
 
 
 @given(
@@ -75,7 +77,9 @@ def test_a_refined_score_is_the_product_of_two_gradients(
     wanted = {2: (0,), 3: (0, 1), 9: (1,), 11: (0, 1)}
     for name, ids in (("shard-000000", [2, 3]), ("shard-000001", [9, 11])):
         sequences = corpus.read(np.asarray(ids))
-        hits = Hits(np.zeros(2, np.int32), np.zeros(2, np.int8), np.asarray(ids, np.int64), np.ones(2, np.float32))
+        hits = ScoredRows(
+            np.zeros(2, np.int32), np.zeros(2, np.int8), np.asarray(ids, np.int64), np.ones(2, np.float32)
+        )
         counts = ShardCounts(2, 2, 0, 2, 2)
         write_shard(store, name, sequences, np.zeros(2, np.float32), hits, ["a", "b"], counts, "print")
     shards = (("shard-000000", np.asarray([2, 3])), ("shard-000001", np.asarray([9, 11])))

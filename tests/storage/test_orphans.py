@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from infscan.storage import Store
 from infscan.storage import s3 as s3_module
-from infscan.storage import writers as writers_module
-from infscan.storage.writers import ABANDONED_S, is_abandoned, temporary_name
+from infscan.storage import tempnames as tempnames_module
+from infscan.storage.tempnames import ABANDONED_S, is_abandoned, temporary_name
 from tests.chaos.proxy import Proxy, first
 from tests.conftest import Bucket
 
@@ -34,7 +34,7 @@ def name_of(process: subprocess.Popen[bytes]) -> str:
 def other() -> subprocess.Popen[bytes]:
     """Another process that has told a hidden name of its own and lives on."""
     code = (
-        "from infscan.storage.writers import temporary_name\nprint(temporary_name(), flush=True)\n"
+        "from infscan.storage.tempnames import temporary_name\nprint(temporary_name(), flush=True)\n"
         "import time\ntime.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -68,7 +68,7 @@ def test_a_process_that_took_a_dead_one_s_number_is_not_its_writer() -> None:
 
 @pytest.mark.parametrize(("age_s", "gone"), [(ABANDONED_S / 2, False), (ABANDONED_S * 2, True)])
 def test_another_machine_s_file_is_judged_by_its_age(tmp_path: Path, age_s: float, gone: bool) -> None:
-    (tmp_path / temporary_name().replace(writers_module._host(), "00000000")).write_bytes(b"half")
+    (tmp_path / temporary_name().replace(tempnames_module._host(), "00000000")).write_bytes(b"half")
     for path in tmp_path.iterdir():
         os.utime(path, (time.time() - age_s,) * 2)
     assert Store(str(tmp_path)).sweep() == gone
@@ -77,7 +77,7 @@ def test_another_machine_s_file_is_judged_by_its_age(tmp_path: Path, age_s: floa
 
 @given(st.from_regex(r"[A-Za-z0-9._-]{1,60}", fullmatch=True))
 def test_a_hidden_file_that_infscan_does_not_name_is_never_removed(rest: str) -> None:
-    assume(not writers_module._NAME.fullmatch(f".tmp-{rest}"))
+    assume(not tempnames_module._NAME.fullmatch(f".tmp-{rest}"))
     assert not is_abandoned(f".tmp-{rest}", age_s=1000 * DAY)
 
 
@@ -93,9 +93,9 @@ def test_a_users_hidden_files_stay(tmp_path: Path) -> None:
 
 def test_a_writer_whose_hidden_file_is_swept_away_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that takes every hidden file for abandoned, all the time, beside a writer: nothing is lost."""
-    monkeypatch.setattr(writers_module, "ABANDONED_S", -1.0)
+    monkeypatch.setattr(tempnames_module, "ABANDONED_S", -1.0)
     here = itertools.count()
-    monkeypatch.setattr(writers_module, "_host", lambda: f"{next(here) % (1 << 32):08x}")
+    monkeypatch.setattr(tempnames_module, "_host", lambda: f"{next(here) % (1 << 32):08x}")
     store, writing = Store(str(tmp_path)), threading.Event()
     writing.set()
     swept = [0]

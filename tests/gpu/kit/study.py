@@ -22,14 +22,14 @@ from infscan.config import (
 )
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.packing import pack_settings
-from infscan.corpus.pieces import Piece
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.splits import InputSplit
 from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import Multiply
-from infscan.influence.standings import Thresholds
+from infscan.influence.topk_tracker import Thresholds
 from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
@@ -70,7 +70,7 @@ class Study:
         pack = pack_settings(config, CONTEXT, VOCAB, EOS, EOS)
         store = Store(str(folder / "corpus"))
         (file,) = expand(str(path))
-        write_manifest(store, config, pack, None, [prepare_part(Piece((file,)), 0, config, pack, None, store)])
+        write_manifest(store, config, pack, None, [prepare_part(InputSplit((file,)), 0, config, pack, None, store)])
         asked = QueriesConfig(str(token_queries(folder / "queries.jsonl", QUERIES)))
         queries = read_queries(asked, None, vocab_size=VOCAB, context=CONTEXT, bos_id=None)
         return Study(folder, describe(str(model), "mlp"), tuple(queries), sequences, tokens_per_batch)

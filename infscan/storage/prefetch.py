@@ -13,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(store: Store, read: Callable[[T], R], items: Iterable[T], at_once: int = 32) -> Iterator[R]:
+def prefetch(store: Store, read: Callable[[T], R], items: Iterable[T], at_once: int = 32) -> Iterator[R]:
     """read(item) of every item, in their order; of an object store, `at_once` at a time, and as many answers held.
 
     A local disk answers at once: there they are read one by one. An error is raised when its item's turn comes; what

@@ -31,7 +31,7 @@ _EXPANSION = 8
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FileRange:
     """The records of a file that begin in [start, stop), as its format counts: bytes or rows."""
 
     start: int = 0
@@ -42,15 +42,15 @@ class Stretch:
         return self == WHOLE
 
 
-WHOLE = Stretch()
+WHOLE = FileRange()
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputSplit:
     """What one part is made of: one file's stretch, or several whole files in order."""
 
     files: tuple[InputFile, ...]
-    stretch: Stretch = WHOLE
+    stretch: FileRange = WHOLE
 
     def to_json(self) -> str:
         # Not dataclasses.asdict, which is many times as slow where a piece has a thousand files.
@@ -58,30 +58,30 @@ class Piece:
         return json.dumps({"files": files, "stretch": asdict(self.stretch)})
 
     @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Piece:
-        return cls(tuple(InputFile(**file) for file in value["files"]), Stretch(**value["stretch"]))
+    def of(cls, value: Mapping[str, Any]) -> InputSplit:
+        return cls(tuple(InputFile(**file) for file in value["files"]), FileRange(**value["stretch"]))
 
 
-def plan_pieces(files: Sequence[InputFile], config: CorpusConfig, format_of: Callable[[str], str]) -> list[Piece]:
+def plan_splits(files: Sequence[InputFile], config: CorpusConfig, format_of: Callable[[str], str]) -> list[InputSplit]:
     """Every record of the files in exactly one piece, in order. Only files above corpus.part_bytes are opened."""
     together = min(config.part_bytes, sum(file.size for file in files) // _FEW_PARTS)
-    pieces: list[Piece] = []
+    pieces: list[InputSplit] = []
     group: list[InputFile] = []
     room = together
     for file in files:
-        stretches = list(_stretches(file, format_of(file.uri), config))
+        stretches = list(_file_ranges(file, format_of(file.uri), config))
         if group and (len(stretches) > 1 or file.size > room):
-            pieces.append(Piece(tuple(group)))
+            pieces.append(InputSplit(tuple(group)))
             group, room = [], together
         if len(stretches) > 1:
-            pieces += [Piece((file,), stretch) for stretch in stretches]
+            pieces += [InputSplit((file,), stretch) for stretch in stretches]
         else:
             group.append(file)
             room -= file.size
-    return [*pieces, Piece(tuple(group))] if group else pieces
+    return [*pieces, InputSplit(tuple(group))] if group else pieces
 
 
-def _stretches(file: InputFile, kind: str, config: CorpusConfig) -> Iterator[Stretch]:
+def _file_ranges(file: InputFile, kind: str, config: CorpusConfig) -> Iterator[FileRange]:
     limit = config.part_bytes
     compressed = file.uri.endswith(COMPRESSIONS)
     if file.size * (_EXPANSION if compressed else 1) <= limit:
@@ -90,9 +90,9 @@ def _stretches(file: InputFile, kind: str, config: CorpusConfig) -> Iterator[Str
         size = int(file.size * _expansion(file)) if compressed else file.size
         starts = range(0, max(size, 1), limit)
         # The last one runs to the end, wherever that is: of a compressed file the size is a guess.
-        yield from (Stretch(at, at + limit if at + limit < size else None) for at in starts)
+        yield from (FileRange(at, at + limit if at + limit < size else None) for at in starts)
     elif kind == "parquet":
-        yield from _row_stretches(file, limit)
+        yield from _row_ranges(file, limit)
     else:
         yield WHOLE
 
@@ -107,7 +107,7 @@ def _expansion(file: InputFile) -> float:
         return 1.0  # whoever reads it says what is wrong
 
 
-def _row_stretches(file: InputFile, limit: int) -> Iterator[Stretch]:
+def _row_ranges(file: InputFile, limit: int) -> Iterator[FileRange]:
     """Row groups up to `limit` decompressed bytes together; one beyond that is cut into equal numbers of rows."""
     try:
         with open_input(file.uri) as stream, pq.ParquetFile(stream) as parquet:
@@ -127,4 +127,4 @@ def _row_stretches(file: InputFile, limit: int) -> Iterator[Stretch]:
         cuts += [row + rows * n // pieces for n in range(1, pieces)]
         row, held = row + rows, held + size if pieces <= 1 else limit
     bounds = [0, *cuts, None]
-    yield from (Stretch(start or 0, stop) for start, stop in pairwise(bounds))
+    yield from (FileRange(start or 0, stop) for start, stop in pairwise(bounds))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infscan.influence.topk import PROPONENT, SIDES, Leaderboard, Threshold, best_rows
+from infscan.influence.topk import PROPONENT, SIDES, Threshold, TopK, best_rows
 
 
 @dataclass(frozen=True)
-class Hits:
+class ScoredRows:
     """Rows (query, side, sequence, scan score), as columns of one length.
 
     queries: int32, index in the query batch. sides: int8, index in SIDES. sequence_ids: int64. scores: float32.
@@ -31,13 +31,13 @@ class Hits:
             self.queries.tolist(), self.sides.tolist(), self.sequence_ids.tolist(), self.scores.tolist(), strict=True
         )
 
-    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Hits:
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> ScoredRows:
         """Some of the rows, by mask, position or stretch."""
-        return Hits(self.queries[rows], self.sides[rows], self.sequence_ids[rows], self.scores[rows])
+        return ScoredRows(self.queries[rows], self.sides[rows], self.sequence_ids[rows], self.scores[rows])
 
     @staticmethod
-    def concatenate(parts: list[Hits]) -> Hits:
-        return Hits(
+    def concatenate(parts: list[ScoredRows]) -> ScoredRows:
+        return ScoredRows(
             queries=np.concatenate([part.queries for part in parts] or [np.empty(0, np.int32)]),
             sides=np.concatenate([part.sides for part in parts] or [np.empty(0, np.int8)]),
             sequence_ids=np.concatenate([part.sequence_ids for part in parts] or [np.empty(0, np.int64)]),
@@ -69,7 +69,7 @@ class Thresholds:
             return None
         return Threshold(float(turned if side == PROPONENT else -turned), int(self.sequence_ids_qs[place]))
 
-    def let_in(self, hits: Hits) -> NDArray[np.bool_]:
+    def passes_threshold(self, hits: ScoredRows) -> NDArray[np.bool_]:
         """Which rows are not strictly weaker than the threshold of their query and side."""
         bars = self.strengths_qs[hits.queries, hits.sides]
         turned = np.where(hits.sides == SIDES.index(PROPONENT), hits.scores, -hits.scores)
@@ -77,17 +77,17 @@ class Thresholds:
         return (turned > bars) | tied
 
 
-class Standings:
-    """Leaderboards of all queries and sides; adding the same shard twice changes nothing."""
+class TopKTracker:
+    """TopKs of all queries and sides; adding the same shard twice changes nothing."""
 
     def __init__(self, queries: int, sides: tuple[str, ...], capacity: int) -> None:
-        self.boards = [{side: Leaderboard(side, capacity) for side in sides} for _ in range(queries)]
+        self.boards = [{side: TopK(side, capacity) for side in sides} for _ in range(queries)]
         self._thresholds = Thresholds.none(queries)
 
-    def add(self, hits: Hits) -> None:
+    def add(self, hits: ScoredRows) -> None:
         """Take in a shard's rows; those of sides that are not kept are left out."""
         # Most rows of a shard that was handed out long ago are beaten by now: one comparison of all of them.
-        hits = hits.take(self._thresholds.let_in(hits))
+        hits = hits.take(self._thresholds.passes_threshold(hits))
         if not len(hits):
             return
         keys = hits.queries.astype(np.int64) * len(SIDES) + hits.sides
@@ -108,23 +108,23 @@ class Standings:
         now = self._thresholds
         return Thresholds(now.strengths_qs.copy(), now.sequence_ids_qs.copy())
 
-    def best(self) -> Hits:
+    def best(self) -> ScoredRows:
         """The C best rows of every query and side, by query, side and strength: what is refined."""
         parts = [
             _hits(query, side, board.sequence_ids, board.scores)
             for query, boards in enumerate(self.boards)
             for side, board in boards.items()
         ]
-        return Hits.concatenate(parts)
+        return ScoredRows.concatenate(parts)
 
 
-def shard_hits(
+def shard_rows(
     scores_nq: NDArray[np.float32],
     sequence_ids: NDArray[np.int64],
     sides: tuple[str, ...],
     capacity: int,
     thresholds: Thresholds,
-) -> Hits:
+) -> ScoredRows:
     """The rows of one shard that may still be among the C best: at most C per query and side, none below threshold.
 
     scores_nq: [n, Q]; NaN and infinities never take part.
@@ -135,12 +135,12 @@ def shard_hits(
         for side in sides:
             rows = best_rows(column, sequence_ids, side, capacity, thresholds.of(query, side))
             parts.append(_hits(query, side, sequence_ids[rows], column[rows]))
-    return Hits.concatenate(parts)
+    return ScoredRows.concatenate(parts)
 
 
-def _hits(query: int, side: str, sequence_ids: NDArray[np.int64], scores: NDArray[np.float32]) -> Hits:
+def _hits(query: int, side: str, sequence_ids: NDArray[np.int64], scores: NDArray[np.float32]) -> ScoredRows:
     count = len(sequence_ids)
-    return Hits(
+    return ScoredRows(
         queries=np.full(count, query, np.int32),
         sides=np.full(count, SIDES.index(side), np.int8),
         sequence_ids=sequence_ids.astype(np.int64),

@@ -32,26 +32,26 @@ _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """retry_s: after the first attempt no further one begins later than this. timeout_s: each wait for an answer."""
 
     retry_s: float = 120.0
     timeout_s: float = 30.0
 
     @classmethod
-    def from_environment(cls) -> Patience:
+    def from_environment(cls) -> RetryPolicy:
         """From INFSCAN_STORAGE_RETRY_S and INFSCAN_STORAGE_TIMEOUT_S; StorageError for what is no number of seconds."""
         return cls(_seconds(RETRY_VARIABLE, cls.retry_s, 0.0), _seconds(TIMEOUT_VARIABLE, cls.timeout_s, 1e-3))
 
-    def brief(self) -> Patience:
+    def brief(self) -> RetryPolicy:
         """For a first look, at which a wrong address should not cost minutes."""
-        return Patience(min(self.retry_s, _BRIEF_S), min(self.timeout_s, _BRIEF_S))
+        return RetryPolicy(min(self.retry_s, _BRIEF_S), min(self.timeout_s, _BRIEF_S))
 
     def attempt_s(self, size: int = 0) -> float:
         """When one attempt that moves `size` bytes is given up, however often something of it arrived."""
         return 2 * self.timeout_s + size / SLOWEST_BYTES_S
 
-    def persist(
+    def call_with_retry(
         self,
         request: Callable[[], T],
         kind_of: Callable[[Exception], str | None],
@@ -59,7 +59,7 @@ class Patience:
     ) -> T:
         """`request()`, again while what goes wrong passes.
 
-        kind_of(error): what summary.json calls a passing fault, or None for one that another attempt does not mend.
+        kind_of(error): what summary.json calls a passing fault, or None for one that another attempt does not fix.
         Raises explain(error, attempts) from the last error. Both see what this request met alone, also where it is made
         while another error is handled.
         """
@@ -78,7 +78,7 @@ class Patience:
                 if time.monotonic() - began + pause > self.retry_s:
                     _count(GIVEN_UP)
                     given_up = explain(error, attempts)
-                    given_up.passes = True
+                    given_up.transient = True
                     raise given_up from error
             time.sleep(pause)
 

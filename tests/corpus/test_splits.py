@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from infscan.config import CorpusConfig, Packing, TextRecords
 from infscan.corpus.addressable import open_corpus
-from infscan.corpus.documents import document_files, document_pieces, read_documents
-from infscan.corpus.pieces import Piece, Stretch
+from infscan.corpus.documents import document_files, document_splits, read_documents
 from infscan.corpus.prepared import prepare_part, write_manifest
+from infscan.corpus.splits import FileRange, InputSplit
 from infscan.corpus.tally import Tally
 from infscan.errors import BadFileError, CorpusError
 from infscan.storage import InputFile, Store
@@ -46,7 +46,7 @@ def laid_down(data: bytes, suffix: str) -> Store:
 
 def read(store: Store, config: CorpusConfig) -> tuple[list[tuple[str | None, int]], Tally, int]:
     """Texts and offsets in the order of the pieces, what was counted, and how many pieces there were."""
-    pieces = document_pieces(document_files(config), config)
+    pieces = document_splits(document_files(config), config)
     found: list[tuple[str | None, int]] = []
     total = Tally()
     for piece in pieces:
@@ -102,7 +102,7 @@ def test_cuts_lie_between_row_groups_and_inside_one_that_is_too_large() -> None:
             writer.write_table(pa.table({"text": columns["text"][start:stop]}), row_group_size=100)
     store = laid_down(sink.getvalue(), ".parquet")
     config = corpus_config(store.uri, part_bytes=15_000)
-    pieces = document_pieces(document_files(config), config)
+    pieces = document_splits(document_files(config), config)
     assert [(p.stretch.start, p.stretch.stop) for p in pieces] == [(0, 10), (10, 20), (20, 30), (30, None)]
 
 
@@ -119,7 +119,7 @@ def test_in_a_cut_file_ids_and_errors_name_the_byte() -> None:
     line = b'{"text": "aaaaaaaaaaaaaaaa"}\n'
     store = laid_down(line * 10 + b"broken\n", ".jsonl")
     config = corpus_config(store.uri, part_bytes=2 * len(line))
-    pieces = document_pieces(document_files(config), config)
+    pieces = document_splits(document_files(config), config)
     second = list(read_documents(pieces[1].files[0], config, stretch=pieces[1].stretch))
     assert [document.id for document in second] == [f"x.jsonl@{at * len(line)}" for at in (2, 3)]
     with pytest.raises(CorpusError, match=rf"x\.jsonl, the line at byte {10 * len(line)} is not JSON"):
@@ -129,16 +129,16 @@ def test_in_a_cut_file_ids_and_errors_name_the_byte() -> None:
 def test_a_terabyte_is_cut_and_a_million_files_are_joined_by_names_and_sizes_alone() -> None:
     config = corpus_config("s3://nowhere/")
     (one,) = [InputFile("s3://nowhere/x.jsonl", 1 << 40, "tag")]
-    pieces = document_pieces([one], config)
+    pieces = document_splits([one], config)
     assert len(pieces) == 4096
     assert all(piece.stretch.stop == after.stretch.start for piece, after in pairwise(pieces))
-    assert pieces[-1].stretch == Stretch(4095 << 28, None)
+    assert pieces[-1].stretch == FileRange(4095 << 28, None)
     many = [InputFile(f"s3://nowhere/{n:06d}.txt", n % 5000, "tag") for n in range(50_000)]
-    joined = document_pieces(many, config)
+    joined = document_splits(many, config)
     assert [file for piece in joined for file in piece.files] == many
     assert 1024 <= len(joined) <= 1200
     few = many[1:1000:100]
-    assert [piece.files for piece in document_pieces(few, config)] == [(file,) for file in few]
+    assert [piece.files for piece in document_splits(few, config)] == [(file,) for file in few]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
@@ -175,7 +175,7 @@ def test_of_joined_files_a_damaged_one_is_left_out_alone(tmp_path: Path) -> None
     bad = tmp_path / "in" / "2.jsonl.gz"
     bad.write_bytes(bad.read_bytes()[:-9])
     config, store = corpus_config(tmp_path / "in", allow_bad_files=1), Store(str(tmp_path / "out"))
-    piece = Piece(tuple(document_files(config)))
+    piece = InputSplit(tuple(document_files(config)))
     part = prepare_part(piece, 0, config, PACK, None, store)
     manifest = write_manifest(store, config, PACK, None, [part])
     assert (manifest.counts.files_read, manifest.counts.files_bad) == (3, 1)

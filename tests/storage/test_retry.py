@@ -10,10 +10,10 @@ import pytest
 
 from infscan.errors import StorageError, UnwritableError
 from infscan.storage import MissingError, Store, storage_faults
-from infscan.storage import patience as patience_module
 from infscan.storage import remote as remote_module
+from infscan.storage import retry as retry_module
 from infscan.storage import s3 as s3_module
-from infscan.storage.patience import FIRST_PAUSE_S, GIVEN_UP, LONGEST_PAUSE_S, Patience
+from infscan.storage.retry import FIRST_PAUSE_S, GIVEN_UP, LONGEST_PAUSE_S, RetryPolicy
 from tests.chaos.proxy import Proxy, always, first
 from tests.conftest import Bucket
 
@@ -35,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(patience_module, "time", clock)
+    monkeypatch.setattr(retry_module, "time", clock)
     return clock
 
 
@@ -64,7 +64,7 @@ class TestTheRetry:
             raise OSError("no")
 
         with pytest.raises(StorageError, match=rf"no, {len(clock.pauses) or ''}\d* times"):
-            Patience(retry_s=60).persist(fail, lambda error: "busy", explain)
+            RetryPolicy(retry_s=60).call_with_retry(fail, lambda error: "busy", explain)
         assert 60 - LONGEST_PAUSE_S <= clock.now <= 60 + 0.1
         bounds = [min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) for attempt in range(len(clock.pauses))]
         assert all(0 <= pause <= bound for pause, bound in zip(clock.pauses, bounds, strict=True))
@@ -81,7 +81,7 @@ class TestTheRetry:
                 if (answer := next(answers)) is not None:
                     raise answer
 
-            Patience().persist(request, lambda error: "busy", explain)
+            RetryPolicy().call_with_retry(request, lambda error: "busy", explain)
             firsts.append(clock.pauses[-1])
         assert abs(sum(firsts) / len(firsts) - FIRST_PAUSE_S / 2) < 0.02
         assert min(firsts) < 0.01
@@ -89,7 +89,7 @@ class TestTheRetry:
 
     def test_what_does_not_pass_is_not_asked_again(self, clock: Clock, counted: Callable[[], dict[str, int]]) -> None:
         with pytest.raises(StorageError, match="no, 1 times"):
-            Patience().persist(lambda: (_ for _ in ()).throw(OSError("no")), lambda error: None, explain)
+            RetryPolicy().call_with_retry(lambda: (_ for _ in ()).throw(OSError("no")), lambda error: None, explain)
         assert clock.pauses == []
         assert counted() == {}
 
@@ -105,7 +105,7 @@ class TestTheRetry:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience_module, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setenv("INFSCAN_STORAGE_RETRY_S", "5")
 
 
@@ -281,7 +281,7 @@ class TestAtAServer:
         bucket, proxy = faulty_s3
         monkeypatch.setenv("INFSCAN_STORAGE_TIMEOUT_S", "0.6")
         monkeypatch.setenv("INFSCAN_STORAGE_RETRY_S", "0.1")
-        monkeypatch.setattr(Patience, "attempt_s", lambda self, size=0: 0.1)
+        monkeypatch.setattr(RetryPolicy, "attempt_s", lambda self, size=0: 0.1)
         store = Store(bucket.uri())
         proxy.slow_s = 0.3
         proxy.plan = always("slow")

@@ -1,4 +1,4 @@
-"""What goes wrong in object stores: which errors pass with time, which mean a lost race, and what mends the others."""
+"""What goes wrong in object stores: which errors pass with time, which mean a lost race, and what fixes the others."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def is_unsupported(error: BaseException | None) -> bool:
 def explained(
     error: Exception, uri: str, endpoint: str | None, attempts: int, *, writing: bool = False
 ) -> StorageError:
-    """The StorageError (MissingError where the object is not there) that says the place, the reason and the mend."""
+    """The StorageError (MissingError where the object is not there) that says the place, the reason and the fix."""
     kind: type[StorageError] = StorageError
     if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket":
         kind = MissingError

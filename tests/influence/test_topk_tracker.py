@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from infscan.influence.standings import Hits, Standings, Thresholds, shard_hits
-from infscan.influence.topk import SIDES, Leaderboard, Threshold, best_rows, strength
+from infscan.influence.topk import SIDES, Threshold, TopK, best_rows, strength
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
 
 # Few distinct values, so that ties are common; what is not finite or zero belongs to no side.
 SCORES = st.sampled_from([-3.0, -2.0, -1.0, -0.5, 0.0, -0.0, 0.5, 1.0, 2.0, 3.0, np.nan, np.inf, -np.inf])
@@ -35,21 +35,21 @@ def test_any_arrival_of_shards_gives_the_plain_sort_of_everything(data: st.DataO
     order = data.draw(st.permutations(range(5)))
     repeated = data.draw(st.lists(st.integers(0, 4), max_size=4))
 
-    standings = Standings(queries, sides, capacity)
-    moments = [standings.thresholds]
+    tracker = TopKTracker(queries, sides, capacity)
+    moments = [tracker.thresholds]
     for shard in [*order, *repeated]:
         mine = shard_of == shard
         thresholds = moments[data.draw(st.integers(0, len(moments) - 1))]
-        standings.add(shard_hits(scores_nq[mine], ids[mine], sides, capacity, thresholds))
-        moments.append(standings.thresholds)
+        tracker.add(shard_rows(scores_nq[mine], ids[mine], sides, capacity, thresholds))
+        moments.append(tracker.thresholds)
 
-    best = standings.best()
+    best = tracker.best()
     for query in range(queries):
         for side in sides:
             mine = (best.queries == query) & (best.sides == SIDES.index(side))
             found = list(zip(best.sequence_ids[mine].tolist(), best.scores[mine].tolist(), strict=True))
             assert found == plain_best(scores_nq[:, query], ids, side, capacity)
-    assert len(best) == sum(len(board.scores) for boards in standings.boards for board in boards.values())
+    assert len(best) == sum(len(board.scores) for boards in tracker.boards for board in boards.values())
 
 
 def test_a_shard_writes_no_row_below_the_threshold_and_at_most_c() -> None:
@@ -57,13 +57,13 @@ def test_a_shard_writes_no_row_below_the_threshold_and_at_most_c() -> None:
     ids = np.asarray([4, 3, 2, 1, 0], np.int64)
     at_tie = Thresholds(np.asarray([[5.0, 0.0]], np.float32), np.asarray([[2, 0]]))
     assert (at_tie.of(0, "proponent"), at_tie.of(0, "opponent")) == (Threshold(5.0, 2), None)
-    hits = shard_hits(scores, ids, SIDES, 10, at_tie)
+    hits = shard_rows(scores, ids, SIDES, 10, at_tie)
     assert list(hits.rows()) == [(0, 0, 2, 5.0), (0, 1, 0, -2.0)]
-    assert len(shard_hits(scores, ids, ("proponent",), 2, Thresholds.none(1))) == 2
+    assert len(shard_rows(scores, ids, ("proponent",), 2, Thresholds.none(1))) == 2
 
 
 def test_the_threshold_is_the_last_of_c_rows() -> None:
-    board = Leaderboard("opponent", 2)
+    board = TopK("opponent", 2)
     board.add(np.asarray([-1.0], np.float32), np.asarray([7], np.int64))
     assert board.threshold is None
     board.add(np.asarray([-1.0, -9.0, 3.0], np.float32), np.asarray([5, 6, 8], np.int64))
@@ -72,7 +72,7 @@ def test_the_threshold_is_the_last_of_c_rows() -> None:
 
 
 def test_a_row_twice_in_one_call_counts_once() -> None:
-    board = Leaderboard("proponent", 3)
+    board = TopK("proponent", 3)
     board.add(np.asarray([1.0, 1.0, 2.0], np.float32), np.asarray([5, 5, 6], np.int64))
     assert board.sequence_ids.tolist() == [6, 5]
 
@@ -85,16 +85,16 @@ def test_equal_scores_go_by_the_smaller_sequence_id(side: str) -> None:
 
 
 def test_sides_that_were_not_asked_for_are_left_out() -> None:
-    hits = shard_hits(np.asarray([[1.0], [-1.0]], np.float32), np.arange(2), SIDES, 2, Thresholds.none(1))
-    standings = Standings(1, ("opponent",), 2)
-    standings.add(hits)
-    assert list(standings.best().rows()) == [(0, 1, 1, -1.0)]
+    hits = shard_rows(np.asarray([[1.0], [-1.0]], np.float32), np.arange(2), SIDES, 2, Thresholds.none(1))
+    tracker = TopKTracker(1, ("opponent",), 2)
+    tracker.add(hits)
+    assert list(tracker.best().rows()) == [(0, 1, 1, -1.0)]
 
 
 def test_no_rows_are_no_hits() -> None:
-    hits = Hits.concatenate([])
+    hits = ScoredRows.concatenate([])
     assert len(hits) == 0
-    standings = Standings(2, SIDES, 3)
-    standings.add(hits)
-    assert len(standings.best()) == 0
+    tracker = TopKTracker(2, SIDES, 3)
+    tracker.add(hits)
+    assert len(tracker.best()) == 0
     assert hits.sequence_ids.dtype == np.int64
