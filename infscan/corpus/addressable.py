@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infscan.config import Attention, Packing, checksum_ok
+from infscan.config import Packing, checksum_ok
 from infscan.corpus.arrays import TokenArrays
 from infscan.corpus.filtered import FORMAT as FILTERED
 from infscan.corpus.filtered import FilteredCorpus
@@ -16,6 +16,7 @@ from infscan.corpus.joined import JoinedCorpus, at_address
 from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.mds import MdsSamples
 from infscan.corpus.parts import PreparedCorpus, open_prepared
+from infscan.corpus.reading import AS_STORED, Reading
 from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import ChangedCorpusError, CorpusError
 from infscan.storage import Identity, MissingError, Store, refuse_own_network
@@ -41,10 +42,10 @@ def is_prepared(path: str) -> bool:
     return store.exists(MANIFEST) or store.exists(DESCRIPTION)
 
 
-def open_corpus(store: Store, attention: Attention = Attention.across, *, foreign: bool = False) -> AddressableCorpus:
+def open_corpus(store: Store, reading: Reading = AS_STORED, *, foreign: bool = False) -> AddressableCorpus:
     """Open what is in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
 
-    attention: whether it crosses the documents of a sequence, which the corpus then says of every sequence it reads.
+    reading: how its sequences are read, which the opened corpus then has.
     foreign: somebody else may have written the folder, and its description is not asked for in this machine's network.
 
     Raises:
@@ -52,7 +53,7 @@ def open_corpus(store: Store, attention: Attention = Attention.across, *, foreig
         CorpusError: where there is no complete corpus, or a part is missing or has another size.
     """
     if store.exists(MANIFEST):
-        return open_prepared(store, attention)
+        return open_prepared(store, reading)
     try:
         value = store.read_json(DESCRIPTION)
     except MissingError as error:
@@ -64,18 +65,18 @@ def open_corpus(store: Store, attention: Attention = Attention.across, *, foreig
         raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
     if kind == FILTERED:
         at = _part_of(store, value["base"], foreign)
-        whole = open_corpus(at, attention, foreign=foreign)
+        whole = open_corpus(at, reading, foreign=foreign)
         if whole.fingerprint != value["base_fingerprint"]:
             raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
         return FilteredCorpus(store, whole, value)
     if kind == JOINED:
         at_each = [_part_of(store, entry["at"], foreign) for entry in value["corpora"]]
-        parts = [open_corpus(at, attention, foreign=foreign) for at in at_each]
+        parts = [open_corpus(at, reading, foreign=foreign) for at in at_each]
         return JoinedCorpus(store, value, parts)
     description = Description.from_json(value, f"{store}/{DESCRIPTION}")
     for source in (source for file in description.files for source in file.sources) if foreign else ():
         refuse_own_network(source.uri, f"{store}/{DESCRIPTION}")
-    return _IN_PLACE[description.format](store, description, attention)
+    return _IN_PLACE[description.format](store, description, reading)
 
 
 def _part_of(store: Store, address: str, foreign: bool) -> Store:
@@ -92,16 +93,16 @@ class CorpusAddress:
     """
 
     store: Store
-    attention: Attention = Attention.across
+    reading: Reading = AS_STORED
     identity: Identity | None = None
 
     @classmethod
     def of(cls, corpus: AddressableCorpus) -> CorpusAddress:
-        return cls(corpus.store, corpus.attention, identity_of(corpus))
+        return cls(corpus.store, corpus.reading, identity_of(corpus))
 
     def open(self) -> AddressableCorpus:
         """Raises ChangedCorpusError where another corpus is there by now."""
-        corpus = open_corpus(self.store, self.attention)
+        corpus = open_corpus(self.store, self.reading)
         if self.identity is not None:
             self.identity.check(corpus.fingerprint, ChangedCorpusError)
         return corpus

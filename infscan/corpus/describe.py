@@ -61,8 +61,8 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
         for file in files:
             if not file.uri.endswith((*suffixes, *_BESIDE[kind])):
                 raise CorpusError(
-                    f"{file.uri} is among {kind} files and is none; name the files by a glob in corpus.path, or move "
-                    "it."
+                    f"{file.uri} is not one of the {kind} files beside it; name the files by a glob in corpus.path, or "
+                    "move it."
                 )
         files = [file for file in files if file.uri.endswith(suffixes)]
     return kind, files

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infscan.config import Attention, fingerprint, with_checksum
+from infscan.config import fingerprint, with_checksum
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
 from infscan.corpus.joined import address
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock
 from infscan.errors import CorpusError
 from infscan.storage import MissingError, Store
@@ -75,8 +76,8 @@ class FilteredCorpus:
         return chosen
 
     @property
-    def attention(self) -> Attention:
-        return self.base.attention
+    def reading(self) -> Reading:
+        return self.base.reading
 
     @property
     def sequences(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from infscan.config import Attention, Packing
 from infscan.corpus.files import check_same_file, file_name
+from infscan.corpus.reading import AS_STORED, Reading
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
 from infscan.errors import ChangedCorpusError, CorpusError, StorageError
 from infscan.storage import InputFile, Store, read_range, stamp_of
@@ -134,10 +135,10 @@ def read_bytes(pieces: tuple[InputFile, ...], start: int, stop: int) -> bytes:
 class InPlace(ABC):
     """Token files numbered through. A format says what the tokens of a run of one file's sequences are, and whose."""
 
-    def __init__(self, store: Store, description: Description, attention: Attention = Attention.across) -> None:
+    def __init__(self, store: Store, description: Description, reading: Reading = AS_STORED) -> None:
         self.store = store
         self.description = description
-        self.attention = attention
+        self.reading = reading
         self._forget()
 
     def _forget(self) -> None:
@@ -220,7 +221,7 @@ class InPlace(ABC):
         start, stop = int(wanted[0]), int(wanted[-1]) + 1
         block = self._checked_block(index, start, stop)
         first, path = int(self._first[index]), self.description.files[index].data.uri
-        within, keep = self.attention is Attention.within, set(wanted.tolist())
+        within, keep = self.reading.attention is Attention.within, set(wanted.tolist())
         found: dict[int, Sequence] = {}
         for row, (spans, offset) in enumerate(self.spans(index, start, stop, block)):
             if start + row in keep:
@@ -316,7 +317,7 @@ class InPlace(ABC):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "description": self.description, "attention": self.attention}
+        return {"store": self.store, "description": self.description, "reading": self.reading}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from infscan.config import Attention, fingerprint, with_checksum
+from infscan.config import fingerprint, with_checksum
 from infscan.corpus.in_place import DESCRIPTION, SCHEMA_VERSION
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock, check_numbers
 from infscan.errors import CorpusError
 from infscan.storage import Store, is_uri
@@ -73,9 +74,9 @@ class JoinedCorpus:
         self._first = np.cumsum([0, *(part.sequences for part in parts)], dtype=np.int64)
 
     @property
-    def attention(self) -> Attention:
+    def reading(self) -> Reading:
         """The parts are opened alike."""
-        return self.parts[0].attention
+        return self.parts[0].reading
 
     @property
     def sequences(self) -> int:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from infscan.config import Attention, Packing
 from infscan.corpus.manifest import MANIFEST, Manifest, PartSummary, footer_digest
+from infscan.corpus.reading import AS_STORED, Reading
 from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, document_starts
 from infscan.errors import ChangedCorpusError, CorpusError
 from infscan.storage import MissingError, Store, stamp_of
@@ -22,7 +23,7 @@ _OPEN_PARTS = 4
 _DECODED_ROW_GROUPS = 4
 
 
-def open_prepared(store: Store, attention: Attention = Attention.across) -> PreparedCorpus:
+def open_prepared(store: Store, reading: Reading = AS_STORED) -> PreparedCorpus:
     """Open a prepared corpus, its parts checked against the manifest by one listing.
 
     Raises:
@@ -34,7 +35,7 @@ def open_prepared(store: Store, attention: Attention = Attention.across) -> Prep
         raise CorpusError(
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
-    corpus = PreparedCorpus(store, Manifest.from_json(value, f"{store}/{MANIFEST}"), attention)
+    corpus = PreparedCorpus(store, Manifest.from_json(value, f"{store}/{MANIFEST}"), reading)
     there = {entry.name: entry.size for entry in store.list(suffix=".parquet")}
     for part in corpus.manifest.parts:
         _check_size(store, part, there.get(part.name))
@@ -54,10 +55,10 @@ def _check_size(store: Store, part: PartSummary, size: int | None) -> None:
 class PreparedCorpus:
     """What `prepare_part` and `write_manifest` wrote. Reads only the row groups asked for and keeps the last few."""
 
-    def __init__(self, store: Store, manifest: Manifest, attention: Attention = Attention.across) -> None:
+    def __init__(self, store: Store, manifest: Manifest, reading: Reading = AS_STORED) -> None:
         self.store = store
         self.manifest = manifest
-        self.attention = attention
+        self.reading = reading
         self._forget()
 
     def _forget(self) -> None:
@@ -110,7 +111,7 @@ class PreparedCorpus:
             number = int(ids[at])
             part = int(np.searchsorted(self._first, number, side="right")) - 1
             found[at] = self._row(part, number)
-        if self.attention is Attention.within:
+        if self.reading.attention is Attention.within:
             found = [replace(one, starts=self._starts(one)) for one in found if one is not None]
         return [sequence for sequence in found if sequence is not None]
 
@@ -178,7 +179,7 @@ class PreparedCorpus:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "manifest": self.manifest, "attention": self.attention}
+        return {"store": self.store, "manifest": self.manifest, "reading": self.reading}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

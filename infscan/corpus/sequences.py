@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infscan.config import Attention
+from infscan.corpus.reading import Reading
 from infscan.errors import CorpusError
 from infscan.storage import Store
 
@@ -89,8 +89,8 @@ class AddressableCorpus(Protocol):
         ...
 
     @property
-    def attention(self) -> Attention:
-        """Whether attention crosses documents; where it stays within them, sequences are read with `starts`."""
+    def reading(self) -> Reading:
+        """How its sequences are read."""
         ...
 
     @property

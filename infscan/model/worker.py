@@ -223,7 +223,7 @@ class ModelWorker:
         Raises:
             ModelError: where they are, and the model lets them see each other all the same.
         """
-        if address.attention is Attention.within and not self._keeps_documents_apart:
+        if address.reading.attention is Attention.within and not self._keeps_documents_apart:
             check_document_mask(self.model)
             self._keeps_documents_apart = True
         return self.cached("corpus", address, address.open).read(ids)

@@ -23,8 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
-from infscan.config import Attention, checksum_ok, fingerprint, seal_of, with_checksum
+from infscan.config import checksum_ok, fingerprint, seal_of, with_checksum
 from infscan.corpus.plan import Selection
+from infscan.corpus.reading import AS_STORED
 from infscan.errors import ConfigError, FactorsError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.eigenbasis import check_finite
@@ -187,7 +188,7 @@ def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
     store.create(PLAN, json.dumps(made.to_json(), indent=2).encode() + b"\n")
     plan = read_plan(store)
     # Factors that were fitted before there was a choice.
-    stored = {"attention": Attention.across.value} | plan.fields | {"blocks": plan.blocks, "matmul": plan.matmul}
+    stored = AS_STORED.fields() | plan.fields | {"blocks": plan.blocks, "matmul": plan.matmul}
     asked = made.fields | {"matmul": made.matmul}
     differing = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in asked.items() if stored.get(key) != value]
     if differing:

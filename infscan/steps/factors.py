@@ -114,7 +114,7 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         "tracked": [layer.name for layer in layers],
         "tokenizer": corpus.tokenizer,
         "corpus": corpus.fingerprint,
-        "attention": corpus.attention.value,
+        **corpus.reading.fields(),
         "labels": settings.labels.value,
         "blocks": settings.blocks,
         "num_sequences": selection.size,

@@ -7,6 +7,7 @@ import json
 from infscan.config import Solver, checksum_ok, fingerprint, with_checksum
 from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
+from infscan.corpus.reading import AS_STORED
 from infscan.errors import RunError
 from infscan.results.schema import to_parquet
 from infscan.results.shard_file import finished_shards
@@ -32,9 +33,9 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     made = Plan(corpus.fingerprint, corpus.sequences, selection, shard_sequences, run.config.seed)
     run.store.write("shards.parquet", to_parquet(made.shards_table(), {"corpus": corpus.fingerprint}))
     run.folder.claim(run.config)
-    attention = settings.attention.value
+    reading = corpus.reading.fields()
     inputs, made_by = run.inputs.fingerprints() | _factors(run), computed_by(run)
-    value = with_checksum(made.to_json() | {"inputs": inputs, "attention": attention, "made_by": made_by})
+    value = with_checksum(made.to_json() | {"inputs": inputs, **reading, "made_by": made_by})
     run.store.create(PLAN, json.dumps(value, indent=2).encode() + b"\n")
     found = run.store.read_json(PLAN)
     if not checksum_ok(found):
@@ -42,8 +43,10 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     others = run.config.resume.allow_other_versions
     for warning in check_resumed(run.store.uri, found.get("made_by", {}), made_by, others_allowed=others):
         run.telemetry.warn(warning)
-    wanted = {"corpus": corpus.fingerprint, "attention": attention, **inputs}
-    planned = {"corpus": found["corpus_fingerprint"], "attention": found["attention"], **found["inputs"]}
+    wanted = {"corpus": corpus.fingerprint, **reading, **inputs}
+    # Of a property that there was not when the run was planned, nothing was chosen.
+    known = {key: found.get(key, usual) for key, usual in AS_STORED.fields().items()}
+    planned = {"corpus": found["corpus_fingerprint"], **known, **found["inputs"]}
     changed = sorted(key for key in wanted if wanted[key] != planned.get(key))
     if changed:
         raise RunError(

@@ -41,6 +41,7 @@ from infscan.corpus.prepared import (
     store_hashes,
     write_manifest,
 )
+from infscan.corpus.reading import Reading
 from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.engine.executor import Executor, TaskMap
@@ -119,7 +120,7 @@ def _addressable(
     if config.paths:
         return _joined(config, architecture, tokenizer, store, executor)
     if is_prepared(config.path):
-        there = open_corpus(Store(config.path), config.attention, foreign=True)
+        there = open_corpus(Store(config.path), Reading.of(config), foreign=True)
         _check_fits(config, there, architecture, tokenizer)
         if isinstance(there, PreparedCorpus):
             _warn_of(there, executor.telemetry)
@@ -140,7 +141,7 @@ def _addressable(
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
         try:
-            corpus = open_prepared(store, config.attention)
+            corpus = open_prepared(store, Reading.of(config))
             known = read_inputs(store, corpus.manifest)
         except CorpusError as error:
             # What is missing or cut off is made again from the same files; whole parts are kept.
@@ -191,7 +192,7 @@ def prepare_pieces(
     if config.deduplicate:
         for entry in store.list(_HASHES):
             store.remove(entry.name)
-    corpus = open_prepared(store, config.attention)
+    corpus = open_prepared(store, Reading.of(config))
     _warn_of(corpus, executor.telemetry)
     return corpus
 
@@ -214,7 +215,7 @@ def _joined(
     store.create(DESCRIPTION, json.dumps(value, indent=1).encode())
     if store.read_json(DESCRIPTION) != value:
         raise RunError(f"{store.uri} joins other corpora than corpus.paths; put those back, or start a new output.")
-    return open_corpus(store, config.attention)
+    return open_corpus(store, Reading.of(config))
 
 
 def _documents(config: CorpusConfig) -> list[InputFile]:
@@ -256,7 +257,7 @@ def _described(
     if found is not None:
         raise RunError(f"{store.uri} was made for another corpus ({found}). Put it back, or start a new output.")
     store.write_json(DESCRIPTION, now.to_json())
-    return open_corpus(store, config.attention)
+    return open_corpus(store, Reading.of(config))
 
 
 def _duplicates(

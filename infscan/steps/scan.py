@@ -71,7 +71,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
         RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
     """
     config = run.config
-    fields = {"plan": plan.to_json(), "queries": batch.fingerprint, "attention": corpus.attention}
+    fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields()}
     run_fingerprint = fingerprint(fields)
     _begin(run)
     tally = _Tally(run, plan, run_fingerprint)

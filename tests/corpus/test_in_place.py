@@ -21,6 +21,7 @@ from infscan.corpus import arrays, in_place, megatron
 from infscan.corpus.addressable import AddressableCorpus, open_corpus, require_document_boundaries
 from infscan.corpus.documents import document_files, read_documents
 from infscan.corpus.packing import Packer, PackSettings
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError, StorageError
 from infscan.storage import Store
@@ -109,7 +110,7 @@ def after_eos(sequence: Sequence) -> list[int]:
 @given(docs=with_empty, length=st.integers(2, 12))
 def test_every_layout_tells_where_attention_begins_anew(kind: str, docs: list[list[int]], length: int) -> None:
     corpus = FORMATS[kind](docs, settings(Packing.concat, length))
-    for sequence in open_corpus(corpus.store, Attention.within).read(np.arange(corpus.sequences)):
+    for sequence in open_corpus(corpus.store, Reading(Attention.within)).read(np.arange(corpus.sequences)):
         assert sequence.starts is not None
         assert sequence.starts.tolist() == after_eos(sequence)
     assert all(sequence.starts is None for sequence in everything(corpus))
@@ -120,7 +121,7 @@ def test_megatron_documents_without_eos_are_told_apart_by_the_index() -> None:
     layouts.megatron(store, "a", [[5, 6, 7], [8, 9], [4] * 6])
     pack = settings(Packing.concat, T)
     corpus = layouts.described(store, corpus_config(store.uri), pack)
-    found = open_corpus(corpus.store, Attention.within).read(np.arange(2))
+    found = open_corpus(corpus.store, Reading(Attention.within)).read(np.arange(2))
     assert [sequence.starts.tolist() for sequence in found if sequence.starts is not None] == [[0, 3, 5], [0]]
     require_document_boundaries(corpus)
 
@@ -411,7 +412,9 @@ def test_files_that_are_cut_off_or_of_another_kind_are_refused() -> None:
     refused(r"a\.idx has 40 bytes, and its header says", cut("a.idx", 40))
     refused(r"a\.idx is no Megatron index", cut("a.idx", 5))
     refused(r"a\.idx is missing", lambda store: store.write("a.bin", b"12"))
-    refused("notes.dat lies among npy files", lambda s: (layouts.npy(s, "a.npy", [2]), s.write("notes.dat", b"x")))
+    refused(
+        "notes.dat is not one of the npy files", lambda s: (layouts.npy(s, "a.npy", [2]), s.write("notes.dat", b"x"))
+    )
     refused("is no number of uint16", lambda store: store.write("a.npy", b"123"))
     refused("hold no token", lambda store: store.write("a.npy", b""))
     refused("holds float64", lambda store: store.write("a.npy", _saved(np.zeros(3))))

@@ -15,6 +15,7 @@ from infscan.corpus.addressable import AddressableCorpus, label_of, open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.in_place import DESCRIPTION
 from infscan.corpus.joined import describe_joined
+from infscan.corpus.reading import Reading
 from infscan.errors import CorpusError
 from infscan.storage import Store
 from tests.corpus import layouts
@@ -55,10 +56,10 @@ def test_numbers_run_through_and_any_of_them_come_back(tmp_path: Path, parts: di
     apart = [
         one.starts.tolist()
         for part in parts.values()
-        for one in open_corpus(part.store, Attention.within).read(np.arange(part.sequences))
+        for one in open_corpus(part.store, Reading(Attention.within)).read(np.arange(part.sequences))
         if one.starts is not None
     ]
-    within = open_corpus(corpus.store, Attention.within).read(np.arange(corpus.sequences))
+    within = open_corpus(corpus.store, Reading(Attention.within)).read(np.arange(corpus.sequences))
     assert [one.starts.tolist() for one in within if one.starts is not None] == apart
     assert len(apart) == corpus.sequences
     blocks = [block.tokens[block.offsets[row] : block.offsets[row + 1]].tolist()

@@ -24,6 +24,7 @@ from infscan.config import (
 )
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress, PreparedCorpus, open_corpus
 from infscan.corpus.parts import open_prepared
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import Sequence
 from infscan.influence.cg import damped
 from infscan.influence.layers import Layer
@@ -94,7 +95,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     documents = [{"id": f"d{n}", "tokens": rng.integers(2, VOCAB, length).tolist()} for n, length in enumerate(LENGTHS)]
     write_rows(folder / "in.jsonl", documents)
     pack = settings(Packing.concat, T, bos=True)
-    packed = open_prepared(prepare(folder / "in.jsonl", folder / "packed", pack)[1].store, Attention.within)
+    packed = open_prepared(prepare(folder / "in.jsonl", folder / "packed", pack)[1].store, Reading(Attention.within))
     stretches: list[list[int]] = []
     rows = []
     for sequence in packed.read(np.arange(packed.sequences)):

@@ -12,6 +12,7 @@ import pytest
 
 from infscan.config import Attention
 from infscan.corpus.addressable import open_corpus
+from infscan.corpus.reading import Reading
 from infscan.errors import CorpusError, FactorsError, RunError
 from infscan.pipeline import answer
 from infscan.results.read import read_scores
@@ -49,7 +50,7 @@ def scores(output: Path) -> np.ndarray:
 def test_a_packed_sequences_scores_are_the_sums_of_its_documents(folder: Path) -> None:
     """Each alone with the token after it to predict; the published scores, refined, say the same as the scan's."""
     answer(small_run(folder, *WITHIN, *DOT, f"output={folder / 'within'}"))
-    corpus = open_corpus(Store(str(folder / "within" / "corpus")), Attention.within)
+    corpus = open_corpus(Store(str(folder / "within" / "corpus")), Reading(Attention.within))
     alone, rows = [], []
     for row, sequence in enumerate(corpus.read(np.arange(corpus.sequences))):
         assert sequence.starts is not None
