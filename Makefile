@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/infscan scan $(DEMO) output=runs/demo
-	$(BIN)/infscan scan $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity scan.compression=plain > /dev/null
+	$(BIN)/infscan scan $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity > /dev/null
 	$(BIN)/infscan study run=runs/demo study=word_order study.dot_product=runs/demo-dot-product
 	$(BIN)/infscan report run=runs/demo
 
@@ -29,7 +29,7 @@ ANSWERS := model=demo corpus=demo queries=answers cluster=laptop scan.scores=all
 demo-stages: $(READY)
 	$(BIN)/infscan scan $(ANSWERS) stages=demo output=runs/answers > /dev/null
 	$(BIN)/infscan scan $(ANSWERS) model.path=infscan://demo/model-answers output=runs/answers-single > /dev/null
-	$(BIN)/infscan scan $(ANSWERS) stages=demo factors=identity scan.compression=plain output=runs/answers-dot > /dev/null
+	$(BIN)/infscan scan $(ANSWERS) stages=demo factors=identity output=runs/answers-dot > /dev/null
 	$(BIN)/infscan answers runs.multi-stage=runs/answers runs.single-stage=runs/answers-single runs.dot-product=runs/answers-dot
 
 check: $(READY)

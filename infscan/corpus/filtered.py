@@ -68,11 +68,11 @@ class FilteredCorpus:
             chosen: np.ndarray = table["sequence_id"].to_numpy()
             intact = _fingerprint(self.base, chosen) == self.fingerprint
         except MissingError:
-            raise CorpusError(f"{self.store}/{CHOSEN} is missing; filter the corpus again (jobs/tfidf.py).") from None
+            raise CorpusError(f"{self.store}/{CHOSEN} is missing; filter the corpus again (infscan tfidf).") from None
         except (pa.ArrowException, OSError, MemoryError, ValueError, KeyError):
             intact = False
         if not intact:
-            raise CorpusError(f"{self.store}/{CHOSEN} was changed or damaged; filter the corpus again (jobs/tfidf.py).")
+            raise CorpusError(f"{self.store}/{CHOSEN} was changed or damaged; filter the corpus again (infscan tfidf).")
         return chosen
 
     @property

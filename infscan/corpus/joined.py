@@ -31,7 +31,7 @@ def describe_joined(store: Store, parts: Mapping[str, AddressableCorpus]) -> dic
         )
     for label, corpus in parts.items():
         if corpus.chosen is not None:
-            raise CorpusError(f"{label} is a filtered corpus; filter the corpora together instead (jobs/tfidf.py).")
+            raise CorpusError(f"{label} is a filtered corpus; filter the corpora together instead (infscan tfidf).")
     entries = [
         {"label": label, "at": address(store, corpus.store), "fingerprint": corpus.fingerprint}
         for label, corpus in parts.items()

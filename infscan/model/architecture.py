@@ -190,7 +190,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     if Store(str(folder)).exists("adapter_config.json") and not Store(str(folder)).exists(WEIGHTS):
         raise ModelError(
             f"{folder} is a LoRA adapter, not a model; merge it into the model that it adapts: "
-            f"python jobs/merge.py adapter={folder} output=<folder>, or peft's merge_and_unload and save_pretrained."
+            f"infscan merge adapter={folder} output=<folder>, or peft's merge_and_unload and save_pretrained."
         )
     if not Store(str(folder)).exists("config.json"):
         raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")

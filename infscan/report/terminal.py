@@ -72,7 +72,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         console.print(Text(how_good(summary["approximation"])))
     scanned = summary["counts"]["scanned"]
     console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
-    console.print(Text(f"As a page to read: python jobs/report.py run={uri}"))
+    console.print(Text(f"As a page to read: infscan report {uri}"))
 
 
 def how_good(approximation: dict) -> str:

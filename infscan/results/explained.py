@@ -1,4 +1,4 @@
-"""The tables of an explanation: what jobs/explain.py writes beside a run. Rows join on query_id and item."""
+"""The tables of an explanation: what `infscan explain` writes beside a run. Rows join on query_id and item."""
 
 from __future__ import annotations
 

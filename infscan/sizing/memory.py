@@ -184,7 +184,7 @@ def pass_costs(
 
 
 def scan_memory(config: Config, architecture: Architecture, queries: int, T: int, gpus: float) -> PassMemory:
-    """What a rank of the scan holds at once: the number that a run prints and `jobs/plan.py` has in its table."""
+    """What a rank of the scan holds at once: the number that a run prints and `infscan plan` has in its table."""
     shape = (config.model, config.scan, config.sharded, config.cluster.ranks_per_worker)
     key = fingerprint([*map(plain, shape), architecture.fingerprint, queries, T, gpus])
     if key not in _KNOWN:

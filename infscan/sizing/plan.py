@@ -50,7 +50,7 @@ _QUERY_TOKENS = 64
 
 
 def estimate(config: PlanJob) -> Estimate:
-    """The cost of `jobs/scan.py` with the same arguments.
+    """The cost of `infscan scan` with the same arguments.
 
     Raises:
         InfscanError: for a model, corpus or queries that the run itself would refuse.

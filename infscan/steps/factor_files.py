@@ -327,7 +327,7 @@ def read_factors(uri: str) -> dict[str, LayerFactors]:
     store = Store(uri)
     if not store.exists(COMPLETE):
         raise FactorsError(
-            f"{uri} has no {COMPLETE}: its factors are not complete; run jobs/fit.py again to finish them."
+            f"{uri} has no {COMPLETE}: its factors are not complete; run infscan fit again to finish them."
         )
     plan = read_plan(store)
     return {layer.name: read_layer_factors(store, layer) for layer in plan.layers}

@@ -171,7 +171,7 @@ def test_a_plan_that_does_not_say_has_one_block() -> None:
 def test_only_complete_factors_are_read(
     rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path
 ) -> None:
-    with pytest.raises(FactorsError, match=r"has no factors\.json.*jobs/fit\.py"):
+    with pytest.raises(FactorsError, match=r"has no factors\.json.*infscan fit"):
         read_factors(str(tmp_path))
     plan = fit_plan(rank, corpus)
     inverse.factors.write_json(PLAN, plan.to_json())
