@@ -320,7 +320,7 @@ def run_explain(job: ExplainJob) -> ExplainResult:
 
     job.run = absolute(job.run)
     job.check()
-    with reopen(job.run, job.cluster) as run:
+    with reopen(job.run, job.cluster, job.query_ids) as run:
         return ExplainResult(job.folder, explain(run, job), {query.id: query for query in run.queries})
 
 

@@ -332,3 +332,19 @@ def _expand(query_id: str, asked: _Asked, measure: Measure, row: dict[str, Any],
             "is 0 whatever the corpus has; give another contrast, or leave it out."
         )
     return [query(query_id, parts)]
+
+
+def choose(queries: Sequence[Query], query_ids: Sequence[str]) -> list[Query]:
+    """The queries of these ids, in their order; all of them for none.
+
+    Raises:
+        QueryError: for an id that none of them has.
+    """
+    by_id = {query.id: query for query in queries}
+    for query_id in query_ids:
+        if query_id not in by_id:
+            close = get_close_matches(query_id, by_id, 1)
+            listed = f"did you mean {close[0]}?" if close else f"it has {', '.join(list(by_id)[:8])}"
+            more = ", ..." if not close and len(by_id) > 8 else ""
+            raise QueryError(f"query_ids: {query_id!r} is none of the run's; {listed}{more}")
+    return [by_id[query_id] for query_id in query_ids] if query_ids else list(queries)

@@ -76,7 +76,7 @@ def _rows(found: Status, out: Console) -> None:
     queries = list(dict.fromkeys(row.query_id for row in found.top))
     for query_id in queries[:_QUERIES]:
         out.print(escape(f"  {one_line(query_id)}"))
-        for row in found.top:
+        for row in sorted(found.top, key=lambda row: row.side == "opponent"):
             if row.query_id == query_id:
                 out.print(f"    {row.side:<9} {row.rank:>3}  sequence {row.sequence_id:>12}  {row.score:+.4g}")
     if len(queries) > _QUERIES:

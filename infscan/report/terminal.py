@@ -15,7 +15,7 @@ _QUERIES = 12
 _CHARACTERS = 76
 LAYOUT = (
     ("config.yaml  plan.json  shards.parquet", "what was asked for, and how it was cut"),
-    ("corpus/  factors/  queries/", "inputs made ready, with fingerprints"),
+    ("corpus/  factors/  queries/", "inputs made ready, where they were not reused"),
     ("shards/  refined/", "finished work: what a restart finds"),
     ("top/", "the answer: query_id, side, rank, sequence_id, score, ..."),
     ("sequences/", "the published sequences: text, tokens, provenance"),

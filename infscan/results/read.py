@@ -141,7 +141,7 @@ def finished(uri: str, unfinished: bool) -> Store:
     if not unfinished and not store.exists(SUCCESS):
         raise RunError(
             f"{uri} has no {SUCCESS}: the run is not finished, or this is no run folder; run the same command again to "
-            "finish it, or read it with unfinished=True."
+            "finish it (from Python, unfinished=True reads what there is)."
         )
     return store
 

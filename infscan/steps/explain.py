@@ -22,7 +22,7 @@ from infscan.errors import QueryError
 from infscan.influence.layers import Layer
 from infscan.model.token_influence import Floats, own_tokens
 from infscan.model.worker import ModelWorker
-from infscan.queries import Query, by_token
+from infscan.queries import Query, by_token, choose
 from infscan.results.explained import SCHEMAS, write_explanation
 from infscan.results.read import read_top
 from infscan.steps.corpus_inputs import bos_of
@@ -46,7 +46,7 @@ def explain(run: Run, job: ExplainJob) -> dict[str, pa.Table]:
     corpus, factors = factors_of(run)
     # As the published rows were scored.
     run.hold_model_in(run.config.refine_dtype)
-    queries = _chosen(run, job)
+    queries = choose(run.queries, job.query_ids)
     items = _items(run, job, corpus, queries)
     own = job.own_tokens and _can_differentiate_twice(run)
     by_pair = _explained(run, factors.inverse, queries, items, own_tokens=own)
@@ -61,14 +61,6 @@ def explain(run: Run, job: ExplainJob) -> dict[str, pa.Table]:
     made = {name: pa.Table.from_pylist(mine, schema=SCHEMAS[name]) for name, mine in rows.items()}
     write_explanation(Store(job.folder), made, {"explain": plain(job)})
     return made
-
-
-def _chosen(run: Run, job: ExplainJob) -> list[Query]:
-    by_id = {query.id: query for query in run.queries}
-    for query_id in job.query_ids:
-        if query_id not in by_id:
-            raise QueryError(f"query_ids: {query_id!r} is none of the run's; it has {', '.join(list(by_id)[:8])}, ...")
-    return [by_id[query_id] for query_id in job.query_ids] if job.query_ids else list(run.queries)
 
 
 def _items(run: Run, job: ExplainJob, corpus: AddressableCorpus, queries: Sequences[Query]) -> list[Item]:

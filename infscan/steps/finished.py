@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, stage_output, stored_config
 from infscan.corpus.addressable import AddressableCorpus, is_prepared
 from infscan.errors import ConfigError, RunError
-from infscan.queries import MEASURED, read_measured
+from infscan.queries import MEASURED, choose, read_measured
 from infscan.results.manifest import read_manifest
 from infscan.results.read import read_summary
 from infscan.steps.factor_files import COMPLETE
@@ -20,13 +21,14 @@ from infscan.steps.stages import pull_back_queries
 from infscan.storage import Store
 
 
-def reopen(uri: str, cluster: ClusterConfig) -> AbstractContextManager[Run]:
+def reopen(uri: str, cluster: ClusterConfig, query_ids: Sequence[str] = ()) -> AbstractContextManager[Run]:
     """A finished run, to be entered as from `open_run`; nothing of its folder is changed by it.
 
     What the run prepared is read where it is; its corpus's files and its query file are not asked for again. The
-    model must be where the run found it.
+    model must be where the run found it. query_ids: that are wanted of it.
 
     Raises:
+        QueryError: for a query id that the run does not have.
         RunError: where the run is not finished, its config.yaml is damaged or its factors are gone.
     """
     config = finished_config(uri)
@@ -34,7 +36,9 @@ def reopen(uri: str, cluster: ClusterConfig) -> AbstractContextManager[Run]:
     for factors in (config.factors, *(stage.factors for stage in config.stages[config.scan.stage :])):
         if factors.solver is not Solver.identity and not Store(factors.path or "").exists(COMPLETE):
             raise RunError(f"{factors.path} holds no complete factors any more; run infscan scan on {uri} again.")
-    return open_run(config, queries=read_measured(Store(uri)))
+    queries = read_measured(Store(uri))
+    choose(queries, query_ids)
+    return open_run(config, queries=queries)
 
 
 def finished_config(uri: str) -> Config:
