@@ -41,10 +41,6 @@ class Part:
     sign: float = 1.0
     texts: tuple[str, ...] | None = field(default=None, compare=False)
 
-    @property
-    def measured_texts(self) -> tuple[str, ...] | None:
-        return None if self.texts is None else tuple(self.texts[position] for position in self.positions)
-
 
 @dataclass(frozen=True)
 class Query:

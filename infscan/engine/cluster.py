@@ -67,7 +67,7 @@ def _init(cluster: ClusterConfig) -> None:
     except OSError as error:
         # Its sockets lie in its temporary folder, and a socket's path has at most 107 bytes.
         reason = " ".join(str(error).split())
-        fix = "use a short folder: export RAY_TMPDIR=/tmp/r" if "AF_UNIX" in reason else "fix that, or set RAY_TMPDIR"
+        fix = "use a short folder: export RAY_TMPDIR=~/r" if "AF_UNIX" in reason else "fix that, or set RAY_TMPDIR"
         raise ConfigError(f"a local Ray cannot start in its temporary folder ({reason[:300]}); {fix}.") from None
 
 

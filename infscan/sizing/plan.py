@@ -32,7 +32,7 @@ from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of,
 from infscan.sizing.hours import Rate, rates_of, timed
 from infscan.sizing.memory import pass_costs, run_dtype
 from infscan.sizing.reserve import over_memory
-from infscan.steps.corpus_inputs import bos_of, reading, settings_for
+from infscan.steps.corpus_inputs import bos_of, settings_for, with_array_settings
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
@@ -245,7 +245,7 @@ def _look(
         store.create(DESCRIPTION, json.dumps(describe_arrays(*arrays, corpus, pack).to_json()).encode())
         return _seen(open_corpus(store))
     files = document_files(corpus)
-    corpus = reading(corpus, architecture, tokenizer, files)
+    corpus = with_array_settings(corpus, architecture, tokenizer, files)
     pieces = document_splits(files, corpus)
     share, how = 1.0, "exact"
     if sum(file.size for file in files) > config.plan.sample_bytes:

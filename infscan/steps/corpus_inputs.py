@@ -78,7 +78,7 @@ def input_files(config: CorpusConfig) -> list[InputFile]:
     return files
 
 
-def reading(
+def with_array_settings(
     config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None, files: Sequence[InputFile]
 ) -> CorpusConfig:
     """Token arrays that are prepared: what ends their documents, and npy's dtype, where the model has to say it."""

@@ -47,7 +47,7 @@ from infscan.corpus.tokenizer import Tokenizer
 from infscan.engine.executor import Executor, TaskMap
 from infscan.errors import CorpusError, RunError
 from infscan.model.architecture import Architecture
-from infscan.steps.corpus_inputs import no_rows, reading, settings_for
+from infscan.steps.corpus_inputs import no_rows, settings_for, with_array_settings
 from infscan.steps.run import Run
 from infscan.storage import InputFile, Store
 from infscan.telemetry import Telemetry
@@ -137,7 +137,7 @@ def _addressable(
             )
         return _described(config, pack, store, *arrays)
     files, aside = data_and_beside(config)
-    config = reading(config, architecture, tokenizer, files)
+    config = with_array_settings(config, architecture, tokenizer, files)
     digest = tokenizer.digest if tokenizer else None
     if is_prepared(store.uri):
         try:
