@@ -167,8 +167,10 @@ def left_of(step: Step[U]) -> list[U]:
     return [unit for unit in step.units if not step.is_done(unit)]
 
 
-def advance(work: Step[U] | TaskMap[U], phase: PhaseView, unit: U, result: Any) -> None:
-    """Count a finished unit."""
+def finish_unit(work: Step[U] | TaskMap[U], phase: PhaseView, on_done: OnDone | None, unit: U, result: Any) -> None:
+    """Hand a finished unit to whoever waits for it, and count it."""
+    if on_done:
+        on_done(unit, result)
     sequences, tokens = work.progress(unit, result)
     phase.advance(sequences=sequences, tokens=tokens)
 

@@ -13,7 +13,7 @@ import torch
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of
-from infscan.engine.executor import OnDone, OnGivenUp, RankMemory, RunRecords, Step, TaskMap, advance, left_of
+from infscan.engine.executor import OnDone, OnGivenUp, RankMemory, RunRecords, Step, TaskMap, finish_unit, left_of
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.schedule import Schedule
 from infscan.errors import ConfigError
@@ -137,9 +137,7 @@ class InProcessExecutor:
         recovery.unit_finished(0)
         metrics.unit_finished(0, "done")
         schedule.succeed(unit)
-        if on_done:
-            on_done(unit, result)
-        advance(step, phase, unit, result)
+        finish_unit(step, phase, on_done, unit, result)
 
     _storage_failures = 0
 
@@ -163,9 +161,7 @@ class InProcessExecutor:
             for item in tasks.items:
                 self.records.check()
                 result = None if tasks.is_done(item) else tasks.function(*tasks.arguments(item))
-                if on_done:
-                    on_done(item, result)
-                advance(tasks, phase, item, result)
+                finish_unit(tasks, phase, on_done, item, result)
 
     def share(self, value: Any) -> Any:
         return value

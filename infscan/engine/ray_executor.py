@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank
-from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, advance, fits, left_of
+from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, finish_unit, fits, left_of
 from infscan.engine.facts import RankFacts
 from infscan.engine.pool import Pool
 from infscan.errors import RunError
@@ -89,12 +90,7 @@ class RayExecutor:
             return {}
         self.records.metrics.done_before = len(step.units) - len(left)
         with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
-
-            def finished(unit: Any, result: Any) -> None:
-                if on_done:
-                    on_done(unit, result)
-                advance(step, phase, unit, result)
-
+            finished = partial(finish_unit, step, phase, on_done)
             return self.pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
@@ -111,12 +107,7 @@ class RayExecutor:
         waiting = [item for item, there in zip(tasks.items, done, strict=True) if not there][::-1]
         running: dict[ray.ObjectRef, Any] = {}
         with self.telemetry.phase(tasks.name, len(tasks.items), tasks.unit_name) as phase:
-
-            def finished(item: Any, result: Any) -> None:
-                if on_done:
-                    on_done(item, result)
-                advance(tasks, phase, item, result)
-
+            finished = partial(finish_unit, tasks, phase, on_done)
             for item, there in zip(tasks.items, done, strict=True):
                 if there:
                     finished(item, None)

@@ -16,7 +16,7 @@ import pytest
 
 from infscan.config import ClusterConfig, Config
 from infscan.engine import pool as pool_module
-from infscan.engine.executor import OnDone, RunRecords, TaskMap, advance
+from infscan.engine.executor import OnDone, RunRecords, TaskMap, finish_unit
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.ray_executor import RayExecutor
 from infscan.engine.worker_group import Outcome, State
@@ -134,9 +134,7 @@ class HereExecutor(RayExecutor):
             for item in tasks.items:
                 done = tasks.is_done(item)
                 result = None if done else _as_task(lambda i=item: tasks.function(*tasks.arguments(i)))  # type: ignore[misc]
-                if on_done:
-                    on_done(item, result)
-                advance(tasks, phase, item, result)
+                finish_unit(tasks, phase, on_done, item, result)
 
 
 class HereBackend:
