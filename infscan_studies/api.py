@@ -23,6 +23,7 @@ from infscan_studies.config import (
     MemorisationConfig,
     ModelsConfig,
     PbrfConfig,
+    ProveJob,
     RegressionConfig,
     SideBySideConfig,
     SparsityConfig,
@@ -190,6 +191,39 @@ def run_lds(job: LdsJob) -> LdsResult:
     methods = {name: study.scores(uri) for name, uri in job.scores.items()}
     rows = study.run(methods, read_proponents(job.proponents) if job.proponents else None)
     return LdsResult((*lines(rows), *study.missed(), f"{study.store}/lds/"), tuple(rows))
+
+
+@dataclass(frozen=True)
+class ProveResult:
+    """A proof's table by query and row, and the facts in its footer."""
+
+    uri: str
+    table: pa.Table
+    facts: Mapping[str, Any]
+    job: ProveJob
+
+    def show(self) -> None:
+        from infscan_studies.report.validation import show_effects
+
+        show_effects(self.table, self.facts, self.job)
+        print(f"\nRow by row: {self.uri}/prove.parquet")
+
+
+def run_prove(job: ProveJob) -> ProveResult:
+    from infscan.results.schema import to_parquet
+    from infscan.steps.finished import reopen
+    from infscan.storage import Store
+    from infscan_studies.prove import prove
+
+    job.run = absolute(job.run)
+    job.dot_product = absolute(job.dot_product) if job.dot_product else None
+    job.check()
+    Store(job.folder).check_writable()
+    with reopen(job.run, job.cluster, job.query_ids) as run:
+        table, facts = prove(run, job)
+    store = Store(job.folder)
+    store.write("prove.parquet", to_parquet(table, {"prove": plain(job), **facts}))
+    return ProveResult(store.uri, table, facts, job)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="prove",
+        summary="Train a copy of the model for a step on published rows and on controls: does the completion rise?",
+        settings=f"{_CONFIG}:ProveJob",
+        run=f"{_API}:run_prove",
+        groups=("cluster",),
+        positional=("run",),
+        examples=(
+            "runs/demo",
+            "runs/demo rows=10 steps=3 optimizer=sgd",
+            "runs/demo dot_product=runs/demo-dot-product",
+        ),
+    ),
+    Command(
         name="facts",
         summary="Make queries, and texts in the six partitions of the word-order study, of a list of facts.",
         settings=f"{_CONFIG}:FactsJob",

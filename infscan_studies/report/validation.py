@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from infscan_studies.comparison import AVERAGE, EKFAC
+from infscan_studies.config import ProveJob
+from infscan_studies.prove import PROPONENT, by_kind, words
 
 
 def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
@@ -35,6 +37,28 @@ def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
     console.print()
     for line in lines(facts):
         console.print(line)
+
+
+def show_effects(table: pa.Table, facts: Mapping[str, Any], job: ProveJob) -> None:
+    """A line per kind of rows: what a step on one of them does to the completion; then what that says."""
+    console = Console(soft_wrap=True, highlight=False, width=120)
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column("trained on")
+    for name in ("rows", "effect, nats [95 %]", "raise it", "proponents' lead [95 %]"):
+        shown.add_column(name, justify="right")
+    for each in by_kind(table, job.resamples, job.seed):
+        shown.add_row(
+            each.kind,
+            f"{each.rows:,}",
+            f"{each.mean:+.3g} [{each.low:+.3g}, {each.high:+.3g}]",
+            f"{each.raises:.0%}",
+            "-" if each.lead is None else "{:+.3g} [{:+.3g}, {:+.3g}]".format(*each.lead),
+            style="bold" if each.kind == PROPONENT else "",
+        )
+    console.print(shown)
+    console.print()
+    for line in words(table, facts, job):
+        console.print(line, markup=False)
 
 
 def show_coverage(table: pa.Table, facts: Mapping[str, Any]) -> None:

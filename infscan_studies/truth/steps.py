@@ -1,0 +1,115 @@
+"""What training on one sequence does to a query: a few steps on a copy of the weights in memory, taken back afterwards.
+
+    effect_q(z) = f_q(theta_k) - f_q(theta_0),   theta_j = theta_(j-1) - step of the optimizer on grad L(z)
+
+theta are all parameters, not only the tracked ones, and f is what the query measures, in nats. To first order one step
+of SGD is lr <grad f, grad L> with the sign turned: the gradient dot product over all parameters. AdamW's first step
+moves every parameter by about lr, whatever the size of its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from infscan.corpus import sequences as corpus
+from infscan.errors import ModelError
+from infscan.model.attention import document_logits
+from infscan.model.measure import summed_losses
+from infscan.model.worker import ModelWorker
+from infscan.queries import Query
+from infscan_studies.config import StepOptimizer
+from infscan_studies.truth.retrain import measure_queries
+
+# A search for a learning rate starts here and grows by _GROWTH, at most to _LARGEST.
+_SMALLEST, _LARGEST, _GROWTH = 1e-8, 1e2, math.sqrt(10)
+
+
+def sequence_loss(worker: ModelWorker, sequence: corpus.Sequence) -> Tensor:
+    """L(z), nats, with a graph to every parameter that asks for a gradient."""
+    (batch,) = worker.batches([sequence], len(sequence))
+    loss = batch.loss()
+    logits_btv = document_logits(worker.model.module, batch.ids_bt, batch.position_ids_bt)
+    return summed_losses(logits_btv, loss.labels_bt, loss.weights_bt).sum()
+
+
+@contextmanager
+def trained(
+    worker: ModelWorker, sequence: corpus.Sequence, optimizer: StepOptimizer, learning_rate: float, steps: int
+) -> Iterator[tuple[float, float]]:
+    """The model after `steps` steps on one sequence, while open; then its weights are what they were, bit by bit.
+
+    Yields L(z) before and after, nats.
+    """
+    module = worker.model.module
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    before = [p.detach().clone() for p in parameters]
+    module.requires_grad_(True)
+    try:
+        make: type[torch.optim.Optimizer] = torch.optim.SGD if optimizer is StepOptimizer.sgd else torch.optim.AdamW
+        stepper = make(parameters, lr=learning_rate, weight_decay=0.0)  # type: ignore[call-arg]
+        first = None
+        for _ in range(steps):
+            loss = sequence_loss(worker, sequence)
+            first = float(loss.detach()) if first is None else first
+            loss.backward()
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            last = float(sequence_loss(worker, sequence))
+        assert first is not None
+        yield first, last
+    finally:
+        module.requires_grad_(False)
+        _restore(parameters, before)
+
+
+@torch.no_grad()
+def _restore(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.grad = None
+        parameter.copy_(value)
+
+
+def effects(
+    worker: ModelWorker,
+    sequence: corpus.Sequence,
+    queries: Sequence[Query],
+    optimizer: StepOptimizer,
+    learning_rate: float,
+    steps: int,
+) -> tuple[list[float], float, float]:
+    """f of every query after training on the sequence, and L(z) before and after, nats."""
+    with trained(worker, sequence, optimizer, learning_rate, steps) as (before, after):
+        return measure_queries(worker.model.module, queries).tolist(), before, after
+
+
+def find_learning_rate(
+    worker: ModelWorker, sequences: Sequence[corpus.Sequence], optimizer: StepOptimizer, fall: float, steps: int
+) -> float:
+    """The smallest of 1e-8, 3.2e-8, ... at which half of the sequences' own losses fall by the share `fall`.
+
+    Raises:
+        ModelError: where none does: larger steps only raise them.
+    """
+    rate, best = _SMALLEST, 0.0
+    while rate <= _LARGEST:
+        falls = []
+        for sequence in sequences:
+            with trained(worker, sequence, optimizer, rate, steps) as (before, after):
+                falls.append(1 - after / before)
+        found = sorted(falls)[len(falls) // 2]
+        if found >= fall:
+            return rate
+        best = max(best, found)
+        if not found > -1:
+            break
+        rate *= _GROWTH
+    raise ModelError(
+        f"fall={fall}: no learning rate lowers a sequence's own loss by this share; the most was {best:.3f}. Give a "
+        "smaller fall, more steps, or learning_rate itself."
+    )
