@@ -2,9 +2,9 @@
 
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
-Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`,
-`verify`),
-and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
+Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `masks`, `write_report`, `merge`,
+`status`, `verify`), and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and
+return.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _HOMES = {
 }
 # Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
 _COMMANDS = {
-    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status", "verify")},
-    **{name: name for name in ("study", "validate")},
+    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "masks")},
+    **{name: name for name in ("merge", "status", "verify", "study", "validate", "prove")},
     "write_report": "report",
 }
 __all__ = [*_HOMES, *_COMMANDS, "__version__"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from infscan.config.arguments import read_arguments
 from infscan.config.commands import assign, command_of, compose, settle, structured
-from infscan.config.jobs import ExplainJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob, VerifyJob
+from infscan.config.jobs import ExplainJob, MasksJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob, VerifyJob
 from infscan.config.paths import absolute
 from infscan.config.schema import Config
 from infscan.errors import ConfigError, RunError
@@ -199,6 +199,18 @@ class ExplainResult:
 
 
 @dataclass(frozen=True)
+class MasksResult:
+    """The tokens to leave out of the loss: sequence_id, positions, scores."""
+
+    uri: str
+    table: pa.Table
+
+    def show(self) -> None:
+        tokens = sum(map(len, self.table["positions"].to_pylist()))
+        print(f"masks       {self.uri}: {tokens} tokens of {self.table.num_rows} sequences")
+
+
+@dataclass(frozen=True)
 class ReportResult:
     """A page, and the cells of a sweep that are not finished and so not on it."""
 
@@ -322,6 +334,15 @@ def run_explain(job: ExplainJob) -> ExplainResult:
     job.check()
     with reopen(job.run, job.cluster, job.query_ids) as run:
         return ExplainResult(job.folder, explain(run, job), {query.id: query for query in run.queries})
+
+
+def run_masks(job: MasksJob) -> MasksResult:
+    from infscan.results.masks import write_masks
+
+    job.run = absolute(job.run)
+    job.output = absolute(job.output) if job.output else None
+    job.check()
+    return MasksResult(job.path, write_masks(job))
 
 
 def run_report(job: ReportJob) -> ReportResult:

@@ -174,6 +174,14 @@ _CORE = (
         ),
     ),
     Command(
+        name="masks",
+        summary="Export masks of the loss: the tokens of explained rows that teach the model a completion most.",
+        settings=f"{_JOBS}:MasksJob",
+        run=f"{_API}:run_masks",
+        positional=("run",),
+        examples=("runs/demo share=0.01", "runs/demo query_ids=[astrobia] tokens=20 output=astrobia.parquet"),
+    ),
+    Command(
         name="report",
         summary="Write the page that people read, report.html, of a run, of a sweep's folder, or of several runs.",
         settings=f"{_JOBS}:ReportJob",

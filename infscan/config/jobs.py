@@ -102,6 +102,41 @@ class ExplainJob:
 
 
 @dataclass
+class MasksJob:
+    """The tokens that raise or lower queries most as what the model learns to predict, as masks of the loss."""
+
+    run: str = MISSING
+    """A finished run whose rows `infscan explain` took apart: folder or URI."""
+    name: str = "rows"
+    """Name of the explanation below <run>/explain."""
+    output: str | None = None
+    """Parquet file to write; null is <run>/explain/<name>/masks.parquet."""
+    query_ids: list[str] = field(default_factory=list)
+    """Queries whose influences are added up, token by token; all of the explanation's where empty."""
+    sides: Sides = Sides.proponents
+    """`proponents` masks tokens that raise the completions, `opponents` those that lower them, `both` either."""
+    share: float = 0.01
+    """Share of the explained tokens to mask, the strongest ones."""
+    tokens: int | None = None
+    """Number of tokens to mask, in place of share."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share={self.share}: a share of the explained tokens, above 0 and up to 1.")
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"tokens={self.tokens}: mask at least one token.")
+
+    @property
+    def explained(self) -> str:
+        return f"{self.run.rstrip('/')}/explain/{self.name}"
+
+    @property
+    def path(self) -> str:
+        return self.output or f"{self.explained}/masks.parquet"
+
+
+@dataclass
 class ReportJob:
     """A page of finished runs."""
 
