@@ -58,19 +58,33 @@ def judge(
     """
     if isinstance(error, FATAL):
         raise error
-    if isinstance(error, RankMemoryError) and error.rows == 1:
+    # What others hold of its GPU says nothing of the sequence: another worker may have room.
+    if isinstance(error, RankMemoryError) and error.rows == 1 and not error.foreign:
         raise RunError(
             f"one sequence alone ({error.tokens} tokens) does not fit a rank's memory ({error.reason}). Cut the "
             "model over more ranks (cluster.ranks_per_worker), set model.gradient_checkpointing=true or "
             "model.dtype=bfloat16, or prepare the corpus with a shorter corpus.sequence_length."
         )
-    if killed or (isinstance(error, RankMemoryError) and error.rows is not None):
+    if isinstance(error, RankMemoryError) and error.rows is not None and error.foreign:
+        if error.rows > 1:
+            schedule.put_back(unit)
+            return Verdict(False, "memory")
+        lost = True
+    elif killed or (isinstance(error, RankMemoryError) and error.rows is not None):
         return Verdict(schedule.retry_smaller(unit, reason), "memory")
     if lost or is_transient(error):
         return Verdict(
             schedule.lose(unit, reason, worker if lost else None), "storage" if is_transient(error) else "lost"
         )
     return Verdict(schedule.fail(unit, reason), "error")
+
+
+def shrunk(halvings: int) -> str:
+    """What is said where micro-batches are halved for every unit that is still to come."""
+    return (
+        f"several units did not fit a rank's memory: from now on this phase's micro-batches have 1/{2**halvings} of "
+        "their size; a lower scan.tokens_per_batch has the same effect from the start."
+    )
 
 
 def give_up(unit: Any, error: BaseException, reason: str, attempts: int, on_given_up: OnGivenUp | None) -> None:

@@ -72,6 +72,7 @@ class RayExecutor:
                     records.check,
                     records.metrics,
                     records.announce,
+                    self.telemetry.warn,
                 )
                 phase.advance(units=self._pool.wait_for_one())
                 if records.metrics.traced:

@@ -150,6 +150,8 @@ class State(Enum):
     starting = auto()
     idle = auto()
     busy = auto()
+    # Its machine is sick: it has no ranks, and gets none.
+    retired = auto()
 
 
 class Outcome(Enum):
@@ -229,6 +231,8 @@ class WorkerGroup:
         Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome. An
         idle group has one outcome only: a rank that died or fell silent meanwhile.
         """
+        if self.state is State.retired:
+            return None
         answer = None if self.state is State.idle else self._answer()
         if answer is not None or self.failed_at is not None:
             return answer
@@ -306,6 +310,11 @@ class WorkerGroup:
     def kill(self) -> None:
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+
+    def retire(self) -> None:
+        """Kill every rank for good; the placement group stays, with what it holds."""
+        self.kill()
+        self.state, self.unit, self.running = State.retired, None, []
 
     def close(self) -> None:
         self.kill()
