@@ -27,6 +27,24 @@ LONGEST_BACK_OFF_S = 60.0
 OnGivenUp = Callable[[Any, str], None]
 
 
+class NotMadeError(Exception):
+    """What the ranks of a node read together could not be made there; no unit's fault, and no machine's that scores.
+
+    cause: the error in its making; None where the process that made it died.
+    """
+
+    def __init__(self, cause: Exception | None, reason: str) -> None:
+        super().__init__(cause, reason)
+        self.cause, self.reason = cause, reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+    @property
+    def transient(self) -> bool:
+        return self.cause is not None and is_transient(self.cause)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a unit is given up, and what its attempt failed of: `error`, `memory`, `storage` or `lost`."""
@@ -37,7 +55,7 @@ class Verdict:
 
 def is_transient(error: BaseException) -> bool:
     """Whether storage was busy, broken or out of reach: nobody's fault, and another attempt may succeed."""
-    return isinstance(error, StorageError) and error.transient
+    return isinstance(error, StorageError | NotMadeError) and error.transient
 
 
 def judge(
@@ -72,7 +90,7 @@ def judge(
         lost = True
     elif killed or (isinstance(error, RankMemoryError) and error.rows is not None):
         return Verdict(schedule.retry_smaller(unit, reason), "memory")
-    if lost or is_transient(error):
+    if lost or is_transient(error) or isinstance(error, NotMadeError):
         return Verdict(
             schedule.lose(unit, reason, worker if lost else None), "storage" if is_transient(error) else "lost"
         )

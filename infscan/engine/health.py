@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from infscan.engine.attempts import NotMadeError
 from infscan.errors import InfscanError
 from infscan.model.out_of_memory import RankMemoryError
 
@@ -22,7 +23,7 @@ def is_fault(error: BaseException) -> bool:
     if isinstance(error, RankMemoryError):
         # Its GPU is another's for the most part: not one sequence fits beside.
         return error.rows == 1 and error.foreign > 0
-    return not isinstance(error, InfscanError)
+    return not isinstance(error, InfscanError | NotMadeError)
 
 
 @dataclass

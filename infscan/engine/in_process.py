@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,17 @@ import torch
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of, shrunk
-from infscan.engine.executor import OnDone, OnGivenUp, RankMemory, RunRecords, Step, TaskMap, finish_unit, left_of
+from infscan.engine.executor import (
+    MadeHere,
+    OnDone,
+    OnGivenUp,
+    RankMemory,
+    RunRecords,
+    Step,
+    TaskMap,
+    finish_unit,
+    left_of,
+)
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.health import is_fault
 from infscan.engine.schedule import Schedule
@@ -177,6 +187,9 @@ class InProcessExecutor:
 
     def share(self, value: Any) -> Any:
         return value
+
+    def share_by_node(self, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], pieces: int) -> Any:
+        return MadeHere(function, arguments)
 
     def reserve(self, host_bytes: int) -> None:
         """This process has what it has."""

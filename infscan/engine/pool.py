@@ -5,17 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayError
 
 from infscan.config import ClusterConfig
-from infscan.engine.attempts import LONGEST_BACK_OFF_S, OnGivenUp, give_up, is_transient, judge, reason_of, shrunk
+from infscan.engine.attempts import (
+    LONGEST_BACK_OFF_S,
+    NotMadeError,
+    OnGivenUp,
+    give_up,
+    is_transient,
+    judge,
+    reason_of,
+    shrunk,
+)
 from infscan.engine.cluster import missing_capacity
 from infscan.engine.facts import RankFacts
 from infscan.engine.health import STRIKES, Health, is_fault
 from infscan.engine.metrics import RunMetrics
+from infscan.engine.node_share import NodeShare
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.schedule import Schedule
 from infscan.engine.stragglers import UnitTimes
@@ -174,7 +184,7 @@ class Pool:
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
-                    self._attempt_failed(schedule, group, unit, outcome, result, on_given_up)
+                    self._attempt_failed(schedule, group, unit, outcome, result, on_given_up, shared)
                 # Not when all have been heard: where a thousand answered, the first would wait for them.
                 hand_out(group)
         self._halvings[function] = schedule.halvings
@@ -299,6 +309,7 @@ class Pool:
         outcome: Outcome,
         error: Exception,
         on_given_up: OnGivenUp | None,
+        shared: Sequence[Any],
     ) -> None:
         reason, killed = _reason(error), isinstance(error, OutOfMemoryError)
         # A GPU's process is not to be trusted after an error that is neither its memory's nor a person's. Where it is
@@ -307,6 +318,8 @@ class Pool:
         lost = outcome is Outcome.lost or (fault and len(self._used()) > 1)
         size = schedule.halvings
         verdict = judge(schedule, unit, error, reason, lost=lost, killed=killed, worker=group.index)
+        if isinstance(error, NotMadeError):
+            self._make_again(shared, group, error)
         if isinstance(error, RankMemoryError) and error.foreign:
             self._short[group.index] = self._halved[group.index] + 1
         if schedule.halvings > size:
@@ -328,6 +341,12 @@ class Pool:
             group.state = State.idle
         if verdict.given_up:
             give_up(unit, error, reason, self.cluster.max_attempts, on_given_up)
+
+    def _make_again(self, shared: Sequence[Any], group: WorkerGroup, error: NotMadeError) -> None:
+        for one in shared:
+            if isinstance(one, NodeShare):
+                for node in {facts.node for facts in group.facts}:
+                    one.failed_on(node, error)
 
     def _back_off(self) -> None:
         """Back off exponentially on transient storage errors; they are not charged to the unit."""

@@ -32,6 +32,7 @@ from infscan.engine.cluster import bundle_of
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.lease import LEASE
+from infscan.engine.node_share import NodeShare
 from infscan.errors import ConfigError
 from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import RankMemoryError
@@ -214,9 +215,15 @@ class WorkerGroup:
         self._began(State.starting, None, self.cluster.startup_timeout_s)
 
     def submit(self, unit: Any, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
-        """Have every rank run function(worker, *arguments); object references among the arguments are fetched there."""
+        """Have every rank run function(worker, *arguments): object references among the arguments are fetched there,
+        and of a `NodeShare` it gets its node's copy."""
         assert self.state is State.idle
-        self.refs = [actor.run.remote(function, oom_retries, *arguments) for actor in self.actors]
+        self.refs = [
+            actor.run.remote(
+                function, oom_retries, *(one.on(rank.node) if isinstance(one, NodeShare) else one for one in arguments)
+            )
+            for actor, rank in zip(self.actors, self.facts, strict=True)
+        ]
         self._began(State.busy, unit, self.cluster.deadline_s)
 
     def _began(self, state: State, unit: Any | None, limit_s: float) -> None:
