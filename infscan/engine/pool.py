@@ -85,8 +85,6 @@ class Pool:
         # When each group was handed its unit; those whose unit another one finished first, and what they are at.
         self._handed_at: dict[int, float] = {}
         self._late: dict[int, Callable[..., Any]] = {}
-        # Attempts beside a late one, so far.
-        self.reissued = 0
         # How often a group's micro-batches are halved for what others hold of its GPU, and those of its unit are.
         self._short: dict[int, int] = {}
         self._halved: dict[int, int] = {}
@@ -153,7 +151,7 @@ class Pool:
                     late.unit, late.index, time.monotonic() - slow, times.usual_s, group.index,
                 )  # fmt: skip
                 schedule.take_again(late.unit)
-                self.reissued += 1
+                self.recovery.reissued += 1
                 submit(group, late.unit)
 
         self._died_with.clear()

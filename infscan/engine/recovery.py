@@ -70,6 +70,8 @@ class RecoveryLog:
     failures: list[WorkerFailure] = field(default_factory=list)
     # Workers that are not used any more: which, on what host, and what they said last.
     retired: list[dict[str, Any]] = field(default_factory=list)
+    # Attempts at units that were late with another worker.
+    reissued: int = 0
     _opened: float = field(init=False)
     _pace: Pace = field(init=False, default_factory=Pace)
     _started_at: dict[int, float] = field(init=False, default_factory=dict)

@@ -146,7 +146,7 @@ def test_a_late_unit_goes_to_an_idle_worker_and_counts_once() -> None:
     with world.pool() as pool:
         pool.run(range(8), print, str, lambda unit, result: done.append((unit, result)))
         assert world.now < 3.5 * 100.0 + 100.0 + 60.0
-        assert pool.reissued == 1
+        assert world.recovery.reissued == 1
         assert sorted(unit for unit, _ in done) == list(range(8))
         assert all(worker != 3 for _, (worker, _) in done)
         # The next step begins while the late one is still at the old unit; what it says then does not count.
