@@ -27,6 +27,24 @@ LONGEST_BACK_OFF_S = 60.0
 OnGivenUp = Callable[[Any, str], None]
 
 
+class NotMadeError(Exception):
+    """What the ranks of a node read together could not be made there; no unit's fault, and no machine's that scores.
+
+    cause: the error in its making; None where the process that made it died.
+    """
+
+    def __init__(self, cause: Exception | None, reason: str) -> None:
+        super().__init__(cause, reason)
+        self.cause, self.reason = cause, reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+    @property
+    def transient(self) -> bool:
+        return self.cause is not None and is_transient(self.cause)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a unit is given up, and what its attempt failed of: `error`, `memory`, `storage` or `lost`."""
@@ -37,7 +55,7 @@ class Verdict:
 
 def is_transient(error: BaseException) -> bool:
     """Whether storage was busy, broken or out of reach: nobody's fault, and another attempt may succeed."""
-    return isinstance(error, StorageError) and error.transient
+    return isinstance(error, StorageError | NotMadeError) and error.transient
 
 
 def judge(
@@ -58,19 +76,33 @@ def judge(
     """
     if isinstance(error, FATAL):
         raise error
-    if isinstance(error, RankMemoryError) and error.rows == 1:
+    # What others hold of its GPU says nothing of the sequence: another worker may have room.
+    if isinstance(error, RankMemoryError) and error.rows == 1 and not error.foreign:
         raise RunError(
             f"one sequence alone ({error.tokens} tokens) does not fit a rank's memory ({error.reason}). Cut the "
             "model over more ranks (cluster.ranks_per_worker), set model.gradient_checkpointing=true or "
             "model.dtype=bfloat16, or prepare the corpus with a shorter corpus.sequence_length."
         )
-    if killed or (isinstance(error, RankMemoryError) and error.rows is not None):
+    if isinstance(error, RankMemoryError) and error.rows is not None and error.foreign:
+        if error.rows > 1:
+            schedule.put_back(unit)
+            return Verdict(False, "memory")
+        lost = True
+    elif killed or (isinstance(error, RankMemoryError) and error.rows is not None):
         return Verdict(schedule.retry_smaller(unit, reason), "memory")
-    if lost or is_transient(error):
+    if lost or is_transient(error) or isinstance(error, NotMadeError):
         return Verdict(
             schedule.lose(unit, reason, worker if lost else None), "storage" if is_transient(error) else "lost"
         )
     return Verdict(schedule.fail(unit, reason), "error")
+
+
+def shrunk(halvings: int) -> str:
+    """What is said where micro-batches are halved for every unit that is still to come."""
+    return (
+        f"several units did not fit a rank's memory: from now on this phase's micro-batches have 1/{2**halvings} of "
+        "their size; a lower scan.tokens_per_batch has the same effect from the start."
+    )
 
 
 def give_up(unit: Any, error: BaseException, reason: str, attempts: int, on_given_up: OnGivenUp | None) -> None:

@@ -6,7 +6,7 @@ and given up in the end. What a step reads and writes is its own affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -95,6 +95,23 @@ class RunRecords:
     faults_before: Mapping[str, int] = field(default_factory=storage_faults)
 
 
+class Pieces(Protocol):
+    """What the ranks of one machine read together."""
+
+    def read(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class MadeHere:
+    """`Pieces` that are made wherever they are read."""
+
+    function: Callable[..., Iterator[Any]]
+    arguments: tuple[Any, ...]
+
+    def read(self) -> Iterator[Any]:
+        return self.function(*self.arguments)
+
+
 class Executor(Protocol):
     """The workers that hold one model, and the processes beside them. Workers start when a step first needs them."""
 
@@ -139,6 +156,13 @@ class Executor(Protocol):
 
     def share(self, value: Any) -> Any:
         """What every task is to read, kept once; given to `run`, or among a task's arguments, in place of the value."""
+        ...
+
+    def share_by_node(self, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], pieces: int) -> Any:
+        """What function(*arguments) yields, so many times; given to `run`, every task has `Pieces` of it in its place.
+
+        It is made on each machine that has a rank, once, and never here: what storage has already.
+        """
         ...
 
     def reserve(self, host_bytes: int) -> None:

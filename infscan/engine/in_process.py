@@ -5,19 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from infscan.config import ClusterConfig, ModelConfig
-from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of
-from infscan.engine.executor import OnDone, OnGivenUp, RankMemory, RunRecords, Step, TaskMap, finish_unit, left_of
+from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of, shrunk
+from infscan.engine.executor import (
+    MadeHere,
+    OnDone,
+    OnGivenUp,
+    RankMemory,
+    RunRecords,
+    Step,
+    TaskMap,
+    finish_unit,
+    left_of,
+)
 from infscan.engine.facts import RankFacts, facts_of
+from infscan.engine.health import is_fault
 from infscan.engine.schedule import Schedule
-from infscan.errors import ConfigError
+from infscan.errors import ConfigError, RunError
 from infscan.model.loaded import RankContext
+from infscan.model.out_of_memory import has_died
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.storage.host import resident_bytes, this_host
 from infscan.telemetry import PhaseView, Telemetry
@@ -68,6 +80,8 @@ class InProcessExecutor:
         self._worker: ModelWorker | None = None
         self._bytes = (0, 0)
         self._ended: list[list[RankFacts]] = []
+        # By a step's function: how often its micro-batches are halved for every unit.
+        self._halvings: dict[Callable[..., Any], int] = {}
 
     @classmethod
     def on(cls, worker: ModelWorker) -> InProcessExecutor:
@@ -106,12 +120,13 @@ class InProcessExecutor:
         if not left:
             return {}
         self.records.metrics.done_before = len(step.units) - len(left)
-        schedule = Schedule(left, self.max_attempts)
+        schedule = Schedule(left, self.max_attempts, self._halvings.get(step.function, 0))
         with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
             self.records.recovery.start_step()
             while (unit := schedule.take()) is not None:
                 self.records.check()
                 self._attempt(step, schedule, unit, phase, on_done, on_given_up, shared)
+        self._halvings[step.function] = schedule.halvings
         return schedule.given_up
 
     def _attempt(
@@ -142,8 +157,15 @@ class InProcessExecutor:
     _storage_failures = 0
 
     def _failed(self, schedule: Schedule, unit: Any, error: Exception, on_given_up: OnGivenUp | None) -> None:
-        reason = reason_of(error)
+        reason, size = reason_of(error), schedule.halvings
+        if is_fault(error) and has_died(self.worker.device):
+            raise RunError(
+                f"the GPU failed ({reason}), and this process can do nothing more on it. Run the same command again: "
+                "it goes on from here; where that fails too, look at the GPU (nvidia-smi, Xid in the kernel's log)."
+            ) from error
         verdict = judge(schedule, unit, error, reason)
+        if schedule.halvings > size:
+            self.telemetry.warn(shrunk(schedule.halvings))
         self.oom_retries += verdict.cause == "memory" and not verdict.given_up
         log.warning("unit %s: %s; %s", unit, reason, "given up" if verdict.given_up else "tried again")
         self.records.recovery.unit_failed(0)
@@ -165,6 +187,9 @@ class InProcessExecutor:
 
     def share(self, value: Any) -> Any:
         return value
+
+    def share_by_node(self, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], pieces: int) -> Any:
+        return MadeHere(function, arguments)
 
     def reserve(self, host_bytes: int) -> None:
         """This process has what it has."""

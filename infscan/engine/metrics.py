@@ -121,14 +121,14 @@ class RunMetrics:
 
     def unit_finished(self, worker: int, outcome: str) -> None:
         """Its unit is `done`, or is handed out again or given up because of an `error`, `memory`, `storage`, or because
-        the worker was `lost`."""
+        the worker was `lost`; or another worker was first, and this one `late`."""
         now = self.clock()
         unit, attempt, began = self._running.pop(worker, (None, 0, now))
         self._idle_since[worker] = now
         if unit is None:
             return
         if found := self.metrics:
-            if outcome == "done":
+            if outcome in ("done", "late"):
                 found.unit_seconds.observe(now - began, tags={"phase": self.phase})
             else:
                 found.retries.inc(1, tags={"phase": self.phase, "cause": outcome})

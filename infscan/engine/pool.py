@@ -5,20 +5,33 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayError
 
 from infscan.config import ClusterConfig
-from infscan.engine.attempts import LONGEST_BACK_OFF_S, OnGivenUp, give_up, is_transient, judge, reason_of
+from infscan.engine.attempts import (
+    LONGEST_BACK_OFF_S,
+    NotMadeError,
+    OnGivenUp,
+    give_up,
+    is_transient,
+    judge,
+    reason_of,
+    shrunk,
+)
 from infscan.engine.cluster import missing_capacity
 from infscan.engine.facts import RankFacts
+from infscan.engine.health import STRIKES, Health, is_fault
 from infscan.engine.metrics import RunMetrics
+from infscan.engine.node_share import NodeShare
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.schedule import Schedule
+from infscan.engine.stragglers import UnitTimes
 from infscan.engine.worker_group import Outcome, State, WorkerGroup, first_answers
 from infscan.errors import InfscanError, RunError
+from infscan.model.out_of_memory import RankMemoryError
 from infscan.model.worker import Span, WorkerSettings
 from infscan.storage import storage_faults
 
@@ -48,9 +61,10 @@ class Pool:
         check: Callable[[], None] = lambda: None,
         metrics: RunMetrics | None = None,
         announce: Callable[[str], None] = lambda state: None,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
         self.cluster, self.gpus, self.recovery, self.check = cluster, gpus, recovery, check
-        self.announce, self.host_bytes = announce, settings.host_bytes
+        self.announce, self.warn, self.host_bytes = announce, warn, settings.host_bytes
         self.metrics = metrics or RunMetrics("")
         self.sharded = settings.sharded
         self.groups = [self.new_group(index, settings) for index in range(cluster.num_workers)]
@@ -67,6 +81,15 @@ class Pool:
         # By host: processes that its kernel had killed for memory when last heard of. By group: the unit it died with.
         self._oom_kills: dict[str, int] = {}
         self._died_with: dict[int, Any] = {}
+        self.health = Health()
+        # When each group was handed its unit; those whose unit another one finished first, and what they are at.
+        self._handed_at: dict[int, float] = {}
+        self._late: dict[int, Callable[..., Any]] = {}
+        # How often a group's micro-batches are halved for what others hold of its GPU, and those of its unit are.
+        self._short: dict[int, int] = {}
+        self._halved: dict[int, int] = {}
+        # By a step's function: how often its micro-batches are halved for every unit.
+        self._halvings: dict[Callable[..., Any], int] = {}
 
     def new_group(self, index: int, settings: WorkerSettings) -> WorkerGroup:
         return WorkerGroup(index, settings, self.cluster, self.gpus)
@@ -105,15 +128,31 @@ class Pool:
                 memory, or where no group can be started or placed.
             InfscanError: at once, where an error cannot be fixed by another attempt.
         """
-        schedule = Schedule(units, self.cluster.max_attempts)
+        schedule = Schedule(units, self.cluster.max_attempts, self._halvings.get(function, 0))
+        times = UnitTimes()
+
+        def submit(group: WorkerGroup, unit: Any) -> None:
+            halvings = max(schedule.oom_retries.get(unit, 0), self._short.get(group.index, 0))
+            self._halved[group.index] = halvings
+            group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
+            self._handed_at[group.index] = time.monotonic()
+            self.recovery.unit_started(group.index)
+            self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
 
         def hand_out(group: WorkerGroup) -> None:
             if group.state is not State.idle or time.monotonic() < self._back_off_until:
                 return
             if (unit := schedule.take()) is not None:
-                group.submit(unit, function, task(unit), *shared, oom_retries=schedule.oom_retries.get(unit, 0))
-                self.recovery.unit_started(group.index)
-                self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
+                submit(group, unit)
+            elif (late := self._latest(schedule, times)) is not None:
+                slow = self._handed_at[late.index]
+                log.warning(
+                    "unit %s has been with worker %d for %.0f s, and they usually take %.0f s: worker %d tries it too",
+                    late.unit, late.index, time.monotonic() - slow, times.usual_s, group.index,
+                )  # fmt: skip
+                schedule.take_again(late.unit)
+                self.recovery.reissued += 1
+                submit(group, late.unit)
 
         self._died_with.clear()
         self.recovery.start_step()
@@ -131,18 +170,56 @@ class Pool:
                     self._started(group, outcome, result, schedule)
                 elif was is State.idle:
                     self._rebuild(group, result)
+                elif group.index in self._late:
+                    self._came_late(group, outcome, result, function)
                 elif outcome is Outcome.done:
-                    self._storage_failures = 0
+                    self._storage_failures = self.failed_starts = 0
+                    self.health.well(group.index)
+                    times.add(time.monotonic() - self._handed_at[group.index])
                     self.recovery.unit_finished(group.index)
                     self.metrics.unit_finished(group.index, "done")
+                    self._late |= {other.index: function for other in self._at(unit) if other is not group}
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
-                    self._attempt_failed(schedule, group, unit, outcome, result, on_given_up)
+                    self._attempt_failed(schedule, group, unit, outcome, result, on_given_up, shared)
                 # Not when all have been heard: where a thousand answered, the first would wait for them.
                 hand_out(group)
+        self._halvings[function] = schedule.halvings
         self._record_states(schedule)
         return schedule.given_up
+
+    def _at(self, unit: Any) -> list[WorkerGroup]:
+        """The groups that are at a unit of this step."""
+        busy = [group for group in self.groups if group.state is State.busy and group.index not in self._late]
+        return [group for group in busy if group.unit == unit]
+
+    def _latest(self, schedule: Schedule, times: UnitTimes) -> WorkerGroup | None:
+        """The group that has been at its unit for the longest, where that is late and no other is at it."""
+        limit_s = times.late_after_s
+        late = [
+            group
+            for unit in schedule.running
+            if not schedule.copies.get(unit)
+            for group in self._at(unit)
+            if time.monotonic() - self._handed_at[group.index] > limit_s
+        ]
+        return min(late, key=lambda group: self._handed_at[group.index], default=None)
+
+    def _came_late(self, group: WorkerGroup, outcome: Outcome, result: Any, function: Callable[..., Any]) -> None:
+        """An attempt at a unit that another group finished first has ended, in this step or a later one."""
+        earlier = self._late.pop(group.index)
+        self.metrics.unit_finished(group.index, "late")
+        if outcome is Outcome.done:
+            self.recovery.unit_failed(group.index)
+            if earlier is not function:
+                # It was at work when the others dropped what that step had cached.
+                group.forget()
+        elif outcome is Outcome.lost or self.sharded or (self.gpus and is_fault(result)):
+            self._rebuild(group, result)
+        else:
+            self.recovery.unit_failed(group.index)
+            group.state = State.idle
 
     def _record_states(self, schedule: Schedule) -> None:
         """Record what is in which state, at most once a second and at the step's end."""
@@ -157,7 +234,8 @@ class Pool:
         """Wait until a rank answers, a tick at most. Returns the groups to look at."""
         self.check()
         self._check_placement()
-        asked = {ref: group for group in self.groups if group.state is not State.idle for ref in group.running}
+        waits = (State.starting, State.busy)
+        asked = {ref: group for group in self.groups if group.state in waits for ref in group.running}
         answered = self.answers(list(asked), _TICK_S)
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + _TICK_S
@@ -166,7 +244,8 @@ class Pool:
 
     def _check_placement(self) -> None:
         """Raise where for cluster.placement_timeout_s there was no room for a single group."""
-        if any(group.state is not State.starting or group.is_placed() for group in self.groups):
+        used = [group for group in self.groups if group.state is not State.retired]
+        if any(group.state is not State.starting or group.is_placed() for group in used):
             if self._unplaced_since is not None:
                 self.announce("")
             self._unplaced_since = None
@@ -189,6 +268,8 @@ class Pool:
         if outcome is Outcome.done:
             self.failed_starts = 0
             self.recovery.worker_started(group.index)
+            if group.facts:
+                self.health.started_on(group.index, group.facts[0].node)
             self._shrink_after_oom_kill(group, schedule)
             return
         if isinstance(result, InfscanError):
@@ -199,7 +280,7 @@ class Pool:
                 f"no worker group could be started in {self.failed_starts} attempts; the last one said: "
                 f"{_reason(result)}. Look at the Ray logs, at cluster.* and at the memory a rank has."
             )
-        self._rebuild(group, result)
+        self._rebuild(group, result, struck=True)
 
     def _shrink_after_oom_kill(self, group: WorkerGroup, schedule: Schedule | None) -> None:
         """Halve the unit that a group died with, if its host's kernel killed for memory meanwhile.
@@ -212,6 +293,8 @@ class Pool:
             killed |= known is not None and facts.oom_kills > known
             self._oom_kills[facts.host] = facts.oom_kills
         unit = self._died_with.pop(group.index, None)
+        if killed:
+            self.health.well(group.index)
         if killed and schedule is not None and unit is not None:
             log.warning("unit %s: the kernel killed a process of its worker for memory; micro-batches are halved", unit)
             self.oom_retries += schedule.allow_smaller(unit)
@@ -224,12 +307,23 @@ class Pool:
         outcome: Outcome,
         error: Exception,
         on_given_up: OnGivenUp | None,
+        shared: Sequence[Any],
     ) -> None:
-        reason, lost = _reason(error), outcome is Outcome.lost
-        killed = isinstance(error, OutOfMemoryError)
+        reason, killed = _reason(error), isinstance(error, OutOfMemoryError)
+        # A GPU's process is not to be trusted after an error that is neither its memory's nor a person's. Where it is
+        # the only one, there is no other to tell the unit's fault from the machine's.
+        fault = self.gpus > 0 and not killed and is_fault(error)
+        lost = outcome is Outcome.lost or (fault and len(self._used()) > 1)
+        size = schedule.halvings
         verdict = judge(schedule, unit, error, reason, lost=lost, killed=killed, worker=group.index)
+        if isinstance(error, NotMadeError):
+            self._make_again(shared, group, error)
+        if isinstance(error, RankMemoryError) and error.foreign:
+            self._short[group.index] = self._halved[group.index] + 1
+        if schedule.halvings > size:
+            self.warn(shrunk(schedule.halvings))
         self.oom_retries += verdict.cause == "memory" and not verdict.given_up
-        facts = self.metrics.facts(group.index, unit, schedule.attempt(unit) - 1)
+        facts = self.metrics.facts(group.index, unit, schedule.attempt(unit))
         what = "given up" if verdict.given_up else "tried again"
         log.warning("unit %s on worker %d: %s; %s", unit, group.index, reason, what, extra=facts)
         self.metrics.unit_finished(group.index, verdict.cause)
@@ -237,14 +331,20 @@ class Pool:
             self._back_off()
         # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again. Nor can a
         # sharded model whose parameters were gathered when it stopped.
-        if lost or self.sharded:
+        if lost or fault or self.sharded:
             self._died_with[group.index] = unit
-            self._rebuild(group, error)
+            self._rebuild(group, error, unit, struck=fault, schedule=schedule)
         else:
             self.recovery.unit_failed(group.index)
             group.state = State.idle
         if verdict.given_up:
             give_up(unit, error, reason, self.cluster.max_attempts, on_given_up)
+
+    def _make_again(self, shared: Sequence[Any], group: WorkerGroup, error: NotMadeError) -> None:
+        for one in shared:
+            if isinstance(one, NodeShare):
+                for node in {facts.node for facts in group.facts}:
+                    one.failed_on(node, error)
 
     def _back_off(self) -> None:
         """Back off exponentially on transient storage errors; they are not charged to the unit."""
@@ -255,10 +355,54 @@ class Pool:
         self._back_off_until = time.monotonic() + pause
         log.warning("storage has trouble; nothing is handed out for %g s", pause)
 
-    def _rebuild(self, group: WorkerGroup, error: Exception) -> None:
-        log.warning("worker %d is rebuilt: %s", group.index, _reason(error))
-        self.recovery.worker_lost(group.index, _reason(error))
+    def _rebuild(
+        self,
+        group: WorkerGroup,
+        error: Exception,
+        unit: Any | None = None,
+        *,
+        struck: bool = False,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """New ranks in the group's place; or none, where a GPU failed too often in a row.
+
+        struck: it failed at its start, or at `unit`, and its machine may be the reason.
+        """
+        reason = _reason(error)
+        self.recovery.worker_lost(group.index, reason)
+        if struck and self.gpus:
+            self.health.strike(group.index, unit)
+            others = [other.index for other in self._used() if other is not group]
+            if self.health.is_sick(group.index, others):
+                self._retire(group, reason, schedule)
+                return
+        log.warning("worker %d is rebuilt: %s", group.index, reason)
         group.rebuild()
+
+    def _used(self) -> list[WorkerGroup]:
+        return [group for group in self.groups if group.state is not State.retired]
+
+    def _retire(self, group: WorkerGroup, reason: str, schedule: Schedule | None) -> None:
+        """Use a group no more. Its place stays taken, so that nothing else is put on its GPU.
+
+        Raises:
+            RunError: where it was the last one.
+        """
+        where = f" on {group.facts[0].host}" if group.facts else ""
+        self.recovery.worker_retired(group.index, group.facts[0].host if group.facts else None, reason)
+        group.retire()
+        if schedule is not None:
+            schedule.acquit(group.index)
+        said = (
+            f"worker {group.index}{where} is retired: it failed {STRIKES} times in a row without finishing a unit, "
+            f"though it was rebuilt after each; the last time it said: {reason}. Look at its GPU (nvidia-smi, Xid in "
+            "the kernel's log)."
+        )
+        self.warn(said)
+        if not self._used():
+            raise RunError(
+                f"no worker is left: {said} Run the same command again where the GPUs are well: it goes on from here."
+            )
 
     def forget(self) -> None:
         """Have idle ranks drop what a finished phase cached."""

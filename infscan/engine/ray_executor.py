@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank
 from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, finish_unit, fits, left_of
 from infscan.engine.facts import RankFacts
+from infscan.engine.node_share import NodeShare
 from infscan.engine.pool import Pool
 from infscan.errors import RunError
 from infscan.model.worker import WorkerSettings
@@ -72,6 +73,7 @@ class RayExecutor:
                     records.check,
                     records.metrics,
                     records.announce,
+                    self.telemetry.warn,
                 )
                 phase.advance(units=self._pool.wait_for_one())
                 if records.metrics.traced:
@@ -123,6 +125,9 @@ class RayExecutor:
     def share(self, value: Any) -> Any:
         # numpy arrays, not tensors: Ray hands them to every rank of a node without a copy.
         return ray.put(value)
+
+    def share_by_node(self, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], pieces: int) -> Any:
+        return NodeShare(function, arguments, pieces)
 
     def reserve(self, host_bytes: int) -> None:
         self.settings = replace(self.settings, host_bytes=host_bytes)

@@ -68,6 +68,10 @@ class RecoveryLog:
     # From the run's opening until its first unit of work went out; None before.
     first_unit_s: float | None = None
     failures: list[WorkerFailure] = field(default_factory=list)
+    # Workers that are not used any more: which, on what host, and what they said last.
+    retired: list[dict[str, Any]] = field(default_factory=list)
+    # Attempts at units that were late with another worker.
+    reissued: int = 0
     _opened: float = field(init=False)
     _pace: Pace = field(init=False, default_factory=Pace)
     _started_at: dict[int, float] = field(init=False, default_factory=dict)
@@ -110,6 +114,10 @@ class RecoveryLog:
         failure = WorkerFailure(worker, reason, now, now - self._started_at.pop(worker, now), self._pace)
         self.failures.append(failure)
         self._away[worker] = failure
+
+    def worker_retired(self, worker: int, host: str | None, reason: str) -> None:
+        """A worker that was lost once too often is not rebuilt."""
+        self.retired.append({"worker": worker, "host": host, "reason": reason})
 
     def worker_started(self, worker: int) -> None:
         """Its ranks have loaded the model, for the first time or again."""

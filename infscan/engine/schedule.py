@@ -13,6 +13,8 @@ LOSSES_PER_ATTEMPT = 10
 GUILTY_TRIES = 3
 # 2^16 tokens are more than a micro-batch has.
 MOST_OOM_RETRIES = 16
+# Units that ran out of memory at one size before it is halved for all: one alone may be an odd one.
+SHRINKS_ALL = 2
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Schedule:
     # Errors of a unit itself after which it is given up. Losses of machines and retries with smaller micro-batches have
     # budgets of their own: max_attempts * LOSSES_PER_ATTEMPT and MOST_OOM_RETRIES.
     max_attempts: int
+    # How often micro-batches are halved for every unit that is handed out from now on.
+    halvings: int = 0
     waiting: deque[Any] = field(init=False)
     running: set[Any] = field(init=False, default_factory=set)
     done: set[Any] = field(init=False, default_factory=set)
@@ -30,6 +34,11 @@ class Schedule:
     errors: dict[Any, int] = field(init=False, default_factory=dict)
     losses: dict[Any, int] = field(init=False, default_factory=dict)
     oom_retries: dict[Any, int] = field(init=False, default_factory=dict)
+    # How often a unit was handed out, and attempts at running units beside the first.
+    tries: dict[Any, int] = field(init=False, default_factory=dict)
+    copies: dict[Any, int] = field(init=False, default_factory=dict)
+    # By halvings: the units whose memory ran out with fewer.
+    _ran_out: dict[int, set[Any]] = field(init=False, default_factory=dict)
     # The workers that died or fell silent under a unit, one for each time.
     felled: dict[Any, list[int]] = field(init=False, default_factory=dict)
 
@@ -46,12 +55,20 @@ class Schedule:
             return None
         unit = self.waiting.popleft()
         self.running.add(unit)
+        self.tries[unit] = self.attempt(unit) + 1
+        if self.halvings > self.oom_retries.get(unit, 0):
+            self.oom_retries[unit] = self.halvings
         return unit
 
     def attempt(self, unit: Any) -> int:
-        """Which attempt at the unit this is, from 1."""
-        oom_retries = min(self.oom_retries.get(unit, 0), MOST_OOM_RETRIES)
-        return 1 + self.errors.get(unit, 0) + self.losses.get(unit, 0) + oom_retries
+        """Which attempt at the unit was the last to be handed out, from 1."""
+        return self.tries.get(unit, 0)
+
+    def take_again(self, unit: Any) -> None:
+        """Another attempt at a unit that runs, beside those that there are: the first to succeed counts."""
+        assert unit in self.running
+        self.copies[unit] = self.copies.get(unit, 0) + 1
+        self.tries[unit] += 1
 
     @property
     def states(self) -> dict[str, int]:
@@ -61,6 +78,7 @@ class Schedule:
 
     def succeed(self, unit: Any) -> None:
         self.running.remove(unit)
+        self.copies.pop(unit, None)
         self.done.add(unit)
 
     def fail(self, unit: Any, reason: str) -> bool:
@@ -79,10 +97,20 @@ class Schedule:
         spent = self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
         return self._again(unit, reason, spent or self._is_guilty(unit))
 
+    def acquit(self, worker: int) -> None:
+        """What failed under this worker was the worker's: it counts on no unit."""
+        for unit, workers in self.felled.items():
+            self.losses[unit] -= workers.count(worker)
+            self.felled[unit] = [one for one in workers if one != worker]
+
     def _is_guilty(self, unit: Any) -> bool:
         """Whether the unit took down two different workers, and had its tries."""
         felled = self.felled.get(unit, [])
         return len(set(felled)) > 1 and len(felled) + self.errors.get(unit, 0) >= GUILTY_TRIES
+
+    def put_back(self, unit: Any) -> None:
+        """It waits again as it was: what its attempt failed of was not the unit's, and counts on nothing."""
+        self._again(unit, "", last=False)
 
     def retry_smaller(self, unit: Any, reason: str) -> bool:
         """Its memory ran out: it waits again, with micro-batches of half the size. Returns whether it is given up."""
@@ -90,14 +118,27 @@ class Schedule:
         return self._again(unit, reason, last)
 
     def allow_smaller(self, unit: Any) -> bool:
-        """Half the size in the unit's next attempt. Returns False where it has none, or they were halved enough."""
+        """Half the size in the unit's next attempt; and in every unit's, once it did not fit several.
+
+        Returns False where the unit has no next attempt, or they were halved enough.
+        """
         oom_retries = self.oom_retries.get(unit, 0) + 1
         if unit in self.done or unit in self.given_up or oom_retries > MOST_OOM_RETRIES:
             return False
         self.oom_retries[unit] = oom_retries
+        ran_out = self._ran_out.setdefault(oom_retries, set())
+        ran_out.add(unit)
+        if len(ran_out) >= SHRINKS_ALL:
+            self.halvings = max(self.halvings, oom_retries)
         return True
 
     def _again(self, unit: Any, reason: str, last: bool) -> bool:
+        """The end of an attempt that did not succeed; while another is at the unit, that one's end decides."""
+        if self.copies.get(unit, 0) > 1:
+            self.copies[unit] -= 1
+            return False
+        if self.copies.pop(unit, 0):
+            return False
         self.running.remove(unit)
         if last:
             self.given_up[unit] = reason

@@ -32,6 +32,7 @@ from infscan.engine.cluster import bundle_of
 from infscan.engine.facts import RankFacts, facts_of
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.lease import LEASE
+from infscan.engine.node_share import NodeShare
 from infscan.errors import ConfigError
 from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import RankMemoryError
@@ -150,6 +151,8 @@ class State(Enum):
     starting = auto()
     idle = auto()
     busy = auto()
+    # Its machine is sick: it has no ranks, and gets none.
+    retired = auto()
 
 
 class Outcome(Enum):
@@ -212,9 +215,15 @@ class WorkerGroup:
         self._began(State.starting, None, self.cluster.startup_timeout_s)
 
     def submit(self, unit: Any, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
-        """Have every rank run function(worker, *arguments); object references among the arguments are fetched there."""
+        """Have every rank run function(worker, *arguments): object references among the arguments are fetched there,
+        and of a `NodeShare` it gets its node's copy."""
         assert self.state is State.idle
-        self.refs = [actor.run.remote(function, oom_retries, *arguments) for actor in self.actors]
+        self.refs = [
+            actor.run.remote(
+                function, oom_retries, *(one.on(rank.node) if isinstance(one, NodeShare) else one for one in arguments)
+            )
+            for actor, rank in zip(self.actors, self.facts, strict=True)
+        ]
         self._began(State.busy, unit, self.cluster.deadline_s)
 
     def _began(self, state: State, unit: Any | None, limit_s: float) -> None:
@@ -229,6 +238,8 @@ class WorkerGroup:
         Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome. An
         idle group has one outcome only: a rank that died or fell silent meanwhile.
         """
+        if self.state is State.retired:
+            return None
         answer = None if self.state is State.idle else self._answer()
         if answer is not None or self.failed_at is not None:
             return answer
@@ -306,6 +317,11 @@ class WorkerGroup:
     def kill(self) -> None:
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+
+    def retire(self) -> None:
+        """Kill every rank for good; the placement group stays, with what it holds."""
+        self.kill()
+        self.state, self.unit, self.running = State.retired, None, []
 
     def close(self) -> None:
         self.kill()

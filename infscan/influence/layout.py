@@ -115,7 +115,8 @@ def to_arrays(name: str, queries: Sequence[Compressed | Tensor]) -> dict[str, Te
 
 def _columns(found: Compressed) -> dict[str, Tensor]:
     total = torch.tensor(found.total, dtype=torch.float64)
-    return {"U": found.U_or, "V": found.V_ir, "values": found.values_r, "totals": total}
+    # The widest numbers lie together at a file's front: what planning reads of it is one stretch.
+    return {"U": found.U_or, "V": found.V_ir, "values": found.values_r.to(torch.float64), "totals": total}
 
 
 def from_arrays(groups: Sequence[Mapping[str, Array]]) -> StoredQueries:
@@ -395,5 +396,14 @@ def on_device(
 
 
 def to_tensor(array: A, device: str, dtype: torch.dtype) -> Tensor:
-    """On the device; of a broadcast array, which is shared and read-only, a copy."""
-    return (array if isinstance(array, Tensor) else torch.from_numpy(array.copy())).to(device, dtype)
+    """On the device; of an array, which a node's ranks may share and only read, a copy."""
+    if isinstance(array, Tensor):
+        return array.to(device, dtype)
+    found = torch.from_numpy(array.copy())
+    return (found.view(torch.bfloat16) if array.dtype == np.int16 else found).to(device, dtype)
+
+
+def as_array(tensor: Tensor, dtype: torch.dtype) -> Array:
+    """Of this dtype. numpy has no bfloat16: its bits stand there as int16, and `to_tensor` takes them so."""
+    found = tensor.to(dtype).contiguous()
+    return (found.view(torch.int16) if dtype is torch.bfloat16 else found).numpy()

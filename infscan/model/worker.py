@@ -28,7 +28,7 @@ from infscan.model.load import load
 from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens, predicting
-from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
+from infscan.model.out_of_memory import RankMemoryError, foreign_bytes, is_out_of_memory
 from infscan.model.probe import check_tracked
 from infscan.storage import Identity, Store
 
@@ -161,11 +161,11 @@ class ModelWorker:
         try:
             return function(self, *arguments)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, self.device):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rows, longest = self._at or (None, 0)
-            found = RankMemoryError(reason, rows, (rows or 0) * longest)
+            found = RankMemoryError(reason, rows, (rows or 0) * longest, foreign_bytes(self.device))
         # Out of the handler: the traceback, whose frames held the batch, is gone.
         gc.collect()
         if self.device.startswith("cuda"):

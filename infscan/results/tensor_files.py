@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -88,19 +88,65 @@ def read_tensor(store: Store, name: str, key: str) -> Tensor:
     Raises:
         DamagedError: where the file does not hold what was written.
     """
+    return read_some(store, name, [key])[key]
+
+
+def read_some(store: Store, name: str, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a safetensors file, each held to its digest. Those that lie side by side are read at once.
+
+    Raises:
+        DamagedError: where the file does not hold what was written.
+    """
+    found: dict[str, Tensor] = {}
     with store.open(name) as stream:
         header = _header(stream, store, name)
         base = stream.tell()
-        try:
-            entry = header[key]
-            begin, end = entry["data_offsets"]
-            stream.seek(base + begin)
-            data = bytearray(stream.read(end - begin))
-            tensor = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise damaged(store, name, f"{key}: {error}") from error
-    _check(store, name, key, tensor, _digests(header))
-    return tensor
+        for stretch in _stretches(store, name, header, keys):
+            start, stop = header[stretch[0]]["data_offsets"][0], header[stretch[-1]]["data_offsets"][1]
+            stream.seek(base + start)
+            data = memoryview(bytearray(stream.read(stop - start)))
+            for key in stretch:
+                begin, end = header[key]["data_offsets"]
+                found[key] = _tensor(store, name, key, header[key], data[begin - start : end - start])
+    for key, tensor in found.items():
+        _check(store, name, key, tensor, _digests(header))
+    return found
+
+
+def _stretches(store: Store, name: str, header: Mapping[str, Any], keys: Sequence[str]) -> list[list[str]]:
+    """The keys as their bytes lie, those without a gap between them together."""
+    stretches: list[list[str]] = []
+    end = -1
+    try:
+        for key in sorted(keys, key=lambda key: header[key]["data_offsets"]):
+            begin, stop = header[key]["data_offsets"]
+            if begin != end:
+                stretches.append([])
+            stretches[-1].append(key)
+            end = stop
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(store, name, f"{', '.join(keys)}: {error}") from error
+    return stretches
+
+
+def _tensor(store: Store, name: str, key: str, entry: Mapping[str, Any], data: memoryview) -> Tensor:
+    try:
+        if not len(data):
+            return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(store, name, f"{key}: {error}") from error
+
+
+def tensor_shapes(store: Store, name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by its header alone.
+
+    Raises:
+        DamagedError: where that is not what was written.
+    """
+    with store.open(name) as stream:
+        header = _header(stream, store, name)
+    return {key: tuple(entry["shape"]) for key, entry in header.items() if key != _CHECKSUMS}
 
 
 def check_seal(store: Store, name: str, found: str, wanted: str | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from infscan.config import Dtype
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, Selection
-from infscan.engine.executor import Step
+from infscan.engine.executor import Pieces, Step
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
@@ -122,7 +122,9 @@ class CheckTask:
 
 
 @multiplying("exact")
-def check_task(worker: ModelWorker, task: CheckTask, query_batch: QueryBatch) -> tuple[np.ndarray, np.ndarray] | None:
+def check_task(
+    worker: ModelWorker, task: CheckTask, query_batch: Pieces | QueryBatch
+) -> tuple[np.ndarray, np.ndarray] | None:
     """(scores with the query batch, scores at full rank) over the task's layers, float64 [n, queries], on rank 0."""
     batch_queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))
     P = preconditioned(worker, task.queries, task.layers, task.inverse)

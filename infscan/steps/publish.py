@@ -202,6 +202,8 @@ def _workers(run: Run, planned_bytes: Mapping[str, int] | None) -> dict[str, Any
         "parameters": run.architecture.parameters,
         "rebuilds": len(failures),
         "losses": [failure.to_json() for failure in failures],
+        "retired": run.records.recovery.retired,
+        "reissued": run.records.recovery.reissued,
         "halvings": run.executor.oom_retries,
         "planned_bytes": dict(planned_bytes) if planned_bytes else None,
         "ranks": [[vars(rank) for rank in group] for group in run.executor.facts()],

@@ -1,14 +1,15 @@
-"""The query batch: every query's gradient, preconditioned, compressed, laid out and given to every rank.
+"""The query batch: every query's gradient, preconditioned, compressed and laid out, for every rank to read.
 
-Each group of queries and layers is one file in <output>/queries; so is each shared basis. The scan sees the layout only
-(`infscan.influence.layout`), and nothing of the factors (docs/method.md#query-batching).
+Each group of queries and layers is one file in <output>/queries; so is each shared basis. What of it is planned here
+goes by its spectra; its columns go from storage to the ranks (`infscan.steps.stored_queries`). The scan sees the layout
+only (`infscan.influence.layout`), and nothing of the factors (docs/method.md#query-batching).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infscan.config import Compression, Dtype, fingerprint
-from infscan.engine.executor import Step
+from infscan.engine.executor import Pieces, Step
 from infscan.errors import DamagedError
 from infscan.influence import layout
 from infscan.influence.compress import Compressed, compress, compress_weighted
@@ -32,7 +33,6 @@ from infscan.influence.layout import (
     Way,
     basis_from_arrays,
     basis_to_arrays,
-    lay_out,
     plan_layouts,
     query_weights,
     shared_basis_pays,
@@ -59,6 +59,7 @@ from infscan.steps.preconditioner import (
     sources,
 )
 from infscan.steps.run import Run
+from infscan.steps.stored_queries import StoredBatch, read_bases, read_layouts, read_spectra
 from infscan.storage import Store
 
 # The ways of scoring a layer as approximation.json has always named them.
@@ -71,14 +72,14 @@ class BroadcastQueries:
     """All queries' compressed gradients, laid out for scoring, as every rank reads them."""
 
     fingerprint: str
-    # A `QueryBatch`, as `Executor.share` gave it.
+    # `Pieces` of a layer each, (name, layout), as `Executor.share_by_node` gave them.
     batch: Any
     # How many layers are scored in each way, as approximation.json names them.
     layouts: dict[str, int]
 
 
 def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
-    """Gradients, inverse and compression of all queries; stored in <output>/queries, then broadcast."""
+    """Gradients, inverse and compression of all queries; stored in <output>/queries, where ranks read them."""
     config, inputs = run.config, run.inputs
     key = fingerprint(
         {
@@ -92,24 +93,35 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
         }
     )
     run.store.write(MEASURED, measured_jsonl(run.queries))
-    stored, auto = read_query_batch(run.store, _compress(run, factors, key)), config.scan.rank == "auto"
+    names, auto = _compress(run, factors, key), config.scan.rank == "auto"
+    layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)[1]
+    spectra = read_spectra(run.store, names, layer_groups, config.most_rank)
     plan = plan_layouts(
-        stored.spectra,
+        spectra,
         inputs.layers,
         run.architecture.sequence_length(config.corpus.sequence_length),
         config.query_group_bytes // inputs.query_dtype.itemsize,
         config.scan.energy if auto else None,
         share=auto,
     )
-    batch = lay_out(stored.batch, plan)
+    batch = StoredBatch(
+        store=run.store,
+        names=tuple(map(tuple, names)),
+        layer_groups=tuple(layer_groups),
+        plan=plan,
+        bases={},
+        queries=len(run.queries),
+        dtype=str(inputs.query_dtype).removeprefix("torch."),
+    )
     if plan.candidates:
-        bases = _shared_bases(run, factors, batch, plan, query_weights(stored.spectra, inputs.layers), key)
-        plan = plan.with_bases({name: found.basis for name, found in bases.items()})
-        batch = lay_out({**batch, **bases}, plan)
+        files = _shared_bases(run, factors, batch, query_weights(spectra, inputs.layers), key)
+        bases = read_bases(run.store, files)
+        plan = plan.with_bases(bases)
+        batch = replace(batch, plan=plan, bases={name: files[name] for name in bases})
     _warn_over_budget(run, plan)
     counted = Counter(plan.ways.values())
-    # Its arrays are numpy's, not tensors: Ray hands them to every rank of a node without a copy.
-    return BroadcastQueries(key, run.executor.share(batch), {name: counted[way] for way, name in _PUBLISHED.items()})
+    shared = run.executor.share_by_node(read_layouts, (batch,), batch.pieces)
+    return BroadcastQueries(key, shared, {name: counted[way] for way, name in _PUBLISHED.items()})
 
 
 def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
@@ -147,10 +159,9 @@ def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
     return names
 
 
-def _shared_bases(
-    run: Run, factors: Factors, batch: QueryBatch, plan: LayoutPlan, weights: np.ndarray, key: str
-) -> dict[str, SharedBasis[Array]]:
-    """A shared basis for every candidate of the plan where that is cheaper; found once, then read back."""
+def _shared_bases(run: Run, factors: Factors, batch: StoredBatch, weights: np.ndarray, key: str) -> dict[str, str]:
+    """A shared basis for every candidate of the plan where that is cheaper, found once: its file, by layer."""
+    plan = batch.plan
     names = {
         number: f"queries/joint-{number:04d}.safetensors"
         for number, layer in enumerate(plan.layers)
@@ -181,7 +192,7 @@ def _shared_bases(
         is_done=lambda number: _is_made(run, names[number], key),
     )
     run.executor.run(step, shared=[run.executor.share(batch)])
-    return read_shared_bases(run.store, [(plan.layers[number], name) for number, name in names.items()])
+    return {plan.layers[number].name: name for number, name in names.items()}
 
 
 def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
@@ -273,8 +284,10 @@ class SharedBasisTask:
     fingerprint: str
 
 
-def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: QueryBatch) -> Basis | None:
+def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: StoredBatch | QueryBatch) -> Basis | None:
     """Find the layer's shared basis and write it; or an empty file, where another way is cheaper or nothing fits.
+
+    batch: of which the layer's columns alone are read.
 
     Returns (m, n), zeros for an empty file, on rank 0.
     """
@@ -314,7 +327,11 @@ def read_query_batch(store: Store, names: Sequence[Sequence[str]]) -> StoredQuer
     )
 
 
-def on_device(worker: ModelWorker, batch: QueryBatch, dtype: Dtype | None = None) -> dict[str, LayerQueries]:
-    """The query batch laid out for scoring, on this rank's device. dtype: as of `in_dtype`."""
-    scratch = Scratch.on(worker.device)
-    return layout.on_device(batch, worker.layers, worker.device, in_dtype(dtype, worker.model.dtype), scratch)
+def on_device(worker: ModelWorker, batch: Pieces | QueryBatch, dtype: Dtype | None = None) -> dict[str, LayerQueries]:
+    """The query batch laid out for scoring, on this rank's device, layer after layer. dtype: as of `in_dtype`."""
+    scratch, by_name = Scratch.on(worker.device), {layer.name: layer for layer in worker.layers}
+    found: dict[str, LayerQueries] = {}
+    for name, one in batch.items() if isinstance(batch, Mapping) else batch.read():
+        products = in_dtype(dtype, worker.model.dtype)
+        found |= layout.on_device({name: one}, [by_name[name]], worker.device, products, scratch)
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from infscan.config import Dtype, fingerprint
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, shard_name
-from infscan.engine.executor import Step
+from infscan.engine.executor import Pieces, Step
 from infscan.errors import DamagedError, RunError
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
@@ -213,7 +213,7 @@ class ScanTask:
 
 
 @multiplying("exact")
-def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> ShardResult | None:
+def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBatch) -> ShardResult | None:
     """Score every sequence of the shard and write its file; returns what was written, on rank 0.
 
     score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.

@@ -79,7 +79,7 @@ def query_files(config: Config, layers: Sequence[Layer], queries: int) -> list[i
                     continue
                 shapes[f"{layer.name}|U"] = ("F32", (count, O, rank))
                 shapes[f"{layer.name}|V"] = ("F32", (count, I, rank))
-                shapes[f"{layer.name}|values"] = ("F32", (count, rank))
+                shapes[f"{layer.name}|values"] = ("F64", (count, rank))
                 shapes[f"{layer.name}|totals"] = ("F64", (count,))
             sizes.append(tensors_file_bytes(shapes, {"fingerprint": DIGEST}))
     return sizes

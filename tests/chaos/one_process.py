@@ -16,7 +16,7 @@ import pytest
 
 from infscan.config import ClusterConfig, Config
 from infscan.engine import pool as pool_module
-from infscan.engine.executor import OnDone, RunRecords, TaskMap, finish_unit
+from infscan.engine.executor import MadeHere, OnDone, RunRecords, TaskMap, finish_unit
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.ray_executor import RayExecutor
 from infscan.engine.worker_group import Outcome, State
@@ -128,6 +128,9 @@ class HereExecutor(RayExecutor):
 
     def share(self, value: Any) -> Any:
         return value
+
+    def share_by_node(self, function: Any, arguments: tuple[Any, ...], pieces: int) -> Any:
+        return MadeHere(function, arguments)
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
         with self.telemetry.phase(tasks.name, len(tasks.items), tasks.unit_name) as phase:

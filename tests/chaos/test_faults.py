@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -21,17 +22,21 @@ from torch import Tensor
 
 from infscan.config import ClusterConfig, Config, Packing
 from infscan.corpus.packing import pack_settings
+from infscan.engine import stragglers
+from infscan.engine.attempts import NotMadeError
 from infscan.engine.cluster import connect
 from infscan.engine.executor import Executor
 from infscan.engine.lease import LEASE, Lease
+from infscan.engine.node_share import NodeShare
 from infscan.engine.worker_group import WorkerGroup
-from infscan.errors import FactorsError, InfscanError, RunError
+from infscan.errors import DamagedError, FactorsError, InfscanError, RunError, StorageError
 from infscan.model.worker import Batch, ModelWorker
 from infscan.pipeline import answer
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import factors as fit
+from infscan.steps import queries
 from infscan.steps.scan import ScanTask
 from infscan.storage import Store
 from tests.chaos.conftest import Trouble
@@ -136,6 +141,98 @@ def test_a_lost_rank_costs_one_more_attempt(
     assert_same_answer(config, twin)
     assert_counts_add_up(config)
     assert read_summary(config.output)["workers"]["rebuilds"] >= 1
+
+
+def test_a_rank_that_is_late_is_not_waited_for(
+    twin: Config, tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still, and nothing takes it for dead: its shard goes to the other worker, and counts once."""
+    monkeypatch.setattr(stragglers, "LATE_S", 1.0)
+    config = disturbed(twin, tmp_path, "cluster.heartbeat_timeout_s=3000", "cluster.deadline_s=3000")
+    trouble.signal = signal.SIGSTOP
+    answer(config)
+    assert trouble.victim is not None
+    assert len(trouble.handed_out) == SHARDS
+    assert trouble.handed_out.total() == SHARDS + 1
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
+    workers = read_summary(config.output)["workers"]
+    assert (workers["rebuilds"], workers["reissued"]) == (0, 1)
+
+
+# --- what the ranks of a node read together ------------------------------------------------------------------------
+
+
+def here() -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+def test_a_node_makes_what_its_ranks_read_once(tmp_path: Path) -> None:
+    def layers(count: int) -> Iterator[tuple[int, np.ndarray]]:
+        with (tmp_path / "made").open("a") as marks:
+            marks.write("x")
+        for number in range(count):
+            yield number, np.full(3, number)
+
+    for pieces in (1, 4):
+        share = NodeShare(layers, (pieces,), pieces)
+        for _ in range(3):
+            assert [(number, array.tolist()) for number, array in share.on(here()).read()] == [
+                (number, [number] * 3) for number in range(pieces)
+            ]
+    assert (tmp_path / "made").read_text() == "xx"
+
+
+def test_what_a_node_could_not_make_says_why_and_is_tried_again(tmp_path: Path) -> None:
+    def busy(kind: str) -> Iterator[int]:
+        yield 1
+        if kind == "storage":
+            error = StorageError("the store is busy")
+            error.transient = True
+            raise error
+        raise DamagedError("queries/batch-0000 is damaged")
+
+    share = NodeShare(busy, ("storage",), 2)
+    for _ in range(5):
+        with pytest.raises(NotMadeError, match="the store is busy") as caught:
+            list(share.on(here()).read())
+        assert caught.value.transient
+        share.failed_on(here(), caught.value)
+    share = NodeShare(busy, ("damage",), 2)
+    with pytest.raises(NotMadeError) as caught:
+        list(share.on(here()).read())
+    with pytest.raises(DamagedError, match="batch-0000 is damaged"):
+        share.failed_on(here(), caught.value)
+    # The store itself was too small, or the process was killed: not for ever.
+    for _ in range(2):
+        share.failed_on(here(), NotMadeError(None, "OutOfMemoryError: the node's memory"))
+    with pytest.raises(RunError, match=r"3 times: OutOfMemoryError: the node's memory. Look at its object store"):
+        share.failed_on(here(), NotMadeError(None, "OutOfMemoryError: the node's memory"))
+
+
+def test_a_query_batch_that_is_damaged_when_ranks_read_it_ends_the_run(
+    twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, and no shard is given up for it; the next run makes it again."""
+    inner = queries.read_spectra
+
+    def then_damaged(store: Store, *rest: Any) -> Any:
+        found = inner(store, *rest)
+        [path] = Path(store.uri, "queries").glob("batch-*")
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+        return found
+
+    config = disturbed(twin, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(queries, "read_spectra", then_damaged)
+        with pytest.raises(DamagedError, match=r"queries/batch-0000\S* is damaged"):
+            answer(config)
+    assert not Store(config.output).names("quarantine")
+    answer(config)
+    assert_same_answer(config, twin)
 
 
 # --- memory that runs out ------------------------------------------------------------------------------------------

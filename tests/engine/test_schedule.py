@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from infscan.engine.schedule import GUILTY_TRIES, LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, Schedule
+from infscan.engine.schedule import GUILTY_TRIES, LOSSES_PER_ATTEMPT, MOST_OOM_RETRIES, SHRINKS_ALL, Schedule
 
 _UNITS = st.lists(st.integers(0, 99), unique=True, max_size=6)
 
@@ -23,10 +23,32 @@ class AnyTrace(RuleBasedStateMachine):
         self.ended: set[int] = set()
         self.ran_out: set[int] = set()
         self.queue = list(units)
+        self.copies, self.tries = (dict.fromkeys(units, 0) for _ in range(2))
+        self.copied: set[int] = set()
+        self.halvings = 0
+        self.did_not_fit: dict[int, set[int]] = {}
 
     @rule()
     def take(self) -> None:
-        assert self.schedule.take() == (self.queue.pop(0) if self.queue else None)
+        unit = self.queue.pop(0) if self.queue else None
+        assert self._take() == unit
+
+    def _take(self) -> int | None:
+        unit = self.schedule.take()
+        if unit is not None:
+            self.tries[unit] += 1
+            self.oom_retries[unit] = max(self.oom_retries[unit], self.halvings)
+        return unit
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data())
+    def take_again(self, data: st.DataObject) -> None:
+        """Another worker tries a unit that is late, too."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        self.schedule.take_again(unit)
+        self.tries[unit] += 1
+        self.copies[unit] += 1
+        self.copied.add(unit)
 
     @precondition(lambda self: self.schedule.running)
     @rule(data=st.data())
@@ -41,7 +63,8 @@ class AnyTrace(RuleBasedStateMachine):
         unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
         self.errors[unit] += 1
         last = self.schedule.fail(unit, f"error {self.errors[unit]}")
-        assert last == (self.errors[unit] == self.max_attempts or self._is_guilty(unit))
+        spent = self.errors[unit] >= self.max_attempts or self._is_guilty(unit)
+        assert last == (spent and not self.copies[unit])
         self._again(unit, last, f"error {self.errors[unit]}")
 
     @precondition(lambda self: self.schedule.running)
@@ -52,9 +75,9 @@ class AnyTrace(RuleBasedStateMachine):
         for _ in range(times):
             self.losses[unit] += 1
             last = self.schedule.lose(unit, f"loss {self.losses[unit]}")
-            assert last == (self.losses[unit] == self.max_attempts * LOSSES_PER_ATTEMPT or self._is_guilty(unit))
-            self._again(unit, last, f"loss {self.losses[unit]}")
-            if last:
+            spent = self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT or self._is_guilty(unit)
+            assert last == (spent and not self.copies[unit])
+            if self._again(unit, last, f"loss {self.losses[unit]}"):
                 return
             self._take_until(unit)
 
@@ -66,8 +89,26 @@ class AnyTrace(RuleBasedStateMachine):
         self.losses[unit] += 1
         self.felled[unit].append(worker)
         last = self.schedule.lose(unit, "killed", worker)
-        assert last == (self._is_guilty(unit) or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT)
+        spent = self._is_guilty(unit) or self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
+        assert last == (spent and not self.copies[unit])
         self._again(unit, last, "killed")
+
+    @precondition(lambda self: self.schedule.running)
+    @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        """What the attempt failed of was not the unit's."""
+        unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
+        self.schedule.put_back(unit)
+        self._again(unit, False, "")
+
+    @rule(worker=st.integers(0, 2))
+    def acquit(self, worker: int) -> None:
+        """The worker is found to be sick: nothing that failed under it counts on a unit that is still to be done."""
+        self.schedule.acquit(worker)
+        for unit, workers in self.felled.items():
+            self.losses[unit] -= workers.count(worker)
+            self.felled[unit] = [one for one in workers if one != worker]
+        self.copied |= set(self.units)
 
     def _is_guilty(self, unit: int) -> bool:
         felled = self.felled[unit]
@@ -80,12 +121,14 @@ class AnyTrace(RuleBasedStateMachine):
         unit = data.draw(st.sampled_from(sorted(self.schedule.running)))
         for _ in range(times):
             last = self.schedule.retry_smaller(unit, "memory")
-            assert last == (self.oom_retries[unit] == MOST_OOM_RETRIES)
-            self._again(unit, last, "memory")
-            if last:
+            spent = self.oom_retries[unit] == MOST_OOM_RETRIES
+            assert last == (spent and not self.copies[unit])
+            if spent:
                 self.ran_out.add(unit)
+            else:
+                self._halved(unit)
+            if self._again(unit, last, "memory"):
                 return
-            self.oom_retries[unit] += 1
             self._take_until(unit)
 
     @precondition(lambda self: self.units)
@@ -95,19 +138,33 @@ class AnyTrace(RuleBasedStateMachine):
         unit = data.draw(st.sampled_from(self.units))
         halved = self.schedule.allow_smaller(unit)
         assert halved == (unit not in self.ended and self.oom_retries[unit] < MOST_OOM_RETRIES)
-        self.oom_retries[unit] += halved
+        if halved:
+            self._halved(unit)
 
-    def _take_until(self, unit: int) -> None:
-        while self.schedule.take() != unit:
-            pass
-        self.queue.clear()
+    def _halved(self, unit: int) -> None:
+        """Once several units did not fit at one size, all go out at the next."""
+        self.oom_retries[unit] += 1
+        size = self.oom_retries[unit]
+        self.did_not_fit.setdefault(size, set()).add(unit)
+        if len(self.did_not_fit[size]) >= SHRINKS_ALL:
+            self.halvings = max(self.halvings, size)
 
-    def _again(self, unit: int, last: bool, reason: str) -> None:
+    def _again(self, unit: int, last: bool, reason: str) -> bool:
+        """Returns whether the unit has ended; else another is at it still, or it waits."""
         if last:
             self.ended.add(unit)
             assert self.schedule.given_up[unit] == reason
+            return True
+        if self.copies[unit]:
+            self.copies[unit] -= 1
         else:
             self.queue.append(unit)
+        return False
+
+    def _take_until(self, unit: int) -> None:
+        while unit not in self.schedule.running:
+            taken = self._take()
+            assert taken == self.queue.pop(0)
 
     @invariant()
     def every_unit_is_in_exactly_one_place(self) -> None:
@@ -131,7 +188,10 @@ class AnyTrace(RuleBasedStateMachine):
                 or unit in self.ran_out
                 or self._is_guilty(unit)
             )
-            assert (unit in self.schedule.given_up) == spent
+            # Where two were at it, the one that is left may still succeed.
+            if unit not in self.copied:
+                assert (unit in self.schedule.given_up) == spent
+            assert self.schedule.attempt(unit) == self.tries[unit]
             assert self.schedule.oom_retries.get(unit, 0) == self.oom_retries[unit]
 
     @invariant()
@@ -142,7 +202,8 @@ class AnyTrace(RuleBasedStateMachine):
         """From anywhere, attempts that all fail come to an end, and every unit is done or given up."""
         if not hasattr(self, "schedule"):
             return
-        for _ in range(len(self.units) * self.max_attempts + len(self.schedule.running)):
+        attempts = sum(self.copies.values()) + len(self.units) * self.max_attempts + len(self.schedule.running)
+        for _ in range(attempts):
             while self.schedule.take() is not None:
                 pass
             for unit in sorted(self.schedule.running):

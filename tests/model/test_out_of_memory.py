@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infscan.model.out_of_memory import RankMemoryError, is_out_of_memory
+from infscan.model.out_of_memory import RankMemoryError, foreign_bytes, is_out_of_memory
 from infscan.model.worker import ModelWorker
 from tests.model.test_worker import content, sequences
 from tests.steps.builders import as_rank
@@ -71,6 +71,40 @@ def test_k_oom_retries_deal_as_a_2_to_the_k_th_of_the_tokens_does(
 
     assert dealt(oom_retries, tokens) == dealt(0, max(1, tokens >> oom_retries))
     assert all(len(rows) <= 1 for batches in dealt(7, tokens) for rows, _, _ in batches)
+
+
+NOT_ALWAYS_MEMORY = [
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED, when calling `cusolverDnCreate(handle)`",
+    "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+]
+
+
+@pytest.mark.parametrize("said", NOT_ALWAYS_MEMORY, ids=lambda said: said[:20])
+def test_what_libraries_say_without_room_is_memory_on_a_full_device(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another, or where it does not answer, it is what it may be."""
+    error = RuntimeError(said)
+    assert not is_out_of_memory(error, "cpu")
+    for free, full in ((100 << 20, True), (20 << 30, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
+        assert is_out_of_memory(error, "cuda:0") == full
+
+    def dead(device: str) -> NoReturn:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", dead)
+    assert not is_out_of_memory(error, "cuda:0")
+    assert foreign_bytes("cuda:0") == 0
+
+
+def test_what_others_hold_of_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
+    for free, foreign in ((58 << 30, 0), (10 << 30, 50 << 30)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
+        assert foreign_bytes("cuda:0") == foreign
+    error = RankMemoryError("CUDA out of memory", 1, 512, 50 << 30)
+    assert str(error).endswith("CUDA out of memory; other processes hold 50.0 GiB of the GPU")
+    assert pickle.loads(pickle.dumps(error)).foreign == 50 << 30
 
 
 def test_what_did_not_fit_is_said(rank: ModelWorker) -> None:
