@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import sdpa_attention
 
 from infscan.errors import ModelError
 
@@ -52,6 +54,29 @@ def document_numbers(position_ids: Tensor) -> Tensor:
     """
     begins = torch.diff(position_ids, dim=-1, prepend=position_ids[:, :1] - 1) != 1
     return begins.cumsum(dim=-1)
+
+
+def repeat_grouped_heads() -> None:
+    """From here on, transformers repeats keys and values of grouped heads where a GPU's fused attention does not share
+    them: in float32 and wider, where torch would take the way that keeps [T, T] for every head until the backward pass.
+
+    For the whole process: blocks that are checkpointed are run again in the backward pass, out of any context.
+    """
+    before = sdpa_attention.use_gqa_in_sdpa
+    if getattr(before, "narrow_alone", False):
+        return
+
+    @wraps(before)
+    def use_gqa_in_sdpa(attention_mask: Tensor | None, key: Tensor, *rest: Tensor) -> bool:
+        return fused_shares_heads(key) and before(attention_mask, key, *rest)
+
+    use_gqa_in_sdpa.narrow_alone = True  # type: ignore[attr-defined]
+    sdpa_attention.use_gqa_in_sdpa = use_gqa_in_sdpa
+
+
+def fused_shares_heads(key: Tensor) -> bool:
+    """Whether a fused kernel of the key's device takes grouped heads in its dtype."""
+    return not key.is_cuda or key.dtype.itemsize <= 2
 
 
 def _one_document(position_ids: Tensor) -> None:

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
 from infscan.model.architecture import load_config, weight_files
+from infscan.model.attention import repeat_grouped_heads
 from infscan.model.checkpoint import Checkpoint
 from infscan.model.experts import run_by_expert
 from infscan.model.family import (
@@ -76,6 +77,9 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
         _detach_from_file(module)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, context, dtype, size, size)
+    loaded.on_gpu = context.device.startswith("cuda")
+    if loaded.on_gpu:
+        repeat_grouped_heads()
     run_by_expert(loaded.module)
     if not on_meta:
         loaded.head_is_last = head_is_last(loaded.module, context.device)

@@ -22,10 +22,12 @@ from infscan.influence import layout
 from infscan.influence.compress import Compressed, compress, compress_weighted
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
+    ON_CPU,
     Array,
     Basis,
     Factored,
     LayoutPlan,
+    Prices,
     QueryBatch,
     SharedBasis,
     StoredQueries,
@@ -34,6 +36,7 @@ from infscan.influence.layout import (
     basis_to_arrays,
     lay_out,
     plan_layouts,
+    prices_on,
     query_weights,
     shared_basis_pays,
     stored_dense,
@@ -93,13 +96,15 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
     )
     run.store.write(MEASURED, measured_jsonl(run.queries))
     stored, auto = read_query_batch(run.store, _compress(run, factors, key)), config.scan.rank == "auto"
+    T = run.architecture.sequence_length(config.corpus.sequence_length)
     plan = plan_layouts(
         stored.spectra,
         inputs.layers,
-        run.architecture.sequence_length(config.corpus.sequence_length),
+        T,
         config.query_group_bytes // inputs.query_dtype.itemsize,
         config.scan.energy if auto else None,
         share=auto,
+        prices=prices_on(inputs.device, config.tokens_per_batch // T),
     )
     batch = lay_out(stored.batch, plan)
     if plan.candidates:
@@ -170,6 +175,7 @@ def _shared_bases(
             tokens=plan.tokens,
             entries=plan.candidates[layer.name],
             fingerprint=key,
+            prices=plan.prices,
         )
 
     step = Step(
@@ -271,6 +277,7 @@ class SharedBasisTask:
     tokens: int  # T of a sequence, which settles what is cheaper
     entries: int  # that the cores may have, or the dense matrices instead
     fingerprint: str
+    prices: Prices = ON_CPU
 
 
 def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: QueryBatch) -> Basis | None:
@@ -287,9 +294,9 @@ def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: QueryBa
     factors = known[0] if known and task.compression is Compression.weighted else None
     weights = worker.to_device(task.weights)
     found = shared_basis(
-        U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens * layer.share, task.entries
+        U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens * layer.share, task.entries, task.prices
     )
-    if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries):
+    if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries, task.prices):
         found = None
     write_tensors(task.store, task.name, basis_to_arrays(found), {"fingerprint": task.fingerprint})
     return found.basis if found else (0, 0)

@@ -1,4 +1,4 @@
-"""How often the host waits for its device, told on a CPU: by the operations that would wait if tensors were on a GPU."""
+"""How often the host would wait for a GPU, told on a CPU: by the operations that bring something back to it."""
 
 from __future__ import annotations
 
