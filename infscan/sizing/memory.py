@@ -31,6 +31,7 @@ from infscan.influence.score import LayerQueries, Scratch, formed_at_once
 from infscan.model.architecture import Architecture, load_config
 from infscan.model.family import first_line
 from infscan.model.folder import model_folder
+from infscan.model.gathered import GatherLimits
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
@@ -117,8 +118,7 @@ class DryWorker:
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.config.sharded:
             return sum(sizes) * self.itemsize + buffers
-        zero = self.config.model.zero
-        gathered = min(sum(sizes), max(zero.max_live_parameters, *sizes) + zero.prefetch_bucket_size)
+        gathered = min(sum(sizes), GatherLimits.of(self.config.model.zero, module).most(max(sizes)))
         return (-(-sum(sizes) // self.world) + gathered) * self.itemsize + buffers
 
     def batch(self, *, masked: bool = False) -> Batch:

@@ -25,7 +25,8 @@ from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.influence.shard_rows import shard_rows
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import check_scores, scores_path, write_scores

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from infscan.influence import shard_rows as choosing
 from infscan.influence import topk_tracker
 from infscan.influence.topk import SIDES, Threshold, best_rows, strength
 from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
@@ -16,7 +17,7 @@ SCORES = st.sampled_from([-3.0, -2.0, -1.0, -0.5, 0.0, -0.0, 0.5, 1.0, 2.0, 3.0,
 
 
 def shard_rows(scores_nq: NDArray[np.float32], *rest: object) -> ScoredRows:
-    return topk_tracker.shard_rows(torch.from_numpy(scores_nq), *rest)  # type: ignore[arg-type]
+    return choosing.shard_rows(torch.from_numpy(scores_nq), *rest)  # type: ignore[arg-type]
 
 
 def rows(side: int, scores: list[float], ids: list[int]) -> ScoredRows:
@@ -53,7 +54,7 @@ def test_any_arrival_of_shards_gives_the_plain_sort_of_everything(data: st.DataO
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk_tracker, "_AT_ONCE", at_once)
-        patch.setattr(topk_tracker, "_CHOSEN_ENTRIES", entries)
+        patch.setattr(choosing, "_AT_ONCE", entries)
         tracker = TopKTracker(queries, sides, capacity)
         moments = arrive(tracker, data, scores_nq, ids, shard_of, [*order, *repeated], sides, capacity)
     best = tracker.best()

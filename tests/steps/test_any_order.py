@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.engine.schedule import Schedule
+from infscan.influence.shard_rows import shard_rows
 from infscan.influence.topk import SIDES, best_rows
-from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 
 QUERIES, SHARD, CAPACITY = 2, 4, 3
 
