@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -291,12 +292,12 @@ def _fill(module: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> Non
         ModelError: where a tensor has no place, a place has no tensor, or shapes differ.
     """
     # By each of its names: a parameter that is tied has several.
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    places = parameters | buffers
+    places: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    places |= dict(module.named_buffers(remove_duplicate=False))
+    _widen(module, places)
     filled: set[int] = set()
     for name, tensor in checkpoint.tensors():
-        place: Any = places[name]
+        place = places[name]
         shape = tuple(getattr(place, "ds_shape", place.shape))
         if shape != tuple(tensor.shape):
             raise ModelError(
@@ -310,6 +311,21 @@ def _fill(module: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> Non
         filled.add(id(place))
     names = {name for name, place in places.items() if id(place) in filled}
     _refuse_incomplete(checkpoint.folder, *checkpoint.refusable(names))
+    # Tables of angles, made in the model's dtype, are rounded to it: they are made again, as `from_pretrained` does.
+    for name in names:
+        places[name]._is_hf_initialized = True
+    module.initialize_weights()
+
+
+def _widen(module: PreTrainedModel, places: Mapping[str, Any]) -> None:
+    """What a family keeps in float32 whatever its dtype; a partitioned parameter is in the dtype it was made in."""
+    kept = module._keep_in_fp32_modules_strict
+    if not kept:
+        return
+    pattern = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in kept))
+    for name, place in places.items():
+        if pattern.search(name) and not hasattr(place, "ds_tensor") and place.dtype.itemsize < 4:
+            place.data = place.data.float()
 
 
 def _fill_shard(parameter: Any, tensor: Tensor, rank: int) -> None:
