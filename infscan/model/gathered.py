@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,9 +25,8 @@ class GatherLimits:
     block: int = 0
 
     @staticmethod
-    def of(settings: ZeroConfig, module: nn.Module) -> GatherLimits:
-        """What is not given follows from the model."""
-        block = max((size_of(each) for each in blocks(module)), default=0)
+    def of(settings: ZeroConfig, block: int) -> GatherLimits:
+        """What is not given follows from the model's largest block."""
         live, ahead = settings.max_live_parameters, settings.prefetch_bucket_size
         return GatherLimits(
             max(_LEAST_LIVE, _BLOCKS * block) if live is None else live,
@@ -54,7 +52,6 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def size_of(module: nn.Module) -> int:
-    """Its parameters' entries, of partitioned ones as they were."""
-    sizes: list[Any] = [getattr(each, "ds_numel", each.numel()) for each in module.parameters()]
-    return sum(sizes)
+def largest_block(module: nn.Module) -> int:
+    """The parameters of a model's largest block; 0 where it has none that transformers calls so."""
+    return max((sum(each.numel() for each in block.parameters()) for block in blocks(module)), default=0)

@@ -31,7 +31,7 @@ from infscan.model.family import (
     with_attention,
 )
 from infscan.model.folder import model_folder
-from infscan.model.gathered import GatherLimits, blocks
+from infscan.model.gathered import GatherLimits, blocks, largest_block
 from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import head_is_last
 from infscan.storage import scratch_file
@@ -211,7 +211,7 @@ def _load_zero3(
     """Each rank reads its own slice of every parameter from the memory-mapped checkpoint, so none holds it whole."""
     deepspeed = _start_group(context)
     config, checkpoint = _as_stored(folder, config, dtype)
-    gathered = GatherLimits.of(settings.zero, checkpoint.module)
+    gathered = GatherLimits.of(settings.zero, largest_block(checkpoint.module))
     zero = zero_config(settings, context.device, gathered)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}

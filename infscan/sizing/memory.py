@@ -94,7 +94,7 @@ class DryWorker:
     """
 
     def __init__(self, config: Config, architecture: Architecture, T: int, gpus: float) -> None:
-        self.config, self.layers = config, architecture.layers
+        self.config, self.layers, self.block = config, architecture.layers, architecture.block
         self.device = "cuda" if gpus else "cpu"
         dtype = run_dtype(config, architecture, gpus)
         # Two bytes are two bytes.
@@ -118,7 +118,8 @@ class DryWorker:
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.config.sharded:
             return sum(sizes) * self.itemsize + buffers
-        gathered = min(sum(sizes), GatherLimits.of(self.config.model.zero, module).most(max(sizes)))
+        limits = GatherLimits.of(self.config.model.zero, self.block)
+        gathered = min(sum(sizes), limits.most(max(sizes)))
         return (-(-sum(sizes) // self.world) + gathered) * self.itemsize + buffers
 
     def batch(self, *, masked: bool = False) -> Batch:
