@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -21,16 +22,23 @@ LACKING = (
     *("pytest", "hypothesis", "rich", "psutil", "datasketch", "duckdb", "polars", "pandas", "scipy"),
 )
 # They are not found, as where they were never installed.
-WITHOUT = f"""
+NOT_FOUND = f"""
 import runpy, sys
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec
 lacking = {set(LACKING)!r}
 PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: (
     None if name.partition(".")[0] in lacking else found(name, path, target)))
+"""
+WITHOUT = f"""{NOT_FOUND}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# What computes and what the steps are: all of it, not what the kit happens to go through.
+PACKAGES = ("influence", "model", "corpus", "results", "storage", "sizing", "steps", "config", "queries")
+# These take what a person types, with Hydra, or print for one.
+FOR_PEOPLE = {f"infscan.config.{name}" for name in ("arguments", "commands", "compose", "sweep")}
+FOR_PEOPLE |= {"infscan.sizing.show"}
 
 
 def verify(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,12 +56,29 @@ def test_the_kit_runs_on_a_cpu_without_what_a_gpu_image_lacks(tmp_path: Path) ->
     assert all(check["ok"] for check in found["checks"])
     assert len(found["checks"]) > 25
     assert [one["queries"] for one in found["scan"]] == [10, 256, 1000]
+    assert {one["host_waits"] for kind in ("floors", "scan", "fit") for one in found[kind]} == {0}
+    assert found["targets"]["host waits in a micro-batch"] == {"target": 0, "measured": 0, "met": True}
     # What it measured is what a plan reads.
     read = calibration(str(tmp_path / "out"))
     assert read.rates == calibration(str(tmp_path / "out/verify.json")).rates
     assert read.rates.model["float32"] == found["floors"][0]["flops"]
     assert found["logra"][0]["hours"] > 0
     assert None not in found["logra"][0]["parts"].values()
+
+
+def test_the_mathematics_and_the_steps_import_without_what_a_gpu_image_lacks() -> None:
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "infscan").rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in paths if path.parts[1] in PACKAGES}
+    assert len(names) > 100
+    code = f"{NOT_FOUND}import importlib\nfor name in {sorted(names - FOR_PEOPLE)!r}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_it_is_python_that_3_12_reads() -> None:
+    for folder in ("infscan", "tests/gpu", "tests/steps"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=(3, 12))
 
 
 def test_what_no_longer_fits_the_budget_is_skipped_and_said(tmp_path: Path) -> None:

@@ -133,12 +133,13 @@ class ZeroConfig:
     """The limits of ZeRO-3, in parameters. DeepSpeed's own defaults (1e9) would keep a model under 1B gathered
     whole."""
 
-    max_live_parameters: int = 30_000_000
-    """Parameters that a rank may hold gathered at once."""
+    max_live_parameters: int | None = None
+    """Parameters that a rank may hold gathered at once; null is three of the model's blocks, or 30 million where that
+    is more. From one block on, a block's parameters are gathered together."""
     max_reuse_distance: int = 0
     """A parameter that is used again within this many parameters stays gathered."""
-    prefetch_bucket_size: int = 10_000_000
-    """Parameters that are gathered ahead of their use."""
+    prefetch_bucket_size: int | None = None
+    """Parameters that are gathered ahead of their use; null is one block, or 10 million where that is more."""
     param_persistence_threshold: int = 10_000
     """Smaller parameters are never partitioned."""
     offload: Offload = Offload.none

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from functools import cache
 
@@ -13,6 +15,8 @@ from torch.nn.functional import pad
 from infscan.errors import FactorsError
 from infscan.influence.blocks import BlockDiagonal
 
+log = logging.getLogger("infscan")
+
 # Entries of rotated gradients held at once in the Lambda pass: on a GPU, which wants few and large kernels (float32:
 # 256 MiB), and on a CPU, whose cache is to keep them (4 MiB).
 _CHUNK_ENTRIES, _CACHED_ENTRIES = 1 << 26, 1 << 20
@@ -22,6 +26,8 @@ _CHUNK_ENTRIES, _CACHED_ENTRIES = 1 << 26, 1 << 20
 _WIDEST_32 = 32766
 # Bytes that decomposing an n x n matrix holds at most, in n^2: measured (float32 in, float64 inside).
 BYTES_PER_ENTRY = 41
+# |A Q - Q values| over |A|, and Q's norm: what float64 may leave of a matrix of some ten thousands.
+_RESIDUAL = 1e-9
 # From this width on, one thread takes minutes. As many on every machine: a layer's bits are not to depend on it.
 _WIDE, _THREADS = 8192, 8
 
@@ -30,13 +36,13 @@ def eigenbasis(moment: BlockDiagonal, name: str, device: str = "cpu") -> tuple[T
     """Eigenvalues [n] (ascending in each block) and eigenvectors [n, n] (columns) of a second moment, block by block.
 
     Symmetrised, decomposed in float64, returned in the dtype given, on the CPU: one block at a time is held in float64.
-    device: where it is decomposed; a GPU whose memory a block does not fit leaves it to the CPU.
+    device: where it is decomposed; a block that a GPU has no room for, or decomposes wrongly, is left to the CPU.
 
     Raises:
         FactorsError: where an entry is NaN or infinite; `name` says which factor of which layer.
     """
     check_finite(moment.blocks, name)
-    values, vectors = zip(*(_eigh(block, device) for block in moment.blocks), strict=True)
+    values, vectors = zip(*(_eigh(block, device, name) for block in moment.blocks), strict=True)
     return torch.cat(values), BlockDiagonal(vectors)
 
 
@@ -72,28 +78,59 @@ def check_finite(tensors: Iterable[Tensor], name: str) -> None:
         )
 
 
-def _eigh(block_kk: Tensor, device: str) -> tuple[Tensor, Tensor]:
+def _eigh(block_kk: Tensor, device: str, name: str) -> tuple[Tensor, Tensor]:
+    dtype = block_kk.dtype
     if device != "cpu":
         try:
-            return _decomposed(_on_device(block_kk, device))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return _decomposed(block_kk.cpu())
+            found = decomposed_on(device, block_kk)
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+            log.warning("%s is decomposed on the CPU: %s", name, str(error).partition("\n")[0])
+        else:
+            return found[0].to("cpu", dtype), found[1].to("cpu", dtype)
+        # Out of the handler: the traceback, whose frames held the matrix, is gone.
+        torch.cuda.empty_cache()
+    values, vectors = _decomposed(_symmetric(block_kk.cpu()))
+    return values.to(dtype), vectors.to(dtype)
 
 
-def _on_device(block_kk: Tensor, device: str) -> Tensor:
+def decomposed_on(device: str, block_kk: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors in float64, on the device, and held against the matrix there: 2 n^3 more.
+
+    Raises:
+        torch.OutOfMemoryError: where the device has no room.
+        torch.linalg.LinAlgError: where its solver finds none, has no room of its own, or finds something else.
+    """
+    A_kk = _symmetric(_to(block_kk, device))
+    try:
+        values_k, Q_kk = _decomposed(A_kk)
+    except RuntimeError as error:
+        if "cusolver" not in str(error).lower():
+            raise
+        raise torch.linalg.LinAlgError(str(error)) from None
+    wrong = float((A_kk @ Q_kk).sub_(Q_kk * values_k).norm() / A_kk.norm().clamp_min(torch.finfo(A_kk.dtype).tiny))
+    stretched = abs(float(Q_kk.norm()) / math.sqrt(len(Q_kk)) - 1)
+    # What is not a number is within no limit.
+    if not max(wrong, stretched) <= _RESIDUAL:
+        raise torch.linalg.LinAlgError(f"the device's eigenvectors miss the matrix by {max(wrong, stretched):.1e}")
+    return values_k, Q_kk
+
+
+def _to(block_kk: Tensor, device: str) -> Tensor:
     return block_kk.to(device)
 
 
-def _decomposed(block_kk: Tensor) -> tuple[Tensor, Tensor]:
+def _symmetric(block_kk: Tensor) -> Tensor:
     wide = block_kk.to(torch.float64)
-    symmetric = (wide + wide.T) / 2
-    if symmetric.is_cpu and len(symmetric) > _WIDEST_32:
-        del wide
-        values, vectors = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
-    else:
-        values, vectors = torch.linalg.eigh(symmetric)
-    return values.to("cpu", block_kk.dtype), vectors.to("cpu", block_kk.dtype)
+    return (wide + wide.T).div_(2)
+
+
+def _decomposed(A_kk: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a GPU's matrix by cusolver, which counts in 64 bits, as torch calls it."""
+    if A_kk.is_cpu and len(A_kk) > _WIDEST_32:
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(A_kk.numpy()))
+        return values, vectors
+    found = torch.linalg.eigh(A_kk)
+    return found[0], found[1]
 
 
 @cache

@@ -26,9 +26,33 @@ Basis = tuple[int, int]  # (m, n) of a shared basis; m = O or n = I: the side ha
 Array = NDArray[Any]
 A = TypeVar("A", Array, Tensor)
 
-# A multiply-add of a matrix formed for every sequence takes as long as so many of one long product over all tokens
-# (measured on CPU, d = 256 to 1,024: 1.0 to 1.3 for 10 queries and T of 256 or more, 1.4 to 1.9 for 100 or T = 64).
-_FORMED = 1.4
+
+@dataclass(frozen=True)
+class Prices:
+    """What a matrix that is formed for every sequence takes beside one long product over all tokens.
+
+    formed: how often each of its multiply-adds counts. moved: multiply-adds in the time that a device's memory takes
+    for one entry, which is written, read, and met by one of every query's, read once for so many `sequences`.
+    """
+
+    formed: float = 1.0
+    moved: float = 0.0
+    sequences: int = 1
+
+    def of_entry(self, Q: int, T: float) -> float:
+        """Multiply-adds per token and entry of the matrix, T tokens to a sequence."""
+        return self.formed * (1 + Q / T) + self.moved * (2 + Q / self.sequences) / T
+
+
+# Measured on CPU, d = 256 to 1,024: 1.0 to 1.3 for 10 queries and T of 256 or more, 1.4 to 1.9 for 100 or T = 64.
+ON_CPU = Prices(1.4)
+# bfloat16 on an H100 by its data sheet: 0.6 of 989 TFLOP/s against 3.35 TB/s.
+_MOVED = 2 * 0.6 * 989e12 / 2 / 3.35e12
+
+
+def prices_on(device: str, sequences: int) -> Prices:
+    """On a device, with micro-batches of so many sequences."""
+    return ON_CPU if device == "cpu" else Prices(1.0, _MOVED, max(1, sequences))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,25 +176,19 @@ def basis_from_arrays(arrays: Mapping[str, A]) -> SharedBasis[A] | None:
 
 
 def multiply_adds(
-    O: int, I: int, T: float, Q: int, columns: int, basis: Basis | None = None, formed: float = 1.0
+    O: int, I: int, T: float, Q: int, columns: int, basis: Basis | None = None, prices: Prices = Prices()
 ) -> dict[Way, float]:
     """Multiply-adds per token by the way of scoring (`score_layer`).
 
     T: tokens of a sequence that reach the layer. columns: of all queries together. basis: the shared basis's size, if
-    there is one.
-    formed: how often a multiply-add counts where a matrix is formed for every sequence.
+    there is one. prices: 1 and nothing else, unless they are to be weighted by the time that each kind takes.
     """
-    by_matrix = formed * (1 + Q / T)
+    by_matrix = prices.of_entry(Q, T)
     found: dict[Way, float] = {"factored": float(columns * (O + I)), "dense": O * I * by_matrix}
     if basis:
         m, n = basis
         found["shared_basis"] = (m * O if m < O else 0) + (n * I if n < I else 0) + m * n * by_matrix
     return found
-
-
-def weighted_cost(O: int, I: int, T: float, Q: int, columns: int, basis: Basis | None = None) -> dict[Way, float]:
-    """`multiply_adds`, weighted by the time that each kind takes as measured."""
-    return multiply_adds(O, I, T, Q, columns, basis, _FORMED)
 
 
 def cheapest(costs: Mapping[Way, float]) -> Way:
@@ -191,21 +209,23 @@ def smallest_bases(layer: Layer, ranks: Sequence[int]) -> list[Basis]:
 
 
 def shared_basis_pays(
-    layer: Layer, ranks: Sequence[int], tokens: int, basis: Basis, entries: int | None = None
+    layer: Layer, ranks: Sequence[int], tokens: int, basis: Basis, entries: int | None = None, prices: Prices = ON_CPU
 ) -> bool:
     """Whether a basis is cheaper than columns, and than dense matrices unless these have more than so many entries."""
-    costs = weighted_cost(layer.outputs, layer.inputs, tokens * layer.share, len(ranks), sum(ranks), basis)
+    costs = multiply_adds(layer.outputs, layer.inputs, tokens * layer.share, len(ranks), sum(ranks), basis, prices)
     if entries is not None and len(ranks) * layer.size > entries:
         del costs["dense"]
     return cheapest(costs) == "shared_basis"
 
 
-def largest_basis(layer: Layer, ranks: Sequence[int], tokens: int, entries: int) -> Basis | None:
+def largest_basis(
+    layer: Layer, ranks: Sequence[int], tokens: int, entries: int, prices: Prices = ON_CPU
+) -> Basis | None:
     """The largest (O, n) that pays and whose cores fit the budget; None if dense matrices fit it, or no basis does."""
     O, Q = layer.outputs, len(ranks)
     if Q * layer.size <= entries:
         return None
-    costs = weighted_cost(O, layer.inputs, tokens * layer.share, Q, sum(ranks), (O, 1))
+    costs = multiply_adds(O, layer.inputs, tokens * layer.share, Q, sum(ranks), (O, 1), prices)
     n = min(entries // (Q * O), int(costs["factored"] // costs["shared_basis"]))
     return (O, n) if n else None
 
@@ -253,6 +273,7 @@ class LayoutPlan:
 
     layers: tuple[Layer, ...]
     tokens: int  # T of a sequence
+    prices: Prices
     entries: int  # that dense matrices and cores together may have; what is stored dense is not counted
     ranks: Mapping[str, tuple[int, ...]]  # of the factored layers, by name: the columns that each query keeps
     candidates: Mapping[str, int]  # layers where a shared basis may pay, and the entries that its cores may have
@@ -264,13 +285,13 @@ class LayoutPlan:
 
     def with_bases(self, bases: Mapping[str, Basis]) -> LayoutPlan:
         """The plan once shared bases are found: those layers take them, and the others share what is left."""
-        return _choose(self.layers, self.tokens, self.entries, self.ranks, self.candidates, bases)
+        return _choose(self.layers, self.tokens, self.prices, self.entries, self.ranks, self.candidates, bases)
 
     def with_largest_bases(self) -> LayoutPlan:
         """The worst case before any basis is found: every candidate's is as large as it may be."""
         by_name = {layer.name: layer for layer in self.layers}
         found = {
-            name: largest_basis(by_name[name], self.ranks[name], self.tokens, entries)
+            name: largest_basis(by_name[name], self.ranks[name], self.tokens, entries, self.prices)
             for name, entries in self.candidates.items()
         }
         return self.with_bases({name: basis for name, basis in found.items() if basis})
@@ -284,29 +305,32 @@ def plan_layouts(
     energy: float | None = None,
     *,
     share: bool = False,
+    prices: Prices = ON_CPU,
 ) -> LayoutPlan:
     """Give every layer its way: the cheapest one that the budget allows, layer by layer.
 
     spectra: of the factored layers; the others are stored dense and stay it. tokens: T of a sequence. entries: the
     budget. energy: of every query's squares, what it keeps; None: the stored rank everywhere. share: name the layers
-    where a shared basis may pay, for `LayoutPlan.with_bases`.
+    where a shared basis may pay, for `LayoutPlan.with_bases`. prices: of the device that scores.
     """
     factored = [layer for layer in layers if layer.name in spectra]
     ranks: Mapping[str, tuple[int, ...]] = {layer.name: spectra[layer.name].ranks for layer in factored}
     if energy is not None:
         ranks = allocate_ranks(spectra, factored, energy)
-    candidates = _candidates(factored, ranks, tokens, entries) if share else {}
-    return _choose(tuple(layers), tokens, entries, ranks, candidates, {})
+    candidates = _candidates(factored, ranks, tokens, entries, prices) if share else {}
+    return _choose(tuple(layers), tokens, prices, entries, ranks, candidates, {})
 
 
 def _candidates(
-    factored: Sequence[Layer], ranks: Mapping[str, tuple[int, ...]], tokens: int, entries: int
+    factored: Sequence[Layer], ranks: Mapping[str, tuple[int, ...]], tokens: int, entries: int, prices: Prices
 ) -> dict[str, int]:
     budgets = entry_budget(factored, entries)
 
     def may_pay(layer: Layer) -> bool:
         mine = ranks[layer.name]
-        return any(shared_basis_pays(layer, mine, tokens, basis) for basis in smallest_bases(layer, mine))
+        return any(
+            shared_basis_pays(layer, mine, tokens, basis, prices=prices) for basis in smallest_bases(layer, mine)
+        )
 
     return {layer.name: budgets[layer.name] for layer in factored if may_pay(layer)}
 
@@ -314,6 +338,7 @@ def _candidates(
 def _choose(
     layers: tuple[Layer, ...],
     tokens: int,
+    prices: Prices,
     entries: int,
     ranks: Mapping[str, tuple[int, ...]],
     candidates: Mapping[str, int],
@@ -328,7 +353,8 @@ def _choose(
         if ways[name] != "factored":
             continue
         columns = sum(ranks[name])
-        costs = weighted_cost(layer.outputs, layer.inputs, tokens * layer.share, len(ranks[name]), columns)
+        T, Q = tokens * layer.share, len(ranks[name])
+        costs = multiply_adds(layer.outputs, layer.inputs, T, Q, columns, prices=prices)
         if costs["factored"] <= costs["dense"]:
             continue
         size = len(ranks[name]) * layer.size
@@ -337,7 +363,7 @@ def _choose(
         else:
             over[name] = costs["factored"], costs["dense"]
     times = sum(cost for cost, _ in over.values()) / sum(cost for _, cost in over.values()) if over else 1.0
-    return LayoutPlan(layers, tokens, entries, ranks, candidates, bases, ways, used, tuple(over), times)
+    return LayoutPlan(layers, tokens, prices, entries, ranks, candidates, bases, ways, used, tuple(over), times)
 
 
 def lay_out(batch: QueryBatch, plan: LayoutPlan) -> QueryBatch:

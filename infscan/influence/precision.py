@@ -43,8 +43,7 @@ def multiplying(matmul: Multiply) -> Iterator[None]:
 
 def operand(x: Tensor, total: Tensor) -> Tensor:
     """x as `add_product` takes it: as it is where the device multiplies it into total's dtype, else in that dtype."""
-    kept = x.is_cuda and x.dtype is torch.bfloat16 and total.dtype is torch.float32 and _widens()
-    return x if kept else x.to(total.dtype)
+    return x if _widened(x, total.dtype) else x.to(total.dtype)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -56,6 +55,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, matrix by matrix, [p, q, c] in `dtype`: summed in it where the device can, else cast to it."""
+    if _widened(left, dtype):
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left, right).to(dtype)
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies x into sums of this wider dtype."""
+    return x.is_cuda and x.dtype is torch.bfloat16 and dtype is torch.float32 and _widens()
 
 
 @cache

@@ -14,12 +14,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from infscan.influence.precision import batched_product
 from infscan.influence.routed import Routed
 
 # Columns of one matrix product: enough to keep it busy, few enough that a batch's [tokens, columns] stay small.
 _COLUMNS = 1024
-# Entries of the sequences' own matrices g that are formed at once (float32: 128 MiB), however many sequences there are.
-_FORMED_ENTRIES = 1 << 25
+# Entries of the sequences' own matrices g that are formed at once, however many sequences there are: on a CPU (float32:
+# 128 MiB), and on a GPU (bfloat16: 1 GiB), which reads every query's matrix again for each time.
+_FORMED_ENTRIES, _FORMED_ON_A_GPU = 1 << 25, 1 << 29
+# A GPU's product is cut into squares of the result, and each is one processor's: of fewer squares than this, the sum
+# that makes one is split over several. No part is shorter than the second.
+_SQUARE, _SQUARES, _LEAST_SUMMED = 128, 256, 4096
 
 
 class Scratch:
@@ -187,19 +192,38 @@ def _score_routed(s_mo: Tensor, a_mi: Tensor, queries: LayerQueries, routed: Rou
 def _against(s_btm: Tensor, a_btn: Tensor, K_qmn: Tensor, scratch: Scratch | None = None) -> Tensor:
     """<K_q, sum_t s_t a_t^T>: [B, Q]."""
     K_qx = K_qmn.flatten(1)
-    at_once = formed_at_once(*K_qmn.shape[1:])
+    # Shapes alone stand for a GPU's, but where there is a scratch, which is a CPU's.
+    on_cpu = K_qmn.is_cpu or scratch is not None
+    at_once = formed_at_once(*K_qmn.shape[1:], on_cpu=on_cpu)
     shares = []
     for s_cmt, a_ctn in zip(s_btm.transpose(1, 2).split(at_once), a_btn.split(at_once), strict=True):
         out = None if scratch is None else scratch.take(s_cmt, len(s_cmt), *K_qmn.shape[1:])
         g_cx = torch.bmm(s_cmt, a_ctn, out=out).flatten(1)
         # The other way round it takes half as long again: few rows, few columns and a million products for each entry.
-        shares.append((K_qx @ g_cx.T).T)
+        shares.append(((K_qx @ g_cx.T) if on_cpu else long_product(K_qx, g_cx, splits_of(K_qx, g_cx))).T)
     return torch.cat(shares)
 
 
-def formed_at_once(m: int, n: int) -> int:
+def formed_at_once(m: int, n: int, *, on_cpu: bool) -> int:
     """How many sequences' [m, n] matrices are formed before they are scored."""
-    return max(1, _FORMED_ENTRIES // (m * n))
+    return max(1, (_FORMED_ENTRIES if on_cpu else _FORMED_ON_A_GPU) // (m * n))
+
+
+def long_product(K_qx: Tensor, g_cx: Tensor, splits: int) -> Tensor:
+    """K g^T, [Q, c], float32 or wider: few rows and columns, and a long sum, cut into so many that are added at the
+    end. Views, not copies; `splits` divides x."""
+    wide = _wide(K_qx)
+    K_pqy = K_qx.view(len(K_qx), splits, -1).transpose(0, 1)
+    g_pyc = g_cx.view(len(g_cx), splits, -1).permute(1, 2, 0)
+    return batched_product(K_pqy, g_pyc, wide).sum(dim=0)
+
+
+def splits_of(K_qx: Tensor, g_cx: Tensor) -> int:
+    """Into how many a GPU's sum is cut: a power of two that divides it, until there is work for all processors."""
+    squares = math.prod(-(-len(one) // _SQUARE) for one in (K_qx, g_cx))
+    x = K_qx.shape[1]
+    wanted = min(_SQUARES // squares, x // _LEAST_SUMMED)
+    return math.gcd(x, 1 << (wanted.bit_length() - 1)) if wanted > 1 else 1
 
 
 def _by_query(shares_bx: Tensor, ranks: tuple[int, ...]) -> Tensor:

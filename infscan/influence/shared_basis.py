@@ -11,7 +11,7 @@ from torch import Tensor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.compress import clamped_roots
 from infscan.influence.layers import LayerFactors
-from infscan.influence.layout import SharedBasis, weighted_cost
+from infscan.influence.layout import ON_CPU, Prices, SharedBasis, multiply_adds
 
 # Shares of what may be left out that are left out on the side of outputs, and the rest on that of inputs. Without any a
 # side keeps its own coordinates, and no token is projected.
@@ -27,6 +27,7 @@ def shared_basis(
     kept: float,
     tokens: float,
     entries: int,
+    prices: Prices = ON_CPU,
 ) -> SharedBasis[Tensor] | None:
     """Find the cheapest basis pair that leaves out at most 1 - kept of the queries' weighted squares.
 
@@ -36,8 +37,8 @@ def shared_basis(
     with eigenvalues for weights (as `compress_weighted`; without factors P_q as it is), M_q = S^(1/2) P_q A^(1/2). The
     bases span the leading eigenvectors of sum_q w_q M_q M_q^T and sum_q w_q M_q^T M_q (a higher-order SVD; De Lathauwer
     et al. 2000): what is left out is at most the sum of the eigenvalues left out on both sides. How 1 - kept is split
-    between them is tried (`_SPLITS`), by `weighted_cost` for sequences of so many tokens. weights_q: [Q], w; 1 over
-    a query's own total makes every query count alike.
+    between them is tried (`_SPLITS`), by `multiply_adds` at these prices for sequences of so many tokens. weights_q:
+    [Q], w; 1 over a query's own total makes every query count alike.
     """
     O, I = U_xo.shape[1], V_xi.shape[1]
     S = A = None
@@ -57,7 +58,7 @@ def shared_basis(
     ]
     if not pairs:
         return None
-    m, n = min(pairs, key=lambda pair: weighted_cost(O, I, tokens, len(ranks), 0, pair)["shared_basis"])
+    m, n = min(pairs, key=lambda pair: multiply_adds(O, I, tokens, len(ranks), 0, pair, prices)["shared_basis"])
     (left_xm, B_mo), (right_xn, B_ni) = outputs.projected(U_xo, rows_xo, m, S), inputs.projected(V_xi, rows_xi, n, A)
     pieces = zip(left_xm.split(list(ranks)), right_xn.split(list(ranks)), strict=True)
     return SharedBasis(torch.stack([mine.T @ its for mine, its in pieces]).to(U_xo.dtype), B_mo, B_ni)

@@ -1,4 +1,4 @@
-"""The order of rows, the threshold, and the best C rows of a query and side.
+"""The order of rows and the threshold of a query and side.
 
 The order is total: a proponent is stronger with a higher score, an opponent with a lower one; equal scores go by the
 smaller sequence_id. So the best C rows do not depend on the order in which shards arrive
@@ -7,7 +7,7 @@ smaller sequence_id. So the best C rows do not depend on the order in which shar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,27 +49,3 @@ def best_rows(
     positions = np.flatnonzero(keep)
     order = np.lexsort((sequence_ids[positions], -turned[positions]))
     return positions[order[:capacity]]
-
-
-@dataclass
-class TopK:
-    """The best C rows so far of one query and side, strongest first."""
-
-    side: str
-    capacity: int
-    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    sequence_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-
-    def add(self, scores: NDArray[np.float32], sequence_ids: NDArray[np.int64]) -> None:
-        """Take in rows; a sequence that is there already counts once (a shard done twice is harmless)."""
-        sequence_ids, first = np.unique(np.concatenate([self.sequence_ids, sequence_ids]), return_index=True)
-        scores = np.concatenate([self.scores, scores.astype(np.float32)])[first]
-        best = best_rows(scores, sequence_ids, self.side, self.capacity)
-        self.scores, self.sequence_ids = scores[best], sequence_ids[best]
-
-    @property
-    def threshold(self) -> Threshold | None:
-        """None until C rows are there: until then every row may count."""
-        if len(self.scores) < self.capacity:
-            return None
-        return Threshold(float(self.scores[-1]), int(self.sequence_ids[-1]))

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infscan.influence.topk import PROPONENT, SIDES, Threshold, TopK, best_rows
+from infscan.influence.topk import PROPONENT, SIDES, Threshold
+
+# Up to so many rows in all are sorted whenever some come; of more, a quarter of them is put together first.
+_AT_ONCE, _OF_THE_BEST = 1 << 15, 4
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,44 @@ class Thresholds:
 
 
 class TopKTracker:
-    """TopKs of all queries and sides; adding the same shard twice changes nothing."""
+    """The C best rows of every query and side; adding the same shard twice changes nothing.
+
+    Of many queries, rows that may count are put together before they are sorted in. The thresholds are meanwhile those
+    of what was sorted in: of rows that are there, if not of all of them.
+    """
 
     def __init__(self, queries: int, sides: tuple[str, ...], capacity: int) -> None:
-        self.boards = [{side: TopK(side, capacity) for side in sides} for _ in range(queries)]
+        self.capacity = capacity
+        self._sides = np.isin(SIDES, sides)
+        self._best, self._waiting = ScoredRows.concatenate([]), list[ScoredRows]()
         self._thresholds = Thresholds.none(queries)
+        most = queries * len(sides) * capacity
+        self._put_together = most // _OF_THE_BEST if most > _AT_ONCE else 1
 
     def add(self, hits: ScoredRows) -> None:
         """Take in a shard's rows; those of sides that are not kept are left out."""
         # Most rows of a shard that was handed out long ago are beaten by now: one comparison of all of them.
-        hits = hits.take(self._thresholds.passes_threshold(hits))
-        if not len(hits):
-            return
-        keys = hits.queries.astype(np.int64) * len(SIDES) + hits.sides
-        order = np.argsort(keys, kind="stable")
-        present, starts = np.unique(keys[order], return_index=True)
-        for key, mine in zip(present.tolist(), np.split(order, starts[1:]), strict=True):
-            query, side = divmod(key, len(SIDES))
-            board = self.boards[query].get(SIDES[side])
-            if board is not None:
-                board.add(hits.scores[mine], hits.sequence_ids[mine])
-                if (last := board.threshold) is not None:
-                    self._thresholds.strengths_qs[query, side] = abs(last.score)
-                    self._thresholds.sequence_ids_qs[query, side] = last.sequence_id
+        hits = hits.take(self._thresholds.passes_threshold(hits) & self._sides[hits.sides])
+        self._waiting.append(hits)
+        if sum(map(len, self._waiting)) >= self._put_together:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        rows = ScoredRows.concatenate([self._best, *self._waiting])
+        self._waiting.clear()
+        group = rows.queries.astype(np.int64) * len(SIDES) + rows.sides
+        # Positive floats are in the order of their bits: a group's rows, the strongest first, then by sequence_id.
+        falling = np.abs(rows.scores).view(np.int32).astype(np.int64) ^ 0x7FFFFFFF
+        order = _in_order((group << 32) | falling, rows.sequence_ids)
+        rows, group = rows.take(order), group[order]
+        again = (np.diff(group, prepend=-1) == 0) & (np.diff(rows.sequence_ids, prepend=-1) == 0)
+        rows, group = rows.take(~again), group[~again]
+        first = np.flatnonzero(np.diff(group, prepend=-1))
+        place = np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
+        last = rows.take(place == self.capacity - 1)
+        self._best = rows.take(place < self.capacity)
+        self._thresholds.strengths_qs[last.queries, last.sides] = np.abs(last.scores)
+        self._thresholds.sequence_ids_qs[last.queries, last.sides] = last.sequence_ids
 
     @property
     def thresholds(self) -> Thresholds:
@@ -110,39 +128,16 @@ class TopKTracker:
 
     def best(self) -> ScoredRows:
         """The C best rows of every query and side, by query, side and strength: what is refined."""
-        parts = [
-            _hits(query, side, board.sequence_ids, board.scores)
-            for query, boards in enumerate(self.boards)
-            for side, board in boards.items()
-        ]
-        return ScoredRows.concatenate(parts)
+        self._sort_in()
+        return self._best
 
 
-def shard_rows(
-    scores_nq: NDArray[np.float32],
-    sequence_ids: NDArray[np.int64],
-    sides: tuple[str, ...],
-    capacity: int,
-    thresholds: Thresholds,
-) -> ScoredRows:
-    """The rows of one shard that may still be among the C best: at most C per query and side, none below threshold.
-
-    scores_nq: [n, Q]; NaN and infinities never take part.
-    """
-    parts = []
-    for query in range(scores_nq.shape[1]):
-        column = scores_nq[:, query]
-        for side in sides:
-            rows = best_rows(column, sequence_ids, side, capacity, thresholds.of(query, side))
-            parts.append(_hits(query, side, sequence_ids[rows], column[rows]))
-    return ScoredRows.concatenate(parts)
-
-
-def _hits(query: int, side: str, sequence_ids: NDArray[np.int64], scores: NDArray[np.float32]) -> ScoredRows:
-    count = len(sequence_ids)
-    return ScoredRows(
-        queries=np.full(count, query, np.int32),
-        sides=np.full(count, SIDES.index(side), np.int8),
-        sequence_ids=sequence_ids.astype(np.int64),
-        scores=scores.astype(np.float32),
-    )
+def _in_order(keys: NDArray[np.int64], sequence_ids: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Positions by key, and then by sequence_id. What comes in is in stretches that are in order by key, which numpy's
+    stable sort makes use of; few keys are equal."""
+    order = np.argsort(keys, kind="stable")
+    equal = np.diff(keys[order]) == 0
+    tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
+    mine = order[tied]
+    order[tied] = mine[np.lexsort((sequence_ids[mine], keys[mine]))]
+    return order

@@ -26,6 +26,7 @@ from infscan.model.family import (
     with_attention,
 )
 from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, hub_commit, indexed_files, model_folder
+from infscan.model.gathered import largest_block
 from infscan.model.probe import run_on_shapes, runs
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
@@ -45,7 +46,7 @@ class Architecture:
     takes_positions: whether it takes position ids, without which documents of a sequence cannot be kept apart.
     recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
     left_out: linears of the chosen kinds that the model does not run on text. tied_head: whether the output embeddings
-    are tracked, and are the input's too.
+    are tracked, and are the input's too. block: parameters of the largest decoder block (0: unknown).
     """
 
     folder: str
@@ -63,6 +64,7 @@ class Architecture:
     left_out: tuple[str, ...] = ()
     tied_head: bool = False
     revision: str | None = None
+    block: int = 0
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -142,6 +144,7 @@ def describe(
         recurrent=next((kind for name, kind in states.items() if runs(ran, name) or runs(ran, around[name])), ""),
         left_out=left_out(module, tracked, ran),
         tied_head=any(layer.name == tied_head(module) for layer in layers),
+        block=largest_block(module),
     )
 
 

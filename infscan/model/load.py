@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.initialization import no_init_weights
 from infscan.config import Dtype, ModelConfig, Offload
 from infscan.errors import ModelError, UnwritableError
 from infscan.model.architecture import load_config, weight_files
+from infscan.model.attention import repeat_grouped_heads
 from infscan.model.checkpoint import Checkpoint
 from infscan.model.experts import run_by_expert
 from infscan.model.family import (
@@ -29,6 +31,7 @@ from infscan.model.family import (
     with_attention,
 )
 from infscan.model.folder import model_folder
+from infscan.model.gathered import GatherLimits, blocks, largest_block
 from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import head_is_last
 from infscan.storage import scratch_file
@@ -72,10 +75,16 @@ def load(settings: ModelConfig, context: RankContext, *, sharded: bool) -> Loade
     elif sharded:
         loaded = _load_zero3(settings, folder, config, dtype, context)
     else:
-        module = _load_whole(folder, config, dtype).to(context.device)
-        _detach_from_file(module)
+        if context.device.startswith("cuda"):
+            module = load_onto(folder, config, dtype, context.device)
+        else:
+            module = _load_whole(folder, config, dtype)
+            _detach_from_file(module)
         size = sum(parameter.numel() for parameter in module.parameters())
         loaded = LoadedModel(module, context, dtype, size, size)
+    loaded.on_gpu = context.device.startswith("cuda")
+    if loaded.on_gpu:
+        repeat_grouped_heads()
     run_by_expert(loaded.module)
     if not on_meta:
         loaded.head_is_last = head_is_last(loaded.module, context.device)
@@ -117,6 +126,21 @@ def _load_whole(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
     return module.requires_grad_(False).eval()
 
 
+def load_onto(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A whole model on its device, tensor by tensor from the memory-mapped checkpoint: the host never holds all of it,
+    as often as there are ranks on it.
+
+    Raises:
+        ModelError: where a tensor has no place, a place has no tensor, or shapes differ.
+    """
+    config, checkpoint = _as_stored(folder, config, dtype)
+    with no_init_weights(), torch.device(device):
+        module: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
+    module.tie_weights()
+    _fill(module, checkpoint)
+    return module.requires_grad_(False).eval()
+
+
 def _detach_from_file(module: PreTrainedModel) -> None:
     """Copy weights that are mapped from the checkpoint's file into memory of their own, one at a time.
 
@@ -138,15 +162,15 @@ def _refuse_incomplete(folder: Path, missing: set[str], unexpected: set[str]) ->
         )
 
 
-def zero_config(settings: ModelConfig, device: str) -> dict[str, Any]:
+def zero_config(settings: ModelConfig, device: str, gathered: GatherLimits) -> dict[str, Any]:
     """DeepSpeed's configuration. Its own offload to NVMe compiles code for asynchronous reads: here it is the offload
     to the host's memory, whose place a mapped file takes (`_onto_disk`)."""
     zero = settings.zero
     limits: dict[str, Any] = {
         "stage": 3,
-        "stage3_max_live_parameters": zero.max_live_parameters,
+        "stage3_max_live_parameters": gathered.live,
         "stage3_max_reuse_distance": zero.max_reuse_distance,
-        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_prefetch_bucket_size": gathered.ahead,
         "stage3_param_persistence_threshold": zero.param_persistence_threshold,
     }
     if zero.offload is not Offload.none:
@@ -186,17 +210,18 @@ def _load_zero3(
 ) -> LoadedModel:
     """Each rank reads its own slice of every parameter from the memory-mapped checkpoint, so none holds it whole."""
     deepspeed = _start_group(context)
-    zero = zero_config(settings, context.device)
+    config, checkpoint = _as_stored(folder, config, dtype)
+    gathered = GatherLimits.of(settings.zero, largest_block(checkpoint.module))
+    zero = zero_config(settings, context.device, gathered)
     if dtype is torch.bfloat16:
         zero["bf16"] = {"enabled": True}
-    config, checkpoint = _as_stored(folder, config, dtype)
     # By the settings, never by Init's own `dtype`: DeepSpeed 0.19 overrules that on hardware without float16.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero):
         module = auto_class(config).from_config(config, dtype=dtype)
     module.tie_weights()
     if settings.zero.offload is Offload.nvme:
         _onto_disk(list(module.parameters()), settings.zero.offload_path)
-    _fill_shards(module, checkpoint, context.rank)
+    _fill(module, checkpoint, context.rank)
     module.requires_grad_(False)
     module.eval()
     parameters = list(module.parameters())
@@ -206,6 +231,8 @@ def _load_zero3(
             "or bfloat16, or model.sharding=none with cluster.ranks_per_worker=1."
         )
     size = sum(parameter.ds_numel for parameter in parameters)
+    for block in blocks(module) if gathered.by_block else ():
+        deepspeed.utils.set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(model=module, config=zero)
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     # The module, never the engine: both of the engine's backward paths want an optimizer.
@@ -257,32 +284,48 @@ def _as_stored(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tu
     return config, checkpoint
 
 
-def _fill_shards(module: PreTrainedModel, checkpoint: Checkpoint, rank: int) -> None:
-    """Put the rank's slice of every parameter, and every persistent buffer whole, in place.
+@torch.no_grad()
+def _fill(module: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> None:
+    """Put every parameter, or the rank's slice of it where it is partitioned, and every persistent buffer in place.
 
     Raises:
         ModelError: where a tensor has no place, a place has no tensor, or shapes differ.
     """
     # By each of its names: a parameter that is tied has several.
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    places = parameters | buffers
+    places: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    places |= dict(module.named_buffers(remove_duplicate=False))
+    _widen(module, places)
     filled: set[int] = set()
     for name, tensor in checkpoint.tensors():
-        place: Any = places[name]
+        place = places[name]
         shape = tuple(getattr(place, "ds_shape", place.shape))
         if shape != tuple(tensor.shape):
             raise ModelError(
                 f"{checkpoint.folder}: {name} has shape {tuple(tensor.shape)} in the checkpoint and {shape} by "
                 "config.json; fix config.json."
             )
-        if name in parameters:
+        if hasattr(place, "ds_tensor"):
             _fill_shard(place, tensor, rank)
         else:
             place.copy_(tensor)
         filled.add(id(place))
     names = {name for name, place in places.items() if id(place) in filled}
     _refuse_incomplete(checkpoint.folder, *checkpoint.refusable(names))
+    # Tables of angles, made in the model's dtype, are rounded to it: they are made again, as `from_pretrained` does.
+    for name in names:
+        places[name]._is_hf_initialized = True
+    module.initialize_weights()
+
+
+def _widen(module: PreTrainedModel, places: Mapping[str, Any]) -> None:
+    """What a family keeps in float32 whatever its dtype; a partitioned parameter is in the dtype it was made in."""
+    kept = module._keep_in_fp32_modules_strict
+    if not kept:
+        return
+    pattern = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in kept))
+    for name, place in places.items():
+        if pattern.search(name) and not hasattr(place, "ds_tensor") and place.dtype.itemsize < 4:
+            place.data = place.data.float()
 
 
 def _fill_shard(parameter: Any, tensor: Tensor, rank: int) -> None:

@@ -44,6 +44,8 @@ class LoadedModel:
     shard_parameters: int
     # Whether nothing is done to the logits after the output embeddings.
     head_is_last: bool = False
+    # Whether it runs on a GPU, or on shapes alone as on one.
+    on_gpu: bool = False
 
     def logits(self, ids_bt: Tensor, position_ids_bt: Tensor | None = None) -> Tensor:
         """[B, T, V]. Padding is on the right: under causal attention it changes no token before it.

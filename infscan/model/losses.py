@@ -18,6 +18,8 @@ from infscan.model.measure import sample_labels
 # Positions whose logits exist at once: as many as fit a cache at 4 bytes each, and no fewer than a product needs to run
 # at full speed, however large the vocabulary.
 _CHUNK_BYTES, _CHUNK_ROWS = 8 << 20, 512
+# On a GPU, which wants few and large kernels, and has the memory.
+_GPU_CHUNK_BYTES = 512 << 20
 # Tokens that a model is tried on.
 _TRIED = 4
 
@@ -86,12 +88,17 @@ def sequence_losses(
     whole. whole: the logits themselves are wanted, of a head that is tracked.
     """
     module = model.module
-    rows = max(_CHUNK_ROWS, _CHUNK_BYTES // (4 * module.config.get_text_config().vocab_size))
+    rows = rows_at_once(module.config.get_text_config().vocab_size, on_gpu=model.on_gpu)
     if whole or not model.head_is_last:
         logits_btv = document_logits(module, ids_bt, position_ids_bt)
         return _PositionLosses.apply(logits_btv, _itself, loss, rows).sum(dim=1)
     with _head(module, lambda h_btn, head: _PositionLosses.apply(h_btn, head, loss, rows)[..., None]):
         return document_logits(module, ids_bt, position_ids_bt).squeeze(-1).sum(dim=1)
+
+
+def rows_at_once(vocabulary: int, *, on_gpu: bool) -> int:
+    """Positions whose logits exist at once."""
+    return max(_CHUNK_ROWS, (_GPU_CHUNK_BYTES if on_gpu else _CHUNK_BYTES) // (4 * vocabulary))
 
 
 def _itself(logits_cv: Tensor) -> Tensor:

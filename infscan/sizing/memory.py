@@ -18,12 +18,20 @@ from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.layers import Layer
-from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
+from infscan.influence.layout import (
+    Spectrum,
+    on_device,
+    plan_layouts,
+    prices_on,
+    stored_dense,
+    without_content,
+)
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, formed_at_once
 from infscan.model.architecture import Architecture, load_config
 from infscan.model.family import first_line
 from infscan.model.folder import model_folder
+from infscan.model.gathered import GatherLimits
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
@@ -86,7 +94,7 @@ class DryWorker:
     """
 
     def __init__(self, config: Config, architecture: Architecture, T: int, gpus: float) -> None:
-        self.config, self.layers = config, architecture.layers
+        self.config, self.layers, self.block = config, architecture.layers, architecture.block
         self.device = "cuda" if gpus else "cpu"
         dtype = run_dtype(config, architecture, gpus)
         # Two bytes are two bytes.
@@ -94,6 +102,7 @@ class DryWorker:
         dtype_name = Dtype(str(dtype).removeprefix("torch."))
         model = replace(config.model, path=architecture.folder, revision=None, dtype=dtype_name)
         self.worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), RankContext(device="meta"))
+        self.worker.model.on_gpu = self.device != "cpu"
         self.B, self.T = max(1, config.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker
 
@@ -109,8 +118,8 @@ class DryWorker:
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.config.sharded:
             return sum(sizes) * self.itemsize + buffers
-        zero = self.config.model.zero
-        gathered = min(sum(sizes), max(zero.max_live_parameters, *sizes) + zero.prefetch_bucket_size)
+        limits = GatherLimits.of(self.config.model.zero, self.block)
+        gathered = min(sum(sizes), limits.most(max(sizes)))
         return (-(-sum(sizes) // self.world) + gathered) * self.itemsize + buffers
 
     def batch(self, *, masked: bool = False) -> Batch:
@@ -279,7 +288,8 @@ def _laid_out(sized: DryWorker, queries: int) -> dict[str, LayerQueries]:
         if rank is not None and not stored_dense(layer, rank)
     }
     entries = sized.config.query_group_bytes // dtype.itemsize
-    plan = plan_layouts(spectra, layers, sized.T, entries, share=config.rank == "auto")
+    prices = prices_on(sized.device, sized.B)
+    plan = plan_layouts(spectra, layers, sized.T, entries, share=config.rank == "auto", prices=prices)
     found = []
     for one in (plan, plan.with_largest_bases()) if plan.candidates else (plan,):
         batch = without_content(one, queries, dtype)
@@ -304,7 +314,7 @@ def _with_scratch(sized: DryWorker, found: dict[str, LayerQueries]) -> dict[str,
     for one in found.values():
         if one.scratch is not None and one.K_qmn is not None:
             _, m, n = one.K_qmn.shape
-            one.scratch.take(like.to(one.dtype), min(sized.B, formed_at_once(m, n)), m, n)
+            one.scratch.take(like.to(one.dtype), min(sized.B, formed_at_once(m, n, on_cpu=True)), m, n)
     return found
 
 

@@ -23,10 +23,12 @@ from infscan.influence import layout
 from infscan.influence.compress import Compressed, compress, compress_weighted
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
+    ON_CPU,
     Array,
     Basis,
     Factored,
     LayoutPlan,
+    Prices,
     QueryBatch,
     SharedBasis,
     StoredQueries,
@@ -34,6 +36,7 @@ from infscan.influence.layout import (
     basis_from_arrays,
     basis_to_arrays,
     plan_layouts,
+    prices_on,
     query_weights,
     shared_basis_pays,
     stored_dense,
@@ -96,13 +99,15 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
     names, auto = _compress(run, factors, key), config.scan.rank == "auto"
     layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)[1]
     spectra = read_spectra(run.store, names, layer_groups, config.most_rank)
+    T = run.architecture.sequence_length(config.corpus.sequence_length)
     plan = plan_layouts(
         spectra,
         inputs.layers,
-        run.architecture.sequence_length(config.corpus.sequence_length),
+        T,
         config.query_group_bytes // inputs.query_dtype.itemsize,
         config.scan.energy if auto else None,
         share=auto,
+        prices=prices_on(inputs.device, config.tokens_per_batch // T),
     )
     batch = StoredBatch(
         store=run.store,
@@ -181,6 +186,7 @@ def _shared_bases(run: Run, factors: Factors, batch: StoredBatch, weights: np.nd
             tokens=plan.tokens,
             entries=plan.candidates[layer.name],
             fingerprint=key,
+            prices=plan.prices,
         )
 
     step = Step(
@@ -282,6 +288,7 @@ class SharedBasisTask:
     tokens: int  # T of a sequence, which settles what is cheaper
     entries: int  # that the cores may have, or the dense matrices instead
     fingerprint: str
+    prices: Prices = ON_CPU
 
 
 def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: StoredBatch | QueryBatch) -> Basis | None:
@@ -300,9 +307,9 @@ def shared_basis_task(worker: ModelWorker, task: SharedBasisTask, batch: StoredB
     factors = known[0] if known and task.compression is Compression.weighted else None
     weights = worker.to_device(task.weights)
     found = shared_basis(
-        U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens * layer.share, task.entries
+        U_xo, V_xi, columns.ranks, factors, weights, task.energy, task.tokens * layer.share, task.entries, task.prices
     )
-    if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries):
+    if found and not shared_basis_pays(layer, columns.ranks, task.tokens, found.basis, task.entries, task.prices):
         found = None
     write_tensors(task.store, task.name, basis_to_arrays(found), {"fingerprint": task.fingerprint})
     return found.basis if found else (0, 0)

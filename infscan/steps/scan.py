@@ -25,7 +25,8 @@ from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.influence.shard_rows import shard_rows
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import check_scores, scores_path, write_scores
@@ -232,12 +233,13 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
     scores_nq, losses_n = worker.reduce(scores_nq), worker.reduce(losses_n)
     if not worker.leads:
         return None
-    scores, losses = scores_nq.float().cpu().numpy(), losses_n.float().cpu().numpy()
-    hits = shard_rows(scores, task.sequence_ids, task.sides, task.candidates, task.thresholds)
+    # Rows are chosen on the device: of many queries' scores few are wanted here.
+    scores_nq = scores_nq.float()
+    hits = shard_rows(scores_nq, task.sequence_ids, task.sides, task.candidates, task.thresholds)
     counts = ShardCounts(
         sequences=len(sequences),
         tokens=sum(len(sequence) for sequence in sequences),
-        nonfinite=int((~np.isfinite(scores).all(axis=1)).sum()),
+        nonfinite=int((~torch.isfinite(scores_nq).all(dim=1)).sum()),
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
         halvings=worker.oom_retries,
@@ -247,7 +249,9 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     with worker.span("write", shard=task.shard):
         if task.dense:
+            scores = scores_nq.cpu().numpy()
             write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+        losses = losses_n.float().cpu().numpy()
         if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     return hits, counts

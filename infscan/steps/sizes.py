@@ -1,13 +1,15 @@
 """Sizes that go by a device's memory, settled once for a run, before its first unit: on a CPU they are constants.
 
-A GPU of M bytes has R = 0.9 M - 2 GiB - weights for all else: the allocator's fragments take the tenth, the context and
-the libraries the 2 GiB. A micro-batch may have half of what the query batch leaves of R, or three quarters where ranks
-gather each other's weights for every one. What is left then are queries' at full rank, or half of it where that is more
-than one needs. A layer group's sums, eigenbases and Lambda have all that a micro-batch leaves of R.
+A GPU of M bytes has R = 0.9 M - 2 GiB - weights (a rank's share of them, and what it gathers) for all else: the
+allocator's fragments take the tenth, the context and the libraries the 2 GiB. A micro-batch may have half of what the
+query batch leaves of R, or three quarters where ranks gather each other's weights for every one. What is left then are
+queries' at full rank, or half of it where that is more than one needs. A layer group's sums, eigenbases and Lambda have
+all that a micro-batch leaves of R.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from infscan.config import ON_A_CPU, Config
 from infscan.engine.executor import RankMemory
 from infscan.influence.layout import stored_dense
 from infscan.model.architecture import Architecture
+from infscan.model.gathered import GatherLimits
 
 _USED, _CONTEXT_BYTES = 0.9, 2 << 30
 # Entries that a decoder block keeps for a token until the backward pass, over its parameters / width: some 22 widths of
@@ -54,8 +57,7 @@ def on_a_gpu(
     config: Config, architecture: Architecture, itemsize: int, queries: int, memory: RankMemory
 ) -> dict[str, int]:
     """The sizes by key. Groups are never smaller than a CPU's: what does not fit then is said to, not cut finer."""
-    weights = architecture.parameters * itemsize // config.cluster.ranks_per_worker
-    room = int(_USED * memory.device) - _CONTEXT_BYTES - weights
+    room = int(_USED * memory.device) - _CONTEXT_BYTES - _weights(config, architecture) * itemsize
     beside = room - _query_bytes(config, architecture, itemsize, queries)
     of_a_token = _of_a_token(config, architecture, itemsize)
     share = 0.75 if config.sharded else 0.5
@@ -72,6 +74,15 @@ def on_a_gpu(
         "scan.query_group_bytes": max(ON_A_CPU["scan.query_group_bytes"], at_full_rank),
         "scan.tokens_per_batch": tokens,
     }
+
+
+def _weights(config: Config, architecture: Architecture) -> int:
+    """Parameters that a rank has at once: all, or its share and what is gathered of the others'."""
+    if not config.sharded:
+        return architecture.parameters
+    largest = max(map(math.prod, architecture.shapes.values()), default=0)
+    gathered = GatherLimits.of(config.model.zero, architecture.block).most(largest)
+    return architecture.parameters // config.cluster.ranks_per_worker + min(architecture.parameters, gathered)
 
 
 def _query_bytes(config: Config, architecture: Architecture, itemsize: int, queries: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from infscan.model.worker import ModelWorker
@@ -27,6 +29,10 @@ def test_it_agrees_with_the_cpu(study: tuple[Study, ModelWorker], name: str) -> 
 
 def test_products_are_right_in_every_precision() -> None:
     assert not [check for check in agreement.products(GPU) if not check.ok]
+
+
+def test_grouped_heads_in_float32_keep_no_matrices_of_t_by_t(tmp_path: Path) -> None:
+    assert not [check for check in agreement.grouped_heads(tmp_path, GPU, 4096) if not check.ok]
 
 
 @pytest.mark.parametrize("n", [96, 1024, 4096])

@@ -76,6 +76,8 @@ def cases(device: str, small: bool, folder: Path, record: Record) -> Iterator[Ca
 def _agreeing(device: str, small: bool, folder: Path) -> Iterator[Case]:
     yield Case("products", "checks", partial(agreement.products, device, d=32 if small else 256), 5)
     yield Case("decomposition", "checks", partial(agreement.decomposition, device, 96 if small else 1024), 5)
+    heads = partial(agreement.grouped_heads, folder / "heads", device, 64 if small else 4096)
+    yield Case("grouped heads", "checks", heads, 10)
     size = {} if small else {"width": 256, "sequences": 1024, "tokens_per_batch": 4096}
     for family in FAMILIES[:1] if small else FAMILIES:
         made = cache(partial(_known, folder / family, family, **size))

@@ -1,5 +1,7 @@
 """Eigenbases rebuild their matrix; Lambda is the mean squared rotated gradient, whichever way it is computed."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -115,19 +117,73 @@ def test_a_width_that_nothing_here_decomposes_is_refused_beforehand(monkeypatch:
         module.check_width(70000, "A of wide")
 
 
-def test_a_gpu_without_room_leaves_a_matrix_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    moment = diagonal_blocks(covariance(0, 12), 1)
-    asked: list[str] = []
+def test_a_gpu_decomposes_in_float64_what_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way, on a CPU; and it is held against the matrix."""
+    moment = diagonal_blocks(covariance(0, 24), 2)
+    asked: list[tuple[str, torch.dtype]] = []
 
     def to(block: torch.Tensor, device: str) -> torch.Tensor:
-        asked.append(device)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        asked.append((device, block.dtype))
+        return block.clone()
 
-    monkeypatch.setattr(module, "_on_device", to)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
-    values, _ = eigenbasis(moment, "A", "cuda:0")
-    assert asked == ["cuda:0", "emptied"]
-    assert torch.equal(values, eigenbasis(moment, "A")[0])
+    monkeypatch.setattr(module, "_to", to)
+    values, vectors = eigenbasis(moment, "A", "cuda:0")
+    assert asked == [("cuda:0", torch.float64)] * 2
+    known_values, known = eigenbasis(moment, "A")
+    assert torch.equal(values, known_values)
+    assert torch.equal(vectors.dense(), known.dense())
+    A_kk = moment.blocks[0]
+    values_k, Q_kk = module.decomposed_on("cpu", A_kk.float())
+    assert (values_k.dtype, Q_kk.dtype) == (torch.float64, torch.float64)
+    torch.testing.assert_close((Q_kk * values_k) @ Q_kk.T, A_kk.float().double())
+    # A moment that nothing was added to has a basis, too.
+    assert module.decomposed_on("cpu", torch.zeros(3, 3))[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.linalg.LinAlgError("linalg.eigh: failed to converge"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling cusolverDnXsyevd"),
+        (torch.ones(12).double(), torch.eye(12).double()),
+        (torch.full((12,), torch.nan).double(), torch.eye(12).double()),
+        (torch.zeros(12).double(), torch.zeros(12, 12).double()),
+    ],
+    ids=["no room", "no convergence", "no room in cusolver", "others", "nan", "zeros"],
+)
+def test_what_a_gpu_does_not_decompose_is_left_to_the_cpu(
+    found: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moment = diagonal_blocks(covariance(0, 12), 1)
+    known, own, done = eigenbasis(moment, "A"), torch.linalg.eigh, list[str]()
+
+    def eigh(A_kk: torch.Tensor) -> Any:
+        done.append("eigh")
+        if len(done) > 1:
+            return own(A_kk)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(module, "_to", lambda block, device: block)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    values, vectors = eigenbasis(moment, "A of mlp", "cuda:0")
+    assert done == ["eigh", "emptied", "eigh"]
+    assert torch.equal(values, known[0])
+    assert torch.equal(vectors.dense(), known[1].dense())
+    assert "A of mlp is decomposed on the CPU: " in caplog.text
+
+
+def test_a_broken_device_is_not_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(A_kk: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, "_to", lambda block, device: block)
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        eigenbasis(diagonal_blocks(covariance(0, 12), 1), "A", "cuda:0")
 
 
 def test_threads_are_as_many_for_a_width_on_every_machine() -> None:

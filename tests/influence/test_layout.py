@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from infscan.influence.compress import compress
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
+    ON_CPU,
     Dense,
     Factored,
     LayoutPlan,
@@ -28,10 +29,10 @@ from infscan.influence.layout import (
     multiply_adds,
     on_device,
     plan_layouts,
+    prices_on,
     shared_basis_pays,
     smallest_bases,
     to_arrays,
-    weighted_cost,
     without_content,
 )
 from tests.influence.factors import normal
@@ -105,17 +106,34 @@ def test_a_query_without_a_gradient_needs_one_column_at_most(kept: float) -> Non
 def test_the_cheapest_way_is_factored_for_few_queries_and_a_shared_basis_for_many() -> None:
     O, I, T, rank = 512, 2048, 256, 16
     counts = (1, 10, 100, 1000)
-    ways = [cheapest(weighted_cost(O, I, T, Q, Q * rank, (128, 128))) for Q in counts]
+    ways = [cheapest(multiply_adds(O, I, T, Q, Q * rank, (128, 128), ON_CPU)) for Q in counts]
     assert ways == ["factored", "shared_basis", "shared_basis", "shared_basis"]
-    ways = [cheapest(weighted_cost(O, I, T, Q, Q * rank)) for Q in counts]
+    ways = [cheapest(multiply_adds(O, I, T, Q, Q * rank, prices=ON_CPU)) for Q in counts]
     assert ways == ["factored", "factored", "dense", "dense"]
     # Without a basis on either side it is the same; and with one on one side, only that one projects.
-    assert cheapest(weighted_cost(O, I, T, 1000, 1000 * rank, (O, I))) == "dense"
+    assert cheapest(multiply_adds(O, I, T, 1000, 1000 * rank, (O, I), ON_CPU)) == "dense"
     costs = multiply_adds(O, I, T, 1000, 1000 * rank, (O, 100))
     assert costs["shared_basis"] == 100 * I + O * 100 * (1 + 1000 / T)
     costs = multiply_adds(O, I, T, 1000, 1000 * rank, (100, 100))
     assert costs["shared_basis"] == 100 * (O + I) + 100 * 100 * (1 + 1000 / T)
     assert smallest_bases(layer_of("l", O, I), [2, 1, 0]) == [(2, 2), (O, 2), (2, I)]
+
+
+def test_a_gpu_pays_for_what_its_memory_moves() -> None:
+    """By hand: per entry of g one write and one read, and every query's entry read once for a micro-batch's sequences,
+    over T tokens; 177 multiply-adds in the time of one."""
+    prices = prices_on("cuda", 8)
+    assert prices.moved == pytest.approx(0.6 * 989 / 3.35, rel=1e-6)
+    O, I, T, Q = 768, 2048, 512, 256
+    costs = multiply_adds(O, I, T, Q, Q * 32, prices=prices)
+    assert costs["dense"] == pytest.approx(O * I * (1.5 + 177.1 * (2 + 32) / 512), rel=1e-3)
+    # Matrices that a CPU would score so many queries by cost a GPU more than columns of rank 8.
+    few = [cheapest(multiply_adds(O, I, T, Q, Q * 8, prices=one)) for one in (ON_CPU, prices)]
+    assert few == ["dense", "factored"]
+    # The more sequences share them, the less; on a CPU it is all the same.
+    dense = [multiply_adds(O, I, T, Q, 0, prices=prices_on("cuda", B))["dense"] for B in (0, 1, 4, 64)]
+    assert dense[0] == dense[1] > dense[2] > dense[3]
+    assert prices_on("cpu", 1) == prices_on("cpu", 64) == ON_CPU
 
 
 @st.composite
@@ -138,6 +156,7 @@ def problems(draw: st.DrawFn) -> dict:
         "entries": draw(st.integers(0, 2 * whole)),
         "energy": draw(st.one_of(st.none(), st.floats(0.1, 1.0))),
         "share": draw(st.booleans()),
+        "prices": prices_on(draw(st.sampled_from(["cpu", "cuda"])), draw(st.integers(0, 16))),
     }
 
 
@@ -149,7 +168,7 @@ def found_bases(plan: LayoutPlan, seed: int) -> dict[str, tuple[int, int]]:
         basis = (int(made.integers(1, layer.outputs + 1)), int(made.integers(1, layer.inputs + 1)))
         entries = plan.candidates.get(layer.name, 0)
         fits = len(ranks) * basis[0] * basis[1] <= entries
-        if fits and entries and shared_basis_pays(layer, ranks, plan.tokens, basis, entries):
+        if fits and entries and shared_basis_pays(layer, ranks, plan.tokens, basis, entries, plan.prices):
             bases[layer.name] = basis
     return bases
 
@@ -183,7 +202,9 @@ def test_every_layer_takes_the_cheapest_way_that_the_budget_allows(problem: dict
                 assert way == "dense"
                 continue
             ranks, basis = plan.ranks[name], plan.bases.get(name)
-            costs = weighted_cost(layer.outputs, layer.inputs, plan.tokens, len(ranks), sum(ranks), basis)
+            costs = multiply_adds(
+                layer.outputs, layer.inputs, plan.tokens, len(ranks), sum(ranks), basis, problem["prices"]
+            )
             size = len(ranks) * layer.size
             if basis:
                 assert way == "shared_basis"

@@ -190,3 +190,49 @@ def test_low_precision_inputs_give_wide_scores(rank: int | None) -> None:
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), score_layer(s_bto.double(), a_bti.double(), wide), rtol=0.05, atol=0.5)
     assert score_tokens(s_bto, a_bti, P_qoi[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8, 32])
+def test_a_long_sum_that_is_split_is_the_product(splits: int) -> None:
+    K_qx, g_cx = normal(0, Q, 64), normal(1, 2, 64)
+    torch.testing.assert_close(score.long_product(K_qx, g_cx, splits), K_qx @ g_cx.T)
+    # Its parts are views of what is there: nothing is copied.
+    assert K_qx.view(Q, splits, -1).transpose(0, 1).data_ptr() == K_qx.data_ptr()
+    low = score.long_product(K_qx.bfloat16(), g_cx.bfloat16(), splits)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), K_qx @ g_cx.T, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 128, 129, 1000, 40_000])
+@pytest.mark.parametrize("columns", [1, 8, 200])
+@pytest.mark.parametrize("x", [7, 4096, 8192, 768 * 2048, 4096 * 14336, 3 * 5 * 8192])
+def test_a_sum_is_split_where_the_result_has_too_few_squares_for_a_gpu(rows: int, columns: int, x: int) -> None:
+    def shaped(n: int) -> Tensor:
+        return torch.empty(n, x, device="meta")
+
+    splits = score.splits_of(shaped(rows), shaped(columns))
+    squares = -(-rows // 128) * -(-columns // 128)
+    assert x % splits == 0
+    assert splits == 1 or (x // splits >= 4096 and splits * squares <= 256)
+    if x == 4096 * 14336 and squares == 1:
+        assert splits == 256
+
+
+def test_shapes_alone_go_a_gpus_way_unless_they_have_a_cpus_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a rank's memory is weighed as its own device takes it."""
+    split: list[int] = []
+    own = score.long_product
+
+    def long_product(K_qx: Tensor, g_cx: Tensor, splits: int) -> Tensor:
+        split.append(splits)
+        return own(K_qx, g_cx, splits)
+
+    monkeypatch.setattr(score, "long_product", long_product)
+    s, a, P = (torch.empty(*shape, device="meta") for shape in ((2, 4, 128), (2, 4, 256), (3, 128, 256)))
+    assert score_layer(s, a, LayerQueries.dense(P)).shape == (2, 3)
+    assert split == [8]
+    assert score_layer(s, a, LayerQueries.dense(P, Scratch())).shape == (2, 3)
+    assert score_layer(*tokens(), LayerQueries.dense(normal(2, Q, O, I))).shape == (B, Q)
+    assert split == [8]
+    # More sequences' matrices at once than a CPU forms.
+    assert [score.formed_at_once(4096, 14336, on_cpu=on_cpu) for on_cpu in (True, False)] == [1, 9]

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import BloomConfig, MambaConfig, PretrainedConfig
+from transformers.integrations import sdpa_attention
 
 from infscan.config import Attention, CorpusConfig, Dtype, ModelConfig
 from infscan.corpus.batches import pad, pad_positions
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
+from infscan.model import attention as attention_module
 from infscan.model.architecture import describe
-from infscan.model.attention import document_mask
+from infscan.model.attention import document_mask, fused_shares_heads, repeat_grouped_heads
 from infscan.model.capture import backward, capturing
 from infscan.model.load import load
 from infscan.model.loaded import LoadedModel, RankContext, check_document_mask
@@ -185,3 +187,46 @@ def test_a_model_that_sees_through_the_boundary_is_refused(tmp_path: Path, monke
     )
     with pytest.raises(ModelError, match=r"within: gpt_neox does not keep the documents of a sequence apart"):
         check_document_mask(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grouped_heads_repeated_are_grouped_heads_shared(
+    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's fused attention shares keys and values among heads in two bytes alone; in more they are repeated."""
+    asked: list[tuple[bool, bool]] = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, *rest: Any, **given: Any) -> Tensor:
+        asked.append((bool(given.get("enable_gqa")), q.shape[1] == k.shape[1]))
+        return own(q, k, *rest, **given)
+
+    config = type(CONFIGS["llama"])(**CONFIGS["llama"].to_dict() | {"num_key_value_heads": 1})
+    monkeypatch.setattr(families, "CONFIGS", CONFIGS | {"llama": config})
+    path = str(save("llama", tmp_path))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    settings = ModelConfig(path, dtype=Dtype.float64, gradient_checkpointing=checkpointing)
+    model, layers = load(settings, RankContext(), sharded=False), describe(path, "mlp").layers
+    sequences = [np.arange(1, 9), np.arange(3, 9)]
+    found = []
+    for device_shares in (True, False):
+        repeat_grouped_heads()
+        monkeypatch.setattr(attention_module, "fused_shares_heads", lambda key, shares=device_shares: shares)
+        asked.clear()
+        found.append(captured(model, layers, sequences))
+        assert set(asked) == {(device_shares, not device_shares)}
+        assert len(asked) == 2 * (1 + checkpointing)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_cpu_and_two_bytes_share_grouped_heads() -> None:
+    class OnGpu:
+        is_cuda = True
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+    shared = {dtype: fused_shares_heads(OnGpu(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)}  # type: ignore[arg-type]
+    assert shared == {torch.bfloat16: True, torch.float32: False, torch.float64: False}
+    assert fused_shares_heads(torch.zeros(1))

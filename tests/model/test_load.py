@@ -13,8 +13,9 @@ from infscan.config import AttentionImplementation, Dtype, ModelConfig
 from infscan.errors import ModelError
 from infscan.model.architecture import describe, load_config
 from infscan.model.checkpoint import Checkpoint
+from infscan.model.experts import run_by_expert
 from infscan.model.family import build_on_meta
-from infscan.model.load import load, resolve_dtype
+from infscan.model.load import load, load_onto, resolve_dtype
 from infscan.model.loaded import LoadedModel, RankContext
 from tests.model import zoo
 from tests.model.families import CONFIGS, save
@@ -34,6 +35,39 @@ def test_a_loaded_model_is_the_saved_one_in_eval_mode(family: str, tmp_path: Pat
     assert not any(module.training for module in model.module.modules())
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     assert model.parameters == model.shard_parameters == sum(p.numel() for p in reference.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Beside the dense ones: a table of angles, a bias that stays in float32, experts that are stored one by one.
+@pytest.mark.parametrize("family", [*CONFIGS, "gptj", "deepseek_v3", "mixtral"])
+def test_what_is_loaded_onto_a_gpu_is_what_is_loaded_whole(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tensor by tensor, here onto a CPU: the same weights and buffers, and the same bits of what they give."""
+    folder = save(family, tmp_path) if family in CONFIGS else zoo.save(family, tmp_path)
+    ours = load_onto(folder, load_config(folder), dtype, "cpu")
+    whole = loaded(folder, Dtype(str(dtype).removeprefix("torch."))).module
+    for mine, other in (
+        (ours.named_parameters(), whole.named_parameters()),
+        (ours.named_buffers(), whole.named_buffers()),
+    ):
+        found, expected = dict(mine), dict(other)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found[name].dtype, found[name].requires_grad) == (tensor.dtype, False)
+            assert torch.equal(found[name], tensor), name
+    ids_bt = torch.arange(12).view(2, 6)
+    run_by_expert(ours)
+    assert torch.equal(ours(ids_bt).logits, whole(ids_bt).logits)
+    assert not any(module.training for module in ours.modules())
+
+
+def test_what_does_not_fit_is_not_loaded_onto_a_gpu(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    for changed, said in (({lost: torch.zeros(2, 3)}, f"{lost} has shape"), ({"extra": torch.zeros(2)}, "unexpected")):
+        save_file(weights | changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=said):
+            load_onto(folder, load_config(folder), torch.float32, "cpu")
 
 
 def test_checkpointing_trains_no_dropout(tmp_path: Path) -> None:

@@ -179,3 +179,9 @@ def test_the_gradient_of_each_sequences_loss_is_its_own(rows: int, length: int, 
     (found,) = torch.autograd.grad((found_bt.sum(dim=1) * above).sum(), h)
     (expected,) = torch.autograd.grad((summed_losses(h @ W.T, labels, weights) * above).sum(), h)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_gpu_takes_more_positions_at_once_and_none_fewer_than_a_product_needs() -> None:
+    rows = {V: [losses.rows_at_once(V, on_gpu=on_gpu) for on_gpu in (False, True)] for V in (1000, 50_304, 128_256)}
+    assert rows == {1000: [2097, 134_217], 50_304: [512, 2668], 128_256: [512, 1046]}
+    assert losses.rows_at_once(10**7, on_gpu=True) == 512

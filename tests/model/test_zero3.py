@@ -20,8 +20,11 @@ from tests.model.zero3_rank import captured, settings
 pytestmark = pytest.mark.slow
 
 # Renamed keys in the checkpoint; a tied unembedding and checkpointing; Conv1D, and small parameters kept gathered;
-# shards in the host's memory, and in a mapped file; documents that do not see each other, on one of the ranks.
+# shards in the host's memory, and in a mapped file; documents that do not see each other, on one of the ranks; blocks
+# that are gathered whole.
 NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept", "llama+cpu", "gpt_neox+nvme", "gpt_neox+within", "gpt2+within"]
+BLOCKS = ["gpt_neox+blocks", "llama+blocks", "llama+blocks+checkpointing", "opt+blocks"]
+NAMES += [*BLOCKS, "llama", "opt"]
 WORLD = 2
 
 
@@ -54,7 +57,7 @@ def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str)
     layers = describe(chosen.path, "linear").layers
     for rank in range(WORLD):
         found = load_file(folder / f"{name}-{rank}.safetensors")
-        held, parameters = found.pop("held").tolist()
+        held, parameters, _ = found.pop("held").tolist()
         assert parameters == whole.parameters
         assert parameters / WORLD <= held < 0.6 * parameters
         expected = captured(whole, layers, rank, name.endswith("+within"))
@@ -63,3 +66,11 @@ def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str)
             torch.testing.assert_close(
                 found[key], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_is_gathered_in_one_call(folder: Path, name: str) -> None:
+    """Two blocks, embeddings and head: each once forward and once back, twice over; else every matrix by itself."""
+    apart = name.replace("+blocks", "")
+    together, one_by_one = (int(load_file(folder / f"{each}-0.safetensors")["held"][2]) for each in (name, apart))
+    assert together < one_by_one / 3

@@ -1,13 +1,17 @@
 """One rank of a sharded worker group, for test_zero3: capture each model's layers and save them.
 
-python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+cpu|+nvme|+within] ...
+python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+blocks|...] ...
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +34,11 @@ def settings(folder: Path, name: str) -> ModelConfig:
     family, _, option = name.partition("+")
     offload = Offload(option) if option in ("cpu", "nvme") else Offload.none
     zero = ZeroConfig() if option == "kept" else replace(TIGHT, offload=offload)
-    return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=option == "checkpointing")
+    if option.startswith("blocks"):
+        # Partitioned as tightly, but for a block at a time.
+        zero = replace(TIGHT, max_live_parameters=None, prefetch_bucket_size=0)
+    checkpointing = option.endswith("checkpointing")
+    return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=checkpointing)
 
 
 def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: bool = False) -> dict[str, Tensor]:
@@ -60,9 +68,26 @@ def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> No
     for name in names:
         chosen = settings(folder, name)
         model = load(chosen, place, sharded=True)
-        tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.endswith("+within"))
-        held = torch.tensor([model.shard_parameters, model.parameters])
+        with gathers() as seen:
+            tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.endswith("+within"))
+        held = torch.tensor([model.shard_parameters, model.parameters, len(seen)])
         save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
+
+
+@contextmanager
+def gathers() -> Iterator[list[int]]:
+    """The collectives that bring parameters together, by their entries."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    seen: list[int] = []
+    own = partition_parameters._dist_allgather_fn
+
+    def counted(mine: Tensor, whole: Tensor, group: Any = None) -> Any:
+        seen.append(whole.numel())
+        return own(mine, whole, group)
+
+    with mock.patch.object(partition_parameters, "_dist_allgather_fn", counted):
+        yield seen
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.engine.schedule import Schedule
+from infscan.influence.shard_rows import shard_rows
 from infscan.influence.topk import SIDES, best_rows
-from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 
 QUERIES, SHARD, CAPACITY = 2, 4, 3
 
@@ -30,7 +32,7 @@ class World:
     def attempt(self, shard: int, thresholds: Thresholds) -> ScoredRows:
         """What a rank does: score, drop what is below the thresholds, create the file if it is absent, read it back."""
         ids = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.scores_nq)), dtype=np.int64)
-        found = shard_rows(self.scores_nq[ids], ids, SIDES, CAPACITY, thresholds)
+        found = shard_rows(torch.from_numpy(self.scores_nq[ids]), ids, SIDES, CAPACITY, thresholds)
         self.written += shard not in self.files
         return self.files.setdefault(shard, found)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from infscan.config import Compression, DampingConfig, Dtype, Labels, ModelConfig
 from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.corpus.plan import Selection
+from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import DamagedError, FactorsError
 from infscan.influence.blocks import block_sizes
 from infscan.model.architecture import describe
@@ -29,7 +30,7 @@ from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
 from infscan.steps.factor_files import FactorsPlan, labels_path, partial_path, read_layer_factors
-from infscan.steps.factors import covariance_task, lambda_task, slice_bounds
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task, slice_bounds
 from infscan.steps.preconditioner import preconditioned, query_gradients
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.storage import MissingError, Store
@@ -76,6 +77,19 @@ def test_slices_cut_everything_into_near_equal_pieces(size: int, slices: int) ->
         sizes = [stop - start for start, stop in bounds]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 2
+
+
+def test_a_rank_decomposes_what_a_process_of_its_own_does(
+    rank: ModelWorker, corpus: PreparedCorpus, at: Stores
+) -> None:
+    """As ranks with a GPU do, here on a CPU."""
+    plan = fit_plan(rank, corpus)
+    executor = InProcessExecutor.on(rank)
+    for name, on_gpu in (("apart", False), ("rank", True)):
+        fit_factors(executor, at(name), corpus, plan, Labels.empirical, 0, on_gpu=on_gpu)
+    files = [entry.name for entry in at("apart").list(suffix=".safetensors")]
+    assert any(name.startswith("S/") for name in files)
+    assert [at("rank").read(name) for name in files] == [at("apart").read(name) for name in files]
 
 
 def test_labels_are_stored_and_drawn_alike_again(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:

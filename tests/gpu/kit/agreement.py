@@ -7,6 +7,7 @@ compared in the CPU's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,20 @@ from torch import Tensor
 from infscan.config import Dtype, Labels
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.covariance import add_second_moment, mirror
-from infscan.influence.eigenbasis import add_squared_gradients, eigenbasis
+from infscan.influence.eigenbasis import add_squared_gradients, decomposed_on, eigenbasis
 from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.score import LayerQueries, score_layer, score_tokens
+from infscan.model.attention import repeat_grouped_heads
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.factors import covariance_task
 from infscan.storage import Store
+from tests.gpu.kit.device import peak_bytes
 from tests.gpu.kit.record import Check
+from tests.gpu.kit.shapes import Shape, random_module
 from tests.gpu.kit.study import Study
 
-EXACT, TF32, BFLOAT16 = 1e-5, 2e-3, 3e-2
+FLOAT64, EXACT, TF32, BFLOAT16 = 1e-12, 1e-5, 2e-3, 3e-2
 REFERENCE = "reference"
 # Of a bfloat16 scan: how many of the strongest are among so many candidates.
 _TOP, _CANDIDATES = 100, 400
@@ -147,11 +151,36 @@ def decomposition(device: str, n: int) -> Iterator[Check]:
     """A random second moment, decomposed in float64 and kept in float32."""
     x_mn = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0)).to(device)
     moment = BlockDiagonal((x_mn.T @ x_mn / len(x_mn),))
-    values, vectors = eigenbasis(moment, "a random moment")
+    # In float64, where it was decomposed; nothing is left to the CPU here.
+    values, Q = decomposed_on(device, moment.blocks[0])
+    symmetric = (moment.blocks[0].double() + moment.blocks[0].double().T) / 2
+    yield Check(f"Q values Q^T, n = {n}", "float64", relative((Q * values) @ Q.T, symmetric), FLOAT64)
+    yield Check(f"Q^T Q, n = {n}", "float64", relative(Q.T @ Q, torch.eye(n)), FLOAT64)
+    values, vectors = eigenbasis(moment, "a random moment", device)
     (Q,), (A,) = vectors.blocks, moment.blocks
     Q, values = Q.double(), values.double()
-    yield Check(f"eigenbasis, Q values Q^T, n = {n}", "float64", relative((Q * values) @ Q.T, A), EXACT)
-    yield Check(f"eigenbasis, Q^T Q, n = {n}", "float64", relative(Q.T @ Q, torch.eye(n)), EXACT)
+    yield Check(f"eigenbasis as stored, Q values Q^T, n = {n}", "float32", relative((Q * values) @ Q.T, A), EXACT)
+    yield Check(f"eigenbasis as stored, Q^T Q, n = {n}", "float32", relative(Q.T @ Q, torch.eye(n)), EXACT)
+
+
+def grouped_heads(folder: Path, device: str, T: int) -> Iterator[Check]:
+    """Attention whose heads share keys, in float32: the gradient of a CPU in float64, and no [T, T] for every head."""
+    shape = Shape("grouped heads", 1, 512, 512, 8, 2, 256, T=T)
+    wide = random_module(shape.write(folder), "cpu", torch.float64)
+    x_1td = torch.randn(1, T, shape.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = _input_gradient(wide, x_1td)
+    repeat_grouped_heads()
+    ours, on = wide.to(device, torch.float32), x_1td.to(device, torch.float32)
+    taken = peak_bytes(lambda: _input_gradient(ours, on), device)
+    yield Check("grouped heads", "float32", relative(_input_gradient(ours, on), theirs), EXACT)
+    if taken is not None:
+        yield Check("grouped heads, bytes over those of [T, T]", "float32", taken / (4 * shape.heads * T * T), 0.5)
+
+
+def _input_gradient(module: Any, x_btd: Tensor) -> Tensor:
+    x_btd = x_btd.clone().requires_grad_()
+    logits_btv = module(inputs_embeds=x_btd, use_cache=False).logits
+    return torch.autograd.grad(logits_btv.square().sum(), x_btd)[0]
 
 
 def _lambda(s: Tensor, a: Tensor, Q_S: Tensor, Q_A: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.gpu.kit.waits import counted
+
 
 def is_cuda(device: str) -> bool:
     return device.startswith("cuda")
@@ -55,10 +57,12 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def host_waits(run: Callable[[], object], device: str) -> int | None:
-    """How often the host waited for the device while it ran; None on a CPU, where it always does."""
+def host_waits(run: Callable[[], object], device: str) -> int:
+    """How often the host waited for the device while it ran; on a CPU, how often it would wait for a GPU."""
     if not is_cuda(device):
-        return None
+        with counted() as found:
+            run()
+        return len(found)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -106,7 +106,8 @@ def resumed_fit(study: Study, device: str) -> Iterator[Check]:
     cut = InProcessExecutor.on(rank)
     cut.records.check = _after(2)
     try:
-        fit_factors(cut, task.factors, study.corpus.open(), task.plan, task.labels, task.seed)
+        corpus = study.corpus.open()
+        fit_factors(cut, task.factors, corpus, task.plan, task.labels, task.seed, on_gpu=is_cuda(device))
     except InterruptedError:
         study.fit(rank, "resumed")
     whole, again = study.factors("whole"), study.factors("resumed")

@@ -95,8 +95,8 @@ def _measured(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for one in found.get("eigh", []):
         if one["n"] == SHAPES[0].inner:
             yield "n = 14,336 decomposed, s", one["median_s"]
-    waits = [one["host_waits"] for kind in ("floors", "scan") for one in found.get(kind, [])]
-    if waits and None not in waits:
+    waits = [one["host_waits"] for kind in ("floors", "scan", "fit") for one in found.get(kind, [])]
+    if waits:
         yield "host waits in a micro-batch", max(waits)
     ratios = [one["predicted_over_peak"] for one in found.get("scan", []) if one["predicted_over_peak"]]
     if ratios:

@@ -91,7 +91,8 @@ class Bench:
         worker.context = RankContext(device=self.device, threads=torch.get_num_threads())
         module = random_module(Path(self.architecture.folder), self.device, worker.model.dtype)
         size = sum(parameter.numel() for parameter in module.parameters())
-        worker.model = LoadedModel(module, worker.context, worker.model.dtype, size, size, head_is_last=True)
+        kind = {"head_is_last": True, "on_gpu": is_cuda(self.device)}
+        worker.model = LoadedModel(module, worker.context, worker.model.dtype, size, size, **kind)
         return worker
 
     @cached_property
@@ -165,13 +166,15 @@ class Bench:
             yield self._fitted("lambda", "tf32" if matmul == "tf32" else "float32", layers, consume)
 
     def _fitted(self, name: str, products: str, layers: tuple[Layer, ...], consume: LayerConsumer) -> dict[str, Any]:
-        found = seconds(self._pass(layers, consume), self.device)
+        run = self._pass(layers, consume)
+        found = seconds(run, self.device)
         own_s = found["min_s"] - self.floor_s
         whole_s = own_s * len(self.architecture.layers) / len(layers)
         return {
             "model": self.shape.name, "pass": name, "products": products, "layers": len(layers), **found,
             "floors": 1 + whole_s / self.floor_s,
             "own_flops": self._own_flop(layers, consume) / own_s if own_s > 0 else None,
+            "host_waits": host_waits(run, self.device),
         }  # fmt: skip
 
     def _own_flop(self, layers: Sequence[Layer], consume: LayerConsumer) -> float:
