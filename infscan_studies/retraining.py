@@ -258,7 +258,7 @@ def open_study(job: LdsJob) -> RetrainingStudy:
     Raises:
         InfscanError: for inputs or settings that cannot be used.
     """
-    corpus = open_corpus(Store(job.corpus.path))
+    corpus = open_corpus(Store(job.corpus.path), foreign=True)
     tokenizer = load_tokenizer(str(model_folder(job.tokenizer))) if job.tokenizer else None
     queries = read_queries(
         QueriesConfig(path=job.queries.path),

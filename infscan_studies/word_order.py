@@ -224,7 +224,7 @@ def run_scores(uri: str) -> dict[str, dict[str, float]]:
 def tfidf_scores(uri: str) -> dict[str, dict[str, float]]:
     """query_id -> document id -> TF-IDF score (docs/method.md#tf-idf) over a run's corpus, prompt plus completion."""
     store = Store(uri)
-    corpus = open_corpus(store / "corpus")
+    corpus = open_corpus(store / "corpus", foreign=True)
     sequences = corpus.read(np.arange(corpus.sequences))
     idf = document_frequencies((sequence.token_ids for sequence in sequences), corpus.vocab_size).idf()
     rows = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]

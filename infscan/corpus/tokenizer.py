@@ -112,8 +112,10 @@ class Tokenizer:
         return found
 
 
-def load_tokenizer(path: str) -> Tokenizer | None:
+def load_tokenizer(path: str, *, from_hub: bool = True) -> Tokenizer | None:
     """Load the tokenizer of a model folder, URI or hub id; None where the folder has none.
+
+    from_hub: a hub id may be asked of the hub; else what its cache on this machine holds is all.
 
     Raises:
         ModelError: where there is one that cannot be loaded.
@@ -121,6 +123,8 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     if is_uri(path):
         path = str(localise(path, _SUFFIXES))
     hub = is_hub_id(path)
+    if hub and not from_hub:
+        path, hub = _cached(path), False
     if not hub and not _files(path):
         return None
     for name in [] if hub else _files(path):
@@ -165,6 +169,16 @@ def _digest(folder: str) -> str:
         data = store.read(name)
         content.update(f"{name}:{len(data)}:".encode() + data)
     return content.hexdigest()
+
+
+def _cached(hub_id: str) -> str:
+    """The local folder of a hub id, the hub not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, ValueError):
+        raise ModelError(f"{hub_id}: this machine's cache of the hub has none, and the hub is not asked.") from None
 
 
 def _snapshot(hub_id: str) -> str:

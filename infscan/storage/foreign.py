@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from infscan.errors import StorageError
+
 
 def parse_json(data: bytes | str) -> Any:
     """The value of JSON text.
@@ -21,6 +23,14 @@ def parse_json(data: bytes | str) -> Any:
     if escape in data:  # type: ignore[operator]
         _refuse_half_surrogates(value)
     return value
+
+
+def parse_stored(data: bytes, where: str) -> Any:
+    """The value of a stored JSON file; StorageError, by its address, where it is none."""
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise StorageError(f"{where} is not valid JSON ({error}); restore or remove it") from error
 
 
 def _refuse_half_surrogates(value: Any) -> None:

@@ -54,7 +54,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
 
 
 def _texts(store: Store) -> dict[str, str]:
-    corpus = open_corpus(store / "corpus")
+    corpus = open_corpus(store / "corpus", foreign=True)
     settings = from_yaml(store.read("config.yaml").decode())
     tokenizer = load_tokenizer(str(model_folder(settings["model"]["path"], revision=settings["model"].get("revision"))))
     sequences = corpus.read(np.arange(corpus.sequences))
