@@ -58,8 +58,8 @@ def open_corpus(store: Store, reading: Reading = AS_STORED, *, foreign: bool = F
     if store.exists(MANIFEST):
         corpus = open_prepared(store, reading)
         if foreign:
-            parts = [f"{store}/{part.name}" for part in corpus.manifest.parts]
-            check_addresses(f"{store}/{MANIFEST}", store.read(MANIFEST), parts)
+            files = [f"{store}/{part.name}" for part in corpus.manifest.parts]
+            check_addresses(f"{store}/{MANIFEST}", store.read(MANIFEST), files)
         return corpus
     try:
         data = store.read(DESCRIPTION)
