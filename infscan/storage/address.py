@@ -10,7 +10,7 @@ from infscan.secrets import MEND, holds_secret, redact
 
 TEMPORARY = ".tmp-"  # a name that starts so is a file still being written; no listing shows it
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*)://")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
