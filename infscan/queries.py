@@ -20,6 +20,7 @@ from infscan.corpus.cut import CutText, Encoder, common_start, encode_cut
 from infscan.corpus.json_lines import lines_of, parse_object
 from infscan.errors import BadDocumentError, QueryError, RunError
 from infscan.storage import Store
+from infscan.storage.foreign import parse_lines
 
 # Where a run keeps what it measured.
 MEASURED = "queries/queries.jsonl"
@@ -148,7 +149,7 @@ def read_measured(store: Store) -> list[Query]:
         RunError: where the file does not hold what was written.
     """
     try:
-        rows = [json.loads(line) for line in store.read(MEASURED).splitlines()]
+        rows = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
         return [
             Query(
                 row["id"],
@@ -243,7 +244,10 @@ def _tokenised(row: dict[str, Any], encoder: Encoder | None, bos_id: int | None,
         texts.append(text)
     if encoder is None:
         raise QueryError(f"{where}: it is text, and the model folder has no tokenizer; give input_ids and prompt_len.")
-    cuts = encode_cut(encoder, [(prompt, text) for text in texts])
+    try:
+        cuts = encode_cut(encoder, [(prompt, text) for text in texts])
+    except BadDocumentError as error:
+        raise QueryError(f"{where}: {error}") from None
     shared = _same_prompt(cuts)
     warnings = _slips(prompt, texts, cuts)
     if any(one.prompt_tokens != shared and not one.spans for one in cuts):

@@ -9,7 +9,6 @@ language's document among all sequences. Flipped translation pairs are facts lik
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from infscan.influence.agreement import INTERVAL
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores, read_top
 from infscan.storage import open_input
+from infscan.storage.foreign import parse_json
 from infscan_studies.config import CrossLingualConfig
 from infscan_studies.models import ALL, overlap
 
@@ -66,7 +66,7 @@ def read_pairs(path: str) -> list[Pair]:
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
-            pairs.append(Pair(**json.loads(line)))
+            pairs.append(Pair(**parse_json(line)))
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"{path}, line {number}: not a pair ({error}); give query and translation, and query_document and "

@@ -6,13 +6,13 @@ word-order study compares their scores.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
 from infscan.errors import ConfigError
 from infscan.storage import open_input
+from infscan.storage.foreign import parse_json
 from infscan_studies.demo.facts import FORWARD_FRAMES, NEUTRAL, Fact, Partition, partition_documents
 
 Row = dict[str, Any]
@@ -53,7 +53,7 @@ def read_facts(path: str) -> list[Fact]:
         lines = [line for line in stream.read().split(b"\n") if line.strip()]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             facts.append(
                 Fact(
                     id=row["id"],

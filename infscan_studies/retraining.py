@@ -30,6 +30,7 @@ from infscan.results.dense import score_column
 from infscan.results.read import read_scores
 from infscan.results.schema import read_any_parquet, read_parquet, to_parquet
 from infscan.storage import MissingError, Store, open_input
+from infscan.storage.foreign import parse_json
 from infscan_studies.config import LdsJob, RetrainingConfig
 from infscan_studies.truth import lds, qld
 from infscan_studies.truth.retrain import LanguageModelTrainer, Retrainer, check_affordable, left_out, trainings
@@ -258,7 +259,7 @@ def open_study(job: LdsJob) -> RetrainingStudy:
     Raises:
         InfscanError: for inputs or settings that cannot be used.
     """
-    corpus = open_corpus(Store(job.corpus.path))
+    corpus = open_corpus(Store(job.corpus.path), foreign=True)
     tokenizer = load_tokenizer(str(model_folder(job.tokenizer))) if job.tokenizer else None
     queries = read_queries(
         QueriesConfig(path=job.queries.path),
@@ -292,7 +293,7 @@ def read_proponents(uri: str) -> dict[str, list[int]]:
     with open_input(uri) as stream:
         for number, line in enumerate(stream.read().splitlines(), start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 found[str(row["query_id"])] = [int(number) for number in row["sequence_ids"]]
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{uri}, line {number}: write query_id and a list of sequence_ids.") from None

@@ -9,7 +9,6 @@ EK-FAC (study.planted), or texts that `infscan facts` made and `infscan explain`
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,10 +21,12 @@ from infscan.corpus.addressable import open_corpus
 from infscan.corpus.tfidf import document_frequencies, top_matches
 from infscan.errors import ConfigError, RunError
 from infscan.influence.agreement import INTERVAL
+from infscan.queries import MEASURED
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores
 from infscan.results.schema import read_parquet
 from infscan.storage import Store, open_input
+from infscan.storage.foreign import parse_json, parse_lines
 from infscan_studies.config import WordOrderConfig
 from infscan_studies.demo.facts import Partition
 from infscan_studies.partitions import Order
@@ -190,7 +191,7 @@ def forward_on_top(
 
 def _read_rows(path: str) -> list[Row]:
     with open_input(path) as stream:
-        return [json.loads(line) for line in stream.read().split(b"\n") if line.strip()]
+        return [parse_json(line) for line in stream.read().split(b"\n") if line.strip()]
 
 
 def planted_partitions(path: str) -> dict[str, dict[str, Partition]]:
@@ -224,10 +225,10 @@ def run_scores(uri: str) -> dict[str, dict[str, float]]:
 def tfidf_scores(uri: str) -> dict[str, dict[str, float]]:
     """query_id -> document id -> TF-IDF score (docs/method.md#tf-idf) over a run's corpus, prompt plus completion."""
     store = Store(uri)
-    corpus = open_corpus(store / "corpus")
+    corpus = open_corpus(store / "corpus", foreign=True)
     sequences = corpus.read(np.arange(corpus.sequences))
     idf = document_frequencies((sequence.token_ids for sequence in sequences), corpus.vocab_size).idf()
-    rows = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]
+    rows = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
     queries = [np.asarray(row["parts"][0]["input_ids"], np.int64) for row in rows]
     numbered = ((sequence.sequence_id, sequence.token_ids) for sequence in sequences)
     matches = top_matches(numbered, queries, idf, len(sequences))

@@ -12,7 +12,7 @@ from infscan.config.identity import (
     with_checksum,
     without_checksum,
 )
-from infscan.config.paths import absolute, stage_output
+from infscan.config.paths import absolute, addresses, stage_output
 from infscan.config.schema import (
     MISSING,
     MOST_RANK,
@@ -81,6 +81,7 @@ __all__ = [
     "TextRecords",
     "ZeroConfig",
     "absolute",
+    "addresses",
     "check",
     "checksum_ok",
     "differences",

@@ -19,7 +19,8 @@ from infscan.corpus.parts import PreparedCorpus, open_prepared
 from infscan.corpus.reading import AS_STORED, Reading
 from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import ChangedCorpusError, CorpusError
-from infscan.storage import Identity, MissingError, Store, refuse_own_network
+from infscan.storage import Identity, MissingError, Store, check_addresses
+from infscan.storage.foreign import parse_stored
 
 __all__ = [
     "AddressableCorpus",
@@ -46,43 +47,48 @@ def open_corpus(store: Store, reading: Reading = AS_STORED, *, foreign: bool = F
     """Open what is in a folder: prepared parts (manifest.json), or a description (addressable.json) of token arrays.
 
     reading: how its sequences are read, which the opened corpus then has.
-    foreign: somebody else may have written the folder, and its description is not asked for in this machine's network.
+    foreign: somebody else may have written the folder: what its description or its links lead to is held to
+    `infscan.storage.allowed` before it is asked for.
 
     Raises:
-        StorageError: where a foreign description names an address of this machine's own.
+        StorageError: where a foreign folder leads elsewhere, and the user has not allowed it.
         CorpusError: where there is no complete corpus, or a part is missing or has another size.
     """
+    where = f"{store}/{DESCRIPTION}"
     if store.exists(MANIFEST):
-        return open_prepared(store, reading)
+        corpus = open_prepared(store, reading)
+        if foreign:
+            files = [f"{store}/{part.name}" for part in corpus.manifest.parts]
+            check_addresses(f"{store}/{MANIFEST}", store.read(MANIFEST), files)
+        return corpus
     try:
-        value = store.read_json(DESCRIPTION)
+        data = store.read(DESCRIPTION)
     except MissingError as error:
         raise CorpusError(
             f"{store} holds no prepared corpus: {MANIFEST} is missing; prepare it (again) first."
         ) from error
-    kind = value.get("format")
+    value = parse_stored(data, where)
+    kind = value.get("format") if isinstance(value, dict) else None
     if kind in (FILTERED, JOINED) and not checksum_ok(value):
-        raise CorpusError(f"{store.uri}/{DESCRIPTION} was changed or damaged; remove it, and it is written again.")
+        raise CorpusError(f"{where} was changed or damaged; remove it, and it is written again.")
     if kind == FILTERED:
-        at = _part_of(store, value["base"], foreign)
+        at = at_address(store, value["base"])
+        if foreign:
+            check_addresses(where, data, [at.uri])
         whole = open_corpus(at, reading, foreign=foreign)
         if whole.fingerprint != value["base_fingerprint"]:
             raise CorpusError(f"{at} is not the corpus that {store} was chosen from; filter it again.")
         return FilteredCorpus(store, whole, value)
     if kind == JOINED:
-        at_each = [_part_of(store, entry["at"], foreign) for entry in value["corpora"]]
+        at_each = [at_address(store, entry["at"]) for entry in value["corpora"]]
+        if foreign:
+            check_addresses(where, data, [at.uri for at in at_each])
         parts = [open_corpus(at, reading, foreign=foreign) for at in at_each]
         return JoinedCorpus(store, value, parts)
-    description = Description.from_json(value, f"{store}/{DESCRIPTION}")
-    for source in (source for file in description.files for source in file.sources) if foreign else ():
-        refuse_own_network(source.uri, f"{store}/{DESCRIPTION}")
-    return _IN_PLACE[description.format](store, description, reading)
-
-
-def _part_of(store: Store, address: str, foreign: bool) -> Store:
+    description = Description.from_json(value, where)
     if foreign:
-        refuse_own_network(address, f"{store}/{DESCRIPTION}")
-    return at_address(store, address)
+        check_addresses(where, data, [source.uri for file in description.files for source in file.sources])
+    return _IN_PLACE[description.format](store, description, reading)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from infscan.corpus.joined import address
 from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import AddressableCorpus, Sequence, TokenBlock
 from infscan.errors import CorpusError
-from infscan.storage import MissingError, Store
+from infscan.storage import MissingError, Store, remember_written
 
 FORMAT = "filtered"
 CHOSEN = "chosen.parquet"
@@ -41,6 +41,7 @@ def describe_filtered(store: Store, base: AddressableCorpus, chosen: np.ndarray)
             }
         ),
     )
+    remember_written(store.read(DESCRIPTION))
 
 
 def _fingerprint(base: AddressableCorpus, chosen: np.ndarray) -> str:

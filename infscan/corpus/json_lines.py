@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from infscan.corpus.decompress import DAMAGES, damaged, decompressed
 from infscan.errors import BadDocumentError, BadFileError
 from infscan.storage import open_input
+from infscan.storage.foreign import BadJsonError, parse_json
 
 BOM = b"\xef\xbb\xbf"
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Lines that people write: what is beyond is no such file.
 _MOST_BYTES = 256 << 20
+# What is said of a line that is no JSON, by its kind.
+_SAID = {
+    "not UTF-8": "{where}: byte {at} of the line is not UTF-8; convert the file, or give a compressed one its suffix "
+    "(.gz, .zst).",
+    "half a surrogate pair": "{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.",
+    "nested too deeply": "{where}: nested too deeply to be read; a row is a flat object with a text.",
+    "too many values": "{where}: {said}; split the row, or write its token ids as Parquet.",
+    "not JSON": "{where} is not JSON ({said}); fix or remove the line.",
+}
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object that a line holds.
 
     Raises:
-        BadDocumentError: saying `where`, for anything else, and for half a surrogate pair in it.
+        BadDocumentError: saying `where`, for anything else, for half a surrogate pair in it, and for more values than
+            memory is allowed for.
     """
     try:
-        row = json.loads(data.decode("utf-8"))
-        if _SURROGATE.search(data):
-            # JSON can spell half a surrogate pair, which no tokenizer and no Parquet file can hold.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadDocumentError(
-            f"{where}: byte {error.start} of the line is not UTF-8; convert the file, or give a compressed one its "
-            "suffix (.gz, .zst).",
-            "not UTF-8",
-        ) from None
-    except UnicodeEncodeError:
-        raise BadDocumentError(
-            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.", "half a surrogate pair"
-        ) from None
-    except RecursionError:
-        raise BadDocumentError(
-            f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
-        ) from None
-    except ValueError as error:
-        raise BadDocumentError(f"{where} is not JSON ({error}); fix or remove the line.", "not JSON") from None
+        row = parse_json(data)
+    except BadJsonError as error:
+        raise BadDocumentError(_SAID[error.kind].format(where=where, said=error, at=error.at), error.kind) from None
     if not isinstance(row, dict):
         raise BadDocumentError(
             f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"

@@ -7,7 +7,6 @@ index.json gives. Everything little-endian. Columns that are pickled are refused
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from infscan.corpus.in_place import InPlace, document_spans
 from infscan.corpus.sequences import Span, TokenBlock
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, look_up, read_range
+from infscan.storage.foreign import parse_json
 
 INDEX = "index.json"
 MAX_SHARD_BYTES = 2 << 30
@@ -102,7 +102,7 @@ def read_shard(file: InputFile) -> tuple[InputFile, Shard]:
 
 
 def _entries(index: InputFile) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(read_range(index.uri, 0, index.size))["shards"]
+    found: list[dict[str, Any]] = parse_json(read_range(index.uri, 0, index.size))["shards"]
     return found
 
 

@@ -20,6 +20,7 @@ from infscan.corpus.manifest import SCHEMA_VERSION, PartSummary, footer_digest, 
 from infscan.corpus.packing import PackSettings
 from infscan.corpus.sequences import Sequence
 from infscan.storage import MissingError, Store
+from infscan.storage.foreign import parse_json
 
 ROW_GROUP_SEQUENCES = 1024
 _FOOTER_KEY = b"infscan"
@@ -52,7 +53,7 @@ def finished_part(store: Store, index: int) -> PartSummary | None:
     except (MissingError, pa.ArrowException, OSError, ValueError):
         return None
     try:
-        value = json.loads(footer.get(_FOOTER_KEY, b"{}"))
+        value = parse_json(footer.get(_FOOTER_KEY, b"{}"))
         if value.pop("schema_version", None) != SCHEMA_VERSION or value["index"] != index:
             return None
         return part_of(value | {"bytes": size, "footer": digest})

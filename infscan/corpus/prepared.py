@@ -145,7 +145,7 @@ class _Reading:
             tally = Tally(self.config.allow_bad_documents)
             packer = Packer(self.pack, tally)
             documents = read_documents(file, self.config, tally, stretch=self.piece.stretch)
-            yield from packer.pack(with_tokens(self._kept(documents), self.tokenizer))
+            yield from packer.pack(with_tokens(self._kept(documents), self.tokenizer, tally))
             # Of a file that was cut, its first stretch says that it was read.
             first = int(self.piece.stretch.start == 0)
             self.counts += packer.counts + Counts(

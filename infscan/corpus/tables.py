@@ -9,17 +9,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig
+from infscan.corpus.arrow_messages import checked_messages, is_arrow_file
 from infscan.corpus.files import name_below
-from infscan.corpus.rows import Document, document_of
+from infscan.corpus.parquet_pages import CheckedPages
+from infscan.corpus.rows import MAX_LINE_BYTES, Document, document_of
 from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError
 
-_ARROW_FILE = b"ARROW1"
 _READ_BYTES = 1 << 20
 # Few rows at a time: a dictionary can make every one of them as long as the longest.
 _ROWS_PER_BATCH = 16
 _LARGE_COLUMN = 64 << 20
+
+
+class _TooLongError(Exception):
+    """A cell is longer than any document may be."""
+
+
 # Rows, with the names of all the file's columns.
 _Batch = tuple[pa.RecordBatch, tuple[str, ...]]
 
@@ -57,7 +64,8 @@ def _documents(
 
 
 def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: FileRange) -> Iterator[_Batch]:
-    with pq.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
+    pages = CheckedPages(uri, stream)
+    with pq.ParquetFile(pages, buffer_size=_READ_BYTES, page_checksum_verification=True) as parquet:
         metadata = parquet.metadata
         columns, fields = _columns(uri, parquet.schema_arrow.names, config), _fields(parquet.schema_arrow)
         rows = _rows_per_batch(metadata, columns)
@@ -67,8 +75,10 @@ def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: 
             after = first + metadata.row_group(group).num_rows
             if first < stop and after > stretch.start:
                 at = first
+                repeats = pages.watch(metadata.row_group(group), columns)
+                at_once = 1 if repeats else rows
                 # Without threads, which would decode batches ahead.
-                for batch in parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                for batch in parquet.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
                     begin, end = max(stretch.start - at, 0), min(stop - at, batch.num_rows)
                     at += batch.num_rows
                     if end > begin:
@@ -79,14 +89,17 @@ def _parquet_batches(uri: str, stream: BinaryIO, config: CorpusConfig, stretch: 
 
 
 def _arrow_batches(uri: str, stream: BinaryIO, config: CorpusConfig) -> Iterator[_Batch]:
-    """An IPC file (it begins with ARROW1) or stream, one record batch in memory at a time."""
-    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
-    stream.seek(0)
-    with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(stream) as reader:
+    """An IPC file or stream, one record batch in memory at a time: a file is read as the stream that it holds."""
+    is_file = is_arrow_file(stream)
+    left = pa.ipc.open_file(stream).num_record_batches if is_file else 0
+    with pa.ipc.open_stream(checked_messages(uri, stream, is_file=is_file)) as reader:
         columns, fields = _columns(uri, reader.schema.names, config), _fields(reader.schema)
-        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+        for batch in reader:
             batch.validate(full=True)
             yield batch.select(columns), fields
+            left -= 1
+    if is_file and left:
+        raise EOFError(f"its footer lists {left} more record batches")
 
 
 def _fields(schema: pa.Schema) -> tuple[str, ...]:
@@ -132,6 +145,10 @@ def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
 
 
 def _plain(value: pa.Scalar) -> Any:
+    """Raises _TooLongError for a text that is longer than any document, before it is copied."""
+    inner = value.value if isinstance(value, pa.DictionaryScalar) else value
+    if isinstance(inner, pa.BinaryScalar) and inner.is_valid and len(inner.as_buffer()) > MAX_LINE_BYTES:
+        raise _TooLongError(f"it has {len(inner.as_buffer())} bytes, above {MAX_LINE_BYTES}")
     return dict(value.as_py() or ()) if isinstance(value, pa.MapScalar) else value.as_py()
 
 
@@ -150,6 +167,9 @@ def _from_row(
             raise BadDocumentError(
                 f"{where}: {name!r} is not UTF-8 at byte {error.start}; write the file again.", "not UTF-8"
             ) from None
+        except _TooLongError as error:
+            reason = f"{where}: {name!r} is too long ({error}); split the document."
+            raise BadDocumentError(reason, "too long") from None
         except (ValueError, OverflowError, pa.ArrowException) as error:
             raise BadDocumentError(
                 f"{where}: {name!r} cannot be read ({error}); fix or remove the row.", "not readable"

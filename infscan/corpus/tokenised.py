@@ -9,17 +9,21 @@ import numpy as np
 
 from infscan.corpus.cut import CutText, encode_cut
 from infscan.corpus.rows import Document
+from infscan.corpus.tally import Tally
 from infscan.corpus.tokenizer import Tokenizer
-from infscan.errors import CorpusError
+from infscan.errors import BadDocumentError, CorpusError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
+# Of one text, with its prompt: a tokenizer takes up to 260 bytes of memory for a character.
+MAX_TEXT_CHARACTERS = 16 << 20
 
 
-def with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:
+def with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None, tally: Tally) -> Iterator[Document]:
     """Tokenise in batches, in order; documents that bring token ids pass as they are.
 
     Raises:
+        BadDocumentError: for a text that is too long or that the tokenizer gives up, where `tally` allows no more.
         CorpusError: for text without a tokenizer.
     """
     batch: list[Document] = []
@@ -30,12 +34,33 @@ def with_tokens(documents: Iterable[Document], tokenizer: Tokenizer | None) -> I
                 f"{document.path}: document {document.id!r} is text, and the model's folder has no tokenizer; add one, "
                 "or name a field of token ids in corpus.tokens_field."
             )
+        length = len(document.text or "") + len(document.prompt or "")
+        if length > MAX_TEXT_CHARACTERS:
+            tally.leave_out(_bad(document, f"{length} characters, above {MAX_TEXT_CHARACTERS}; split it.", "too long"))
+            continue
         batch.append(document)
-        characters += len(document.text or "")
+        characters += length
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield from _encoded(batch, tokenizer)
+            yield from _kept(batch, tokenizer, tally)
             batch, characters = [], 0
-    yield from _encoded(batch, tokenizer)
+    yield from _kept(batch, tokenizer, tally)
+
+
+def _bad(document: Document, reason: str, kind: str) -> BadDocumentError:
+    return BadDocumentError(f"{document.path}: document {document.id[:80]!r}: {reason}", kind)
+
+
+def _kept(batch: list[Document], tokenizer: Tokenizer | None, tally: Tally) -> Iterator[Document]:
+    """The batch's documents with their tokens, without those that the tokenizer gives up."""
+    try:
+        # Whole before the first is handed on, so that none is twice.
+        found = list(_encoded(batch, tokenizer))
+    except BadDocumentError as error:
+        if len(batch) == 1:
+            tally.leave_out(_bad(batch[0], str(error), error.reason))
+            return
+        found = [kept for document in batch for kept in _kept([document], tokenizer, tally)]
+    yield from found
 
 
 def _encoded(batch: list[Document], tokenizer: Tokenizer | None) -> Iterator[Document]:

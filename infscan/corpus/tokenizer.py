@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
-from infscan.errors import ModelError
+from infscan.errors import BadDocumentError, ModelError
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, is_uri, localise, look_up
 
 # A vocabulary in any of these is a tokenizer; tokenizer_config.json alone is not.
@@ -24,6 +25,20 @@ _VOCABULARIES = (
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _SUFFIXES = (".json", ".txt", ".model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@contextmanager
+def _without_panic() -> Iterator[None]:
+    """A panic of the tokenizers library, which is no Exception, as what it means: it cannot tokenise the text."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise BadDocumentError(
+            f"the tokenizer gave a text up ({reason}); shorten it: is it a run of one character?", "not tokenised"
+        ) from None
 
 
 class Tokenizer:
@@ -50,11 +65,16 @@ class Tokenizer:
             self._library.post_processor = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int64 [n] per text, no special tokens added."""
+        """int64 [n] per text, no special tokens added.
+
+        Raises:
+            BadDocumentError: where the tokenizers library panics at one of them.
+        """
         if not texts:
             return []
         if self._library is not None:
-            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            with _without_panic():
+                encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, np.int64) for encoding in encodings]
         rows = self._backend(
             list(texts),
@@ -72,7 +92,8 @@ class Tokenizer:
         """
         if self._library is None:
             return None
-        encodings = self._library.encode_batch(list(texts), add_special_tokens=False) if texts else []
+        with _without_panic():
+            encodings = self._library.encode_batch(list(texts), add_special_tokens=False) if texts else []
         return [
             (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
             for encoding in encodings
@@ -112,8 +133,10 @@ class Tokenizer:
         return found
 
 
-def load_tokenizer(path: str) -> Tokenizer | None:
+def load_tokenizer(path: str, *, from_hub: bool = True) -> Tokenizer | None:
     """Load the tokenizer of a model folder, URI or hub id; None where the folder has none.
+
+    from_hub: a hub id may be asked of the hub; else what its cache on this machine holds is all.
 
     Raises:
         ModelError: where there is one that cannot be loaded.
@@ -121,6 +144,8 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     if is_uri(path):
         path = str(localise(path, _SUFFIXES))
     hub = is_hub_id(path)
+    if hub and not from_hub:
+        path, hub = _cached(path), False
     if not hub and not _files(path):
         return None
     for name in [] if hub else _files(path):
@@ -130,15 +155,22 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     from transformers import AutoTokenizer  # here, since it takes seconds and brings torch
 
     try:
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=not hub, trust_remote_code=False)
+        with _without_panic():
+            backend = AutoTokenizer.from_pretrained(path, local_files_only=not hub, trust_remote_code=False)
     except Exception as error:  # every tokenizer family raises errors of its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"{path}: its tokenizer cannot be loaded ({reason}). Mend the folder's tokenizer files, or remove them and "
             "bring token ids (corpus.tokens_field)."
         ) from error
-    tokenizer = Tokenizer(backend, _digest(_snapshot(path) if hub else path))
-    if not len(tokenizer.encode("a")):
+    digest = _digest(_snapshot(path) if hub else path)
+    try:
+        with _without_panic():
+            tokenizer = Tokenizer(backend, digest)
+            made = len(tokenizer.encode("a"))
+    except BadDocumentError as error:
+        raise ModelError(f"{path}: {error}") from None
+    if not made:
         raise ModelError(
             f"{path}: its tokenizer makes no token of a text, so its vocabulary is cut off or damaged; copy the "
             "tokenizer's files again."
@@ -165,6 +197,16 @@ def _digest(folder: str) -> str:
         data = store.read(name)
         content.update(f"{name}:{len(data)}:".encode() + data)
     return content.hexdigest()
+
+
+def _cached(hub_id: str) -> str:
+    """The local folder of a hub id, the hub not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, ValueError):
+        raise ModelError(f"{hub_id}: this machine's cache of the hub has none, and the hub is not asked.") from None
 
 
 def _snapshot(hub_id: str) -> str:

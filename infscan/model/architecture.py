@@ -10,6 +10,7 @@ from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -32,6 +33,9 @@ from infscan.model.tracked import left_out, linear_names, tied_head, tracked_lay
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 
 DEFAULT_LENGTH = 512
+_MOST_LAYERS = 1024
+# What transformers raises for a configuration that it cannot use.
+_UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 # Of a large weight file these many spread samples enter the fingerprint; files up to one chunk enter whole.
 _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 256, 1 << 16, 256 << 20
 
@@ -185,7 +189,30 @@ def _token_id(config: PretrainedConfig, name: str) -> int | None:
     """Of the configuration, or of the part of it that is of text."""
     values = (getattr(each, name, None) for each in (config, config.get_text_config()))
     value = next((each for each in values if each is not None), None)
-    return int(value[0] if isinstance(value, list) else value) if value is not None else None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelError(f"config.json: {name}={str(value)[:80]!r} is no token id; give a whole number, or null.")
+    return value
+
+
+def _check_values(value: object, where: str) -> None:
+    """Refuse what transformers would only notice with a traceback, or after minutes.
+
+    Raises:
+        ModelError: for a config.json that is no object, a dtype that torch does not have, layers without an end.
+    """
+    if not isinstance(value, dict):
+        raise ModelError(f"{where} holds no JSON object; copy it from the model again.")
+    for key, item in value.items():
+        if isinstance(item, dict):
+            _check_values(item, where)
+        elif key in ("dtype", "torch_dtype") and item is not None:
+            name = item.removeprefix("torch.") if isinstance(item, str) else ""
+            if not isinstance(getattr(torch, name, None) if name.isidentifier() else None, torch.dtype):
+                raise ModelError(f"{where}: {key}={str(item)[:80]!r} is no dtype of torch; write float32 or bfloat16.")
+        elif "layer" in key and isinstance(item, int) and item > _MOST_LAYERS:
+            raise ModelError(f"{where}: {key}={str(item)[:20]} is above {_MOST_LAYERS}: no model has as many.")
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -197,9 +224,10 @@ def load_config(folder: Path) -> PretrainedConfig:
         )
     if not Store(str(folder)).exists("config.json"):
         raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")
+    _check_values(Store(str(folder)).read_json("config.json"), f"{folder}/config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except _UNUSABLE as error:
         raise ModelError(
             f"{folder}/config.json cannot be used ({first_line(error)}); give a causal language model of a "
             "family that the installed transformers knows (models that bring their own code are refused)."

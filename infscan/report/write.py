@@ -7,15 +7,16 @@ from functools import lru_cache
 from typing import Any
 
 from infscan.config import from_yaml
-from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
+from infscan.corpus.tokenizer import Tokenizer, is_hub_id, load_tokenizer
 from infscan.errors import InfscanError, RunError
 from infscan.report.assemble import Archive, assemble
 from infscan.report.contents import run_contents, settle
 from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_cells, read_summary
-from infscan.storage import Store
+from infscan.storage import Store, check_addresses
 
 NAME = "report.html"
+_CONFIG = "config.yaml"
 ROWS = 100
 MEGABYTES = 64
 _FIX = "the page needs the tokenizer of the run's model; give a folder, URI or hub id that has it: tokenizer=..."
@@ -34,10 +35,11 @@ def write_report(
     runs: finished runs; a sweep's folder means the finished runs in it. output: a file's path or URI
     (the folder's own report.html). rows: at most so many per query and side. megabytes: of sequences, compressed; the
     deepest ranks of all queries are left out until they fit. tokenizer: a folder, URI or hub id in place of the run's
-    model's.
+    model's, of which a hub id is not asked of the hub: what this machine has of it is used.
 
     Raises:
         RunError: where there is no finished run, or several runs and no output.
+        StorageError: where a run names a model outside its folder, and is neither this user's own nor allowed.
     """
     if not runs:
         raise RunError("no run is given; name a run's folder, a sweep's, or a list of them.")
@@ -49,11 +51,11 @@ def write_report(
     archive = Archive(int(megabytes * 2**20))
     contents: list[dict[str, Any]] = []
     for name, uri in found:
+        summary = read_summary(uri)
         scanned, asked = _models(uri)
-        cut = _tokenizer(tokenizer or scanned, read_summary(uri)["inputs"]["tokenizer"])
-        contents.append(
-            run_contents(uri, name, archive, rows, cut, _tokenizer(asked, None) if asked != scanned else cut)
-        )
+        cut = _tokenizer(tokenizer or _allowed(uri, scanned), summary["inputs"]["tokenizer"], told=bool(tokenizer))
+        asking = cut if asked == scanned else _tokenizer(_allowed(uri, asked), None)
+        contents.append(run_contents(uri, name, archive, rows, cut, asking))
     title = ", ".join(Store(run).uri.rpartition("/")[2] for run in runs)
     page = assemble(title, {"runs": [settle(run, archive) for run in contents]}, archive)
     target = output or f"{Store(runs[0]).uri}/{NAME}"
@@ -85,15 +87,31 @@ def _cells(runs: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 def _models(uri: str) -> tuple[str, str]:
     """The model that was scanned, and the one that was asked (of stages, the last)."""
-    config = from_yaml(Store(uri).read("config.yaml").decode())
-    scanned = config["model"]["path"]
-    return scanned, (config["stages"][-1]["model"] if config["stages"] else scanned)
-
-
-def _tokenizer(path: str, digest: str | None) -> Tokenizer | None:
-    """The tokenizer that cut the run's texts, by its digest (null: any); None where the run had none."""
+    config = from_yaml(Store(uri).read(_CONFIG).decode(errors="replace"))
     try:
-        found = _loaded(path)
+        scanned = config["model"]["path"]
+        asked = config["stages"][-1]["model"] if config["stages"] else scanned
+    except (KeyError, TypeError, IndexError):
+        scanned = asked = None
+    if not isinstance(scanned, str) or not isinstance(asked, str):
+        raise RunError(f"{uri}/{_CONFIG} names no model; restore it.")
+    return scanned, asked
+
+
+def _allowed(uri: str, path: str) -> str:
+    """A model that the run names, where it may be opened."""
+    if not is_hub_id(path):
+        check_addresses(f"{uri}/{_CONFIG}", Store(uri).read(_CONFIG), [path])
+    return path
+
+
+def _tokenizer(path: str, digest: str | None, *, told: bool = False) -> Tokenizer | None:
+    """The tokenizer that cut the run's texts, by its digest (null: any); None where the run had none.
+
+    told: a person named it, and the hub may be asked.
+    """
+    try:
+        found = _loaded(path, told)
     except InfscanError as error:
         raise RunError(f"{path}: {_FIX} ({error})") from None
     if digest and (found is None or found.digest != digest):
@@ -102,5 +120,5 @@ def _tokenizer(path: str, digest: str | None) -> Tokenizer | None:
 
 
 @lru_cache(maxsize=4)
-def _loaded(path: str) -> Tokenizer | None:
-    return load_tokenizer(path)
+def _loaded(path: str, told: bool) -> Tokenizer | None:
+    return load_tokenizer(path, from_hub=told)

@@ -6,7 +6,6 @@ guesses from arithmetic (docs/gpu.md). `plan.calibration` puts what `tests/gpu/v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +117,7 @@ def calibration(path: str) -> Calibration:
     """
     folder, _, name = path.rpartition("/") if path.endswith(".json") else (path, "", "verify.json")
     try:
-        found = json.loads(Store(folder or ".").read(name))
+        found = Store(folder or ".").read_json(name)
         measured = found["calibration"]
         return Calibration(
             measured["device"], Rates.from_json(measured), int(measured.get("memory") or 0), found.get("env", {})

@@ -236,7 +236,7 @@ def _look(
         raise ConfigError("corpus.path: no value given. Add corpus.path=..., or plan.sequences=<how many>.")
     for path in (corpus.path, where):
         if is_prepared(path):
-            return _seen(open_corpus(Store(path)))
+            return _seen(open_corpus(Store(path), foreign=True))
     pack = settings_for(corpus, architecture, tokenizer)
     # In this process's memory, under the name of its content's address.
     store = Store(f"memory://infscan-plan/{fingerprint([plain(corpus), architecture.fingerprint])[:16]}")

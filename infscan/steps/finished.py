@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, stage_output, stored_config
+from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, addresses, stage_output, stored_config
 from infscan.corpus.addressable import AddressableCorpus, is_prepared
+from infscan.corpus.tokenizer import is_hub_id
 from infscan.errors import ConfigError, RunError
 from infscan.queries import MEASURED, choose, read_measured
 from infscan.results.manifest import read_manifest
@@ -18,7 +19,7 @@ from infscan.steps.run import Run, open_run
 from infscan.steps.run_folder import CONFIG
 from infscan.steps.solve import solve
 from infscan.steps.stages import pull_back_queries
-from infscan.storage import Store
+from infscan.storage import Store, check_addresses
 
 
 def reopen(uri: str, cluster: ClusterConfig, query_ids: Sequence[str] = ()) -> AbstractContextManager[Run]:
@@ -46,16 +47,29 @@ def finished_config(uri: str) -> Config:
 
     Raises:
         RunError: where the run is not finished, or its config.yaml is damaged.
+        StorageError: where it names places outside the run's folder, and is neither this user's own nor allowed.
     """
     store = Store(uri)
     read_summary(uri)
     _check_committed(store)
+    data = store.read(CONFIG)
     try:
-        config = stored_config(store.read(CONFIG).decode(errors="replace"), store.uri)
+        config = stored_config(data.decode(errors="replace"), store.uri)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
+    _check_addresses(store, data, config, of_corpora=False)
     _read_what_was_prepared(config)
+    _check_addresses(store, data, config, of_corpora=True)
     return config
+
+
+def _check_addresses(store: Store, data: bytes, config: Config, *, of_corpora: bool) -> None:
+    """Hold what a run's settings name to `infscan.storage.allowed`: the run may be a stranger's.
+
+    of_corpora: the corpora too, once they are settled.
+    """
+    named = {key: address for key, address in addresses(config).items() if of_corpora or "corpus" not in key}
+    check_addresses(f"{store.uri}/{CONFIG}", data, [one for one in named.values() if not is_hub_id(one)])
 
 
 def _check_committed(store: Store) -> None:

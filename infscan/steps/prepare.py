@@ -49,7 +49,7 @@ from infscan.errors import CorpusError, RunError
 from infscan.model.architecture import Architecture
 from infscan.steps.corpus_inputs import no_rows, settings_for, with_array_settings
 from infscan.steps.run import Run
-from infscan.storage import InputFile, Store
+from infscan.storage import InputFile, Store, remember_written
 from infscan.telemetry import Telemetry
 
 _HASHES = "duplicates"
@@ -215,6 +215,7 @@ def _joined(
     store.create(DESCRIPTION, json.dumps(value, indent=1).encode())
     if store.read_json(DESCRIPTION) != value:
         raise RunError(f"{store.uri} joins other corpora than corpus.paths; put those back, or start a new output.")
+    remember_written(store.read(DESCRIPTION))
     return open_corpus(store, Reading.of(config))
 
 
@@ -257,6 +258,7 @@ def _described(
     if found is not None:
         raise RunError(f"{store.uri} was made for another corpus ({found}). Put it back, or start a new output.")
     store.write_json(DESCRIPTION, now.to_json())
+    remember_written(store.read(DESCRIPTION))
     return open_corpus(store, Reading.of(config))
 
 

@@ -12,7 +12,7 @@ from infscan.errors import ConfigError, RunError
 from infscan.results.manifest import SUCCESS
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.sizes import as_stored
-from infscan.storage import MissingError, Store
+from infscan.storage import MissingError, Store, remember_written
 
 log = logging.getLogger("infscan")
 
@@ -96,7 +96,9 @@ class RunFolder:
     def claim(self, config: Config) -> None:
         """Write config.yaml, now that there is something to keep: before the plan, and once all inputs were read."""
         if not self.store.exists(PLAN):
-            self.store.write(CONFIG, to_yaml(config).encode())
+            data = to_yaml(config).encode()
+            self.store.write(CONFIG, data)
+            remember_written(data)
         self.check_claim(config)
 
     def others(self) -> list[str]:

@@ -33,6 +33,7 @@ from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import Preconditioner, StoredGradients, gradients, layer_factors
 from infscan.steps.run import Run
 from infscan.storage import Store
+from infscan.storage.foreign import parse_json
 
 # Batches and steps of the power method before astra, and the share of the largest stable step that it takes.
 _TRIED_BATCHES, _POWER_STEPS, _STABLE_SHARE = 4, 8, 0.5
@@ -239,7 +240,7 @@ def solve_task(worker: ModelWorker, task: SolveTask) -> Solved:
 
 def solved_before(facts: Mapping[str, str]) -> Solved:
     """The facts that a solution's file contains."""
-    return Solved(**json.loads(facts["solved"]))
+    return Solved(**parse_json(facts["solved"]))
 
 
 def _system(worker: ModelWorker, task: SolveTask) -> _System:

@@ -5,7 +5,8 @@ what it writes becomes visible whole or not at all, and what it lists or asks fo
 Credentials come from the environment alone. Every failure is a `StorageError` that names the place and the fix.
 """
 
-from infscan.storage.address import MissingError, is_uri, refuse_own_network
+from infscan.storage.address import MissingError, is_uri
+from infscan.storage.allowed import check_addresses, remember_written
 from infscan.storage.identity import Identity, stamp_of
 from infscan.storage.inputs import (
     LFS_POINTER,
@@ -31,6 +32,7 @@ __all__ = [
     "MissingError",
     "Store",
     "changed",
+    "check_addresses",
     "expand",
     "is_lfs_pointer",
     "is_uri",
@@ -39,7 +41,7 @@ __all__ = [
     "look_up",
     "open_input",
     "read_range",
-    "refuse_own_network",
+    "remember_written",
     "root_of",
     "scratch_file",
     "stamp_of",

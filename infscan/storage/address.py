@@ -3,17 +3,14 @@
 import hashlib
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from infscan.errors import StorageError
 from infscan.secrets import MEND, holds_secret, redact
 
 TEMPORARY = ".tmp-"  # a name that starts so is a file still being written; no listing shows it
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*)://")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -70,30 +67,6 @@ def normalise(address: str) -> str:
     if ".." in rest.split("/"):
         raise StorageError(f"{address} holds '..', which object stores do not resolve; write the full prefix")
     return f"{scheme}://{rest.lstrip('/') if scheme == 'memory' else rest}"
-
-
-def refuse_own_network(address: str, where: str) -> None:
-    """Refuse an address over HTTP that a stored file brings along and that leads back here or to a cloud's metadata.
-
-    where: the file, for the sentence.
-
-    Raises:
-        StorageError: for a loopback, link-local or unspecified host.
-    """
-    if not scheme_of(address).startswith("http"):
-        return
-    host = urlsplit(address).hostname or ""
-    with suppress(ValueError):
-        found = ip_address(host)
-        found = getattr(found, "ipv4_mapped", None) or found
-        if not (found.is_loopback or found.is_link_local or found.is_unspecified):
-            return
-        host = "localhost"
-    if host == "localhost" or host.endswith(".localhost"):
-        raise StorageError(
-            f"{where} names {redact(address)}, an address of this machine or of its cloud's metadata; what a folder "
-            "brings along is not asked for there. Name it yourself, or fix the file."
-        )
 
 
 def checked_name(name: str) -> str:

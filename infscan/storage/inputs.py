@@ -18,6 +18,7 @@ from fsspec.utils import glob_translate
 from infscan.errors import StorageError
 from infscan.secrets import redact
 from infscan.storage.address import checked_name, join, normalise, scheme_of, tag
+from infscan.storage.allowed import cache_folder
 from infscan.storage.local import LocalDisk
 from infscan.storage.store import Entry, Store, backend_of
 
@@ -128,7 +129,7 @@ def localise(uri: str, suffixes: tuple[str, ...], *, nested: bool = True) -> Pat
     entries = _wanted(store, suffixes, nested)
     if not entries:
         raise StorageError(f"{store.uri}: no {' or '.join(suffixes)} file is there; check the address")
-    cache = Path(os.environ.get("INFSCAN_CACHE") or "~/.cache/infscan").expanduser().absolute()
+    cache = cache_folder()
     target = cache / tag(store.uri, [(e.name, e.size, e.etag) for e in entries])
     if target.is_dir():
         return target

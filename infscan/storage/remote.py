@@ -37,6 +37,8 @@ BUFFER_BYTES = 4 << 20
 _LISTING = 20
 
 _S3_SCHEMES = {"s3", "s3a"}
+# Stores in which an object is whole or absent, whoever writes it; the last is of one process.
+_WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
 _SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "AZURE_", "HF_", "INFSCAN_STORAGE_")
 _memory_lock = threading.Lock()
@@ -49,11 +51,14 @@ def connect(address: str) -> "ObjectStore":
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith(_SETTINGS))
     scheme = scheme_of(address)
     place = location_of(address) if scheme in _S3_SCHEMES else Location()
-    return _connect(scheme, place, os.getpid(), hashlib.sha256(repr(settings).encode()).hexdigest())
+    given = () if scheme in _S3_SCHEMES else _of_address(scheme, address)
+    return _connect(scheme, place, given, os.getpid(), hashlib.sha256(repr(settings).encode()).hexdigest())
 
 
 @lru_cache(maxsize=8)
-def _connect(scheme: str, place: Location, _process: int, _settings: str) -> "ObjectStore":
+def _connect(
+    scheme: str, place: Location, given: tuple[tuple[str, Any], ...], _process: int, _settings: str
+) -> "ObjectStore":
     retry = RetryPolicy.from_environment()
     # fsspec's own cache would hand back a client with the credentials of an earlier environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
@@ -71,15 +76,28 @@ def _connect(scheme: str, place: Location, _process: int, _settings: str) -> "Ob
             options["endpoint_url"] = endpoint
         options |= _of_place(place)
     try:
-        filesystem = fsspec.filesystem(scheme, **options)
-    except (ImportError, ValueError) as error:
-        reason = redact(str(error))
-        raise StorageError(
-            f"{scheme}:// cannot be opened ({reason}); install its fsspec driver or use s3://"
-        ) from error
+        filesystem = fsspec.filesystem(scheme, **options, **dict(given))
+    except Exception as error:  # every driver raises errors of its own
+        raise _unopened(scheme, error) from error
     if scheme in _S3_SCHEMES:
         filesystem.retries = 1
     return ObjectStore(filesystem, scheme, endpoint, retry)
+
+
+def _of_address(scheme: str, address: str) -> tuple[tuple[str, Any], ...]:
+    """What a driver wants to know of an address before it opens one: the host of sftp://, the account of abfss://."""
+    try:
+        options: dict[str, Any] = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(address)
+        found = tuple(sorted(options.items()))
+        hash(found)
+    except Exception as error:  # every driver raises errors of its own
+        raise _unopened(scheme, error) from error
+    return found
+
+
+def _unopened(scheme: str, error: Exception) -> StorageError:
+    reason = redact(" ".join(str(error).split()) or type(error).__name__)
+    return StorageError(f"{scheme}:// cannot be opened ({reason[:300]}); install its fsspec driver or use s3://")
 
 
 def _of_place(place: Location) -> dict[str, Any]:
@@ -148,7 +166,17 @@ class ObjectStore:
                 raise StorageError(redact(f"{uri}: the object changed while it was read; read it again")) from error
             raise
 
+    def _check_whole(self, uri: str) -> None:
+        if self.scheme not in _WHOLE:
+            raise UnwritableError(
+                redact(
+                    f"{uri}: a file that is written through {self.scheme}:// is seen before it is whole, so no results "
+                    f"go there; give a folder, or an address of {', '.join(f'{one}://' for one in _WHOLE[:-1])}"
+                )
+            )
+
     def write(self, uri: str, data: bytes) -> None:
+        self._check_whole(uri)
         # s3fs puts below 100 MB in one request; above, in parts that it aborts on failure. Neither shows a half.
         self._call(uri, lambda: self._ask("pipe_file", uri, data, size=len(data)), writing=True)
 
@@ -158,6 +186,7 @@ class ObjectStore:
         The HTTP client asks again by itself where a kept connection broke, so that even a first attempt may be a next.
         Where the store lacks conditional puts, the check and the put are two steps, and the last writer of a race wins.
         """
+        self._check_whole(uri)
         if self.stat(uri) is not None:  # also guards against servers that ignore the condition
             return False
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from infscan.errors import StorageError
 from infscan.storage import remote
 from infscan.storage.address import Entry, checked_name, join, normalise, scheme_of
-from infscan.storage.foreign import parse_json
+from infscan.storage.foreign import parse_stored
 from infscan.storage.local import LocalDisk
 from infscan.storage.tempnames import temporary_name
 
@@ -91,11 +91,7 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         """The value of a JSON file; StorageError where it is not JSON."""
-        data = self.read(name)
-        try:
-            return parse_json(data)
-        except ValueError as error:
-            raise StorageError(f"{self._address(name)} is not valid JSON ({error}); restore or remove it") from error
+        return parse_stored(self.read(name), self._address(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON, keys in their own order. NaN and infinity are a ValueError."""

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from infscan.errors import ConfigError
+from infscan.storage.foreign import parse_json
 from infscan_studies.config import TrainDemoJob
 from infscan_studies.demo import facts, making
 from infscan_studies.truth.train import TrainingRecord, train_language_model
@@ -26,7 +27,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise ConfigError(f"{path}: there is no such file; give minipile=<JSONL file>, or output=<folder of the demo>.")
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    return [json.loads(line) for line in text.split("\n") if line]
+    return [parse_json(line) for line in text.split("\n") if line]
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:

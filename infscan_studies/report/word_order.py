@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,8 +15,10 @@ from infscan.corpus.addressable import open_corpus
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.folder import model_folder
+from infscan.queries import MEASURED
 from infscan.report.terminal import excerpt, one_line
 from infscan.storage import Store
+from infscan.storage.foreign import parse_lines
 from infscan_studies.config import WordOrderConfig
 from infscan_studies.demo.facts import Partition
 from infscan_studies.word_order import ALL, METHODS, planted_partitions, run_scores
@@ -39,7 +40,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
     store = Store(run)
     planted = planted_partitions(config.planted)
     question = config.question or f"{min(planted)}-first"
-    queries = {row["id"]: row for row in map(json.loads, store.read("queries/queries.jsonl").splitlines())}
+    queries = {row["id"]: row for row in parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")}
     if question not in queries or question.removesuffix("-first") not in planted:
         raise ConfigError(f"study.question={question}: {run} has no such query about a planted fact.")
     query = queries[question]
@@ -54,7 +55,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
 
 
 def _texts(store: Store) -> dict[str, str]:
-    corpus = open_corpus(store / "corpus")
+    corpus = open_corpus(store / "corpus", foreign=True)
     settings = from_yaml(store.read("config.yaml").decode())
     tokenizer = load_tokenizer(str(model_folder(settings["model"]["path"], revision=settings["model"].get("revision"))))
     sequences = corpus.read(np.arange(corpus.sequences))

@@ -350,6 +350,80 @@ def test_decompression_bombs_are_refused_in_bounded_memory(tmp_path: Path) -> No
     assert max(int(peak) for peak, _ in found) < 320, done.stdout
 
 
+LOWER = """
+from infscan.corpus import arrow_messages, parquet_pages
+arrow_messages.MAX_BATCH_BYTES = parquet_pages.MAX_PAGE_BYTES = 64 << 20
+parquet_pages.MAX_REPEATED_BYTES = 8 << 20
+"""
+
+
+def test_tables_are_refused_before_a_page_or_batch_is_decompressed(tmp_path: Path) -> None:
+    """Each stands for 100 MiB of text, or for 9 MiB eight times, and the bounds are lower here than they are."""
+    text = pa.table({"text": pa.array(["a" * (1 << 20)] * 100)})
+    pq.write_table(
+        text, tmp_path / "page.parquet", compression="zstd", use_dictionary=False, data_page_size=(1 << 31) - 1,
+        write_batch_size=2000,
+    )  # fmt: skip
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    for name, opened in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with opened(str(tmp_path / name), text.schema, options=options) as writer:
+            writer.write_table(text)
+    several = pa.DictionaryArray.from_arrays(pa.array([0] * 8, pa.int32()), pa.array(["a" * (9 << 20)]))
+    pq.write_table(pa.table({"text": several}), tmp_path / "dictionary.parquet", compression="zstd", store_schema=False)
+    del text, several
+    paths = sorted(tmp_path.iterdir())
+    assert max(path.stat().st_size for path in paths) < 100_000
+    done = subprocess.run([sys.executable, "-c", LOWER + PROBE, *paths], capture_output=True, text=True, check=True)
+    found = [line.partition(" ")[::2] for line in done.stdout.splitlines()]
+    said = [said for _, said in found[::2]]
+    assert "BadFileError" in said[0]
+    assert "a page of" in said[0]
+    assert "a record batch of" in said[1]
+    assert "a page of" in said[2]
+    assert "a record batch of" in said[3]
+    assert max(int(peak) for peak, _ in found) < 48, done.stdout
+
+
+def test_a_cell_longer_than_a_document_is_a_bad_document(tmp_path: Path) -> None:
+    texts = ["a", "b" * (65 << 20), "c"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    found, tally = read_all(tmp_path / "a.parquet")
+    assert found == ["a", "c"]
+    assert tally.left_out().by_reason == {"too long": 1}
+
+
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_checked_arrow_files_read_as_they_are_written(tmp_path: Path, compression: str | None, is_file: bool) -> None:
+    """Of any compression, with dictionaries that grow from batch to batch, and one cut off."""
+    rows = [[f"t{number % 7}" for number in range(size)] for size in (5, 0, 9)]
+    batches = [pa.record_batch({"text": pa.array(some, pa.string()).dictionary_encode()}) for some in rows]
+    options = pa.ipc.IpcWriteOptions(compression=compression, emit_dictionary_deltas=True, unify_dictionaries=is_file)
+    path = tmp_path / "a.arrow"
+    with (pa.ipc.new_file if is_file else pa.ipc.new_stream)(str(path), batches[0].schema, options=options) as writer:
+        writer.write_table(pa.Table.from_batches(batches)) if is_file else [writer.write_batch(one) for one in batches]
+    assert read_all(path)[0] == [text for some in rows for text in some]
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadFileError):
+        read_all(path)
+
+
+def test_an_arrow_file_that_lost_a_batch_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    batches = [pa.record_batch({"text": [text] * 4}) for text in "abc"]
+    with pa.ipc.new_file(str(path), batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    data = bytearray(path.read_bytes())
+    # The third message's length, after the schema's and two batches': an end where there is none.
+    marks = [at for at in range(0, len(data), 8) if data[at : at + 4] == b"\xff\xff\xff\xff"]
+    data[marks[2] + 4 : marks[2] + 8] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(BadFileError, match="its footer lists 2 more record batches"):
+        read_all(path)
+
+
 def test_a_zstd_window_beyond_128_mib_is_refused(tmp_path: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=30, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()

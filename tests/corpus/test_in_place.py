@@ -24,7 +24,7 @@ from infscan.corpus.packing import Packer, PackSettings
 from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import Sequence
 from infscan.errors import CorpusError, StorageError
-from infscan.storage import Store
+from infscan.storage import Store, remember_written
 from tests.conftest import Bucket
 from tests.corpus import layouts
 from tests.corpus.builders import EOS, VOCAB, corpus_config, documents, settings
@@ -496,18 +496,48 @@ def test_arrays_in_an_s3_bucket_are_read_by_ranges(moto_s3: Bucket) -> None:
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "169.254.169.254", "localhost:8080", "a.localhost", "[::1]", "[::ffff:169.254.169.254]", "0.0.0.0"],
+    "elsewhere",
+    ["http://169.254.169.254/latest/meta-data", "http://localtest.me:8080/x", "/etc", "s3://theirs/x"],
 )
-def test_a_strangers_description_asks_nothing_of_this_machines_own_network(tmp_path: Path, host: str) -> None:
-    store = Store(str(tmp_path))
+def test_a_strangers_description_leads_nowhere_unless_the_user_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str
+) -> None:
+    store = Store(str(tmp_path / "theirs"))
     layouts.npy(store, "a.npy", stream(big_corpus(50)))
     value = layouts.described(store, corpus_config(store.uri), settings(Packing.concat, T)).description.to_json()
-    named = replace_first(value, f"http://{host}/latest/meta-data")
-    for description in (named, with_checksum({"format": "joined", "corpora": [{"at": f"http://{host}/x"}]})):
+    named = replace_first(value, elsewhere)
+    for description in (named, with_checksum({"format": "joined", "corpora": [{"at": elsewhere}]})):
         store.write_json("addressable.json", description)
-        with pytest.raises(StorageError, match=r"addressable\.json names http://.*cloud's metadata"):
+        with pytest.raises(StorageError, match=r"addressable\.json names .*, outside its folder"):
             open_corpus(store, foreign=True)
+    store.write_json("addressable.json", named)
+    monkeypatch.setenv("INFSCAN_ALLOWED_ADDRESSES", f"/nowhere, {elsewhere}")
+    assert open_corpus(store, foreign=True).sequences
+
+
+def test_a_strangers_description_may_name_what_is_in_its_folder_and_no_link_out_of_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "theirs"))
+    layouts.npy(store, "a.npy", stream(big_corpus(50)))
+    value = layouts.described(store, corpus_config(store.uri), settings(Packing.concat, T)).description.to_json()
+    store.write_json("addressable.json", value)
+    assert open_corpus(store, foreign=True).sequences
+    (tmp_path / "theirs" / "a.npy").rename(tmp_path / "secret.npy")
+    (tmp_path / "theirs" / "a.npy").symlink_to(tmp_path / "secret.npy")
+    with pytest.raises(StorageError, match=r"a\.npy, outside its folder"):
+        open_corpus(store, foreign=True)
+
+
+def test_what_this_user_described_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFSCAN_CACHE", str(tmp_path / "cache"))
+    data = Store(str(tmp_path / "data"))
+    layouts.npy(data, "a.npy", stream(big_corpus(50)))
+    value = layouts.described(data, corpus_config(data.uri), settings(Packing.concat, T)).description.to_json()
+    mine = Store(str(tmp_path / "run" / "corpus"))
+    mine.write_json("addressable.json", value)
+    with pytest.raises(StorageError, match="this user's infscan did not write"):
+        open_corpus(mine, foreign=True)
+    remember_written(mine.read("addressable.json"))
+    assert open_corpus(mine, foreign=True).sequences
 
 
 def replace_first(value: dict[str, Any], uri: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from infscan.config import ModelConfig
 from infscan.corpus.tokenizer import load_tokenizer
-from infscan.errors import ModelError
+from infscan.errors import InfscanError, ModelError
 from infscan.model.architecture import describe, weight_files
 from infscan.model.load import load
 from infscan.model.loaded import RankContext
@@ -160,10 +160,29 @@ def test_an_adapter_is_refused_as_it_would_load_another_model(folder: Path) -> N
         {"num_hidden_layers": "many"},
         {"num_attention_heads": 0},
         {"hidden_act": 7},
+        {"dtype": "__class__"},
+        {"dtype": [1]},
+        {"torch_dtype": "Tensor"},
+        {"text_config": {"dtype": 8}},
+        {"num_hidden_layers": 20_000},
+        {"eos_token_id": "</s>"},
+        {"bos_token_id": -1},
     ],
-    ids=lambda values: next(iter(values)),
+    ids=str,
 )
 def test_impossible_sizes_are_refused_without_a_traceback(folder: Path, values: dict[str, Any]) -> None:
     change(folder / "config.json", **values)
     with pytest.raises(ModelError):
+        describe(str(folder), "mlp")
+
+
+def test_a_list_without_an_end_of_sequence_names_none(folder: Path) -> None:
+    change(folder / "config.json", eos_token_id=[])
+    assert describe(str(folder), "mlp").eos_id is None
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"a": ' * 50_000, '{"model_type": "\\ud800"}', "null"], ids=len)
+def test_a_config_that_is_no_object_is_refused_by_its_name(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InfscanError, match=r"config\.json"):
         describe(str(folder), "mlp")
