@@ -177,8 +177,9 @@ class ExtrapolationConfig(StudyConfig):
     name: ClassVar[str] = "extrapolation"
     filtered: str | None = None
     """Finished run over the sequences that `infscan tfidf` kept, with the queries and the factors of `run`."""
-    tail: float = 0.01
-    """Share of the unfiltered sequences, the strongest ones, that the power law is fitted to."""
+    tail: float = 0.0001
+    """Share of the unfiltered sequences, the strongest ones, that the power law is fitted to (Grosse et al. 2023:
+    0.0001); a larger tail narrows the interval, and is less like a power law."""
     least: int = 50
     """Rows that the tail has at least."""
     ks: list[int] = field(default_factory=lambda: [1, 10, 100])

@@ -24,11 +24,15 @@ from infscan_studies.config import CoverageConfig, ValidateJob
 NAME = "coverage"
 
 
-def coverage(top: pa.Table, candidates: pa.Table, tops: Sequence[int], ks: Sequence[int]) -> pa.Table:
+def coverage(
+    top: pa.Table, candidates: pa.Table, tops: Sequence[int], ks: Sequence[int], known: int | None = None
+) -> pa.Table:
     """Rows (query, side, top, k, rows, share), and of every side, top and k the queries' average (query `(average)`).
 
     top: a run's (query_id, side, rank, sequence_id). candidates: the filter's (query_id, rank, sequence_id).
-    share: of the `rows` rows of the scan with rank <= top, those that the filter ranks k or better.
+    known: how many rows per query the filter kept, None where it kept all.
+    share: of the `rows` rows of the scan with rank <= top, those that the filter ranks k or better; null for a k above
+    `known`, since the ranks in between are not.
     """
     ranks = {
         (query, number): rank
@@ -42,20 +46,34 @@ def coverage(top: pa.Table, candidates: pa.Table, tops: Sequence[int], ks: Seque
     for (query, side), pairs in sorted(found.items()):
         for n in tops:
             mine = np.array([rank for place, rank in pairs if place <= n])
-            rows += [_row(query, side, n, k, len(mine), float(np.mean(mine <= k))) for k in ks]
+            rows += [
+                _row(query, side, n, k, len(mine), float(np.mean(mine <= k)) if known is None or k <= known else None)
+                for k in ks
+            ]
     for side in sorted({row["side"] for row in rows}):
         for n in tops:
             for k in ks:
                 alike = [row for row in rows if (row["side"], row["top"], row["k"]) == (side, n, k)]
-                share = float(np.mean([row["share"] for row in alike]))
+                shares = [row["share"] for row in alike if row["share"] is not None]
+                share = float(np.mean(shares)) if shares else None
                 rows.append(_row(AVERAGE, side, n, k, sum(row["rows"] for row in alike), share))
-    return pa.Table.from_pylist(rows)
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("query", pa.string()),
+        ("side", pa.string()),
+        *((name, pa.int64()) for name in ("top", "k", "rows")),
+        ("share", pa.float64()),
+    ]
+)
 
 
 _KEYS = ("query_id", "sequence_id", "rank")
 
 
-def _row(query: str, side: str, top: int, k: int, rows: int, share: float) -> dict[str, Any]:
+def _row(query: str, side: str, top: int, k: int, rows: int, share: float | None) -> dict[str, Any]:
     return {"query": query, "side": side, "top": top, "k": k, "rows": rows, "share": share}
 
 
@@ -79,7 +97,8 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.
                 f"{truth.run} scanned other {key} than {truth.filter} filtered; run infscan tfidf on the run's own "
                 "(corpus.path=<run>/corpus, the same queries)."
             )
-    table = coverage(read_top(truth.run), candidates, truth.tops, truth.ks)
+    known = footer["top_k"] if footer["top_k"] < footer["sequences"] else None
+    table = coverage(read_top(truth.run), candidates, truth.tops, truth.ks, known)
     facts = {"run": truth.run, "filter": truth.filter, "sequences": footer["sequences"], "top_k": footer["top_k"]}
     Store(config.output).write(f"validate/{NAME}.parquet", to_parquet(table, facts))
     return None, table, facts

@@ -3,6 +3,10 @@
 Grosse et al. 2023 (section 5.2.2) scan a sample of the corpus without a filter, fit a power law to the tail of its
 scores, and ask after how many sequences the law expects the k-th strongest to be as strong as the filter's:
 k / P(score >= s_k).
+
+A tail that is no power law makes this wrong by a factor, and a short one does not show it. So the interval is that of
+two laws: the power law, and the generalised Pareto law, to which the tail of every usual distribution tends (Pickands
+1975) and of which the power law is a special case. Its shape is estimated after Zhang and Stephens (2009).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from infscan.results.dense import score_column
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.storage import Store
 from infscan_studies.config import ExtrapolationConfig
-from infscan_studies.sparsity import exponent_of
+from infscan_studies.sparsity import DECIDED, exponent_of, held_to_law
 
 Floats = NDArray[np.float64]
 
@@ -37,7 +41,10 @@ SCHEMA = pa.schema(
         ("threshold", pa.float64()),
         ("tail", pa.int64()),
         ("exponent", pa.float64()),
-        # Sequences after which its k-th strongest is expected to reach `score`; 95 % over tails drawn anew.
+        # Of tails of that law, the share that are further from it: a small one speaks against the law.
+        ("fit", pa.float64()),
+        # Sequences after which its k-th strongest is expected to reach `score`; 95 % over tails drawn anew, by
+        # whichever of the two laws is further off (infinite: a tail may end before `score`).
         ("needed", pa.float64()),
         ("low", pa.float64()),
         ("high", pa.float64()),
@@ -49,8 +56,9 @@ def needed(scores: Floats, wanted: float, k: int, tail: int, resamples: int, see
     """Sequences after which the k-th strongest is expected at `wanted` or above. scores: [N], all of a sample's.
 
     A power law over the `tail` strongest gives P(score >= wanted); below its threshold the sample's own share does.
-    low, high: 95 % percentiles over the tail's scores drawn anew, its threshold held (below it: over how many of so
-    many sequences reach `wanted`); they leave out what chance does to the few strongest that are to be matched.
+    low, high: 95 % percentiles over the tail's scores drawn anew, its threshold held, of the power law and of the
+    generalised Pareto law together (below the threshold: over how many of so many sequences reach `wanted`); they leave
+    out what chance does to the few strongest that are to be matched.
 
     Raises:
         RunError: where fewer than `tail` scores are positive.
@@ -63,25 +71,53 @@ def needed(scores: Floats, wanted: float, k: int, tail: int, resamples: int, see
     if wanted <= threshold:
         count = int((scores >= wanted).sum())
         expected = k * len(scores) / count
-        drawn_r = k * len(scores) / np.maximum(rng.binomial(len(scores), count / len(scores), resamples), 1)
+        drawn = [k * len(scores) / np.maximum(rng.binomial(len(scores), count / len(scores), resamples), 1)]
     else:
 
-        def at(exponents: Floats) -> Floats:
-            return k * len(scores) / (tail * (wanted / threshold) ** (1 - exponents))
+        def at(beyond: Floats) -> Floats:
+            """beyond: the share of the tail's rows at `wanted` or above."""
+            with np.errstate(divide="ignore"):
+                return k * len(scores) / (tail * beyond)
 
-        expected = float(at(np.asarray(exponent)))
+        expected = float(at(np.asarray((wanted / threshold) ** (1 - exponent))))
         # A tail drawn as one value throughout would have no exponent; ten rows and more do not come out so.
         drawn_rn = rng.choice(strongest, (resamples, tail))
-        drawn_r = at(1 + tail / np.log(drawn_rn / threshold).sum(axis=1))
-    low, high = np.percentile(drawn_r, INTERVAL)
+        exponents_r = 1 + tail / np.log(drawn_rn / threshold).sum(axis=1)
+        drawn = [
+            at((wanted / threshold) ** (1 - exponents_r)),
+            at(np.asarray([share_beyond(row, threshold, wanted) for row in drawn_rn])),
+        ]
+    # One that lies there: between two numbers, one of which may be infinite, is none.
+    bounds = np.asarray([np.percentile(drawn_r, INTERVAL, method="nearest") for drawn_r in drawn])
     return {
         "threshold": threshold,
         "tail": tail,
         "exponent": exponent,
+        "fit": held_to_law(strongest, threshold, exponent, resamples, seed)[1],
         "needed": expected,
-        "low": float(low),
-        "high": float(high),
+        "low": float(bounds[:, 0].min()),
+        "high": float(bounds[:, 1].max()),
     }
+
+
+def share_beyond(tail: Floats, threshold: float, wanted: float) -> float:
+    """P(score >= wanted | score >= threshold) by the generalised Pareto law that fits a tail, [n] of any order.
+
+    (1 + shape (wanted - threshold) / scale)^(-1 / shape), 0 beyond the end of a law of negative shape. Zhang and
+    Stephens 2009: the posterior mean of shape / scale under a prior that the data scale, then the likeliest shape.
+    """
+    # A quartile of 0, where scores repeat, would scale nothing.
+    excess = np.maximum(np.sort(tail) - threshold, 1e-9 * threshold)
+    size, grid = len(excess), 30 + int(np.sqrt(len(excess)))
+    quartile = excess[int(size / 4 + 0.5) - 1]
+    ratios = (1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))) / (3 * quartile) + 1 / excess[-1]
+    shapes = np.log1p(-ratios[:, None] * excess).mean(axis=1)
+    likelihood = size * (np.log(-ratios / shapes) - shapes - 1)
+    weights = np.exp(likelihood - likelihood.max())
+    ratio = float((ratios * weights).sum() / weights.sum())
+    shape = float(np.log1p(-ratio * excess).mean())
+    inside = 1 - ratio * (wanted - threshold)
+    return float(inside ** (-1 / shape)) if inside > 0 else 0.0
 
 
 def extrapolated(
@@ -159,8 +195,12 @@ def words(table: pa.Table) -> list[str]:
             f"{sequences.max():,.0f} over {len(mine)} queries); {beyond} of them more than the "
             f"{mine[0]['scanned']:,} that were scanned."
         )
+    tails = {row["query"]: row for row in rows}.values()
+    rejected = sum(row["fit"] < DECIDED for row in tails)
     return [
         *said,
+        f"Of {len(tails)} tails, {rejected} are no power law (p < {DECIDED}); of those the number itself is wrong, and "
+        "the interval in the table, which allows for other tails too, is what can be said.",
         "It cannot say: that the tail goes on as fitted (a corpus ends, and copies of a query are no part of a smooth "
         "tail); and the filter's rows are strong by shared words, which need not be the strongest kind there is.",
     ]

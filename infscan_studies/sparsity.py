@@ -132,18 +132,25 @@ def fit_tail(scores: Floats, least: int, resamples: int, seed: int) -> Tail:
     threshold = _best_threshold(scores, least)
     mine = scores[scores >= threshold]
     exponent = exponent_of(mine, threshold)
-    ks = float(_distance(mine[None, :], np.asarray([exponent]), threshold)[0])
+    ks, fit = held_to_law(mine, threshold, exponent, resamples, seed)
     with warnings.catch_warnings():
         # It says of every rival whose best fit is at the edge of what it tries that it does.
         warnings.simplefilter("ignore")
         fitted = powerlaw.Fit(mine / threshold, xmin=1.0, verbose=0)
         found = [(law, *fitted.distribution_compare("power_law", law, normalized_ratio=True)) for law in RIVALS]
     rivals = tuple((law, float(ratio), float(p)) for law, ratio, p in found)
-    # Tails of the fitted law, each with the exponent fitted to it again.
-    draws_rn = threshold * (1 - np.random.default_rng(seed).random((resamples, len(mine)))) ** (-1 / (exponent - 1))
-    again = 1 + draws_rn.shape[1] / np.log(draws_rn / threshold).sum(axis=1)
-    fit = float((_distance(draws_rn, again, threshold) >= ks).mean())
     return Tail(threshold, mine, exponent, (exponent - 1) / np.sqrt(len(mine)), ks, fit, rivals)
+
+
+def held_to_law(scores: Floats, threshold: float, exponent: float, resamples: int, seed: int) -> tuple[float, float]:
+    """A tail's Kolmogorov-Smirnov distance to its power law, and the share of the law's own tails that are further.
+
+    Of tails drawn from the law, each with the exponent fitted to it again (Clauset et al. 2009, section 4.1).
+    """
+    ks = float(_distance(scores[None, :], np.asarray([exponent]), threshold)[0])
+    draws_rn = threshold * (1 - np.random.default_rng(seed).random((resamples, len(scores)))) ** (-1 / (exponent - 1))
+    again = 1 + draws_rn.shape[1] / np.log(draws_rn / threshold).sum(axis=1)
+    return ks, float((_distance(draws_rn, again, threshold) >= ks).mean())
 
 
 def exponent_of(scores: Floats, threshold: float) -> float:

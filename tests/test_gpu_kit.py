@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Beside torch, transformers, safetensors, pyarrow, fsspec and numpy, and what these bring, a GPU's image may have none.
 LACKING = (
     *("ray", "deepspeed", "hydra", "omegaconf", "botocore", "boto3", "s3fs", "aiobotocore", "aiohttp", "zstandard"),
-    *("pytest", "hypothesis", "rich", "psutil", "datasketch", "duckdb", "polars", "pandas", "scipy"),
+    *("pytest", "hypothesis", "rich", "psutil", "duckdb", "polars", "pandas", "scipy"),
 )
 # They are not found, as where they were never installed.
 NOT_FOUND = f"""

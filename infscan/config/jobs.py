@@ -84,7 +84,8 @@ class ExplainJob:
     matrix: bool = False
     """Write scores by layer and position, and by completion token and position."""
     similar: float = 0.8
-    """Jaccard similarity from which published rows count as near-duplicates."""
+    """Share of the shorter one's tokens, in spans that two published rows have in common, from which they count as
+    near-duplicates; a row is the document in it that its influence comes from."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def check(self) -> None:
@@ -94,7 +95,7 @@ class ExplainJob:
         if sum(map(bool, (self.sequences, self.text, self.texts))) > 1:
             raise ConfigError("sequences, text and texts each say what is to be explained; give one of them, or none.")
         if not 0 < self.similar <= 1:
-            raise ConfigError(f"similar={self.similar}: a Jaccard similarity, above 0 and up to 1.")
+            raise ConfigError(f"similar={self.similar}: a share of shared tokens, above 0 and up to 1.")
 
     @property
     def folder(self) -> str:

@@ -90,6 +90,19 @@ def merge(parts: Sequence[Matches], k: int) -> Matches:
     return best(ids, np.concatenate([np.empty(0, np.float64), *(part.scores for part in parts)]), k)
 
 
+def words(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """A query's tokens: each as often as the part that has it most often, so that a contrast adds what is its own.
+
+    parts: token ids of prompt and completion, and of prompt and contrast.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    tokens, which = np.unique(np.concatenate(parts), return_inverse=True)
+    edges = np.cumsum([len(part) for part in parts])[:-1]
+    times = [np.bincount(mine, minlength=len(tokens)) for mine in np.split(which, edges)]
+    return np.repeat(tokens, np.max(times, axis=0))
+
+
 class QueryWeights:
     """All queries' weights over the tokens that occur in any of them: float64 [U, Q], and the way from V to U."""
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infscan.config import from_yaml
-from infscan.corpus.near_duplicates import near_duplicates
+from infscan.corpus.near_duplicates import carrying, near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.queries import MEASURED
 from infscan.report.assemble import Archive
@@ -180,7 +180,11 @@ def _rows(
 ) -> list[dict[str, int]]:
     """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level."""
     ids = [np.asarray(sequences[row["sequence_id"]]["token_ids"], np.int64) for row, _, _ in found]
-    leads = near_duplicates(ids)
+    pieces_of = [
+        tokens[carrying(sequences[row["sequence_id"]]["documents"], by_token)]
+        for tokens, (row, _, by_token) in zip(ids, found, strict=True)
+    ]
+    leads = near_duplicates(pieces_of)
     how = ["exact" if np.array_equal(ids[number], ids[lead]) else "near" for number, lead in enumerate(leads)]
     copies: dict[int, list[list[Any]]] = {}
     for number, lead in enumerate(leads):

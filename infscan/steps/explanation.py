@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infscan.corpus.addressable import AddressableCorpus
-from infscan.corpus.near_duplicates import near_duplicates
+from infscan.corpus.near_duplicates import carrying, near_duplicates
 from infscan.corpus.sequences import Sequence
 from infscan.queries import Query
 from infscan.results.publish import is_spurious
-from infscan.results.read import read_sequences, read_top
+from infscan.results.read import read_sequences, read_tokens, read_top
 
 Floats = NDArray[np.float64]
 Rows = list[dict[str, Any]]
@@ -169,8 +169,15 @@ def neighbours(corpus: AddressableCorpus, items: Sequences[Item], decode: Decode
 
 def similar(run: str, query_ids: Sequences[str], threshold: float) -> Rows:
     """Of every query and side, the published rows that are near-duplicates of another one, by group and rank."""
-    sequences = read_sequences(run).select(["sequence_id", "token_ids"]).to_pydict()
-    tokens = dict(zip(sequences["sequence_id"], sequences["token_ids"], strict=True))
+    columns = read_sequences(run).select(["sequence_id", "token_ids", "documents"]).to_pylist()
+    sequences = {row["sequence_id"]: row for row in columns}
+    margins = {(row["query_id"], row["sequence_id"]): row["scores"] for row in read_tokens(run).to_pylist()}
+
+    def piece(row: Mapping[str, Any]) -> np.ndarray:
+        own = sequences[row["sequence_id"]]
+        scores = np.asarray(margins[row["query_id"], row["sequence_id"]])
+        return np.asarray(own["token_ids"], np.int64)[carrying(own["documents"], scores)]
+
     by_side: dict[tuple[str, str], Rows] = {}
     for row in read_top(run).to_pylist():
         if row["query_id"] in set(query_ids):
@@ -178,7 +185,7 @@ def similar(run: str, query_ids: Sequences[str], threshold: float) -> Rows:
     found: Rows = []
     for mine in by_side.values():
         mine.sort(key=lambda row: row["rank"])
-        groups = near_duplicates([np.asarray(tokens[row["sequence_id"]], np.int64) for row in mine], threshold)
+        groups = near_duplicates([piece(row) for row in mine], threshold)
         chosen = [(group, row) for group, row in zip(groups, mine, strict=True) if groups.count(group) > 1]
         for group, row in sorted(chosen, key=lambda pair: (pair[0], pair[1]["rank"])):
             columns = ("query_id", "side", "rank", "sequence_id", "document_id")

@@ -16,7 +16,7 @@ from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.plan import Selection
 from infscan.corpus.sequences import TokenBlock
-from infscan.corpus.tfidf import DocumentFrequencies, Matches, TopMatches, block_frequencies, block_of, merge
+from infscan.corpus.tfidf import DocumentFrequencies, Matches, TopMatches, block_frequencies, block_of, merge, words
 from infscan.engine.executor import TaskMap
 from infscan.results.schema import read_parquet, to_parquet
 from infscan.steps.run import Run
@@ -27,6 +27,8 @@ _FOLDER = "tfidf"
 _SLICES = 4096
 _SMALLEST_SLICE = 16384
 _READ_AT_ONCE = 1024
+# Raised where slices of an earlier infscan hold other scores.
+_EDITION = 2
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ def tfidf_filter(run: Run, corpus: AddressableCorpus, settings: TfidfConfig) -> 
     The rows are the same for any number of workers, size of slices and interruptions: scores are exact sums, the order
     is total, and a task drops only rows that are strictly worse than k rows which are in storage.
     """
-    queries = [np.asarray(query.parts[0].token_ids, np.int64) for query in run.queries]
+    queries = [words([np.asarray(part.token_ids, np.int64) for part in query.parts]) for query in run.queries]
     sample = None
     if settings.idf_sequences is not None and settings.idf_sequences < corpus.sequences:
         sample = Selection.of(corpus.sequences, settings.idf_sequences, run.config.seed)
     key = [
+        _EDITION,
         corpus.fingerprint,
         run.inputs.fingerprints(),
         settings.top_k,

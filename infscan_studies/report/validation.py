@@ -74,11 +74,15 @@ def show_coverage(table: pa.Table, facts: Mapping[str, Any]) -> None:
         {(row["side"], row["top"]) for row in rows}, key=lambda each: (each[0] != "proponent", each)
     ):
         shares = {row["k"]: row["share"] for row in rows if (row["side"], row["top"]) == (side, top)}
-        shown.add_row(f"top {top} {side}s", *(f"{shares[k]:.2f}" for k in ks))
+        shown.add_row(f"top {top} {side}s", *("?" if shares[k] is None else f"{shares[k]:.2f}" for k in ks))
     by_chance = (min(1.0, k / facts["sequences"]) for k in ks)
     shown.add_row("any sequence", *(f"{share:.2f}" for share in by_chance), style="dim")
     console.print("Share that the TF-IDF filter keeps, by how many sequences it keeps per query\n")
     console.print(shown)
+    if facts["top_k"] < min(max(ks), facts["sequences"]):
+        console.print(
+            f"\n?: the filter kept {facts['top_k']:,} per query (tfidf.top_k), and ranks beyond are not known"
+        )
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:

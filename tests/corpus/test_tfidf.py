@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infscan.corpus.tfidf import document_frequencies, merge, top_matches
+from infscan.corpus.tfidf import document_frequencies, merge, top_matches, words
 
 V = 12
 tokens = st.lists(st.integers(0, V - 1), max_size=10)
@@ -86,3 +86,9 @@ def test_repeated_tokens_of_the_query_count_and_of_the_sequence_do_not() -> None
     assert once.sequence_ids.tolist() == [0, 1, 2]
     assert once.scores[0] == once.scores[1] == pytest.approx(math.log(1.5 / 2.5 + 1))
     assert twice.scores.tolist() == (2 * once.scores).tolist()
+
+
+def test_a_contrast_adds_the_words_that_are_its_own() -> None:
+    """Prompt 1 2 1 with the completion 3 against 4 4: the prompt counts once, and both answers' words do."""
+    assert words([np.asarray([1, 2, 1, 3]), np.asarray([1, 2, 1, 4, 4])]).tolist() == [1, 1, 2, 3, 4, 4]
+    assert words([np.asarray([1, 2, 1, 3])]).tolist() == [1, 2, 1, 3]

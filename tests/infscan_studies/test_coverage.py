@@ -51,6 +51,14 @@ def test_a_share_counts_the_rows_that_the_filter_ranks_well_enough() -> None:
     assert {row["rows"] for row in table if row["query"] == AVERAGE and row["top"] == 4} == {1, 5}
 
 
+def test_beyond_what_the_filter_kept_no_share_is_known() -> None:
+    """What ranks 4 to 10 would have added is not known: the share there is no 0.5, but null."""
+    table = coverage(pa.Table.from_pylist(TOP_ROWS), candidates(), [2], [3, 10], known=3).to_pylist()
+    share = {(row["query"], row["side"], row["k"]): row["share"] for row in table}
+    assert (share["a", "proponent", 3], share["a", "proponent", 10]) == (0.5, None)
+    assert (share[AVERAGE, "proponent", 3], share[AVERAGE, "proponent", 10]) == (0.75, None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What a scan and a filter leave, as far as the study reads it."""
@@ -81,6 +89,14 @@ def test_the_job_reads_the_two_folders_and_writes_and_shows_a_table(
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "top 10 proponents 0.12 0.75 0.75" in shown
     assert "any sequence 0.01 0.02 0.03" in shown
+
+
+def test_a_k_beyond_the_filters_is_shown_as_unknown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, table, facts = validate(composed(folder, "truth.ks=[3,10]"), print)
+    show_coverage(table, facts)
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "top 10 proponents 0.75 ?" in shown
+    assert "?: the filter kept 3 per query (tfidf.top_k), and ranks beyond are not known" in shown
 
 
 def test_another_corpus_or_missing_folders_are_refused(folder: Path) -> None:
