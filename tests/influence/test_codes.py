@@ -145,12 +145,15 @@ def test_a_row_that_is_not_finite_or_zero_scores_nothing(bits: Bits) -> None:
     u_nd[1, 3], u_nd[2, 0], u_nd[3] = np.nan, np.inf, 0
     kept = store(u_nd, bits, entries=16)
     scores = inner_products(kept.codes, kept.scales, QueryCodes.of(u_nd[:1], bits))
-    assert scores[0, 0] > 0 and (scores[1:] == 0).all()
-    assert np.isfinite(kept.left_out).all() and (kept.rms[1:] == 0).all()
+    assert scores[0, 0] > 0
+    assert (scores[1:] == 0).all()
+    assert np.isfinite(kept.left_out).all()
+    assert (kept.rms[1:] == 0).all()
 
 
 def test_a_layer_narrower_than_the_width_is_not_projected() -> None:
     settings = CodeSettings(width=64, bits=8)
-    assert settings.coordinates(LAYER) == O * I and settings.code_bytes(LAYER) == O * I
+    assert settings.coordinates(LAYER) == O * I
+    assert settings.code_bytes(LAYER) == O * I
     assert replace(settings, bits=1).code_bytes(LAYER) == -(-O * I // 8)
     assert CodeSettings("sketched", 5).coordinates(LAYER) == 25
