@@ -3,7 +3,7 @@
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
 Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `write_report`, `merge`, `status`,
-`verify`),
+`verify`, `index`, `ask`), an index is opened by `open_index`,
 and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and return.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infscan.api import RunResult as RunResult
+    from infscan.api import open_index as open_index
     from infscan.api import read_run as read_run
     from infscan.config import Config as Config
     from infscan.errors import InfscanError as InfscanError
@@ -33,6 +34,7 @@ _HOMES = {
     "InfscanError": "infscan.errors",
     "RunResult": "infscan.api",
     "read_run": "infscan.api",
+    "open_index": "infscan.api",
     "read_factors": "infscan.steps.factor_files",
     "read_layers": "infscan.results.read",
     "read_scores": "infscan.results.read",
@@ -43,7 +45,10 @@ _HOMES = {
 }
 # Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
 _COMMANDS = {
-    **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status", "verify")},
+    **{
+        name: name
+        for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "merge", "status", "verify", "index", "ask")
+    },
     **{name: name for name in ("study", "validate")},
     "write_report": "report",
 }

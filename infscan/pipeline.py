@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from infscan.config import Config
+from infscan.config.jobs import IndexJob
+from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
+from infscan.steps.ask import OpenIndex, candidates
 from infscan.steps.check import check
 from infscan.steps.factors import fit
+from infscan.steps.index import index
 from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
@@ -44,3 +48,31 @@ def answer(config: Config) -> None:
         refined = refine(run, plan, scanned, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
         publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)
+
+
+def make_index(config: IndexJob) -> IndexManifest:
+    """Keep a code of every sequence's whitened gradient, for any number of later questions."""
+    config.index.check()
+    with open_run(config, needs_queries=False) as run:
+        corpus = prepare_corpora(run)
+        plan = make_plan(run, corpus)
+        factors = fit(run)
+        # One forward and one activation-gradient backward per sequence, and two thin products per layer.
+        return index(run, plan, corpus, factors, config.index)
+
+
+def ask(config: Config, found: OpenIndex, *, verify: bool = True) -> None:
+    """Answer queries from an index: what it finds is scanned, refined and published as a run of its own."""
+    with open_run(config) as run:
+        corpus = prepare_corpora(run)
+        measure(run)
+        vectors = pull_back_queries(run)
+        factors = solve(run, fit(run, vectors))
+        # Every row of the index against every query; the best of each are the corpus of what follows.
+        chosen = candidates(run, corpus, found, factors, verify=verify)
+        plan = make_plan(run, chosen)
+        planned_bytes = reserve_memory(run, chosen.sequence_length)
+        batch = query_batch(run, factors)
+        scanned = scan(run, plan, chosen, batch)
+        refined = refine(run, plan, scanned, factors)
+        publish(run, plan, chosen, scanned, refined, None, factors.iteration, planned_bytes)

@@ -162,6 +162,43 @@ _CORE = (
         examples=("model=pythia-1b corpus.path=s3://bucket/pile queries.path=queries.jsonl output=runs/filter",),
     ),
     Command(
+        name="index",
+        summary="Keep a code of every sequence's gradient, so that later questions need no scan (docs/index-ask.md).",
+        settings=f"{_JOBS}:IndexJob",
+        run=f"{_API}:run_index",
+        groups=("model", "corpus", "factors", "scan", "cluster"),
+        values={"output": "runs/index"},
+        unused=("queries.path",),
+        shows=(
+            "model.",
+            "corpus.",
+            "factors.",
+            "index.",
+            "scan.tokens_per_batch",
+            "scan.shard_sequences",
+            "cluster.",
+            "output",
+            "seed",
+        ),
+        examples=(
+            "model=demo corpus=demo output=runs/index",
+            "model.path=path/to/hf-model corpus.path=s3://bucket/corpus factors.path=s3://bucket/factors "
+            "output=s3://bucket/index",
+        ),
+    ),
+    Command(
+        name="ask",
+        summary="Answer questions from an index: only the rows that it finds are read again, and scored exactly.",
+        settings=f"{_JOBS}:AskJob",
+        run=f"{_API}:run_ask",
+        groups=("cluster",),
+        positional=("index",),
+        examples=(
+            "index=runs/index queries=queries.jsonl output=runs/answer",
+            "runs/index prompt='The capital of France is' completion=' Paris' output=runs/paris",
+        ),
+    ),
+    Command(
         name="explain",
         summary="Take scores apart by layer and by token: rows of a finished run, or any text.",
         settings=f"{_JOBS}:ExplainJob",

@@ -6,6 +6,8 @@ are a multiple of the largest coordinate, c from -127 to 127.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +78,7 @@ class QueryCodes:
 
     bits: Bits
     D: int
-    weights: torch.Tensor
+    weights: NDArray[np.int8]
     steps: NDArray[np.float32]
     sums: NDArray[np.int32]
 
@@ -92,12 +94,20 @@ class QueryCodes:
             # Coordinate 8 b + j is bit j of byte b: all lowest bits first, then all second ones, ...
             w_qd = np.pad(w_qd, ((0, 0), (0, -D % 8)))
             w_qd = w_qd.reshape(len(w_qd), -1, 8).transpose(0, 2, 1).reshape(len(w_qd), -1)
-        return QueryCodes(bits, D, torch.from_numpy(np.ascontiguousarray(w_qd.T)), steps.astype(np.float32), sums)
+        return QueryCodes(bits, D, np.ascontiguousarray(w_qd.T), steps.astype(np.float32), sums)
+
+    @staticmethod
+    def joined(parts: Sequence[QueryCodes]) -> QueryCodes:
+        """Several groups of queries, one after the other."""
+        weights, steps, sums = (
+            np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("weights", "steps", "sums")
+        )
+        return QueryCodes(parts[0].bits, parts[0].D, weights, steps, sums)
 
     @property
     def values(self) -> NDArray[np.float32]:
         """v as it is multiplied with, [Q, D]."""
-        w_qk = self.weights.numpy().T
+        w_qk = self.weights.T
         if self.bits == 1:
             w_qk = w_qk.reshape(len(w_qk), 8, -1).transpose(0, 2, 1).reshape(len(w_qk), -1)[:, : self.D]
         return self.steps[:, None] * w_qk.astype(np.float32)
@@ -111,12 +121,21 @@ def inner_products(
     scratch: uint8 [at least n, K], where bits are unpacked; it may be used again for the next rows.
     """
     if queries.bits == 1:
-        sums_nq = torch._int_mm(torch.from_numpy(unpacked(codes, scratch).view(np.int8)), queries.weights).numpy()
         # c = 2 bit - 1.
-        sums_nq = 2 * sums_nq - queries.sums
+        sums_nq = 2 * _products(unpacked(codes, scratch), queries.weights) - queries.sums
     else:
-        sums_nq = torch._int_mm(torch.from_numpy(np.ascontiguousarray(codes).view(np.int8)), queries.weights).numpy()
+        sums_nq = _products(codes, queries.weights)
     return sums_nq.astype(np.float32) * (scales[:, None] * queries.steps)
+
+
+def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8]) -> NDArray[np.int32]:
+    """Of signed bytes, summed in int32."""
+    with warnings.catch_warnings():
+        # What is mapped or shared cannot be written to, and is not.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        left, right = torch.from_numpy(left_nk.view(np.int8)), torch.from_numpy(weights_kq)
+    found: NDArray[np.int32] = torch._int_mm(left, right).numpy()
+    return found
 
 
 def unpacked(codes: NDArray[np.uint8], scratch: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:

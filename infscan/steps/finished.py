@@ -54,7 +54,7 @@ def finished_config(uri: str) -> Config:
         config = stored_config(store.read(CONFIG).decode(errors="replace"), store.uri)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
-    _read_what_was_prepared(config)
+    read_what_was_prepared(config)
     return config
 
 
@@ -76,7 +76,7 @@ def factors_of(run: Run) -> tuple[AddressableCorpus, Factors]:
     return corpus, solve(run, fit(run, pull_back_queries(run)))
 
 
-def _read_what_was_prepared(config: Config) -> None:
+def read_what_was_prepared(config: Config) -> None:
     """Point the corpora at what the run made of them, where it made something."""
     places = [(config.scan.stage, config.corpus, config.factors)]
     places += [(number, stage.corpus, stage.factors) for number, stage in enumerate(config.stages, start=1)]
