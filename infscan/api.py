@@ -25,6 +25,7 @@ from infscan.config.jobs import (
     MergeJob,
     PlanJob,
     ReportJob,
+    ServeJob,
     StatusJob,
     TfidfJob,
     VerifyJob,
@@ -373,10 +374,29 @@ def run_ask(job: AskJob) -> RunResult:
     from infscan.pipeline import ask
     from infscan.steps.ask import ask_config, read_index
 
+    if job.queries is None and job.completion is None:
+        raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
     found = read_index(job.index)
     config = ask_config(found, job)
     ask(config, found)
     return RunResult(config.output)
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """A server that has ended."""
+
+    def show(self) -> None:
+        """There is nothing to show."""
+
+
+def run_serve(job: ServeJob) -> ServeResult:
+    from infscan.serve.run import serve
+    from infscan.telemetry import configure_logs
+
+    configure_logs()
+    serve(job)
+    return ServeResult()
 
 
 def open_index(uri: str) -> IndexResult:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from infscan.config import Config
 from infscan.config.jobs import IndexJob
+from infscan.engine.executor import Machines
+from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
 from infscan.steps.ask import OpenIndex, candidates
@@ -61,15 +65,28 @@ def make_index(config: IndexJob) -> IndexManifest:
         return index(run, plan, corpus, factors, config.index)
 
 
-def ask(config: Config, found: OpenIndex, *, verify: bool = True) -> None:
-    """Answer queries from an index: what it finds is scanned, refined and published as a run of its own."""
-    with open_run(config) as run:
+def ask(
+    config: Config,
+    found: OpenIndex,
+    *,
+    queries: Sequence[Query] | None = None,
+    machines: Machines | None = None,
+    verify: bool = True,
+    on_found: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer queries from an index: what it finds is scanned, refined and published as a run of its own.
+
+    queries, machines: as of `open_run`. verify: hold the index's files to their digests. on_found: called once
+    candidates.parquet is there.
+    """
+    with open_run(config, queries=queries, machines=machines) as run:
         corpus = prepare_corpora(run)
         measure(run)
         vectors = pull_back_queries(run)
         factors = solve(run, fit(run, vectors))
         # Every row of the index against every query; the best of each are the corpus of what follows.
         chosen = candidates(run, corpus, found, factors, verify=verify)
+        on_found()
         plan = make_plan(run, chosen)
         planned_bytes = reserve_memory(run, chosen.sequence_length)
         batch = query_batch(run, factors)

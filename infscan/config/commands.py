@@ -199,6 +199,14 @@ _CORE = (
         ),
     ),
     Command(
+        name="serve",
+        summary="Answer questions from an index over HTTP, with a page for a browser, until it is ended.",
+        settings=f"{_JOBS}:ServeJob",
+        run=f"{_API}:run_serve",
+        positional=("index",),
+        examples=("runs/index", "index=s3://bucket/index port=8300 output=s3://bucket/answers threads=8"),
+    ),
+    Command(
         name="explain",
         summary="Take scores apart by layer and by token: rows of a finished run, or any text.",
         settings=f"{_JOBS}:ExplainJob",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from infscan.config.schema import MISSING, ClusterConfig, Config, Measure, Sides
+from infscan.config.schema import MISSING, Backend, ClusterConfig, Config, Measure, Sides
 from infscan.errors import ConfigError
 
 
@@ -101,6 +101,64 @@ class AskJob:
     output: str = "runs/ask"
     """Folder or URI of the run that the answer becomes."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class ServeJob:
+    """A server over one index."""
+
+    index: str = MISSING
+    """A finished index: folder or URI."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another one than this machine's own needs INFSCAN_SERVE_TOKEN in the environment."""
+    port: int = 8300
+    """Port to listen on; 0 takes a free one."""
+    output: str = "runs/serve"
+    """Folder or URI that run folders of answers go to."""
+    top_k: int = 20
+    """Published rows per question and side."""
+    candidates: int | None = None
+    """Rows per question and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    sides: Sides = Sides.both
+    """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
+    at_once: int = 64
+    """Questions that are asked in one run, where so many wait."""
+    most_waiting: int = 256
+    """Questions that may wait; more are refused."""
+    most_kept: int = 1024
+    """Answered questions that are kept in memory; older ones are read from their run folders."""
+    most_characters: int = 20_000
+    """Characters of a question's texts together."""
+    per_minute: int = 60
+    """Questions that one client's address may ask in a minute."""
+    model: str | None = None
+    """Where the model is now; null is where the index found it."""
+    corpus: str | None = None
+    """Where the corpus is now; null is where the index found it."""
+    factors: str | None = None
+    """Where the factors are now; null is where the index found them."""
+    threads: int = 1
+    """Threads that the model computes with."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+    def asking(self) -> AskJob:
+        """The settings of every answer.
+
+        Raises:
+            ConfigError: at the first value that cannot work.
+        """
+        for name in ("at_once", "most_waiting", "most_kept", "most_characters", "per_minute", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0.")
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port={self.port}: a port from 0 to 65535.")
+        shared = ("index", "top_k", "candidates", "sides", "model", "corpus", "factors", "output")
+        cluster = ClusterConfig(backend=Backend.in_process, cpus_per_rank=self.threads)
+        return AskJob(**{name: getattr(self, name) for name in shared}, cluster=cluster)
 
 
 @dataclass

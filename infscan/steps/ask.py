@@ -82,10 +82,8 @@ def ask_config(found: OpenIndex, job: AskJob) -> Config:
     """The settings of the run that answers: the index's own, with the questions and what is published of them.
 
     Raises:
-        ConfigError: for a value that cannot work, or where no question is given.
+        ConfigError: for a value that cannot work.
     """
-    if job.queries is None and job.completion is None:
-        raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
     made = {one.name: getattr(found.made_with, one.name) for one in fields(Config)}
     config = Config(**made)
     asked = QueriesConfig(
