@@ -372,11 +372,11 @@ def run_index(config: IndexJob) -> IndexResult:
 
 def run_ask(job: AskJob) -> RunResult:
     from infscan.pipeline import ask
-    from infscan.steps.ask import ask_config, read_index
+    from infscan.steps.ask import ask_config, read_indexes
 
     if job.queries is None and job.completion is None:
         raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
-    found = read_index(job.index)
+    found = read_indexes(job.indexes)
     config = ask_config(found, job)
     ask(config, found)
     return RunResult(config.output)

@@ -10,7 +10,7 @@ from infscan.engine.executor import Machines
 from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
-from infscan.steps.ask import OpenIndex, candidates
+from infscan.steps.ask import Indexes, candidates
 from infscan.steps.check import check
 from infscan.steps.factors import fit
 from infscan.steps.index import index
@@ -67,7 +67,7 @@ def make_index(config: IndexJob) -> IndexManifest:
 
 def ask(
     config: Config,
-    found: OpenIndex,
+    found: Indexes,
     *,
     queries: Sequence[Query] | None = None,
     machines: Machines | None = None,

@@ -74,8 +74,9 @@ class IndexJob(Config):
 class AskJob:
     """New questions to an index."""
 
-    index: str = MISSING
-    """A finished index: folder or URI."""
+    index: Any = MISSING
+    """A finished index, folder or URI; or a list of several with the same factors, asked as one:
+    `index=[runs/a,runs/b]`."""
     queries: str | None = None
     """Query file, as `queries.path` of a scan has it."""
     prompt: str | None = None
@@ -102,13 +103,17 @@ class AskJob:
     """Folder or URI of the run that the answer becomes."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    @property
+    def indexes(self) -> list[str]:
+        return [str(one) for one in self.index] if isinstance(self.index, list) else [str(self.index)]
+
 
 @dataclass
 class ServeJob:
-    """A server over one index."""
+    """A server over an index."""
 
-    index: str = MISSING
-    """A finished index: folder or URI."""
+    index: Any = MISSING
+    """A finished index, folder or URI, or a list of several, as of `infscan ask`."""
     host: str = "127.0.0.1"
     """Address to listen on; another one than this machine's own needs INFSCAN_SERVE_TOKEN in the environment."""
     port: int = 8300

@@ -28,7 +28,7 @@ from infscan.report.write import report_page
 from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_sequences, read_top
 from infscan.results.schema import read_parquet
-from infscan.steps.ask import CANDIDATES, OpenIndex
+from infscan.steps.ask import CANDIDATES, Indexes
 from infscan.steps.inputs import Inputs, open_inputs, read_measured_queries
 from infscan.storage import Store
 
@@ -65,7 +65,7 @@ class Question:
 class Desk:
     """Takes questions from any number of threads; `work` asks them, on one thread, until `stop`."""
 
-    def __init__(self, found: OpenIndex, config: Config, job: ServeJob) -> None:
+    def __init__(self, found: Indexes, config: Config, job: ServeJob) -> None:
         self.found, self.job = found, job
         self.store = Store(config.output)
         # The same model, factors and layers for every run.
@@ -85,9 +85,8 @@ class Desk:
         return {
             "model": self.config.model.path.rstrip("/").rpartition("/")[2],
             "corpus": (self.config.corpus.path or ", ".join(self.config.corpus.paths)).rstrip("/").rpartition("/")[2],
-            "sequences": self.found.manifest.rows,
+            "sequences": sum(one.manifest.rows for one in self.found),
             "most_characters": self.job.most_characters,
-            "text": self.inputs.tokenizer is not None,
         }
 
     def submit(self, asked: dict[str, Any]) -> Question:
@@ -241,7 +240,7 @@ class Desk:
         return page
 
 
-def check_asked(found: OpenIndex, inputs: Inputs) -> None:
+def check_asked(inputs: Inputs) -> None:
     """Raises RunError where text cannot be asked: the model has no tokenizer."""
     if inputs.tokenizer is None:
-        raise RunError(f"{found.made_with.model.path} has no tokenizer, and people ask in words; use infscan ask.")
+        raise RunError(f"{inputs.config.model.path} has no tokenizer, and people ask in words; use infscan ask.")

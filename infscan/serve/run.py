@@ -12,7 +12,7 @@ from infscan.config.jobs import ServeJob
 from infscan.errors import ConfigError
 from infscan.serve.desk import Desk, check_asked
 from infscan.serve.server import Server
-from infscan.steps.ask import ask_config, read_index
+from infscan.steps.ask import ask_config, read_indexes
 
 log = logging.getLogger("infscan")
 
@@ -28,9 +28,9 @@ def serving(job: ServeJob) -> Iterator[Server]:
         ConfigError: where it is to listen beyond this machine without a token, or where it cannot listen.
     """
     token = _token(job)
-    found = read_index(job.index)
+    found = read_indexes(job.asking().indexes)
     desk = Desk(found, ask_config(found, job.asking()), job)
-    check_asked(found, desk.inputs)
+    check_asked(desk.inputs)
     try:
         server = Server(desk, job, token)
     except OSError as error:

@@ -19,6 +19,7 @@ from infscan.config import Backend, Config, QueriesConfig, absolute, check, fing
 from infscan.config.jobs import AskJob, IndexConfig, IndexJob
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.filtered import describe_filtered
+from infscan.corpus.joined import JoinedCorpus
 from infscan.engine.executor import Step, TaskMap
 from infscan.errors import ConfigError, DamagedError, RunError
 from infscan.influence.codes import CodeSettings
@@ -37,7 +38,7 @@ from infscan.steps.index import code_settings, index_fields, indexed_layers, lay
 from infscan.steps.preconditioner import Preconditioner, core, layer_factors, query_groups, sources
 from infscan.steps.run import Run
 from infscan.steps.run_folder import CONFIG
-from infscan.steps.search import FileGroup, Search, cores, file_groups, search_files
+from infscan.steps.search import Search, cores, file_groups, search_files
 from infscan.storage import Store
 
 log = logging.getLogger("infscan")
@@ -61,6 +62,9 @@ class OpenIndex:
         return self.made_with.index
 
 
+Indexes = Sequence[OpenIndex]
+
+
 def read_index(uri: str) -> OpenIndex:
     """A finished index by its folder; none of its codes is read.
 
@@ -78,13 +82,41 @@ def read_index(uri: str) -> OpenIndex:
     return OpenIndex(store, manifest, made_with)
 
 
-def ask_config(found: OpenIndex, job: AskJob) -> Config:
+def read_indexes(uris: Sequence[str]) -> list[OpenIndex]:
+    """Several indexes that are asked as one, in the order in which their corpora are numbered through.
+
+    Raises:
+        RunError: as `read_index`, and where one is of another model, of other factors or codes than the first.
+    """
+    found = [read_index(uri) for uri in dict.fromkeys(uris)]
+    for other in found[1:]:
+        differing = [
+            name
+            for name, value in found[0].manifest.fields.items()
+            if name not in _OF_CORPUS and other.manifest.fields.get(name) != value
+        ]
+        if differing:
+            raise RunError(
+                f"{other.store.uri} is an index of another {', '.join(sorted(differing))} than {found[0].store.uri}: "
+                "their scores do not compare. Make it with the model, the index.* settings and factors.path= of the "
+                "other."
+            )
+    return found
+
+
+# What indexes that are asked as one may have of their own.
+_OF_CORPUS = ("corpus", "tokenizer")
+
+
+def ask_config(found: Indexes, job: AskJob) -> Config:
     """The settings of the run that answers: the index's own, with the questions and what is published of them.
+
+    Of several indexes the first one's, with all of their corpora, labelled `part-000`, `part-001`, ...
 
     Raises:
         ConfigError: for a value that cannot work.
     """
-    made = {one.name: getattr(found.made_with, one.name) for one in fields(Config)}
+    made = {one.name: getattr(found[0].made_with, one.name) for one in fields(Config)}
     config = Config(**made)
     asked = QueriesConfig(
         path=absolute(job.queries) if job.queries else "",
@@ -105,6 +137,13 @@ def ask_config(found: OpenIndex, job: AskJob) -> Config:
         corpus=replace(config.corpus, max_sequences=None, sample=None),
         cluster=job.cluster,
     )  # fmt: skip
+    if len(found) > 1:
+        if several := [one.store.uri for one in found if one.made_with.corpus.paths]:
+            raise ConfigError(f"{several[0]} is an index of several corpora already, and is asked alone; leave it out.")
+        if job.corpus is not None:
+            raise ConfigError("corpus= says where one corpus is now; with several indexes leave it out.")
+        paths = {f"part-{number:03d}": one.made_with.corpus.path for number, one in enumerate(found)}
+        config = replace(config, corpus=replace(config.corpus, path="", paths=paths))
     if job.model is not None:
         config = replace(config, model=replace(config.model, path=absolute(job.model, only_existing=True)))
     if job.factors is not None:
@@ -119,7 +158,7 @@ def ask_config(found: OpenIndex, job: AskJob) -> Config:
 
 
 def candidates(
-    run: Run, corpus: AddressableCorpus, found: OpenIndex, factors: Factors, *, verify: bool = True
+    run: Run, corpus: AddressableCorpus, found: Indexes, factors: Factors, *, verify: bool = True
 ) -> AddressableCorpus:
     """The sequences that the index chooses for any query, as a filtered corpus in the answer's folder.
 
@@ -127,25 +166,28 @@ def candidates(
     that goes on takes those that it has.
 
     Raises:
-        RunError: where the index is of another model, corpus or factors, by name; where it finds nothing.
+        RunError: where an index is of another model, corpus or factors, by name; where nothing is found.
         DamagedError: where a file of it does not hold what was written.
     """
-    check_fields(run, corpus, found, factors)
+    parts = corpus.parts if isinstance(corpus, JoinedCorpus) and len(found) > 1 else [corpus]
+    for part, one in zip(parts, found, strict=True):
+        check_fields(run, part, one, factors)
     config = run.config
-    key = fingerprint(
-        [found.manifest.fingerprint, run.inputs.fingerprints(), factors.inverse.fingerprint, config.candidates,
-         config.sides]
-    )  # fmt: skip
+    of_index = [one.manifest.fingerprint for one in found]
+    of_queries = [run.inputs.fingerprints(), factors.inverse.fingerprint]
+    key = fingerprint([of_index, of_queries, config.candidates, config.sides])
     chosen = _chosen_before(run, key)
     if chosen is None:
-        best = search(run, found, query_codes(run, found, factors), verify=verify)
+        first_ids = np.cumsum([0, *(part.sequences for part in parts)]).tolist()
+        codes = query_codes(run, found[0], factors)
+        best = search(run, list(zip(found, first_ids, strict=False)), codes, verify=verify)
         if not len(best):
-            raise RunError(f"{found.store.uri} has no row with a score above zero on the sides asked for.")
+            raise RunError(f"{found[0].store.uri} has no row with a score above zero on the sides asked for.")
         run.folder.fence()
         run.store.write(CANDIDATES, to_parquet(candidates_table(run.inputs.query_ids, best), {"fingerprint": key}))
         chosen = np.unique(best.sequence_ids)
     describe_filtered(run.store / CHOSEN, corpus, chosen)
-    log.info("candidates  %d of %d sequences are scored in full", len(chosen), found.manifest.rows)
+    log.info("candidates  %d of %d sequences are scored in full", len(chosen), sum(one.manifest.rows for one in found))
     return open_corpus(run.store / CHOSEN, corpus.reading)
 
 
@@ -249,25 +291,31 @@ def query_codes_task(worker: ModelWorker, task: QueryCodesTask) -> dict[str, Que
     return found if worker.leads else None
 
 
-def search(run: Run, found: OpenIndex, queries: dict[str, QueryCodes], *, verify: bool = True) -> ScoredRows:
-    """The C best rows of every query and side over the whole index."""
+def search(
+    run: Run, found: Sequence[tuple[OpenIndex, int]], queries: dict[str, QueryCodes], *, verify: bool = True
+) -> ScoredRows:
+    """The C best rows of every query and side over whole indexes. found: each with the number of its first sequence."""
     config = run.config
     here = config.cluster.backend is Backend.in_process
-    files = [(name, file.seal, file.rows) for name, file in found.manifest.files.items()]
-    groups = file_groups(found.store, files, 1 if here else _GROUPS)
+    groups = [
+        group
+        for one, first_id in found
+        for group in file_groups(
+            one.store,
+            [(name, file.seal, file.rows) for name, file in one.manifest.files.items()],
+            1 if here else _GROUPS,
+            first_id,
+        )
+    ]
     shared = run.executor.share(Search(queries, config.sides, config.candidates, verify))
     tracker = TopKTracker(len(run.queries), config.sides, config.candidates)
-
-    def rows(number: int) -> FileGroup:
-        return groups[number]
-
     tasks = TaskMap(
         name="search",
         unit_name="groups of files",
         items=range(len(groups)),
         function=search_files,
-        arguments=lambda number: (rows(number), shared, cores() if here else 1),
-        progress=lambda number, _: (rows(number).rows, 0),
+        arguments=lambda number: (groups[number], shared, cores() if here else 1),
+        progress=lambda number, _: (groups[number].rows, 0),
     )
     run.executor.map_tasks(tasks, lambda _, hits: tracker.add(hits))
     return tracker.best()

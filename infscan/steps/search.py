@@ -47,6 +47,8 @@ class FileGroup:
     store: Store
     files: tuple[tuple[str, str], ...]
     rows: int
+    # Added to sequence ids: where this index's corpus begins among several.
+    first_id: int = 0
 
 
 def search_files(group: FileGroup, search: Search, threads: int = 1) -> ScoredRows:
@@ -58,7 +60,7 @@ def search_files(group: FileGroup, search: Search, threads: int = 1) -> ScoredRo
     tracker = TopKTracker(search.count, search.sides, search.capacity)
     if threads == 1:
         for name, seal in group.files:
-            tracker.add(_best_of(group.store, name, seal, search, tracker.thresholds))
+            tracker.add(_best_of(group, name, seal, search, tracker.thresholds))
         return tracker.best()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for found in _in_turn(pool, group, search, tracker, 2 * threads):
@@ -74,14 +76,14 @@ def _in_turn(
     for name, seal in group.files:
         if len(waiting) == ahead:
             yield waiting.pop(0).result()
-        waiting.append(pool.submit(_best_of, group.store, name, seal, search, tracker.thresholds))
+        waiting.append(pool.submit(_best_of, group, name, seal, search, tracker.thresholds))
     for one in waiting:
         yield one.result()
 
 
-def _best_of(store: Store, name: str, seal: str, search: Search, thresholds: Thresholds) -> ScoredRows:
-    sequence_ids, scores_nq = file_scores(store, name, search.queries, seal, verify=search.verify)
-    return shard_rows(scores_nq, sequence_ids, search.sides, search.capacity, thresholds)
+def _best_of(group: FileGroup, name: str, seal: str, search: Search, thresholds: Thresholds) -> ScoredRows:
+    sequence_ids, scores_nq = file_scores(group.store, name, search.queries, seal, verify=search.verify)
+    return shard_rows(scores_nq, sequence_ids + group.first_id, search.sides, search.capacity, thresholds)
 
 
 def file_scores(
@@ -103,7 +105,7 @@ def file_scores(
     return columns["sequence_id"], scores_nq
 
 
-def file_groups(store: Store, files: Sequence[tuple[str, str, int]], groups: int) -> list[FileGroup]:
+def file_groups(store: Store, files: Sequence[tuple[str, str, int]], groups: int, first_id: int = 0) -> list[FileGroup]:
     """Files (name, seal, rows) in at most so many groups of about as many rows."""
     total = sum(rows for _, _, rows in files)
     found: list[list[tuple[str, str, int]]] = [[] for _ in range(min(groups, len(files)))]
@@ -112,7 +114,7 @@ def file_groups(store: Store, files: Sequence[tuple[str, str, int]], groups: int
         found[min(len(found) - 1, seen * len(found) // max(1, total))].append(file)
         seen += file[2]
     return [
-        FileGroup(store, tuple((name, seal) for name, seal, _ in some), sum(rows for _, _, rows in some))
+        FileGroup(store, tuple((name, seal) for name, seal, _ in some), sum(rows for _, _, rows in some), first_id)
         for some in found
         if some
     ]

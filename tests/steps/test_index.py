@@ -18,14 +18,16 @@ from infscan.config import Backend, ClusterConfig, Config, Scores, with_checksum
 from infscan.config.jobs import AskJob, IndexConfig, IndexJob
 from infscan.errors import ConfigError, DamagedError, FactorsError, RunError
 from infscan.influence.layers import Layer
+from infscan.influence.packed import QueryCodes
 from infscan.influence.routed import Routed
+from infscan.influence.topk_tracker import TopKTracker
 from infscan.results.index_file import MANIFEST, column_of, read_columns, read_header, read_manifest
 from infscan.results.schema import read_parquet
 from infscan.steps.ask import ask_config, query_codes, read_index
 from infscan.steps.factors import fit
 from infscan.steps.index import squared_norms
 from infscan.steps.run import open_run
-from infscan.steps.search import file_scores
+from infscan.steps.search import Search, file_groups, file_scores, search_files
 from infscan.storage import Store
 from tests.influence.factors import normal
 from tests.steps.runs import answer_here, in_process, small_run, tiny_model, token_corpus
@@ -98,7 +100,7 @@ def test_every_sequence_has_one_row_whose_scores_are_the_scan_s(made: tuple[Path
     answer_here(replace(config, output=str(folder / "dense"), scan=replace(config.scan, scores=Scores.all, rank=None)))
     dense = read_run(str(folder / "dense")).scores()
     found = read_index(str(index))
-    run_config = ask_config(found, AskJob(index=str(index), queries=str(folder / "queries.jsonl"), cluster=HERE))
+    run_config = ask_config([found], AskJob(index=str(index), queries=str(folder / "queries.jsonl"), cluster=HERE))
     with open_run(replace(run_config, output=str(folder / "asked"))) as run:
         codes = query_codes(run, found, fit(run))
     ids, scores = zip(*(file_scores(found.store, name, codes) for name in found.manifest.files), strict=True)
@@ -242,3 +244,44 @@ def test_a_question_is_needed(made: tuple[Path, Config, Path]) -> None:
         ask(folder, index, queries=None, output=str(folder / "none"))
     with pytest.raises(RunError, match=r"no index.json"):
         open_index(str(folder / "run"))
+
+
+def test_indexes_of_a_grown_corpus_are_asked_as_one(tmp_path: Path) -> None:
+    """The old part's index and the new part's, with the old part's factors, answer as one index of both would."""
+    config, index = make(tmp_path, bits=8)
+    token_corpus(tmp_path / "more.jsonl", 24, seed=5)
+    grown = replace(in_process(config), corpus=replace(config.corpus, path=str(tmp_path / "more.jsonl")))
+    grown = replace(grown, factors=replace(config.factors, corpus=replace(config.corpus, path=str(index / "corpus"))))
+    pipeline.make_index(index_job(grown, tmp_path / "added", bits=8))
+    answer = ask(tmp_path, index, index=[str(index), str(tmp_path / "added")])
+    found = read_run(str(answer)).top()
+    assert set(found["corpus"].to_pylist()) == {"part-000", "part-001"}
+    old = rows_of(ask(tmp_path, index, output=str(tmp_path / "old")))
+    shared = {row: score for row, score in rows_of(answer).items() if row[2] < 40}
+    assert shared
+    np.testing.assert_allclose(list(shared.values()), [old[row] for row in shared], rtol=1e-5)
+    assert max(row[2] for row in rows_of(answer)) >= 40
+    pipeline.make_index(index_job(grown, tmp_path / "narrow", width=16))
+    with pytest.raises(RunError, match="index of another code than"):
+        ask(tmp_path, index, index=[str(index), str(tmp_path / "narrow")])
+
+
+def test_an_object_store_is_searched_as_a_disk_is(made: tuple[Path, Config, Path]) -> None:
+    """There columns are read by byte range; and files may be searched in any number of groups and threads."""
+    _, _, index = made
+    here, there = Store(str(index)), Store("memory://index-of-test")
+    manifest = read_manifest(here)
+    for name in manifest.files:
+        there.write(name, here.read(name))
+    files = [(name, file.seal, file.rows) for name, file in manifest.files.items()]
+    queries = {layer: QueryCodes.of(normal(4, 3, size).float().numpy(), 8) for layer, size in manifest.layers.items()}
+    asked = Search(queries, ("proponent", "opponent"), 6)
+    (whole,) = file_groups(here, files, 1)
+    wanted = search_files(whole, asked)
+    assert len(wanted) == 3 * 2 * 6
+    remote = [search_files(group, asked) for group in file_groups(there, files, 3)]
+    tracker = TopKTracker(3, asked.sides, 6)
+    for part in remote:
+        tracker.add(part)
+    for found in (search_files(whole, asked, threads=3), tracker.best()):
+        assert list(found.rows()) == list(wanted.rows())
