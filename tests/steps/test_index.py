@@ -48,8 +48,8 @@ def make(tmp_path: Path, **settings: Any) -> tuple[Config, Path]:
     return config, tmp_path / "index"
 
 
-def ask(tmp_path: Path, index: Path, **settings: Any) -> Path:
-    known = {"index": str(index), "queries": str(tmp_path / "queries.jsonl"), "cluster": HERE, "top_k": 5}
+def ask(tmp_path: Path, where: Path, **settings: Any) -> Path:
+    known = {"index": str(where), "queries": str(tmp_path / "queries.jsonl"), "cluster": HERE, "top_k": 5}
     run_ask(AskJob(**known | {"output": str(tmp_path / "answer")} | settings))
     return Path(settings.get("output", tmp_path / "answer"))
 
