@@ -60,7 +60,7 @@ def ask(page: Page, prompt: str, completion: str) -> None:
 def test_a_question_is_answered_on_the_page(browser: Browser, index: Path) -> None:
     with serving(serve_job(index)) as server:
         page, requests, errors = opened(browser, server.uri)
-        page.wait_for_function("document.getElementById('facts').textContent.includes('33 sequences')")
+        page.locator("#facts", has_text="33 sequences").wait_for()
         ask(page, HOSTILE, " runs of the stone")
         assert page.locator("#rows > li").count() == 5
         assert "exact ones after" in page.inner_text("#state")
@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said_on_the_page(browser: Browser, index: Path) -> Non
         page.fill("#prompt", "river " * 500)
         page.fill("#completion", " stone")
         page.click("#send")
-        page.wait_for_function("document.getElementById('state').textContent.includes('longer than the model')")
+        page.locator("#state", has_text="longer than the model").wait_for()
         assert page.locator("#answer").is_hidden()
 
 
@@ -98,6 +98,6 @@ def test_a_token_opens_the_page(browser: Browser, index: Path, monkeypatch: pyte
         page.wait_for_selector("#login:not([hidden])")
         page.fill("#token", "a long enough secret")
         page.click("#login button")
-        page.wait_for_function("document.getElementById('facts').textContent.includes('33 sequences')")
+        page.locator("#facts", has_text="33 sequences").wait_for()
         ask(page, "the river", " runs of the stone")
         page.frame_locator("#report").locator("#rows > li").first.wait_for(timeout=60_000)
