@@ -3,8 +3,8 @@
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
 Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `masks`, `write_report`, `merge`,
-`status`, `verify`), and the tables of a run are read by `read_top` and its like. `infscan.api` says what they take and
-return.
+`status`, `verify`, `index`, `ask`), `open_index` opens an index, and the tables of a run are read by `read_top` and its
+like. `infscan.api` says what they take and return.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infscan.api import RunResult as RunResult
+    from infscan.api import open_index as open_index
     from infscan.api import read_run as read_run
     from infscan.config import Config as Config
     from infscan.errors import InfscanError as InfscanError
@@ -33,6 +34,7 @@ _HOMES = {
     "InfscanError": "infscan.errors",
     "RunResult": "infscan.api",
     "read_run": "infscan.api",
+    "open_index": "infscan.api",
     "read_factors": "infscan.steps.factor_files",
     "read_layers": "infscan.results.read",
     "read_scores": "infscan.results.read",
@@ -44,7 +46,7 @@ _HOMES = {
 # Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
 _COMMANDS = {
     **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "masks")},
-    **{name: name for name in ("merge", "status", "verify", "study", "validate", "prove")},
+    **{name: name for name in ("merge", "status", "verify", "index", "ask", "study", "validate", "prove")},
     "write_report": "report",
 }
 __all__ = [*_HOMES, *_COMMANDS, "__version__"]

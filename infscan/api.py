@@ -13,11 +13,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from infscan.config.arguments import read_arguments
 from infscan.config.commands import assign, command_of, compose, settle, structured
-from infscan.config.jobs import ExplainJob, MasksJob, MergeJob, PlanJob, ReportJob, StatusJob, TfidfJob, VerifyJob
+from infscan.config.jobs import (
+    AskJob,
+    ExplainJob,
+    IndexJob,
+    MasksJob,
+    MergeJob,
+    PlanJob,
+    ReportJob,
+    ServeJob,
+    StatusJob,
+    TfidfJob,
+    VerifyJob,
+)
 from infscan.config.paths import absolute
 from infscan.config.schema import Config
 from infscan.errors import ConfigError, RunError
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
 
     from infscan.results.status import Status
     from infscan.sizing.estimate import Estimate
+    from infscan.steps.ask import OpenIndex
 
 
 def call(name: str, words: tuple[Any, ...], settings: Mapping[str, Any]) -> Any:
@@ -184,6 +198,42 @@ class TfidfResult:
 
 
 @dataclass(frozen=True)
+class IndexResult:
+    """A finished index, by its folder."""
+
+    uri: str
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """What its codes are of, by name."""
+        return self._opened.manifest.fields
+
+    @property
+    def rows(self) -> int:
+        return self._opened.manifest.rows
+
+    @cached_property
+    def _opened(self) -> OpenIndex:
+        from infscan.steps.ask import read_index
+
+        return read_index(self.uri)
+
+    def ask(self, prompt: str | None = None, completion: str | None = None, **settings: Any) -> RunResult:
+        """A question's answer as a finished run; other settings are those of `infscan ask --help`."""
+        given = {"prompt": prompt, "completion": completion}
+        known = {key: value for key, value in given.items() if value is not None}
+        result: RunResult = call("ask", (), {"index": self.uri, **known, **settings})
+        return result
+
+    def show(self) -> None:
+        manifest = self._opened.manifest
+        print(
+            f"index       {self.uri}: {manifest.rows} rows of {manifest.row_bytes} bytes, {len(manifest.files)} files"
+        )
+        print(f"to ask      infscan ask index={self.uri} queries=<JSONL file> output=<folder>")
+
+
+@dataclass(frozen=True)
 class ExplainResult:
     """The tables of an explanation by name, and where they are written."""
 
@@ -324,6 +374,54 @@ def run_tfidf(config: TfidfJob) -> TfidfResult:
 
     with open_run(config) as run:
         return TfidfResult(config.output, tfidf_filter(run, prepare_corpus(run), config.tfidf))
+
+
+def run_index(config: IndexJob) -> IndexResult:
+    from infscan.pipeline import make_index
+
+    make_index(config)
+    return IndexResult(config.output)
+
+
+def run_ask(job: AskJob) -> RunResult:
+    from infscan.pipeline import ask
+    from infscan.steps.ask import ask_config, read_indexes
+
+    if job.queries is None and job.completion is None:
+        raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
+    found = read_indexes(job.indexes)
+    config = ask_config(found, job)
+    ask(config, found)
+    return RunResult(config.output)
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """A server that has ended."""
+
+    def show(self) -> None:
+        """There is nothing to show."""
+
+
+def run_serve(job: ServeJob) -> ServeResult:
+    from infscan.serve.run import serve
+    from infscan.telemetry import configure_logs
+
+    configure_logs()
+    serve(job)
+    return ServeResult()
+
+
+def open_index(uri: str) -> IndexResult:
+    """A finished index, to be asked.
+
+    Raises:
+        RunError: where it is not finished, or is no index.
+        DamagedError: where a file is missing, cut off or changed, as far as names and sizes say.
+    """
+    found = IndexResult(absolute(uri))
+    found.rows  # noqa: B018  (read now, so that what is wrong is said now)
+    return found
 
 
 def run_explain(job: ExplainJob) -> ExplainResult:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from infscan.config import Config
+from infscan.config.jobs import IndexJob
+from infscan.engine.executor import Machines
+from infscan.queries import Query
+from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
+from infscan.steps.ask import Indexes, candidates
 from infscan.steps.check import check
 from infscan.steps.factors import fit
+from infscan.steps.index import index
 from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
@@ -44,3 +52,44 @@ def answer(config: Config) -> None:
         refined = refine(run, plan, scanned, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
         publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)
+
+
+def make_index(config: IndexJob) -> IndexManifest:
+    """Keep a code of every sequence's whitened gradient, for any number of later questions."""
+    config.index.check()
+    with open_run(config, needs_queries=False) as run:
+        corpus = prepare_corpora(run)
+        plan = make_plan(run, corpus)
+        factors = fit(run)
+        # One forward and one activation-gradient backward per sequence, and two thin products per layer.
+        return index(run, plan, corpus, factors, config.index)
+
+
+def ask(
+    config: Config,
+    found: Indexes,
+    *,
+    queries: Sequence[Query] | None = None,
+    machines: Machines | None = None,
+    verify: bool = True,
+    on_found: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer queries from an index: what it finds is scanned, refined and published as a run of its own.
+
+    queries, machines: as of `open_run`. verify: hold the index's files to their digests. on_found: called once
+    candidates.parquet is there.
+    """
+    with open_run(config, queries=queries, machines=machines) as run:
+        corpus = prepare_corpora(run)
+        measure(run)
+        vectors = pull_back_queries(run)
+        factors = solve(run, fit(run, vectors))
+        # Every row of the index against every query; the best of each are the corpus of what follows.
+        chosen = candidates(run, corpus, found, factors, verify=verify)
+        on_found()
+        plan = make_plan(run, chosen)
+        planned_bytes = reserve_memory(run, chosen.sequence_length)
+        batch = query_batch(run, factors)
+        scanned = scan(run, plan, chosen, batch)
+        refined = refine(run, plan, scanned, factors)
+        publish(run, plan, chosen, scanned, refined, None, factors.iteration, planned_bytes)

@@ -27,6 +27,7 @@ PACKAGES = (
     "steps",
     "sizing",
     "pipeline",
+    "serve",
     "api",
     "cli",
     "__main__",

@@ -16,6 +16,7 @@ from infscan.config.schema import Config, CorpusConfig
 from infscan.errors import ConfigError
 
 JobT = TypeVar("JobT")
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def from_hydra(cfg: DictConfig, unused: tuple[str, ...] = (), cell: str | None = None) -> Config:
@@ -55,7 +56,7 @@ def parse_job(cfg: DictConfig, kind: type[JobT]) -> JobT:
     return job
 
 
-def typed(kind: type[Config], values: dict[str, Any]) -> Config:
+def typed(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Plain values as settings of a kind; what they do not give is inherited.
 
     Raises:
@@ -65,7 +66,7 @@ def typed(kind: type[Config], values: dict[str, Any]) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(kind), values)
     except OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from None
-    return cast(Config, _to_object(inherited(cast(DictConfig, merged))))
+    return cast(ConfigT, _to_object(inherited(cast(DictConfig, merged))))
 
 
 def inherited(cfg: DictConfig) -> DictConfig:

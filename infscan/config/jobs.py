@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
-from infscan.config.schema import MISSING, ClusterConfig, Config, Sides
+from infscan.config.schema import MISSING, Backend, ClusterConfig, Config, Measure, Sides
 from infscan.errors import ConfigError
 
 
@@ -24,6 +26,144 @@ class TfidfJob(Config):
     """A run's settings, and the filter's."""
 
     tfidf: TfidfConfig = field(default_factory=TfidfConfig)
+
+
+class IndexCode(StrEnum):
+    """What an index keeps of a whitened gradient (docs/index-ask.md)."""
+
+    projected = "projected"
+    sketched = "sketched"
+
+
+@dataclass
+class IndexConfig:
+    code: IndexCode = IndexCode.projected
+    """What is kept of a layer's whitened gradient: `projected` (two-sided random projections of its tokens; no gradient
+    is formed), or `sketched` (CountSketch of the gradient, whitened exactly)."""
+    width: int = 64
+    """A projection is width x width at most in every layer; a sketch has width^2 cells."""
+    bits: int = 1
+    """Bits of a coordinate: 1, its sign, or 8."""
+    layers: str | None = None
+    """Regular expression over the names of tracked layers: those that have codes; null is all."""
+    gradient_norm: bool = False
+    """Keep the norm of every sequence's gradient too: T (O + I) more products a token and layer."""
+    seed: int = 0
+    """Seed of the projections."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        if not 1 <= self.width <= 256:
+            raise ConfigError(f"index.width={self.width}: a width from 1 to 256.")
+        if self.bits not in (1, 8):
+            raise ConfigError(f"index.bits={self.bits}: a coordinate has 1 bit or 8.")
+        try:
+            re.compile(self.layers or "")
+        except re.error as error:
+            raise ConfigError(f"index.layers={self.layers!r} is not a regular expression ({error}).") from None
+
+
+@dataclass
+class IndexJob(Config):
+    """A run's settings, and what an index keeps."""
+
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+
+@dataclass
+class AskJob:
+    """New questions to an index."""
+
+    index: Any = MISSING
+    """A finished index, folder or URI; or a list of several with the same factors, asked as one:
+    `index=[runs/a,runs/b]`."""
+    queries: str | None = None
+    """Query file, as `queries.path` of a scan has it."""
+    prompt: str | None = None
+    """One query's prompt, in place of a file."""
+    completion: str | None = None
+    """That query's completion."""
+    contrast: str | None = None
+    """Another completion: the difference of the two log-probabilities is measured."""
+    measure: Measure = Measure.completion
+    """What is measured of a completion: all of it, its `first` token, or each of its `tokens` apart."""
+    top_k: int = 100
+    """Published rows per query and side."""
+    candidates: int | None = None
+    """Rows per query and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    sides: Sides = Sides.both
+    """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
+    model: str | None = None
+    """Where the model is now; null is where the index found it."""
+    corpus: str | None = None
+    """Where the corpus is now; null is where the index found it."""
+    factors: str | None = None
+    """Where the factors are now; null is where the index found them."""
+    output: str = "runs/ask"
+    """Folder or URI of the run that the answer becomes."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def indexes(self) -> list[str]:
+        return [str(one) for one in self.index] if isinstance(self.index, list) else [str(self.index)]
+
+
+@dataclass
+class ServeJob:
+    """A server over an index."""
+
+    index: Any = MISSING
+    """A finished index, folder or URI, or a list of several, as of `infscan ask`."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another one than this machine's own needs INFSCAN_SERVE_TOKEN in the environment."""
+    port: int = 8300
+    """Port to listen on; 0 takes a free one."""
+    output: str = "runs/serve"
+    """Folder or URI that run folders of answers go to."""
+    top_k: int = 20
+    """Published rows per question and side."""
+    candidates: int | None = None
+    """Rows per question and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    sides: Sides = Sides.both
+    """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
+    at_once: int = 64
+    """Questions that are asked in one run, where so many wait."""
+    most_waiting: int = 256
+    """Questions that may wait; more are refused."""
+    most_kept: int = 1024
+    """Answered questions that are kept in memory; older ones are read from their run folders."""
+    most_characters: int = 20_000
+    """Characters of a question's texts together."""
+    per_minute: int = 60
+    """Questions that one client's address may ask in a minute."""
+    model: str | None = None
+    """Where the model is now; null is where the index found it."""
+    corpus: str | None = None
+    """Where the corpus is now; null is where the index found it."""
+    factors: str | None = None
+    """Where the factors are now; null is where the index found them."""
+    threads: int = 1
+    """Threads that the model computes with."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+    def asking(self) -> AskJob:
+        """The settings of every answer.
+
+        Raises:
+            ConfigError: at the first value that cannot work.
+        """
+        for name in ("at_once", "most_waiting", "most_kept", "most_characters", "per_minute", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0.")
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port={self.port}: a port from 0 to 65535.")
+        shared = ("index", "top_k", "candidates", "sides", "model", "corpus", "factors", "output")
+        cluster = ClusterConfig(backend=Backend.in_process, cpus_per_rank=self.threads)
+        return AskJob(**{name: getattr(self, name) for name in shared}, cluster=cluster)
 
 
 @dataclass

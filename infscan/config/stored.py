@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml  # type: ignore[import-untyped]
 
 from infscan.config.identity import leaves, plain
 from infscan.config.schema import RENAMED, Config
 from infscan.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def to_yaml(config: Config) -> str:
@@ -43,8 +45,10 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def stored_config(text: str, output: str) -> Config:
+def stored_config(text: str, output: str, kind: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
     """What `to_yaml` wrote, as a configuration again; `output` is where the run is now, wherever it was made.
+
+    kind: of the settings, where a command has more than a run's.
 
     Raises:
         ConfigError: where it is not what this infscan writes.
@@ -53,7 +57,7 @@ def stored_config(text: str, output: str) -> Config:
     from infscan.config.compose import typed
 
     try:
-        config = typed(Config, _renamed(from_yaml(text)))
+        config = typed(kind, _renamed(from_yaml(text)))
     except ConfigError as error:
         said = str(error)
         raise ConfigError(said if said.startswith("not a conf") else f"not a configuration ({said})") from None

@@ -56,6 +56,20 @@ class InProcessBackend:
         return InProcessExecutor(settings, context, telemetry, records, max_attempts=self.cluster.max_attempts)
 
 
+class ResidentBackend(InProcessBackend):
+    """One worker whose model stays loaded from run to run; a run of another model loads its own."""
+
+    _held: tuple[tuple[Any, ...], ModelWorker] | None = None
+
+    def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> InProcessExecutor:
+        made = super().executor(settings, telemetry, records)
+        key = (settings.model, settings.layers, settings.sharded, settings.identity)
+        if self._held is None or self._held[0] != key:
+            self._held = key, made.worker
+        made._worker = self._held[1]
+        return made
+
+
 def _gpu_memory() -> RankMemory:
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return RankMemory(torch.cuda.get_device_properties(0).total_memory, host)

@@ -77,18 +77,28 @@ class _Pieces:
 
 
 def run_contents(
-    uri: str, name: str, archive: Archive, rows: int, tokenizer: Tokenizer | None, asking: Tokenizer | None
+    uri: str,
+    name: str,
+    archive: Archive,
+    rows: int,
+    tokenizer: Tokenizer | None,
+    asking: Tokenizer | None,
+    *,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """The run's part of the page's index; heads (a chunk per query) and rows (a chunk per PAGE rows) go to the archive.
 
     rows: at most so many per query and side. tokenizer: of the scanned model; asking: of the model that was asked.
+    only: the id of the one query that is shown; None shows all.
     """
     store = Store(uri)
     summary = read_summary(uri)
     config = from_yaml(store.read("config.yaml").decode())
     # By id, as the tables are: one query's rows are in memory at a time, and a part's tables.
     questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
-    questions.sort(key=lambda question: question["id"])
+    questions = sorted(
+        (question for question in questions if only in (None, question["id"])), key=lambda question: question["id"]
+    )
     sequences = _sequences(store, uri, rows)
     spread = histograms(store, [question["id"] for question in questions])
     published = _by_query(uri)
@@ -97,6 +107,8 @@ def run_contents(
     queries = []
     for question in questions:
         mine = None
+        while following and following[0] < question["id"]:
+            following = next(published, None)
         if following and following[0] == question["id"]:
             mine, following = following[1], next(published, None)
         head: dict[str, Any] = {"asked": _asked(question, _Pieces(asking))}

@@ -64,6 +64,16 @@ def write_report(
     return target, unfinished
 
 
+def report_page(run: str, query_id: str) -> bytes:
+    """The page of one query of a finished run, and of no other."""
+    archive = Archive(MEGABYTES << 20)
+    scanned, asked = _models(run)
+    cut = _tokenizer(scanned, read_summary(run)["inputs"]["tokenizer"])
+    asking = _tokenizer(asked, None) if asked != scanned else cut
+    found = run_contents(run, query_id, archive, ROWS, cut, asking, only=query_id)
+    return assemble(query_id, {"runs": [settle(found, archive)]}, archive)
+
+
 def _cells(runs: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """(name, uri) of every finished run, and the cells that are not."""
     found: list[tuple[str, str]] = []

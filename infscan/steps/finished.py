@@ -58,7 +58,7 @@ def finished_config(uri: str) -> Config:
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
     _check_addresses(store, data, config, of_corpora=False)
-    _read_what_was_prepared(config)
+    read_what_was_prepared(config)
     _check_addresses(store, data, config, of_corpora=True)
     return config
 
@@ -90,7 +90,7 @@ def factors_of(run: Run) -> tuple[AddressableCorpus, Factors]:
     return corpus, solve(run, fit(run, pull_back_queries(run)))
 
 
-def _read_what_was_prepared(config: Config) -> None:
+def read_what_was_prepared(config: Config) -> None:
     """Point the corpora at what the run made of them, where it made something."""
     places = [(config.scan.stage, config.corpus, config.factors)]
     places += [(number, stage.corpus, stage.factors) for number, stage in enumerate(config.stages, start=1)]

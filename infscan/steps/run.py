@@ -63,10 +63,12 @@ def open_run(
     needs_queries: bool = True,
     queries: Sequence[Query] | None = None,
     telemetry: Telemetry | None = None,
+    machines: Machines | None = None,
 ) -> Iterator[Run]:
     """Check the inputs, claim the output for this configuration, reach the cluster; workers start lazily.
 
     queries: what is measured, where it need not be read from the query file: a finished run's, opened again.
+    machines: what the workers run on, where it is there already.
 
     Raises:
         InfscanError: for anything wrong with the model, tokenizer, corpus files, queries, output or settings.
@@ -86,7 +88,7 @@ def open_run(
     try:
         for stage, _ in stages:
             stage.sweep()
-        reached = connect_backend(config.cluster)
+        reached = machines or connect_backend(config.cluster)
         followed = str(folder.lease.followed) if folder.lease.followed else None
         recovery = RecoveryLog(followed=followed, opened=opened)
         records = RunRecords(recovery, metrics, folder.lease.check, folder.lease.announce, faults_before)

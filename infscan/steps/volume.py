@@ -133,6 +133,12 @@ def check_disk_for_scan(
     _refuse(f"output={store.uri}", parts, store.free_bytes(), remedy)
 
 
+def check_disk_for_index(rows: int, row_bytes: int, store: Store) -> None:
+    """Raises StorageError where so many more rows of an index will not fit the disk of `output`."""
+    remedy = "a lower index.width, or fewer index.layers"
+    _refuse(f"output={store.uri}", {"codes": rows * row_bytes}, store.free_bytes(), remedy)
+
+
 def _refuse(place: str, parts: Mapping[str, int], free: int | None, remedy: str) -> None:
     total = sum(parts.values())
     if free is None or total <= free:

@@ -6,6 +6,7 @@ fsspec's local filesystem is not used: its moves are not atomic across devices a
 import errno
 import io
 import logging
+import mmap
 import os
 import shutil
 import stat
@@ -76,6 +77,17 @@ class LocalDisk:
         def request() -> bytes:
             with open(path, "rb") as file:
                 return file.read()
+
+        return _persist(path, request)
+
+    def mapped(self, path: str) -> memoryview:
+        """The file's bytes without reading them; they stay what they are when another file takes the name."""
+
+        def request() -> memoryview:
+            with open(path, "rb") as stream:
+                # An empty file cannot be mapped.
+                size = os.fstat(stream.fileno()).st_size
+                return memoryview(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
 
         return _persist(path, request)
 

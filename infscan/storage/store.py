@@ -49,6 +49,11 @@ class Store:
         """A seekable, buffered stream for reading parts of a large file."""
         return self._backend.open(self._address(name))
 
+    def mapped(self, name: str) -> memoryview | None:
+        """A local file's bytes, mapped into memory and read as they are used; None for an object store."""
+        backend = self._backend
+        return backend.mapped(self._address(name)) if isinstance(backend, LocalDisk) else None
+
     def write(self, name: str, data: bytes) -> None:
         """Puts `data` under `name`, replacing what was there: readers see all of the old or all of the new bytes."""
         self._backend.write(self._address(name), data)

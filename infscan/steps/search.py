@@ -1,0 +1,125 @@
+"""Search an index: every row's inner product with every query, and the best rows of each query and side.
+
+Exact over the stored codes: no row is left out by a structure of neighbours. A file at a time is mapped (or read by
+byte range), held to its digests and multiplied; of its rows only those that may still be among the best are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infscan.influence.packed import QueryCodes, inner_products
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.results.index_file import column_of, read_columns
+from infscan.storage import Store
+
+# Bytes of bits that a thread has unpacked at once: as much as its cache may hold.
+_UNPACKED = 1 << 21
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for in every file."""
+
+    # By layer.
+    queries: Mapping[str, QueryCodes]
+    sides: tuple[str, ...]
+    capacity: int
+    # Whether columns are still to be held to their digests.
+    verify: bool = True
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.queries.values())).steps)
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Some files of an index, each with its seal: an item of work."""
+
+    store: Store
+    files: tuple[tuple[str, str], ...]
+    rows: int
+    # Added to sequence ids: where this index's corpus begins among several.
+    first_id: int = 0
+
+
+def search_files(group: FileGroup, search: Search, threads: int = 1) -> ScoredRows:
+    """The best `capacity` rows of every query and side in a group of files.
+
+    Raises:
+        DamagedError: where a file does not hold what was written.
+    """
+    tracker = TopKTracker(search.count, search.sides, search.capacity)
+    if threads == 1:
+        for name, seal in group.files:
+            tracker.add(_best_of(group, name, seal, search, tracker.thresholds))
+        return tracker.best()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for found in _in_turn(pool, group, search, tracker, 2 * threads):
+            tracker.add(found)
+    return tracker.best()
+
+
+def _in_turn(
+    pool: ThreadPoolExecutor, group: FileGroup, search: Search, tracker: TopKTracker, ahead: int
+) -> Iterator[ScoredRows]:
+    """What is found in each file, a few files ahead: later ones know the thresholds of earlier ones."""
+    waiting: list[Future[ScoredRows]] = []
+    for name, seal in group.files:
+        if len(waiting) == ahead:
+            yield waiting.pop(0).result()
+        waiting.append(pool.submit(_best_of, group, name, seal, search, tracker.thresholds))
+    for one in waiting:
+        yield one.result()
+
+
+def _best_of(group: FileGroup, name: str, seal: str, search: Search, thresholds: Thresholds) -> ScoredRows:
+    sequence_ids, scores_nq = file_scores(group.store, name, search.queries, seal, verify=search.verify)
+    return shard_rows(scores_nq, sequence_ids + group.first_id, search.sides, search.capacity, thresholds)
+
+
+def file_scores(
+    store: Store, name: str, queries: Mapping[str, QueryCodes], seal: str | None = None, *, verify: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The sequence ids of a file's rows, and their scores by the index, [n, Q]: the layers' inner products, summed."""
+    wanted = [column_of(kind, layer) for layer in queries for kind in ("code", "scale")]
+    columns = read_columns(store, name, ["sequence_id", *wanted], seal, verify=verify)
+    n = len(columns["sequence_id"])
+    scores_nq = np.zeros((n, len(next(iter(queries.values())).steps)), np.float32)
+    widest = max(columns[column_of("code", layer)].shape[1] for layer in queries)
+    at_once = max(1, min(n, _UNPACKED // (8 * widest)))
+    scratch = np.empty(at_once * 8 * widest, np.uint8)
+    for start in range(0, n, at_once):
+        rows = slice(start, start + at_once)
+        for layer, asked in queries.items():
+            codes, scales = columns[column_of("code", layer)][rows], columns[column_of("scale", layer)][rows]
+            scores_nq[rows] += inner_products(codes, scales, asked, scratch)
+    return columns["sequence_id"], scores_nq
+
+
+def file_groups(store: Store, files: Sequence[tuple[str, str, int]], groups: int, first_id: int = 0) -> list[FileGroup]:
+    """Files (name, seal, rows) in at most so many groups of about as many rows."""
+    total = sum(rows for _, _, rows in files)
+    found: list[list[tuple[str, str, int]]] = [[] for _ in range(min(groups, len(files)))]
+    seen = 0
+    for file in files:
+        found[min(len(found) - 1, seen * len(found) // max(1, total))].append(file)
+        seen += file[2]
+    return [
+        FileGroup(store, tuple((name, seal) for name, seal, _ in some), sum(rows for _, _, rows in some), first_id)
+        for some in found
+        if some
+    ]
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
