@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infscan.config import Config
 from infscan.sizing.reserve import reserve_memory
-from infscan.steps.candidates import choose_candidates
+from infscan.steps.candidates import choose_candidates, full_pass
 from infscan.steps.certificate import certificate
 from infscan.steps.check import check
 from infscan.steps.factors import fit
@@ -43,7 +43,7 @@ def answer(config: Config) -> None:
         # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
         chosen = choose_candidates(run, plan, corpus, batch)
         # One forward and one activation-gradient backward per sequence scores it against all queries.
-        scanned = scan(run, chosen.plan, corpus, batch)
+        scanned = scan(run, chosen.plan, corpus, batch, full_pass(run, chosen))
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, chosen.plan, scanned, factors)
         # What was missed, from the audit.

@@ -540,8 +540,8 @@ class Config:
 
     @property
     def dense(self) -> bool:
-        """Whether the scores of every sequence that is scanned are kept: as asked, or for the certificate."""
-        return self.scan.scores is Scores.all or self.searches
+        """Whether every sequence's scores are kept."""
+        return self.scan.scores is Scores.all
 
     def sieve_candidates(self, planned: int) -> int:
         """Sequences that a sieve leaves per query and side, of so many planned ones."""

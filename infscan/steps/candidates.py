@@ -8,7 +8,7 @@ are one plan, which the scan then treats as any other, and its scores say what w
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from infscan.results.read import read_top
 from infscan.results.shard_file import FOLDER as SHARDS
 from infscan.steps.queries import BroadcastQueries
 from infscan.steps.run import Run
-from infscan.steps.scan import Scanned, ScanPass, scan
+from infscan.steps.scan import Scanned, ScanPass, scan, whole
 from infscan.storage import MissingError, Store
 
 log = logging.getLogger("infscan")
@@ -95,11 +95,16 @@ def sieve_pass(run: Run, planned: int) -> ScanPass:
         store=run.store / FOLDER,
         layers=layers,
         candidates=config.sieve_candidates(planned),
-        dense=False,
         tokens=False,
         ends_at=ends_at(layers),
         fields={"sieve": [layer.name for layer in layers]},
     )
+
+
+def full_pass(run: Run, chosen: Chosen) -> ScanPass:
+    """All tracked layers; of candidates and audit the scores are kept, for the certificate."""
+    how = whole(run)
+    return how if chosen.found is None else replace(how, scores=run.store / FOLDER)
 
 
 def listed(path: str, plan: Plan) -> Ids:
@@ -146,9 +151,8 @@ def _settle(run: Run, record: dict[str, object]) -> None:
     if before == record:
         return
     if before is not None:
-        for folder in (SHARDS, SCORES):
-            for name in run.store.names(folder):
-                run.folder.fence()
-                run.store.remove(name)
+        for name in [*run.store.names(SHARDS), *run.store.names(f"{FOLDER}/{SCORES}")]:
+            run.folder.fence()
+            run.store.remove(name)
     run.folder.fence()
     run.store.write_json(RECORD, record)

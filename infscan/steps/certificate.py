@@ -15,7 +15,7 @@ from infscan.influence.topk import strength
 from infscan.results.dense import score_column, scores_path
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import ScanCounts
-from infscan.steps.candidates import Chosen
+from infscan.steps.candidates import FOLDER, Chosen
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 from infscan.storage.prefetch import prefetch
@@ -101,14 +101,14 @@ def evidence_of(
 
 def read_scores(run: Run, plan: Plan, query_ids: list[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Scan scores of all that the plan has, for some queries: sequence ids, ascending, and [n, Q]."""
-    columns = ["sequence_id", *map(score_column, query_ids)]
+    store, columns = run.store / FOLDER, ["sequence_id", *map(score_column, query_ids)]
 
     def read(number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        table = read_parquet(run.store, scores_path(shard_name(number)), columns)
+        table = read_parquet(store, scores_path(shard_name(number)), columns)
         found = [table[name].to_numpy() for name in columns]
         return found[0], np.stack(found[1:], axis=1)
 
-    ids, scores = zip(*prefetch(run.store, read, range(plan.num_shards)), strict=True)
+    ids, scores = zip(*prefetch(store, read, range(plan.num_shards)), strict=True)
     order = np.argsort(np.concatenate(ids))
     return np.concatenate(ids)[order], np.concatenate(scores)[order]
 

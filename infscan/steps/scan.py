@@ -56,7 +56,8 @@ class ScanPass:
     """What one pass over planned sequences computes, and where its shard files go: `whole`, or a sieve's.
 
     layers: that are scored; ends_at: the block above which the backward ends. candidates: rows kept per query and side.
-    tokens: whether shard files have the kept sequences' tokens. dense: whether every sequence's scores are kept.
+    tokens: whether shard files have the kept sequences' tokens. scores: where every sequence's scores are kept; None
+    keeps none.
     fields: what else tells its shard files from another pass's.
     """
 
@@ -64,7 +65,7 @@ class ScanPass:
     store: Store
     layers: tuple[Layer, ...]
     candidates: int
-    dense: bool
+    scores: Store | None = None
     tokens: bool = True
     ends_at: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +73,8 @@ class ScanPass:
 
 def whole(run: Run) -> ScanPass:
     """All tracked layers; the best rows are refined."""
-    return ScanPass("scan", run.store, run.inputs.layers, run.config.candidates, run.config.dense)
+    config = run.config
+    return ScanPass("scan", run.store, run.inputs.layers, config.candidates, run.store if config.dense else None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def scan(
             candidates=how.candidates,
             thresholds=tally.tracker.thresholds,
             tokens_per_batch=config.tokens_per_batch,
-            dense=how.dense,
+            dense=how.scores is not None,
+            scores=how.scores,
             fingerprint=run_fingerprint,
             query_dtype=config.scan.query_dtype,
             layers=how.layers,
@@ -168,7 +171,7 @@ class _Tally:
         """
         store, shards = self.how.store, self.plan.num_shards
         there = finished_shards(store)
-        scored = set(store.names(SCORES)) if self.how.dense else None
+        scored = None if self.how.scores is None else set(self.how.scores.names(SCORES))
         done = np.fromiter((shard_name(number) in there for number in range(shards)), np.bool_, shards)
         for number, found in prefetch(store, partial(self._read, scored=scored), map(int, np.flatnonzero(done))):
             if isinstance(found, DamagedError):
@@ -183,11 +186,12 @@ class _Tally:
     def _read(self, number: int, scored: Set[str] | None) -> tuple[int, ShardResult | DamagedError]:
         """A finished shard, whole, or what is wrong with it. scored: the parts of scores/; None where none are made."""
         store, name = self.how.store, shard_name(number)
-        if scored is not None and scores_path(name) not in scored:
-            return number, damaged(f"{store.uri}/{scores_path(name)}", "it is missing")
+        kept = self.how.scores
+        if kept is not None and scored is not None and scores_path(name) not in scored:
+            return number, damaged(f"{kept.uri}/{scores_path(name)}", "it is missing")
         try:
-            if scored is not None:
-                check_scores(store, name, self.fingerprint)
+            if kept is not None:
+                check_scores(kept, name, self.fingerprint)
             return number, read_hits(store, name, self.run.inputs.query_ids, self.fingerprint, whole=True)
         except DamagedError as error:
             return number, error
@@ -246,6 +250,8 @@ class ScanTask:
     ends_at: str | None = None
     # Whether the file has the kept sequences' tokens.
     tokens: bool = True
+    # Where dense scores go; None: where the shard's file does.
+    scores: Store | None = None
 
 
 @multiplying("exact")
@@ -285,7 +291,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> S
         return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     with worker.span("write", shard=task.shard):
         if task.dense:
-            write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+            write_scores(task.scores or task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
         facts = (task.query_ids, counts, task.fingerprint)
         if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)

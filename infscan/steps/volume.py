@@ -112,7 +112,7 @@ def scan_bytes(
         "refined rows": best * (_FLOAT * (T + len(layers)) + _ROW),
         "tables": min(best, boards * config.scan.top_k) * (_FLOAT * (2 * T + len(layers)) + _ROW),
     }
-    if config.dense:
+    if config.dense or config.searches:
         parts["dense scores"] = left * _FLOAT * queries * N
     if config.scan.sieve is not None:
         sieved = config.sieve_candidates(planned)
