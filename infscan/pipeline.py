@@ -11,6 +11,8 @@ from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
 from infscan.steps.ask import Indexes, candidates
+from infscan.steps.candidates import choose_candidates, full_pass
+from infscan.steps.certificate import certificate
 from infscan.steps.check import check
 from infscan.steps.factors import fit
 from infscan.steps.index import index
@@ -46,12 +48,16 @@ def answer(config: Config) -> None:
         batch = query_batch(run, factors)
         # How good is the compression? A sample, scored with it and without.
         approximation = check(run, plan, corpus, batch, factors)
+        # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
+        chosen = choose_candidates(run, plan, corpus, batch)
         # One forward and one activation-gradient backward per sequence scores it against all queries.
-        scanned = scan(run, plan, corpus, batch)
+        scanned = scan(run, chosen.plan, corpus, batch, full_pass(run, chosen))
         # The best candidates again, with full-rank query gradients, by layer and by token.
-        refined = refine(run, plan, scanned, factors)
+        refined = refine(run, chosen.plan, scanned, factors)
+        # What was missed, from the audit.
+        searched = certificate(run, chosen, scanned)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)
+        publish(run, chosen.plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes, searched)
 
 
 def make_index(config: IndexJob) -> IndexManifest:

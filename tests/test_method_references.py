@@ -29,6 +29,7 @@ ANCHORS = [
     "iterated-inverse",
     "query-batching",
     "multi-stage",
+    "what-a-search-missed",
     "margins",
     "tf-idf",
     "ground-truths",

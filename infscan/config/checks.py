@@ -18,6 +18,7 @@ from infscan.config.schema import (
     Offload,
     QueriesConfig,
     ScanConfig,
+    Scores,
     Sharding,
     Solver,
 )
@@ -61,6 +62,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.allow_quarantined": _COUNT_OR_NONE,
     "scan.max_nonfinite": _SHARE,
     "scan.check_sequences": _COUNT_OR_NONE,
+    "scan.sieve": _COUNT,
+    "scan.sieve_candidates": _COUNT,
+    "scan.audit_sequences": _COUNT_OR_NONE,
     "scan.query_group_bytes": _COUNT,
     # A worker and a rank each have a process, and a place in Ray's tables.
     "cluster.num_workers": (1, 100_000),
@@ -150,8 +154,33 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
             "scan.compression=weighted: factors.solver=identity has no factors to weigh a compression by; leave "
             "scan.compression out, or give scan.rank=null for exact scores."
         )
+    _check_search(config)
     _check_queries(config.queries)
     _check_stages(config)
+
+
+def _check_search(config: Config) -> None:
+    scan = config.scan
+    if config.searches and scan.scores is Scores.all:
+        raise ConfigError(
+            "scan.scores=all wants every sequence's scores, and with scan.sieve or scan.candidates_from candidates and "
+            "the audit alone have them; leave one out."
+        )
+    if scan.sieve is None and scan.sieve_candidates is not None:
+        raise ConfigError(
+            f"scan.sieve_candidates={scan.sieve_candidates}: there is no sieve; give scan.sieve=<blocks>, or leave it "
+            "out."
+        )
+    if scan.audit_sequences is not None and not config.searches:
+        raise ConfigError(
+            f"scan.audit_sequences={scan.audit_sequences}: everything is scanned, so there is nothing to audit; give "
+            "scan.sieve or scan.candidates_from, or leave it out."
+        )
+    if scan.sieve_candidates is not None and scan.sieve_candidates < config.candidates:
+        raise ConfigError(
+            f"scan.sieve_candidates={scan.sieve_candidates} is less than the {config.candidates} rows per query and "
+            "side that are refined (scan.candidates, 4 x top_k where it is null); give at least as many."
+        )
 
 
 def _check_queries(queries: QueriesConfig) -> None:

@@ -98,6 +98,8 @@ def _settle_paths(config: Config) -> None:
     if config.model.zero.offload_path:
         config.model.zero.offload_path = absolute(config.model.zero.offload_path)
     config.queries.path = absolute(config.queries.path) if config.queries.path else ""
+    if config.scan.candidates_from is not None:
+        config.scan.candidates_from = absolute(config.scan.candidates_from)
     for corpus in (config.corpus, config.factors.corpus):
         _settle_corpus(corpus)
     config.factors.path = absolute(config.factors.path) if config.factors.path else f"{config.output}/factors"

@@ -343,6 +343,8 @@ ON_A_CPU = {
     "scan.query_group_bytes": 4 << 30,
     "scan.tokens_per_batch": 4096,
 }
+# Of the planned sequences, what a sieve leaves per query and side, and what is audited.
+_SIEVED, _AUDITED, _LEAST_AUDIT = 0.01, 0.01, 256
 # scan.rank=auto: every query and layer may have ranks up to this one.
 MOST_RANK = 32
 
@@ -397,6 +399,18 @@ class ScanConfig:
     """Shards that may be given up without the run failing."""
     max_nonfinite: float = 0.001
     """Share of sequences whose scores may be NaN or infinite."""
+    sieve: int | None = None
+    """Find candidates by the last so many blocks' layers alone, whose backward is short; then those and an audit are
+    scanned with all tracked layers (docs/scanning.md#a-sieve). null scans everything with all of them."""
+    sieve_candidates: int | None = None
+    """With a sieve: sequences that it leaves per query and side; null is 1 % of those planned, and scan.candidates at
+    the least."""
+    candidates_from: str | None = None
+    """Sequences to scan in place of all of them, or beside what a sieve leaves: a file of sequence numbers, one a line,
+    or the output of a finished run, whose published sequences they then are."""
+    audit_sequences: int | None = None
+    """With a sieve or candidates_from: sequences of the audit, a uniform sample that is scanned too, and says what was
+    missed; null is 1 % of those planned, and 256 at the least."""
     check_sequences: int = 256
     """Sequences of the sample on which compressed scores are compared with full-rank ones; below 3 skips the check."""
     query_group_bytes: int | None = None
@@ -521,9 +535,23 @@ class Config:
         return MOST_RANK if isinstance(self.scan.rank, str) else self.scan.rank
 
     @property
+    def searches(self) -> bool:
+        """Whether candidates and an audit alone are scanned with all tracked layers."""
+        return self.scan.sieve is not None or self.scan.candidates_from is not None
+
+    @property
     def dense(self) -> bool:
         """Whether every sequence's scores are kept."""
         return self.scan.scores is Scores.all
+
+    def sieve_candidates(self, planned: int) -> int:
+        """Sequences that a sieve leaves per query and side, of so many planned ones."""
+        return self.scan.sieve_candidates or max(self.candidates, round(_SIEVED * planned))
+
+    def audited(self, planned: int) -> int:
+        """Sequences of the audit, of so many planned ones."""
+        asked = self.scan.audit_sequences
+        return min(planned, max(_LEAST_AUDIT, round(_AUDITED * planned)) if asked is None else asked)
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from infscan.errors import ModelError
 from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
 from infscan.model.experts import Stacked, listening
+from infscan.model.suffix import not_checkpointed
 
 # consume(layer, a, s, routed): a = the layer's input, s = the gradient of the loss with respect to its output, both
 # [B, T, n] with routed None; of an expert [M, n], for the tokens that `routed` says.
@@ -22,7 +23,12 @@ Consumer = Callable[[Layer, Tensor, Tensor, Routed | None], None]
 
 @contextmanager
 def capturing(
-    module: PreTrainedModel, layers: Sequence[Layer], consume: Consumer, *, detached: bool = True
+    module: PreTrainedModel,
+    layers: Sequence[Layer],
+    consume: Consumer,
+    *,
+    detached: bool = True,
+    ends_at: str | None = None,
 ) -> Iterator[None]:
     """While open, every backward through `module` calls `consume` once per tracked layer, last layer first; not for an
     expert that no token goes to.
@@ -31,6 +37,8 @@ def capturing(
     the embedding's output (s in a backward with create_graph=True), to be differentiated again. That output is
     made to require a gradient, so parameters need none: backward costs activation gradients alone. Under gradient
     checkpointing the forward that is not recorded carries no gradient hook, so each layer is still seen once.
+    ends_at: the path of a block (`infscan.model.suffix`) whose output has that part instead of the embedding's: nothing
+    of it or below is kept for the backward, computed in it or gathered for it.
 
     Raises (in the forward):
         ModelError: where a layer sees its tokens in a layout from which sequences cannot be separated.
@@ -43,7 +51,11 @@ def capturing(
     def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
         inputs.clear()
         batch[:] = out.shape[:2]
-        out.requires_grad_(True)
+        if ends_at is None:
+            out.requires_grad_(True)
+
+    def on_end(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        (out if isinstance(out, Tensor) else out[0]).requires_grad_(True)
 
     def on_forward(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -77,12 +89,13 @@ def capturing(
         seen.out_so.register_hook(on_gradient)
 
     handles = [module.get_input_embeddings().register_forward_hook(on_embedding)]
-
+    if ends_at is not None:
+        handles.append(children[ends_at].register_forward_hook(on_end))
     for layer in layers:
         if not layer.stack:
             handles.append(children[layer.name].register_forward_hook(on_forward(layer)))
     try:
-        with listening(module, on_stack):
+        with listening(module, on_stack), not_checkpointed(children, ends_at):
             yield
     finally:
         for handle in handles:

@@ -188,24 +188,43 @@ class ModelWorker:
         return tensor
 
     def backward(
-        self, batch: Batch, layers: Sequence[Layer], loss: Loss, consume: LayerConsumer, *, ones: bool = True
+        self,
+        batch: Batch,
+        layers: Sequence[Layer],
+        loss: Loss,
+        consume: LayerConsumer,
+        *,
+        ones: bool = True,
+        ends_at: str | None = None,
     ) -> Tensor:
         """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B].
 
-        Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied.
+        Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied. ends_at: the path of the block
+        above which the backward ends; None is the embedding.
+
+        Raises:
+            ModelError: where a layer is not reached by a backward that ends there.
         """
+        reached = set()
 
         def consume_masked(layer: Layer, a: Tensor, s: Tensor, routed: Routed | None) -> None:
+            reached.add(layer.name)
             if batch.scored:
                 mask = batch.mask_bt if routed is None else routed.of(batch.mask_bt)
                 consume(layer, s, with_ones(a, mask, bias=layer.bias and ones, padded=batch.padded), routed)
 
         whole = self.model.head_name in {layer.name for layer in layers}
-        with capturing(self.model.module, layers, consume_masked):
+        with capturing(self.model.module, layers, consume_masked, ends_at=ends_at):
             with self.span("forward", tokens=batch.ids_bt.numel()):
                 losses_b = sequence_losses(self.model, batch.ids_bt, batch.position_ids_bt, loss, whole=whole)
             with self.span("backward", tokens=batch.ids_bt.numel()):
                 backward(losses_b.sum())
+        missed = [layer.name for layer in layers if not layer.stack and layer.name not in reached]
+        if missed:
+            raise ModelError(
+                f"{missed[0]} is not reached by a backward that ends at {ends_at or 'the embeddings'}: this family's "
+                "blocks do not follow one another; leave out scan.sieve."
+            )
         return losses_b.detach()
 
     def reduce(self, tensor: Tensor) -> Tensor:

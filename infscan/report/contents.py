@@ -18,7 +18,7 @@ from infscan.corpus.tokenizer import Tokenizer
 from infscan.queries import MEASURED
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
-from infscan.report.terminal import how_good, one_line
+from infscan.report.terminal import how_good, how_much, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -272,7 +272,6 @@ def _line(question: dict[str, Any], summary: dict[str, Any], asking: Tokenizer |
 
 def _facts(config: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
     scan, factors = config["scan"], config["factors"]
-    scanned = summary["counts"]["scanned"]
     corpus = config["corpus"]
     damping = factors["damping"]
     curvature = {
@@ -283,7 +282,7 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
     facts = [
         ["model", _short(config["model"]["path"])],
         ["corpus", ", ".join(corpus["paths"]) if corpus["paths"] else _short(corpus["path"])],
-        ["scanned", f"{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens"],
+        ["scanned", how_much(summary["counts"]).replace(" scanned", "")],
         ["layers that take part", config["model"]["tracked"]],
         ["curvature", curvature.get(factors["solver"], "EK-FAC, then ASTRA")],
     ]
@@ -307,6 +306,8 @@ def _agreement(config: dict[str, Any], summary: dict[str, Any]) -> str:
         found = (
             "Published scores are at full rank. How well the scan's low-rank scores agree with them was not measured."
         )
+    if summary.get("certificate"):
+        found = f"{summary['certificate']['sentence']} {found}"
     iteration = summary.get("iteration")
     if iteration:
         found += f" Iterated solutions: {one_line(json.dumps(iteration))[:300]}."

@@ -70,9 +70,20 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     summary = read_summary(uri)
     if summary.get("approximation"):
         console.print(Text(how_good(summary["approximation"])))
-    scanned = summary["counts"]["scanned"]
-    console.print(Text(f"\n{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned."))
+    if summary.get("certificate"):
+        console.print(Text(f"\n{summary['certificate']['sentence']}"))
+    console.print(Text(f"\n{how_much(summary['counts'])}."))
     console.print(Text(f"As a page to read: infscan report {uri}"))
+
+
+def how_much(counts: dict) -> str:
+    """What was scanned; with a sieve, of how much."""
+    scanned = counts["scanned"]
+    found = f"{scanned['sequences']:,} sequences, {scanned['tokens']:,} tokens scanned"
+    if "candidates" not in counts:
+        return found
+    audited = counts["candidates"]["audited"]
+    return f"{found} in full, {audited:,} of them as an audit, of {counts['planned']['sequences']:,}"
 
 
 def how_good(approximation: dict) -> str:

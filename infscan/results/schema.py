@@ -121,6 +121,8 @@ RUN = pa.schema(
         ("arithmetic", pa.int32()),
         *((name, pa.string()) for name in ("infscan", "commit", "torch", "transformers", "tokenizers", "numpy")),
         *((name, pa.string()) for name in ("python", "cpu", "device", "dtype", "refine_dtype", "model_revision")),
+        # What is known to be missing, in a sentence; null where every sequence was scanned in full.
+        ("certificate", pa.string()),
     ]
 )
 

@@ -74,10 +74,13 @@ def write_shard(
     query_ids: Sequences[str],
     counts: ShardCounts,
     fingerprint: str,
+    *,
+    tokens: bool = True,
 ) -> bool:
     """Write the kept sequences once each, with all their hits, in one atomic put; False where the file was there.
 
     sequences: all of the shard's, in the plan's order, with losses [n] in nats; only those with a hit are written.
+    Without `tokens`, of a sequence there are its number, its loss and its hits.
     """
     by_sequence: dict[int, list[dict[str, Any]]] = {}
     # Sorted, so that the file's bytes depend on the hits and not on their order.
@@ -87,14 +90,9 @@ def write_shard(
     rows = [
         {
             "sequence_id": sequence.sequence_id,
-            "token_ids": sequence.token_ids.tolist(),
-            "documents": [asdict(span) for span in sequence.documents],
-            "path": sequence.path,
-            "byte_offset": sequence.byte_offset,
             "loss": float(loss),
-            "loss_mask": None if sequence.loss is None else sequence.loss.tolist(),
-            "document_starts": None if sequence.starts is None else sequence.starts.tolist(),
             "hits": by_sequence[sequence.sequence_id],
+            **(_content(sequence) if tokens else {}),
         }
         for sequence, loss in zip(sequences, losses, strict=True)
         if sequence.sequence_id in by_sequence
@@ -102,6 +100,17 @@ def write_shard(
     table = pa.Table.from_pylist(rows, schema=CANDIDATES)
     path = shard_path(name)
     return store.create(path, to_parquet(table, {"fingerprint": fingerprint, "counts": asdict(counts), OF: path}))
+
+
+def _content(sequence: Sequence) -> dict[str, Any]:
+    return {
+        "token_ids": sequence.token_ids.tolist(),
+        "documents": [asdict(span) for span in sequence.documents],
+        "path": sequence.path,
+        "byte_offset": sequence.byte_offset,
+        "loss_mask": None if sequence.loss is None else sequence.loss.tolist(),
+        "document_starts": None if sequence.starts is None else sequence.starts.tolist(),
+    }
 
 
 def finished_shards(store: Store) -> set[str]:

@@ -13,7 +13,7 @@ from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.factor_files import layer_groups, partial_bytes
 from infscan.steps.preconditioner import query_groups
-from infscan.steps.volume import FactorFiles, query_files
+from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
 
 # Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
 _EIGH = 9
@@ -112,7 +112,7 @@ class Dtypes:
 
     def products(self, name: str, config: Config) -> str:
         """How a pass multiplies what it adds to the model's forward and backward (`Rates.products`)."""
-        if name == "scan":
+        if name in ("scan", "sieve"):
             return self.queries
         if name == "check":
             return self.model
@@ -191,7 +191,10 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     if config.scan.rank is not None and config.scan.check_sequences >= 3:
         checked = min(config.scan.check_sequences, scanned.sequences)
         found.append(work("check", checked, _share(scanned, checked), cells))
-    found.append(replace(work("scan", scanned.sequences, scanned.tokens), units=run.shards))
+    if config.scan.sieve is not None:
+        found.append(replace(work("sieve", scanned.sequences, scanned.tokens), units=run.shards))
+    full = scanned_in_full(config, queries, scanned.sequences)
+    found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))
     found.append(run.priced(_refining(run, queries, scanned, len(groups_of_queries), len(grouped))))
     return found
 

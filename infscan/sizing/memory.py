@@ -35,6 +35,7 @@ from infscan.model.gathered import GatherLimits
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
+from infscan.model.suffix import ends_at, last_blocks
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry, dry
 from infscan.steps.check import scoring_twice
@@ -132,9 +133,17 @@ class DryWorker:
         return torch.arange(self.B, device="meta")
 
     def backward(
-        self, layers: Sequence[Layer], consumer: Callable[[Batch], LayerConsumer], batch: Batch, *, labels: bool = False
+        self,
+        layers: Sequence[Layer],
+        consumer: Callable[[Batch], LayerConsumer],
+        batch: Batch,
+        *,
+        labels: bool = False,
+        end: str | None = None,
     ) -> Dry:
         """One micro-batch through its consumer; with `labels`, as the step that draws the Fisher's.
+
+        end: the block above which the backward ends.
 
         Raises:
             ModelError: for a family whose code does not run on shapes alone.
@@ -147,7 +156,7 @@ class DryWorker:
                 loss = batch.loss()
                 if labels:
                     loss = replace(loss, uniforms_bt=torch.zeros(self.B, self.T, dtype=torch.float64))
-                self.worker.backward(batch, layers, loss, _owned(seen, consumer(batch)), ones=False)
+                self.worker.backward(batch, layers, loss, _owned(seen, consumer(batch)), ones=False, ends_at=end)
         except Exception as error:  # a family's own code may do what it likes
             raise ModelError(
                 f"a rank's memory is unknown: the model does not run on shapes alone ({type(error).__name__}: "
@@ -174,7 +183,8 @@ def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refini
 def pass_costs(
     config: Config, architecture: Architecture, queries: int, T: int, gpus: float, *, masked: bool = False
 ) -> dict[str, PassCost]:
-    """Every step of a run by name: covariance and lambda (not with solver=identity), check, scan, refine.
+    """Every step of a run by name: covariance and lambda (not with solver=identity), check, scan, refine;
+    and the sieve where there is one.
 
     masked: whether the factors' corpus has a loss mask.
     """
@@ -185,6 +195,8 @@ def pass_costs(
         costs |= {"covariance": _covariance(sized, masked=masked), "lambda": _lambda(sized, masked=masked)}
     if queries:
         costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
+        if config.scan.sieve is not None:
+            costs["sieve"] = _sieve(sized, queries, config.scan.sieve)
         again = replace(config, model=replace(config.model, dtype=config.refine_dtype))
         if again.model != config.model:
             sized = DryWorker(again, architecture, T, gpus)
@@ -207,10 +219,20 @@ _KNOWN: dict[str, PassMemory] = {}
 
 def scan_cost(sized: DryWorker, queries: int) -> PassCost:
     """The scan: the query batch stays, scores are added up layer by layer."""
+    return _scan(sized, queries, sized.layers)
+
+
+def _scan(sized: DryWorker, queries: int, layers: Sequence[Layer], end: str | None = None) -> PassCost:
     laid_out = _laid_out(sized, queries)
     scores_bq = torch.zeros(sized.B, queries, device="meta")
-    seen = sized.backward(sized.layers, lambda _: scoring(scores_bq, laid_out), sized.batch())
+    seen = sized.backward(layers, lambda _: scoring(scores_bq, laid_out), sized.batch(), end=end)
     return _cost(sized, seen, queries=_bytes(laid_out.values()))
+
+
+def _sieve(sized: DryWorker, queries: int, blocks: int) -> PassCost:
+    """The scan of the last blocks alone: the whole query batch stays, which the scan of the candidates takes."""
+    layers = last_blocks(sized.layers, blocks)
+    return _scan(sized, queries, layers, ends_at(layers))
 
 
 def _check(sized: DryWorker, queries: int) -> PassCost:

@@ -24,6 +24,7 @@ from infscan.engine.executor import RankMemory
 from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
+from infscan.model.suffix import last_blocks
 from infscan.model.tracked import by_block
 from infscan.queries import read_queries
 from infscan.results.read import read_summary
@@ -64,6 +65,8 @@ def estimate(config: PlanJob) -> Estimate:
         attention=config.model.attention_implementation,
         revision=config.model.revision,
     )
+    if config.scan.sieve is not None:
+        last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)
     notes: list[str] = []
     scanned, corpus = _count(config, config.corpus, "corpus", architecture, tokenizer)

@@ -22,6 +22,7 @@ from infscan.model.architecture import (
 )
 from infscan.model.folder import model_folder
 from infscan.model.load import resolve_dtype
+from infscan.model.suffix import last_blocks
 from infscan.queries import Query, queries_fingerprint, read_queries
 from infscan.steps.corpus_inputs import bos_of, input_files, settings_for, wants_bos
 from infscan.storage import Identity
@@ -129,6 +130,8 @@ def open_inputs(config: Config) -> Inputs:
         attention=config.model.attention_implementation,
         revision=config.model.revision,
     )
+    if config.scan.sieve is not None:
+        last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)
     for corpus in (config.corpus, config.factors.corpus):
         input_files(corpus)

@@ -22,6 +22,7 @@ from infscan.results.manifest import Manifest, Part, commit
 from infscan.results.publish import INDEX, Publisher, rank_rows
 from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, to_parquet
+from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
 from infscan.steps.provenance import computed_by
@@ -41,13 +42,15 @@ def publish(
     approximation: dict[str, Any] | None = None,
     iteration: dict[str, Any] | None = None,
     planned_bytes: Mapping[str, int] | None = None,
+    searched: Searched | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
     Whatever is written or removed is so while the lease is this driver's alone (`RunFolder.fence`).
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
-    planned_bytes: what a rank of the scan was to hold at once, by part.
+    planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
+    how they were found and what that missed.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -83,11 +86,15 @@ def publish(
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}
+    given_up = dict(scanned.quarantined)
+    if searched is not None:
+        _add_search(summary, searched)
+        given_up |= {number: f"sieve: {reason}" for number, reason in searched.given_up.items()}
     publisher.put("summary.json", json_bytes(summary))
-    if len(scanned.quarantined) > run.config.scan.allow_quarantined:
-        names = ", ".join(map(shard_name, sorted(scanned.quarantined)[:3]))
+    if len(given_up) > run.config.scan.allow_quarantined:
+        names = ", ".join(map(shard_name, sorted(given_up)[:3]))
         raise RunError(
-            f"{len(scanned.quarantined)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
+            f"{len(given_up)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
             f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
             "raise the limit."
         )
@@ -146,6 +153,7 @@ def _index(run: Run, summary: dict[str, Any]) -> pa.Table:
         "quarantined_shards": counts["quarantined"]["shards"],
         "settings": [{"key": key, "value": str(value)} for key, value in resume_keys(config)],
         **computed_by(run),
+        "certificate": (summary.get("certificate") or {}).get("sentence"),
     }
     return pa.Table.from_pylist([row], schema=RUN)
 
@@ -191,6 +199,16 @@ def _summary(
         "storage_faults": _storage_faults(run, workers),
         "phases": run.telemetry.phases,
     }
+
+
+def _add_search(summary: dict[str, Any], searched: Searched) -> None:
+    """With a sieve, planned are the sequences that it passed over; of them some were scanned in full."""
+    counts = summary["counts"]
+    counts["planned"]["sequences"] = searched.planned
+    counts["candidates"] = {"sequences": searched.candidates, "audited": searched.audited}
+    if searched.sieve is not None:
+        counts["sieve"] = asdict(searched.sieve) | {"quarantined": len(searched.given_up)}
+    summary["certificate"] = searched.certificate
 
 
 def _workers(run: Run, planned_bytes: Mapping[str, int] | None) -> dict[str, Any]:

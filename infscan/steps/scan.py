@@ -7,8 +7,9 @@ files that are in storage, so it writes only rows that may still be among the be
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,34 @@ ShardResult = tuple[ScoredRows, ShardCounts]
 
 
 @dataclass(frozen=True)
+class ScanPass:
+    """What one pass over planned sequences computes, and where its shard files go: `whole`, or a sieve's.
+
+    layers: that are scored; ends_at: the block above which the backward ends. candidates: rows kept per query and side.
+    tokens: whether shard files have the kept sequences' tokens. scores: where every sequence's scores are kept; None
+    keeps none.
+    fields: what else tells its shard files from another pass's.
+    """
+
+    name: str
+    store: Store
+    layers: tuple[Layer, ...]
+    candidates: int
+    scores: Store | None = None
+    tokens: bool = True
+    ends_at: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def whole(run: Run) -> ScanPass:
+    """All tracked layers; the best rows are refined."""
+    config = run.config
+    return ScanPass("scan", run.store, run.inputs.layers, config.candidates, run.store if config.dense else None)
+
+
+@dataclass(frozen=True)
 class Scanned:
-    """What the scan left."""
+    """What a pass left."""
 
     # The C best rows per query and side.
     best: ScoredRows
@@ -65,38 +92,45 @@ class Scanned:
     fingerprint: str
 
 
-def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries) -> Scanned:
-    """Scan every shard whose file is not there yet; thresholds come from the files that are.
+def scan(
+    run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries, how: ScanPass | None = None
+) -> Scanned:
+    """Scan every shard whose file is not there yet; thresholds come from the files that are. how: `whole` where it is
+    not given.
 
     Raises:
         RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
     """
-    config = run.config
-    fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields()}
+    config, how = run.config, how or whole(run)
+    fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields(), **how.fields}
     run_fingerprint = fingerprint(fields)
-    _begin(run)
-    tally = _Tally(run, plan, run_fingerprint)
+    _begin(run, how.store)
+    tally = _Tally(run, plan, run_fingerprint, how)
     done = tally.add_finished()
 
     def task(number: int) -> ScanTask:
         return ScanTask(
-            run=run.store,
+            run=how.store,
             corpus=CorpusAddress.of(corpus),
             shard=shard_name(number),
             sequence_ids=plan.ids(number),
             query_ids=run.inputs.query_ids,
             query_batch=batch.fingerprint,
             sides=config.sides,
-            candidates=config.candidates,
+            candidates=how.candidates,
             thresholds=tally.tracker.thresholds,
             tokens_per_batch=config.tokens_per_batch,
-            dense=config.dense,
+            dense=how.scores is not None,
+            scores=how.scores,
             fingerprint=run_fingerprint,
             query_dtype=config.scan.query_dtype,
+            layers=how.layers,
+            ends_at=how.ends_at,
+            tokens=how.tokens,
         )
 
     step = Step(
-        name="scan",
+        name=how.name,
         unit_name="shards",
         units=plan.order().tolist(),
         function=scan_task,
@@ -110,21 +144,21 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
     return Scanned(tally.tracker.best(), tally.counts, tally.quarantined, run_fingerprint)
 
 
-def _begin(run: Run) -> None:
+def _begin(run: Run, store: Store) -> None:
     """From here on the run is not finished, and shards that were given up are tried again."""
     run.folder.fence()
     run.store.remove(SUCCESS)
-    for entry in run.store.list(QUARANTINE):
+    for entry in store.list(QUARANTINE):
         run.folder.fence()
-        run.store.remove(entry.name)
+        store.remove(entry.name)
 
 
 class _Tally:
     """The finished shards together. Sums alone are kept of them: a scan may have a million."""
 
-    def __init__(self, run: Run, plan: Plan, fingerprint: str) -> None:
-        self.run, self.plan, self.fingerprint = run, plan, fingerprint
-        self.tracker = TopKTracker(len(run.queries), run.config.sides, run.config.candidates)
+    def __init__(self, run: Run, plan: Plan, fingerprint: str, how: ScanPass) -> None:
+        self.run, self.plan, self.fingerprint, self.how = run, plan, fingerprint, how
+        self.tracker = TopKTracker(len(run.queries), run.config.sides, how.candidates)
         self.counts = ScanCounts()
         self.quarantined: dict[int, str] = {}
 
@@ -136,9 +170,9 @@ class _Tally:
         Raises:
             RunError: for a file of another scan.
         """
-        store, shards = self.run.store, self.plan.num_shards
+        store, shards = self.how.store, self.plan.num_shards
         there = finished_shards(store)
-        scored = set(store.names(SCORES)) if self.run.config.dense else None
+        scored = None if self.how.scores is None else set(self.how.scores.names(SCORES))
         done = np.fromiter((shard_name(number) in there for number in range(shards)), np.bool_, shards)
         for number, found in prefetch(store, partial(self._read, scored=scored), map(int, np.flatnonzero(done))):
             if isinstance(found, DamagedError):
@@ -152,12 +186,13 @@ class _Tally:
 
     def _read(self, number: int, scored: Set[str] | None) -> tuple[int, ShardResult | DamagedError]:
         """A finished shard, whole, or what is wrong with it. scored: the parts of scores/; None where none are made."""
-        store, name = self.run.store, shard_name(number)
-        if scored is not None and scores_path(name) not in scored:
-            return number, damaged(f"{store.uri}/{scores_path(name)}", "it is missing")
+        store, name = self.how.store, shard_name(number)
+        kept = self.how.scores
+        if kept is not None and scored is not None and scores_path(name) not in scored:
+            return number, damaged(f"{kept.uri}/{scores_path(name)}", "it is missing")
         try:
-            if scored is not None:
-                check_scores(store, name, self.fingerprint)
+            if kept is not None:
+                check_scores(kept, name, self.fingerprint)
             return number, read_hits(store, name, self.run.inputs.query_ids, self.fingerprint, whole=True)
         except DamagedError as error:
             return number, error
@@ -172,7 +207,7 @@ class _Tally:
 
     def give_up(self, number: int, reason: str) -> None:
         """Quarantine a shard, with a note."""
-        store, name, ids = self.run.store, shard_name(number), self.plan.ids(number)
+        store, name, ids = self.how.store, shard_name(number), self.plan.ids(number)
         if store.exists(shard_path(name)):
             # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
             self._sum(read_hits(store, name, self.run.inputs.query_ids, self.fingerprint))
@@ -211,6 +246,13 @@ class ScanTask:
     dense: bool
     fingerprint: str
     query_dtype: Dtype | None = None
+    # Those that are scored; None: all.
+    layers: tuple[Layer, ...] | None = None
+    ends_at: str | None = None
+    # Whether the file has the kept sequences' tokens.
+    tokens: bool = True
+    # Where dense scores go; None: where the shard's file does.
+    scores: Store | None = None
 
 
 @multiplying("exact")
@@ -222,12 +264,14 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
     queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))
     with worker.span("read", shard=task.shard):
         sequences = worker.read(task.corpus, task.sequence_ids)
+    layers = worker.layers if task.layers is None else task.layers
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=worker.wide, device=worker.device)
     losses_n = torch.zeros(len(sequences), dtype=worker.wide, device=worker.device)
     for batch in worker.batches(sequences, task.tokens_per_batch):
         rows = worker.to_device(batch.rows)
         partial_bq = torch.zeros(len(batch.rows), len(task.query_ids), dtype=worker.wide, device=worker.device)
-        losses_b = worker.backward(batch, worker.layers, batch.loss(), scoring(partial_bq, queries), ones=False)
+        consume = scoring(partial_bq, queries)
+        losses_b = worker.backward(batch, layers, batch.loss(), consume, ones=False, ends_at=task.ends_at)
         if batch.scored:
             scores_nq[rows], losses_n[rows] = partial_bq, losses_b
     scores_nq, losses_n = worker.reduce(scores_nq), worker.reduce(losses_n)
@@ -250,9 +294,10 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
     with worker.span("write", shard=task.shard):
         if task.dense:
             scores = scores_nq.cpu().numpy()
-            write_scores(task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+            write_scores(task.scores or task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
         losses = losses_n.float().cpu().numpy()
-        if not write_shard(task.run, task.shard, sequences, losses, hits, task.query_ids, counts, task.fingerprint):
+        facts = (task.query_ids, counts, task.fingerprint)
+        if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     return hits, counts
 

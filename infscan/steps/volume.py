@@ -85,6 +85,15 @@ def query_files(config: Config, layers: Sequence[Layer], queries: int) -> list[i
     return sizes
 
 
+def scanned_in_full(config: Config, queries: int, planned: int) -> int:
+    """Sequences that are scanned with all tracked layers: all, or at most the candidates of every query and side with
+    the audit. How many a list of candidates has is not known here; it is taken for none."""
+    if not config.searches:
+        return planned
+    found = queries * len(config.sides) * config.sieve_candidates(planned) if config.scan.sieve is not None else 0
+    return min(planned, found + config.audited(planned))
+
+
 def scan_bytes(
     config: Config, layers: Sequence[Layer], queries: int, N: int, T: int, left: float = 1.0
 ) -> dict[str, int]:
@@ -93,6 +102,7 @@ def scan_bytes(
     left: the share of shards that is still to be done. With thresholds, C (1 + ln(N/C)) rows per query and side are
     written on the way to the C best ones; no sequence is stored twice in one file.
     """
+    planned, N = N, scanned_in_full(config, queries, N)
     C, boards = config.candidates, queries * len(config.sides)
     kept = boards * min(N, C * (1 + math.log(max(N / C, 1))))
     best = boards * min(C, N)
@@ -102,8 +112,12 @@ def scan_bytes(
         "refined rows": best * (_FLOAT * (T + len(layers)) + _ROW),
         "tables": min(best, boards * config.scan.top_k) * (_FLOAT * (2 * T + len(layers)) + _ROW),
     }
-    if config.scan.scores is Scores.all:
+    if config.dense or config.searches:
         parts["dense scores"] = left * _FLOAT * queries * N
+    if config.scan.sieve is not None:
+        sieved = config.sieve_candidates(planned)
+        rows = boards * min(planned, sieved * (1 + math.log(max(planned / sieved, 1))))
+        parts["sieve's rows"] = left * rows * _ROW
     return {name: int(size) for name, size in parts.items()}
 
 

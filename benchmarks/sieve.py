@@ -1,0 +1,235 @@
+"""What cheaper passes find of a scan's strongest rows, at what cost, and what the certificate says (docs/scanning.md).
+
+python benchmarks/sieve.py [--folder runs/sieve] [--model infscan://demo/model] [--documents N] [--draws 200] ...
+
+One pass over a corpus keeps every sequence's score of every block (rank 32), so that all suffixes of blocks come from
+it, and what other sieves make of the same sequences: whitened hidden states of a middle block (cosine, the best
+sequence token for every measured query token) and TF-IDF. A sieve's candidates are its best rows by query; the truth is
+the strongest rows of all blocks together. Costs are CPU seconds of single passes in turns, over those of a plain
+forward and activation-gradient backward. Then audits are drawn from the stored scores and certified. Without --model a
+GPT-NeoX is trained first.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from compression import Bench, Fitted, options_parser, say
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from infscan.config import Dtype
+from infscan.corpus import sequences as corpus
+from infscan.corpus.tfidf import document_frequencies
+from infscan.influence.certificate import Audit, Evidence, certify, certify_together
+from infscan.influence.layers import Layer
+from infscan.influence.score import score_layer
+from infscan.model.suffix import ends_at, last_blocks
+from infscan.steps.preconditioner import layer_factors
+from infscan.steps.queries import on_device
+from infscan.steps.scan import scoring
+from infscan.storage import Store
+
+HERE = Path(__file__).parent
+SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (100, 0.02), (100, 0.05))
+Floats = NDArray[np.float32]
+
+
+class FoundModel(Bench):
+    """The bench with a model that is there, in place of one that is trained for it."""
+
+    def _train(self, settings: Any, heldout: list[list[int]]) -> dict[str, Any]:
+        target = Store(str(self.folder / "model"))
+        for entry in Store(self.options.model).list():
+            target.write(entry.name, Store(self.options.model).read(entry.name))
+        return {}
+
+
+class Sieves:
+    """Every sequence's scores by block [B, Q, N], and those of the other sieves [Q, N]."""
+
+    def __init__(self, fitted: Fitted, middle: int) -> None:
+        self.fitted, self.rank, self.layers = fitted, fitted.rank, fitted.plan.layers
+        self.queries = on_device(fitted.rank, fitted.query_batch(32))
+        self.blocks = len({layer.name.split(".")[2] for layer in self.layers})
+        self.sequences = fitted.bench.corpus.read(np.arange(fitted.bench.corpus.sequences))
+        inside = [layer for layer in self.layers if int(layer.name.split(".")[2]) == middle]
+        self.hidden_layer = inside[0]
+        known = layer_factors(fitted.inverse, self.hidden_layer, "cpu", torch.float32)
+        assert known is not None
+        A = known[0].A.dense()[: self.hidden_layer.inputs - self.hidden_layer.bias]
+        values, vectors = torch.linalg.eigh(A[:, : len(A)].double())
+        self.whiten = (vectors * values.clamp_min(1e-6 * float(values.mean())).rsqrt()).float()
+
+    def scored(self) -> tuple[Floats, Floats]:
+        """By block, and by hidden states."""
+        Q, N = len(self.fitted.bench.queries), len(self.sequences)
+        by_block, hidden = np.zeros((self.blocks, Q, N), np.float32), np.zeros((Q, N), np.float32)
+        asked = self.query_states()
+        began = time.perf_counter()
+        for number, batch in enumerate(self.rank.batches(self.sequences, self.fitted.options.tokens_per_batch)):
+            rows = batch.rows
+
+            def consume(
+                layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows, mask: Any = batch.mask_bt
+            ) -> None:
+                by_block[int(layer.name.split(".")[2])][:, rows] += score_layer(
+                    s, a, self.queries[layer.name]
+                ).T.numpy()
+                if layer == self.hidden_layer:
+                    states = torch.nn.functional.normalize(a @ self.whiten, dim=-1)
+                    for query, h_pi in enumerate(asked):
+                        cosines = (states @ h_pi.T).masked_fill(~mask[..., None], -1)
+                        hidden[query, rows] = cosines.amax(dim=1).sum(dim=1).numpy()
+
+            self.rank.backward(batch, self.layers, batch.loss(), consume, ones=False)
+            if number % 20 == 19:
+                say(f"{number + 1} batches in {time.perf_counter() - began:.0f} s")
+        return by_block, hidden
+
+    def query_states(self) -> list[Tensor]:
+        """Of every query, its whitened states where a measured token is predicted, [P, I]."""
+        found = []
+        for query in self.fitted.bench.queries:
+            part = query.parts[0]
+            one = corpus.Sequence(0, np.asarray(part.token_ids), (), 0, "")
+            (batch,) = self.rank.batches([one], 1 << 20)
+            states: list[Tensor] = []
+
+            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, states: Any = states) -> None:
+                if layer == self.hidden_layer:
+                    states.append(a[0])
+
+            self.rank.backward(batch, self.layers, batch.loss(), consume, ones=False)
+            at = torch.tensor([position - 1 for position in part.positions])
+            found.append(torch.nn.functional.normalize(states[0][at] @ self.whiten, dim=-1))
+        return found
+
+    def tfidf(self) -> Floats:
+        """[Q, N]."""
+        bench = self.fitted.bench
+        idf = document_frequencies((one.token_ids for one in self.sequences), bench.vocab_size).idf()
+        scores = np.zeros((len(bench.queries), len(self.sequences)), np.float32)
+        weights = [np.bincount(query.parts[0].token_ids, minlength=bench.vocab_size) * idf for query in bench.queries]
+        for number, one in enumerate(self.sequences):
+            there = np.unique(one.token_ids)
+            scores[:, number] = [weight[there].sum() for weight in weights]
+        return scores
+
+    def costs(self, repeats: int) -> dict[str, float]:
+        """CPU seconds of a pass over some sequences, in plain floors measured in turn; medians."""
+        some = self.sequences[: 4 * self.fitted.options.tokens_per_batch // self.fitted.options.length]
+        passes: dict[str, Callable[[], None]] = {"every block": lambda: self._pass(some, self.layers, None)}
+        for blocks in range(1, self.blocks):
+            layers = last_blocks(self.layers, blocks)
+            passes[f"last {blocks}"] = lambda layers=layers: self._pass(some, layers, ends_at(layers))
+        ratios: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(repeats):
+            for name, run in passes.items():
+                floor = seconds(lambda: self._pass(some, (), None))
+                ratios[name].append(seconds(run) / floor)
+        return {name: median(found) for name, found in ratios.items()}
+
+    def _pass(self, some: Sequence[corpus.Sequence], layers: Sequence[Layer], end: str | None) -> None:
+        for batch in self.rank.batches(some, self.fitted.options.tokens_per_batch):
+            scores_bq = torch.zeros(len(batch.rows), len(self.fitted.bench.queries))
+            self.rank.backward(batch, layers, batch.loss(), scoring(scores_bq, self.queries), ones=False, ends_at=end)
+
+
+def seconds(run: Callable[[], None]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def found_by(sieves: Sequence[Floats], candidates: int) -> NDArray[np.bool_]:
+    """[Q, N]: what the best rows of each of several sieves, an equal share each, have together."""
+    found = np.zeros(sieves[0].shape, np.bool_)
+    for scores in sieves:
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : candidates // len(sieves)]
+        np.put_along_axis(found, best, True, axis=1)
+    return found
+
+
+def recall(exact: Floats, found: NDArray[np.bool_], top: int) -> float:
+    best = np.argsort(-exact, axis=1, kind="stable")[:, :top]
+    return float(np.take_along_axis(found, best, axis=1).mean())
+
+
+def certificates(exact: Floats, found: NDArray[np.bool_], audited: int, top: int, draws: int) -> dict[str, Any]:
+    """Audits drawn anew: how often a limit is above the truth, and its median; of one query and of all together."""
+    Q, N = exact.shape
+    audit, truth = Audit.uniform(N, audited), [recall(exact[q : q + 1], found[q : q + 1], top) for q in range(Q)]
+    alone, together = [], []
+    for draw in range(draws):
+        rows = np.random.default_rng(draw).choice(N, audited, replace=False)
+        evidence = [Evidence(e[f], np.flatnonzero(f), e[rows], f[rows]) for e, f in zip(exact, found, strict=True)]
+        together.append(certify_together(evidence, audit, top).recall)
+        alone.append((certify(evidence[draw % Q], audit, top).recall, truth[draw % Q]))
+    stated = [one for one in together if one is not None]
+    mean = float(np.mean(truth))
+    return {
+        "truth": mean,
+        "together": {
+            "stated": len(stated) / draws,
+            "median": median(stated) if stated else None,
+            "wrong": float(np.mean([one > mean for one in stated])) if stated else 0.0,
+        },
+        "alone": {
+            "stated": float(np.mean([one is not None for one, _ in alone])),
+            "wrong": float(np.mean([one is not None and one > true for one, true in alone])),
+        },
+    }
+
+
+def main() -> None:
+    parser = options_parser(__doc__)
+    parser.set_defaults(folder=HERE.parent / "runs" / "sieve")
+    parser.add_argument("--model", help="a model's folder, in place of one that is trained")
+    parser.add_argument("--audited", type=float, default=0.02, help="share of the sequences")
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = FoundModel(options) if options.model else Bench(options)
+    sieves = Sieves(Fitted(bench, Dtype.float32, 0), middle=options.layers // 2)
+    costs = sieves.costs(options.repeats)
+    by_block, hidden = sieves.scored()
+    exact, Q, N = by_block.sum(axis=0), len(bench.queries), len(sieves.sequences)
+    tfidf = sieves.tfidf()
+    suffixes = {f"last {k}": by_block[-k:].sum(axis=0) for k in range(1, len(by_block))}
+    tried: dict[str, list[Floats]] = {name: [scores] for name, scores in suffixes.items()}
+    tried |= {"hidden states": [hidden], "TF-IDF": [tfidf]}
+    tried |= {f"{name} + hidden states": [scores, hidden] for name, scores in suffixes.items()}
+    tried |= {f"{name} + TF-IDF": [scores, tfidf] for name, scores in suffixes.items()}
+    rows = []
+    table = Table(title=f"{N} sequences, {Q} queries, proponents: recall of the top k among a share of the sequences")
+    for column in ("sieve", "floors", *(f"{top} in {share:.1%}" for top, share in SHARES), "certified 100 in 5%"):
+        table.add_column(column)
+    for name, parts in tried.items():
+        recalls = [recall(exact, found_by(parts, round(share * N)), top) for top, share in SHARES]
+        found = certificates(exact, found_by(parts, round(0.05 * N)), round(options.audited * N), 100, options.draws)
+        rows.append({"sieve": name, "floors": costs.get(name), "recall": recalls, "certificate": found})
+        limit = found["together"]["median"]
+        said = f"{'-' if limit is None else f'{limit:.2f}'} (wrong {found['together']['wrong']:.0%})"
+        cost = f"{costs[name]:.2f}" if name in costs else "-"
+        table.add_row(name, cost, *(f"{value:.3f}" for value in recalls), said)
+    Console(width=150).print(table)
+    say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
+    (HERE / "results").mkdir(exist_ok=True)
+    settings = {name: str(value) for name, value in vars(options).items()}
+    result = {"settings": settings, "sequences": N, "queries": Q, "costs": costs, "shares": SHARES, "sieves": rows}
+    (HERE / "results" / "sieve.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
