@@ -91,6 +91,18 @@ class RunResult:
 
         return read_sequences(self.uri)
 
+    def queries(self) -> pa.Table:
+        """The queries as they were measured: texts, tokens, log-probabilities."""
+        from infscan.results.read import read_queries
+
+        return read_queries(self.uri)
+
+    def documents(self) -> pa.Table:
+        """Each published score, split over the documents of its sequence."""
+        from infscan.results.read import read_documents
+
+        return read_documents(self.uri)
+
     def layers(self) -> pa.Table:
         """Each published score, split over layers."""
         from infscan.results.read import read_layers

@@ -1,7 +1,8 @@
 """Publish a run: rank the refined candidates and write the tables that people read.
 
-What is in memory does not grow with the number of queries, but for some dozens of bytes a candidate and a published
-row: tokens, margins and texts are there of one part at a time (margins of `_MARGINS_BYTES`).
+What is in memory does not grow with the number of queries, but for some dozens of bytes a candidate, a published row
+and a document of a published sequence: tokens, margins and texts are there of one part at a time (margins of
+`_MARGINS_BYTES`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infscan.influence.topk import SIDES, best_rows
 from infscan.influence.topk_tracker import ScoredRows
+from infscan.results.documents import SequenceDocuments
 from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
-from infscan.results.schema import LAYERS, SEQUENCES, TOKENS, TOP, to_parquet
+from infscan.results.schema import LAYERS, ROW_DOCUMENTS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
 from infscan.storage import Store
 from infscan.storage.prefetch import prefetch
@@ -89,23 +90,9 @@ def is_spurious(token_scores: NDArray[np.float32]) -> bool:
     return l1 > 0 and float(np.linalg.norm(wide)) / l1 > 2 / 3
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Of every published sequence, its first document's id and source; by sequence_id, ascending."""
-
-    sequence_ids: NDArray[np.int64]
-    document_ids: pa.ChunkedArray
-    sources: pa.ChunkedArray
-
-    def __len__(self) -> int:
-        return len(self.sequence_ids)
-
-    def places(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
-        return pa.array(np.searchsorted(self.sequence_ids, sequence_ids))
-
-
 class Publisher:
-    """Writes top, layers, tokens (by groups of queries) and sequences (by groups of shards), then removes stale parts.
+    """Writes top, layers, tokens and documents (by groups of queries) and sequences (by groups of shards), then removes
+    stale parts.
 
     query_ids: of all queries, ascending. decode: token ids to text; None where the model has no tokenizer (text is then
     null). label: a sequence's corpus among several, by its number; None where there is one. scan: the fingerprint that
@@ -133,38 +120,35 @@ class Publisher:
         self.footer = {"fingerprint": fingerprint}
         self.parts: dict[str, Part] = {}
 
-    def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Provenance:
-        """The published sequences, each once, by sequence_id.
+    def documents(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> SequenceDocuments:
+        """The documents of the published sequences.
 
         wanted: shard names in order, with the published sequence_ids that lie in each, ascending.
         """
-        sequence_ids, document_ids, sources = [np.empty(0, np.int64)], [], []
+
+        def read(shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
+            return read_candidates(self.store, *shard, columns=("sequence_id", "documents"), fingerprint=self.scan)
+
+        return SequenceDocuments(prefetch(self.store, read, wanted))
+
+    def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]], documents: SequenceDocuments) -> None:
+        """The published sequences, each once, by sequence_id, with their documents as `write_rows` weighed them."""
         for part, shards in enumerate(_sequence_parts(wanted)):
             found = prefetch(self.store, self._candidates, shards)
-            table = self._sequences(list(found))
-            self._write("sequences", part, table)
-            sequence_ids.append(table["sequence_id"].to_numpy())
-            document_ids += table["document_id"].chunks
-            # Few in number, however many rows.
-            sources += table["source"].dictionary_encode().chunks
-        return Provenance(
-            np.concatenate(sequence_ids),
-            pa.chunked_array(document_ids, pa.string()),
-            pa.chunked_array(sources, pa.dictionary(pa.int32(), pa.string())),
-        )
+            self._write("sequences", part, self._sequences(list(found), documents))
 
     def _candidates(self, shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
         return read_candidates(self.store, *shard, fingerprint=self.scan)
 
-    def _sequences(self, kept: list[pa.Table]) -> pa.Table:
+    def _sequences(self, kept: list[pa.Table], documents: SequenceDocuments) -> pa.Table:
         if not kept:
             return SEQUENCES.empty_table()
         rows = pa.concat_tables(kept).sort_by("sequence_id").combine_chunks()
-        first = pc.list_element(rows["documents"], 0)
+        heaviest = pa.array(documents.heaviest(rows["sequence_id"].to_numpy()))
         texts = [self.decode(ids.as_py()) if self.decode else None for ids in rows["token_ids"]]
         added = {
-            "document_id": pc.struct_field(first, "id"),
-            "source": pc.struct_field(first, "source"),
+            "document_id": documents.ids.take(heaviest),
+            "source": documents.sources.take(heaviest).cast(pa.string()),
             "text": pa.array(texts, pa.string()),
             "corpus": self._labels(rows["sequence_id"].to_numpy()),
         }
@@ -175,10 +159,10 @@ class Publisher:
         self,
         ranking: Ranking,
         margins: Callable[[NDArray[np.intp]], Margins],
-        provenance: Provenance,
+        documents: SequenceDocuments,
         most_tokens: int,
     ) -> None:
-        """top, layers and tokens, sorted by query_id, side and rank.
+        """top, layers, tokens and documents, sorted by query_id, side and rank.
 
         margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has.
         """
@@ -189,13 +173,14 @@ class Publisher:
             found = margins(ranking.rows[first:last])
             for start, stop in parts:
                 mine = found.stretch(start - first, stop - first)
-                self._write_part(part, ranking.stretch(start, stop), mine, provenance)
+                self._write_part(part, ranking.stretch(start, stop), mine, documents)
                 part += 1
 
-    def _write_part(self, part: int, ranking: Ranking, margins: Margins, provenance: Provenance) -> None:
+    def _write_part(self, part: int, ranking: Ranking, margins: Margins, documents: SequenceDocuments) -> None:
         sequence_ids = ranking.sequence_ids
         query_ids = self.query_ids.take(pa.array(ranking.queries))
-        places = provenance.places(sequence_ids)
+        split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
+        strongest = pa.array(split.strongest)
         top = [
             query_ids,
             pa.array(SIDES).take(pa.array(ranking.candidates.sides[ranking.rows])),
@@ -204,8 +189,9 @@ class Publisher:
             ranking.scores,
             ranking.candidates.scores[ranking.rows],
             pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
-            provenance.document_ids.take(places),
-            provenance.sources.take(places).cast(pa.string()),
+            documents.ids.take(strongest),
+            split.shares,
+            documents.sources.take(strongest).cast(pa.string()),
             self._labels(sequence_ids),
         ]
         self._write("top", part, pa.table(top, schema=TOP).combine_chunks())
@@ -221,6 +207,17 @@ class Publisher:
         values = np.concatenate([np.empty(0, np.float32), *margins.token_scores])
         tokens = [query_ids, sequence_ids, pa.ListArray.from_arrays(starts, pa.array(values))]
         self._write("tokens", part, pa.table(tokens, schema=TOKENS))
+        places = pa.array(split.places)
+        by_document = [
+            query_ids.take(pa.array(split.rows)),
+            sequence_ids[split.rows],
+            documents.ids.take(places),
+            documents.sources.take(places).cast(pa.string()),
+            documents.begins[split.places],
+            documents.ends[split.places],
+            split.scores,
+        ]
+        self._write("documents", part, pa.table(by_document, schema=ROW_DOCUMENTS))
 
     def _labels(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
         return pa.array(map(self.label, sequence_ids.tolist()), pa.string())

@@ -49,6 +49,11 @@ def read_tokens(uri: str, *, unfinished: bool = False) -> pa.Table:
     return _read(uri, "tokens", unfinished)
 
 
+def read_documents(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The published rows split over the documents of their sequences; not in runs of infscan 0.2 and before."""
+    return _read(uri, "documents", unfinished)
+
+
 def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     """Every sequence's scan scores, by sequence_id; only runs with scan.scores=all have them.
 
@@ -166,5 +171,8 @@ def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
 
 def _together(store: Store, folder: str, parts: Sequence[pa.Table]) -> pa.Table:
     if not parts:
-        raise RunError(f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
+        raise RunError(
+            f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all, and runs of infscan "
+            "0.2 and before have no documents/."
+        )
     return pa.concat_tables(parts)

@@ -71,7 +71,9 @@ TOP = pa.schema(
         ("score", pa.float32()),
         ("scan_score", pa.float32()),
         ("spurious", pa.bool_()),
+        # Of a packed sequence, the document that carries the row, and its part of the score.
         ("document_id", pa.string()),
+        ("document_share", pa.float32()),
         ("source", pa.string()),
         # The label of a corpus among several; null where there is one.
         ("corpus", pa.string()),
@@ -81,6 +83,7 @@ TOP = pa.schema(
 SEQUENCES = pa.schema(
     [
         ("sequence_id", pa.int64()),
+        # The document that carries most of the sequence's published rows.
         ("document_id", pa.string()),
         ("documents", DOCUMENTS),
         ("source", pa.string()),
@@ -93,6 +96,20 @@ SEQUENCES = pa.schema(
         ("loss_mask", pa.list_(pa.bool_())),
         # As in TOP.
         ("corpus", pa.string()),
+    ]
+)
+
+# documents/: one row per published row and document of its sequence.
+ROW_DOCUMENTS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("sequence_id", pa.int64()),
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        # Its tokens' positions, and the sum of their scores.
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("score", pa.float32()),
     ]
 )
 

@@ -20,6 +20,8 @@ from infscan.storage import Store
 
 FOLDER = "shards"
 QUARANTINE = "quarantine"
+# Of a kept sequence, what the model is given.
+GIVEN = ("sequence_id", "token_ids", "loss_mask", "document_starts")
 SUFFIX = ".parquet"
 
 
@@ -161,10 +163,10 @@ def read_candidates(
     name: str,
     sequence_ids: NDArray[np.int64],
     *,
-    tokens_only: bool = False,
+    columns: Sequences[str] | None = None,
     fingerprint: str | None = None,
 ) -> pa.Table:
-    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, what the model is given alone).
+    """Rows of a shard file by sequence_id; some of its columns, or all but the hits.
 
     fingerprint: of the scan that it must be of, with all of these rows; None where any will do.
 
@@ -173,10 +175,8 @@ def read_candidates(
         DamagedError: where it does not hold what was written, or a row is missing.
     """
     everything = [column for column in CANDIDATES.names if column != "hits"]
-    given = ["sequence_id", "token_ids", "loss_mask", "document_starts"]
-    columns = given if tokens_only else everything
     path = shard_path(name)
-    table, footer = read_with_footer(store, path, columns)
+    table, footer = read_with_footer(store, path, list(columns) if columns else everything)
     if fingerprint is not None and footer["fingerprint"] != fingerprint:
         raise other_scan(store, path)
     found = table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids)))

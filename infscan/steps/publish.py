@@ -71,17 +71,18 @@ def publish(
         if nonfinite:
             run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
         ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
-        # Ids and scores first, since top says of each row which document it is; margins later, some at a time.
-        provenance = publisher.write_sequences(plan.by_shard(ranking.sequence_ids))
-        publisher.write_rows(ranking, rows.margins, provenance, corpus.sequence_length)
-        phase.advance(sequences=len(provenance))
+        # Their documents first, since top says of each row which one carries it; margins later, some at a time.
+        documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
+        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length)
+        publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
+        phase.advance(sequences=len(documents))
     if scanned.counts.halved:
         run.telemetry.warn(
             f"{scanned.counts.halved} shards ran out of memory at "
             f"scan.tokens_per_batch={run.config.tokens_per_batch} and were scanned in smaller micro-batches; "
             "a lower value saves the attempts that failed"
         )
-    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)
+    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}
     publisher.put("summary.json", json_bytes(summary))
     if len(scanned.quarantined) > run.config.scan.allow_quarantined:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from infscan.report.terminal import asked, excerpt, one_line, show
 from infscan.results.manifest import SUCCESS
-from infscan.results.publish import Provenance
 from infscan.storage import Store
 from tests.results.builders import ROWS, margins_of, published, publisher, ranked
 
@@ -41,9 +40,11 @@ def a_run(
     store = Store(str(folder))
     published(store)
     made = publisher(store, None if text is None else lambda _: text)
-    found = made.write_sequences([("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))])
-    named = Provenance(found.sequence_ids, pa.chunked_array([[document] * len(found)], pa.string()), found.sources)
-    made.write_rows(ranked(ROWS), margins_of(ROWS), named, 5)
+    wanted = [("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))]
+    documents = made.documents(wanted)
+    documents.ids = pa.array([document] * len(documents.ids), pa.string())
+    made.write_rows(ranked(ROWS), margins_of(ROWS), documents, 5)
+    made.write_sequences(wanted, documents)
     made.remove_stale()
     asked_for = questions or [question("alpha"), question("beta#0"), question("beta#1")]
     store.write("queries/queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in asked_for).encode())
