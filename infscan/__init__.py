@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from infscan.api import read_run as read_run
     from infscan.config import Config as Config
     from infscan.errors import InfscanError as InfscanError
+    from infscan.results.read import read_answers as read_answers
     from infscan.results.read import read_documents as read_documents
     from infscan.results.read import read_layers as read_layers
     from infscan.results.read import read_queries as read_queries
@@ -36,6 +37,7 @@ _HOMES = {
     "RunResult": "infscan.api",
     "read_run": "infscan.api",
     "read_factors": "infscan.steps.factor_files",
+    "read_answers": "infscan.results.read",
     "read_documents": "infscan.results.read",
     "read_layers": "infscan.results.read",
     "read_queries": "infscan.results.read",

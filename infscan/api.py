@@ -97,6 +97,12 @@ class RunResult:
 
         return read_queries(self.uri)
 
+    def answers(self) -> pa.Table:
+        """Of each query, whether its strongest row stands out of all scanned sequences."""
+        from infscan.results.read import read_answers
+
+        return read_answers(self.uri)
+
     def documents(self) -> pa.Table:
         """Each published score, split over the documents of its sequence."""
         from infscan.results.read import read_documents

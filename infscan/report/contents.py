@@ -17,7 +17,7 @@ from infscan.corpus.near_duplicates import near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
-from infscan.report.terminal import how_good, one_line
+from infscan.report.terminal import by_id, how_good, log_probabilities, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -88,6 +88,7 @@ def run_contents(
     questions = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]
     questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
+    measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     spread = histograms(store, [question["id"] for question in questions])
     published = _by_query(uri)
     following = next(published, None)
@@ -110,7 +111,12 @@ def run_contents(
             sides[side] = {"published": len(found), "chunks": chunks}
         if question["id"] in spread:
             head["histogram"] = spread[question["id"]]
-        queries.append(_line(question, summary, asking) | {"head": archive.add(0, head), **sides})
+        known = measured.get(question["id"])
+        line = _line(question, summary, asking) | {
+            "known": log_probabilities(known) if known else None,
+            "verdict": (answers.get(question["id"]) or {}).get("verdict"),
+        }
+        queries.append(line | {"head": archive.add(0, head), **sides})
     return {
         "name": name,
         "facts": _facts(config, summary),
@@ -180,6 +186,12 @@ def _rows(
     ids = [np.asarray(sequences[row["sequence_id"]]["token_ids"], np.int64) for row, _, _ in found]
     leads = near_duplicates(ids)
     how = ["exact" if np.array_equal(ids[number], ids[lead]) else "near" for number, lead in enumerate(leads)]
+    # A document's rows together, behind its strongest.
+    named: dict[tuple[str, str], int] = {}
+    for number, (row, _, _) in enumerate(found):
+        first = named.setdefault((row["document_id"], row["source"]), number)
+        if first != number and leads[number] == number:
+            leads[number], how[number] = leads[first], "document"
     copies: dict[int, list[list[Any]]] = {}
     for number, lead in enumerate(leads):
         if lead != number:
@@ -196,6 +208,12 @@ def _rows(
                 "tokens": quantised(by_token),
                 "sequence": _sequence(sequences[row["sequence_id"]], pieces),
             }
+            if row["document_id"] is not None:
+                shown["document"] = [row["document_id"], row["source"] or ""]
+            if row.get("z") is not None:
+                shown["z"] = float(f"{row['z']:.3g}")
+            if row.get("stands_out") is False:
+                shown["weak"] = True
             if row["spurious"]:
                 shown["spurious"] = True
             if leads[number] != number:

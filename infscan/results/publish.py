@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from infscan.influence.topk import SIDES, best_rows
+from infscan.influence.spread import Spread
+from infscan.influence.topk import PROPONENT, SIDES, best_rows
 from infscan.influence.topk_tracker import ScoredRows
+from infscan.results.answers import Best, Scale, answers_table, best_of
 from infscan.results.documents import SequenceDocuments
 from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
@@ -97,7 +99,8 @@ class Publisher:
     query_ids: of all queries, ascending. decode: token ids to text; None where the model has no tokenizer (text is then
     null). label: a sequence's corpus among several, by its number; None where there is one. scan: the fingerprint that
     shard files must have; None where any will do. fence: called before whatever is written or removed; it raises where
-    this driver may not any more.
+    this driver may not any more. spread: of all scan scores; None where it is not known. texts: each
+    token's text; None as of decode.
 
     Attributes:
         parts: what was written, by name, for the manifest.
@@ -113,11 +116,15 @@ class Publisher:
         label: Callable[[int], str | None] = lambda number: None,
         scan: str | None = None,
         fence: Callable[[], None] = lambda: None,
+        spread: Spread | None = None,
+        texts: Callable[[list[int]], list[str]] | None = None,
     ):
-        self.store, self.layers, self.decode, self.label = store, layers, decode, label
+        self.store, self.layers, self.label = store, layers, label
+        self.decode, self.texts = decode, texts
         self.scan, self.fence = scan, fence
         self.query_ids = pa.array(query_ids, pa.string())
         self.footer = {"fingerprint": fingerprint}
+        self.scale = Scale(spread, len(query_ids))
         self.parts: dict[str, Part] = {}
 
     def documents(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> SequenceDocuments:
@@ -145,11 +152,14 @@ class Publisher:
             return SEQUENCES.empty_table()
         rows = pa.concat_tables(kept).sort_by("sequence_id").combine_chunks()
         heaviest = pa.array(documents.heaviest(rows["sequence_id"].to_numpy()))
-        texts = [self.decode(ids.as_py()) if self.decode else None for ids in rows["token_ids"]]
+        ids = rows["token_ids"].to_pylist()
+        texts = [self.decode(one) if self.decode else None for one in ids]
+        tokens = [self.texts(one) if self.texts else None for one in ids]
         added = {
             "document_id": documents.ids.take(heaviest),
             "source": documents.sources.take(heaviest).cast(pa.string()),
             "text": pa.array(texts, pa.string()),
+            "tokens": pa.array(tokens, pa.list_(pa.string())),
             "corpus": self._labels(rows["sequence_id"].to_numpy()),
         }
         columns = [added[name] if name in added else rows[name] for name in SEQUENCES.names]
@@ -162,39 +172,49 @@ class Publisher:
         documents: SequenceDocuments,
         most_tokens: int,
     ) -> None:
-        """top, layers, tokens and documents, sorted by query_id, side and rank.
+        """top, layers, tokens and documents, sorted by query_id, side and rank; and answers.
 
         margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has.
         """
         row_bytes = 4 * (len(self.layers) + most_tokens)
         part = 0
+        best: dict[int, Best] = {}
         for parts in _together(_row_parts(ranking, len(self.query_ids)), _MARGINS_BYTES // row_bytes):
             first, last = parts[0][0], parts[-1][1]
             found = margins(ranking.rows[first:last])
             for start, stop in parts:
                 mine = found.stretch(start - first, stop - first)
-                self._write_part(part, ranking.stretch(start, stop), mine, documents)
+                best |= self._write_part(part, ranking.stretch(start, stop), mine, documents)
                 part += 1
+        self._write("answers", 0, answers_table(self.query_ids.to_pylist(), self.scale, best))
 
-    def _write_part(self, part: int, ranking: Ranking, margins: Margins, documents: SequenceDocuments) -> None:
-        sequence_ids = ranking.sequence_ids
+    def _write_part(
+        self, part: int, ranking: Ranking, margins: Margins, documents: SequenceDocuments
+    ) -> dict[int, Best]:
+        """Returns the strongest proponents, by query."""
+        sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
+        standing = self.scale.standing(ranking.queries, sides, ranking.scores)
         query_ids = self.query_ids.take(pa.array(ranking.queries))
         split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
         strongest = pa.array(split.strongest)
         top = [
             query_ids,
-            pa.array(SIDES).take(pa.array(ranking.candidates.sides[ranking.rows])),
+            pa.array(SIDES).take(pa.array(sides)),
             ranking.ranks,
             sequence_ids,
             ranking.scores,
             ranking.candidates.scores[ranking.rows],
+            pa.array(standing.z, from_pandas=True),
+            pa.array(standing.shares, from_pandas=True),
+            standing.stands_out,
             pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
             documents.ids.take(strongest),
             split.shares,
             documents.sources.take(strongest).cast(pa.string()),
             self._labels(sequence_ids),
         ]
-        self._write("top", part, pa.table(top, schema=TOP).combine_chunks())
+        table = pa.table(top, schema=TOP).combine_chunks()
+        self._write("top", part, table)
         count = len(self.layers)
         layers = [
             query_ids.take(pa.array(np.repeat(np.arange(len(ranking)), count))),
@@ -218,6 +238,13 @@ class Publisher:
             split.scores,
         ]
         self._write("documents", part, pa.table(by_document, schema=ROW_DOCUMENTS))
+        named = [table[name].to_pylist() for name in ("document_id", "source", "score")]
+        best = {}
+        for query in np.unique(ranking.queries).tolist():
+            mine = np.flatnonzero((ranking.queries == query) & (sides == SIDES.index(PROPONENT)))
+            if found := best_of(*([column[row] for row in mine.tolist()] for column in named)):
+                best[query] = found
+        return best
 
     def _labels(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
         return pa.array(map(self.label, sequence_ids.tolist()), pa.string())

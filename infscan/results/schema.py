@@ -70,6 +70,11 @@ TOP = pa.schema(
         ("sequence_id", pa.int64()),
         ("score", pa.float32()),
         ("scan_score", pa.float32()),
+        # Among all scanned sequences: robust standard deviations from the median, the part of all scores of its sign,
+        # and whether |z| is beyond `infscan.results.answers.STANDS_OUT`. Null where the scan does not say.
+        ("z", pa.float32()),
+        ("share", pa.float32()),
+        ("stands_out", pa.bool_()),
         ("spurious", pa.bool_()),
         # Of a packed sequence, the document that carries the row, and its part of the score.
         ("document_id", pa.string()),
@@ -92,10 +97,37 @@ SEQUENCES = pa.schema(
         ("loss", pa.float32()),
         ("token_ids", pa.list_(pa.int32())),
         ("text", pa.string()),
+        # Each token's text; null without a tokenizer.
+        ("tokens", pa.list_(pa.string())),
         # As in CANDIDATES.
         ("loss_mask", pa.list_(pa.bool_())),
         # As in TOP.
         ("corpus", pa.string()),
+    ]
+)
+
+# answers/: one row per query, its strongest proponent among all scanned sequences.
+ANSWERS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        # Whether it stands out; null where the scan does not say.
+        ("found", pa.bool_()),
+        # What to say where nothing does.
+        ("verdict", pa.string()),
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        ("score", pa.float32()),
+        ("z", pa.float32()),
+        # Of its score to that of the strongest row of another document.
+        ("ratio", pa.float32()),
+        # Of its score to all positive ones.
+        ("share", pa.float32()),
+        # Of the scan scores: how many are finite, their median, 1.4826 MAD, and the sums of either sign.
+        ("sequences", pa.int64()),
+        ("median", pa.float64()),
+        ("scale", pa.float64()),
+        ("positive", pa.float64()),
+        ("negative", pa.float64()),
     ]
 )
 

@@ -55,16 +55,18 @@ def publish(
     """
     with run.telemetry.phase("publish", 1, "tables") as phase:
         layers = [layer.name for layer in run.inputs.layers]
-        decode = run.inputs.tokenizer.decode if run.inputs.tokenizer else None
+        tokenizer = run.inputs.tokenizer
         publisher = Publisher(
             run.store,
             layers,
             run.inputs.query_ids,
-            decode,
+            tokenizer.decode if tokenizer else None,
             fingerprint(run.inputs.fingerprints()),
             partial(label_of, corpus),
             scanned.fingerprint,
             run.folder.fence,
+            scanned.counts.spread,
+            tokenizer.texts if tokenizer else None,
         )
         rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.inputs.query_ids, scanned.best)
         nonfinite = int((~np.isfinite(rows.scores)).sum())

@@ -25,6 +25,7 @@ from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.spread import ShardSpread, Spread
 from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
@@ -124,7 +125,7 @@ class _Tally:
     def __init__(self, run: Run, plan: Plan, fingerprint: str) -> None:
         self.run, self.plan, self.fingerprint = run, plan, fingerprint
         self.tracker = TopKTracker(len(run.queries), run.config.sides, run.config.candidates)
-        self.counts = ScanCounts()
+        self.counts = ScanCounts(spread=Spread(len(run.queries)))
         self.quarantined: dict[int, str] = {}
 
     def add_finished(self) -> NDArray[np.bool_]:
@@ -241,6 +242,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: QueryBatch) -> S
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
         halvings=worker.oom_retries,
+        spread=ShardSpread.of(scores),
     )
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.

@@ -44,11 +44,13 @@ function fillAsked(head) {
 
 async function fillQuery() {
   const turn = (state.turn += 1);
-  const { id, measure, agreement, head } = query();
+  const { id, measure, agreement, head, known, verdict } = query();
   const what = { completion: 'the log-probability of the marked completion', first: "the log-probability of the completion's first token, marked", tokens: 'the log-probability of one token, marked' }[measure];
   $('query-id').textContent = id;
   $('query-title').textContent = 'What is asked';
-  $('query-agreement').textContent = `Measured: ${what}.${agreement ? ` Scan and full-rank scores correlate by ${agreement[0].toFixed(5)} [${agreement[1].toFixed(5)}, ${agreement[2].toFixed(5)}] on a sample.` : ''}`;
+  $('query-agreement').textContent = `Measured: ${what}${known ? `; ${known}` : ''}.${agreement ? ` Scan and full-rank scores correlate by ${agreement[0].toFixed(5)} [${agreement[1].toFixed(5)}, ${agreement[2].toFixed(5)}] on a sample.` : ''}`;
+  $('verdict').textContent = verdict ? `${verdict[0].toUpperCase()}${verdict.slice(1)}.` : '';
+  $('verdict').hidden = !verdict;
   for (const each of ['proponent', 'opponent']) {
     const name = each === 'proponent' ? 'Raised it' : 'Lowered it';
     $(each).textContent = `${name} · ${query()[each].published.toLocaleString('en')}`;
