@@ -67,7 +67,7 @@ def test_prompt_and_completion_are_measured_as_a_corpus_has_them(
     code, said = command(capsys, *words)
     assert code == 0
     assert {strongest(run, query)["document_id"] for query in ("first", "trailing", "rather")} == {"d0"}
-    assert "measured: ‘ Vel’ +1" in said
+    assert "measured: ‘ Vel’ the model gives it" in said
     assert "measured: ‘ Vel’‘mistok’ rather than ‘ yes’" in said
     assert "the token ' Vel' spans the prompt's end" in " ".join(read_summary(str(run))["warnings"])
     assert len(read_sequences(str(run))) == 2
