@@ -17,7 +17,7 @@ from infscan.corpus.near_duplicates import near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
-from infscan.report.terminal import by_id, how_good, log_probabilities, one_line
+from infscan.report.terminal import by_id, how_good, hub_from, log_probabilities, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -88,6 +88,7 @@ def run_contents(
     questions = [json.loads(line) for line in store.read("queries/queries.jsonl").splitlines()]
     questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
+    hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     spread = histograms(store, [question["id"] for question in questions])
     published = _by_query(uri)
@@ -107,7 +108,7 @@ def run_contents(
             head[side] = {"scores": [_digits(row["score"]) for row, _, _ in found]}
             if found:
                 head[side]["layers"] = quantised(np.mean([layers for _, layers, _ in found], axis=0))
-            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive)
+            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive, hub)
             sides[side] = {"published": len(found), "chunks": chunks}
         if question["id"] in spread:
             head["histogram"] = spread[question["id"]]
@@ -181,8 +182,9 @@ def _rows(
     sequences: dict[int, dict[str, Any]],
     pieces: _Pieces,
     archive: Archive,
+    hub: int,
 ) -> list[dict[str, int]]:
-    """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level."""
+    """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level. hub: as of `hub_from`."""
     ids = [np.asarray(sequences[row["sequence_id"]]["token_ids"], np.int64) for row, _, _ in found]
     leads = near_duplicates(ids)
     how = ["exact" if np.array_equal(ids[number], ids[lead]) else "near" for number, lead in enumerate(leads)]
@@ -212,6 +214,10 @@ def _rows(
                 shown["document"] = [row["document_id"], row["source"] or ""]
             if row.get("z") is not None:
                 shown["z"] = float(f"{row['z']:.3g}")
+            if row.get("states_completion"):
+                shown["states"] = True
+            if (row.get("hub") or 0) >= hub:
+                shown["hub"] = row["hub"]
             if row.get("stands_out") is False:
                 shown["weak"] = True
             if row["spurious"]:

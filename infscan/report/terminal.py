@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from infscan.storage import Store
 _ROWS = 3
 _QUERIES = 12
 _CHARACTERS = 76
+# A row is marked as a hub where so many other questions, and such a share of them, have it among their ten strongest.
+_HUB, _HUB_SHARE = 3, 0.2
 LAYOUT = (
     ("config.yaml  plan.json  shards.parquet", "what was asked for, and how it was cut"),
     ("corpus/  factors/  queries/", "inputs made ready, where they were not reused"),
@@ -73,6 +76,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
             by_query.setdefault(row["query_id"], []).append(row)
     pairs = {(row["query_id"], row["sequence_id"]) for some in by_query.values() for row in some}
     scores = _token_scores(uri, pairs)
+    hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     for question in questions[:_QUERIES]:
         known = measured.get(question["id"])
@@ -85,7 +89,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
         for row in ordered:
             pair = row["query_id"], row["sequence_id"]
-            console.print(_row(row, sequences[row["sequence_id"]], scores[pair]))
+            console.print(_row(row, sequences[row["sequence_id"]], scores[pair], hub))
         if not ordered:
             console.print("  no sequence moved it")
     if len(questions) > _QUERIES:
@@ -142,14 +146,25 @@ def _token_scores(uri: str, pairs: set[tuple[str, int]]) -> dict[tuple[str, int]
     return found
 
 
-def _row(row: dict, sequence: dict, token_scores: Sequence[float]) -> Text:
+def hub_from(questions: Sequence[dict]) -> int:
+    """How many other questions must have a row among their ten strongest for it to say little about this one."""
+    others = len({(one["prompt"], one["completion"], str(one["parts"][:1])) for one in questions if one["parts"]}) - 1
+    return max(_HUB, math.ceil(_HUB_SHARE * others))
+
+
+def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> Text:
     """`+1  +83.21  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
 
     Rank with the side's sign, score, document, where its line begins in which file, text about the strongest token. A
-    row that does not stand out is dim.
+    row that does not stand out is dim. hub: as of `hub_from`.
     """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
+    marks = [
+        name
+        for name, there in (("states it", row.get("states_completion")), ("hub", (row.get("hub") or 0) >= hub))
+        if there
+    ]
     tokens = sequence.get("tokens")
     text = window(tokens, token_scores) if tokens else excerpt(sequence["text"], sequence["token_ids"])
     where = f"{sequence['path'].rpartition('/')[2]}:{sequence['byte_offset']}"
@@ -157,6 +172,7 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float]) -> Text:
         f"  {sign}{row['rank']:<3}",
         score,
         f"  {one_line(row['document_id'])[:32]:<32}  {one_line(where)[-24:]:<24}  ",
+        *((f"[{mark}] ", "bold") for mark in marks),
         (text, "dim"),
         style="dim" if row.get("stands_out") is False else "",
     )

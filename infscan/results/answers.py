@@ -18,7 +18,7 @@ from infscan.influence.topk import PROPONENT, SIDES
 from infscan.results.schema import ANSWERS
 
 # A row stands out from here on; below, the strongest one of a question without an answer would do as well.
-STANDS_OUT = 20.0
+STANDS_OUT = 21.0
 # Of fewer sequences a median distance says little.
 FEWEST = 32
 NOT_FOUND = "no sequence stands out: the answer is probably not in this corpus"

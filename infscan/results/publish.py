@@ -7,7 +7,7 @@ and a document of a published sequence: tokens, margins and texts are there of o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +25,7 @@ from infscan.results.manifest import TABLES, Part, is_table_part, table_part_nam
 from infscan.results.refined import Margins
 from infscan.results.schema import LAYERS, ROW_DOCUMENTS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
+from infscan.results.statements import Asked, hubs, ranks_by_size
 from infscan.storage import Store
 from infscan.storage.prefetch import prefetch
 
@@ -100,7 +101,7 @@ class Publisher:
     null). label: a sequence's corpus among several, by its number; None where there is one. scan: the fingerprint that
     shard files must have; None where any will do. fence: called before whatever is written or removed; it raises where
     this driver may not any more. spread: of all scan scores; None where it is not known. texts: each
-    token's text; None as of decode.
+    token's text; None as of decode. asked: of every query, what it asked; none where nobody knows.
 
     Attributes:
         parts: what was written, by name, for the manifest.
@@ -118,9 +119,10 @@ class Publisher:
         fence: Callable[[], None] = lambda: None,
         spread: Spread | None = None,
         texts: Callable[[list[int]], list[str]] | None = None,
+        asked: Sequences[Asked] = (),
     ):
         self.store, self.layers, self.label = store, layers, label
-        self.decode, self.texts = decode, texts
+        self.decode, self.texts, self.asked = decode, texts, asked
         self.scan, self.fence = scan, fence
         self.query_ids = pa.array(query_ids, pa.string())
         self.footer = {"fingerprint": fingerprint}
@@ -133,10 +135,30 @@ class Publisher:
         wanted: shard names in order, with the published sequence_ids that lie in each, ascending.
         """
 
+        columns = ("sequence_id", "documents")
+
         def read(shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
-            return read_candidates(self.store, *shard, columns=("sequence_id", "documents"), fingerprint=self.scan)
+            return read_candidates(self.store, *shard, columns=columns, fingerprint=self.scan)
 
         return SequenceDocuments(prefetch(self.store, read, wanted))
+
+    def statements(
+        self, wanted: Iterable[tuple[str, NDArray[np.int64]]], ranking: Ranking
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """Of every row of a ranking, whether its sequence states the query's completion, and at which token (-1)."""
+        order = np.argsort(ranking.sequence_ids, kind="stable")
+        ids, places = ranking.sequence_ids[order], np.full(len(ranking), -1, np.int32)
+
+        def read(shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
+            return read_candidates(self.store, *shard, columns=("sequence_id", "token_ids"), fingerprint=self.scan)
+
+        for table in prefetch(self.store, read, wanted if self.asked else ()):
+            for sequence_id, tokens in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+                texts = self.texts(tokens) if self.texts else None
+                for row in order[slice(*np.searchsorted(ids, [sequence_id, sequence_id + 1]))].tolist():
+                    place = self.asked[ranking.queries[row]].place(tokens, texts)
+                    places[row] = -1 if place is None else place
+        return places >= 0, places
 
     def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]], documents: SequenceDocuments) -> None:
         """The published sequences, each once, by sequence_id, with their documents as `write_rows` weighed them."""
@@ -165,16 +187,37 @@ class Publisher:
         columns = [added[name] if name in added else rows[name] for name in SEQUENCES.names]
         return pa.table(columns, schema=SEQUENCES).combine_chunks()
 
+    def beside(self, ranking: Ranking, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> dict[str, pa.Array]:
+        """What top says of a ranking's rows beside their scores, by column. wanted: as of `documents`."""
+        sides = ranking.candidates.sides[ranking.rows]
+        found: dict[str, pa.Array] = {
+            "size_rank": pa.array(ranks_by_size(ranking.queries, ranking.scores, ranking.sequence_ids))
+        }
+        if not self.asked:
+            return found
+        stated, places = self.statements(wanted, ranking)
+        nats = np.asarray([one.nats for one in self.asked], np.float64)[ranking.queries]
+        questions = [one.question for one in self.asked]
+        near = hubs(questions, ranking.queries, sides, ranking.ranks, ranking.sequence_ids)
+        return found | {
+            "states_completion": pa.array(stated),
+            "states_at": pa.array(places, pa.int32(), mask=~stated),
+            "score_per_nat": pa.array((ranking.scores / nats).astype(np.float32), from_pandas=True),
+            "hub": pa.array(near),
+        }
+
     def write_rows(
         self,
         ranking: Ranking,
         margins: Callable[[NDArray[np.intp]], Margins],
         documents: SequenceDocuments,
         most_tokens: int,
+        beside: Mapping[str, pa.Array] | None = None,
     ) -> None:
         """top, layers, tokens and documents, sorted by query_id, side and rank; and answers.
 
-        margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has.
+        margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has. beside:
+        columns of top by name, of the whole ranking; those of TOP that nobody gives are null.
         """
         row_bytes = 4 * (len(self.layers) + most_tokens)
         part = 0
@@ -184,12 +227,18 @@ class Publisher:
             found = margins(ranking.rows[first:last])
             for start, stop in parts:
                 mine = found.stretch(start - first, stop - first)
-                best |= self._write_part(part, ranking.stretch(start, stop), mine, documents)
+                given = {name: column[start:stop] for name, column in (beside or {}).items()}
+                best |= self._write_part(part, ranking.stretch(start, stop), mine, documents, given)
                 part += 1
         self._write("answers", 0, answers_table(self.query_ids.to_pylist(), self.scale, best))
 
     def _write_part(
-        self, part: int, ranking: Ranking, margins: Margins, documents: SequenceDocuments
+        self,
+        part: int,
+        ranking: Ranking,
+        margins: Margins,
+        documents: SequenceDocuments,
+        beside: Mapping[str, pa.Array],
     ) -> dict[int, Best]:
         """Returns the strongest proponents, by query."""
         sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
@@ -197,23 +246,25 @@ class Publisher:
         query_ids = self.query_ids.take(pa.array(ranking.queries))
         split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
         strongest = pa.array(split.strongest)
-        top = [
-            query_ids,
-            pa.array(SIDES).take(pa.array(sides)),
-            ranking.ranks,
-            sequence_ids,
-            ranking.scores,
-            ranking.candidates.scores[ranking.rows],
-            pa.array(standing.z, from_pandas=True),
-            pa.array(standing.shares, from_pandas=True),
-            standing.stands_out,
-            pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
-            documents.ids.take(strongest),
-            split.shares,
-            documents.sources.take(strongest).cast(pa.string()),
-            self._labels(sequence_ids),
-        ]
-        table = pa.table(top, schema=TOP).combine_chunks()
+        known = {
+            "query_id": query_ids,
+            "side": pa.array(SIDES).take(pa.array(sides)),
+            "rank": ranking.ranks,
+            "sequence_id": sequence_ids,
+            "score": ranking.scores,
+            "scan_score": ranking.candidates.scores[ranking.rows],
+            "z": pa.array(standing.z, from_pandas=True),
+            "share": pa.array(standing.shares, from_pandas=True),
+            "stands_out": standing.stands_out,
+            "spurious": pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
+            "document_id": documents.ids.take(strongest),
+            "document_share": split.shares,
+            "source": documents.sources.take(strongest).cast(pa.string()),
+            "corpus": self._labels(sequence_ids),
+            **beside,
+        }
+        columns = [known.get(field.name, pa.nulls(len(ranking), field.type)) for field in TOP]
+        table = pa.table(columns, schema=TOP).combine_chunks()
         self._write("top", part, table)
         count = len(self.layers)
         layers = [

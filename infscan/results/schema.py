@@ -75,6 +75,15 @@ TOP = pa.schema(
         ("z", pa.float32()),
         ("share", pa.float32()),
         ("stands_out", pa.bool_()),
+        # By |score| over both sides of the query, from 1.
+        ("size_rank", pa.int32()),
+        # score / -log p of the completion: per nat of what the model lacks.
+        ("score_per_nat", pa.float32()),
+        # Whether the completion's words (or tokens) occur in the sequence, and at which token; null where it does not.
+        ("states_completion", pa.bool_()),
+        ("states_at", pa.int32()),
+        # How many of the run's other questions have the sequence among the ten strongest of this side.
+        ("hub", pa.int32()),
         ("spurious", pa.bool_()),
         # Of a packed sequence, the document that carries the row, and its part of the score.
         ("document_id", pa.string()),
