@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from infscan.results.answers import NOT_FOUND
 from infscan.results.read import read_if_there, read_sequences, read_summary, read_tokens, read_top
 from infscan.storage import Store
 
@@ -84,8 +83,8 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
         for line in (measured_tokens(question), log_probabilities(known) if known else None):
             if line:
                 console.print(Text(f"  {line}", style="dim"))
-        if (answers.get(question["id"]) or {}).get("found") is False:
-            console.print(Text(f"  {NOT_FOUND}", style="yellow"))
+        if verdict := (answers.get(question["id"]) or {}).get("verdict"):
+            console.print(Text(f"  {verdict}", style="yellow"))
         ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
         for row in ordered:
             pair = row["query_id"], row["sequence_id"]

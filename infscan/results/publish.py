@@ -230,7 +230,11 @@ class Publisher:
                 given = {name: column[start:stop] for name, column in (beside or {}).items()}
                 best |= self._write_part(part, ranking.stretch(start, stop), mine, documents, given)
                 part += 1
-        self._write("answers", 0, answers_table(self.query_ids.to_pylist(), self.scale, best))
+        self._write(
+            "answers",
+            0,
+            answers_table(self.query_ids.to_pylist(), self.scale, best, [one.unlikely for one in self.asked]),
+        )
 
     def _write_part(
         self,
@@ -242,7 +246,8 @@ class Publisher:
     ) -> dict[int, Best]:
         """Returns the strongest proponents, by query."""
         sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
-        standing = self.scale.standing(ranking.queries, sides, ranking.scores)
+        stated = beside["states_completion"].to_numpy(zero_copy_only=False) if "states_completion" in beside else None
+        standing = self.scale.standing(ranking.queries, sides, ranking.scores, stated)
         query_ids = self.query_ids.take(pa.array(ranking.queries))
         split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
         strongest = pa.array(split.strongest)
@@ -289,7 +294,7 @@ class Publisher:
             split.scores,
         ]
         self._write("documents", part, pa.table(by_document, schema=ROW_DOCUMENTS))
-        named = [table[name].to_pylist() for name in ("document_id", "source", "score")]
+        named = [table[name].to_pylist() for name in ("document_id", "source", "score", "states_completion")]
         best = {}
         for query in np.unique(ranking.queries).tolist():
             mine = np.flatnonzero((ranking.queries == query) & (sides == SIDES.index(PROPONENT)))

@@ -119,9 +119,9 @@ SEQUENCES = pa.schema(
 ANSWERS = pa.schema(
     [
         ("query_id", pa.string()),
-        # Whether it stands out; null where the scan does not say.
+        # Whether it stands out; null where the scan does not say, or the model hardly knows the completion.
         ("found", pa.bool_()),
-        # What to say where nothing does.
+        # What to say where it is not found.
         ("verdict", pa.string()),
         ("document_id", pa.string()),
         ("source", pa.string()),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Nats a token below which a model hardly knows a completion: a chance of one in 150 for each of its tokens.
+UNLIKELY = -5.0
 # A row counts as near the top of a question up to this rank.
 HUB_RANK = 10
 
@@ -28,6 +30,11 @@ class Asked:
     completion: str | None
     token_ids: tuple[int, ...]
     nats: float = float("nan")
+
+    @property
+    def unlikely(self) -> bool:
+        """Whether the model hardly knows what is measured."""
+        return -self.nats / len(self.token_ids) < UNLIKELY
 
     def place(self, token_ids: Sequences[int], texts: Sequences[str] | None) -> int | None:
         """The position of the first token at which a sequence states the completion; None where it does not.

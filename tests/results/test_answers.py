@@ -7,7 +7,17 @@ import pytest
 
 from infscan.influence.spread import ShardSpread, Spread
 from infscan.results import read
-from infscan.results.answers import NOT_FOUND, STANDS_OUT, Scale, best_of
+from infscan.results.answers import (
+    NOT_FOUND,
+    NOT_KNOWN,
+    STANDS_OUT,
+    STANDS_OUT_STATING,
+    Best,
+    Scale,
+    answers_table,
+    best_of,
+)
+from infscan.results.statements import Asked
 from infscan.storage import Store
 from tests.results.builders import QUERIES, margins_of, published, publisher, ranked
 
@@ -67,10 +77,28 @@ def test_a_query_whose_strongest_row_stands_out_is_answered_and_another_is_not(r
 
 
 def test_the_runner_up_is_of_another_document() -> None:
-    assert best_of(["a", "a", "b"], ["web", "web", "web"], [8.0, 6.0, 2.0]).ratio == 4.0
-    assert best_of(["a", "a"], ["web", "books"], [8.0, 4.0]).ratio == 2.0
-    assert best_of(["a", "a"], ["web", "web"], [8.0, 4.0]).ratio is None
-    assert best_of([], [], []) is None
+    assert best_of(["a", "a", "b"], ["web", "web", "web"], [8.0, 6.0, 2.0], [False] * 3).ratio == 4.0
+    assert best_of(["a", "a"], ["web", "books"], [8.0, 4.0], [True, False]).ratio == 2.0
+    assert best_of(["a", "a"], ["web", "web"], [8.0, 4.0], [True, False]).ratio is None
+    assert best_of([], [], [], []) is None
+
+
+def test_a_row_that_states_the_completion_stands_out_earlier() -> None:
+    scale = Scale(spread_of(background()), 3)
+    z = (STANDS_OUT_STATING + STANDS_OUT) / 2
+    score = np.full(2, scale.centres[0] + z * scale.scales[0], np.float32)
+    standing = scale.standing(np.zeros(2, np.int32), np.zeros(2, np.int8), score, np.asarray([True, False]))
+    assert standing.stands_out.to_pylist() == [True, False]
+
+
+def test_of_a_completion_that_the_model_hardly_knows_nothing_is_found() -> None:
+    scale = Scale(spread_of(background()), 3)
+    best = {query: Best("d", "web", 1e6, None) for query in range(3)}
+    table = answers_table(QUERIES, scale, best, [False, True, False]).to_pylist()
+    assert [(row["found"], row["verdict"]) for row in table] == [(True, None), (None, NOT_KNOWN), (True, None)]
+    assert Asked("q", " x", (1, 2), nats=10.1).unlikely
+    assert not Asked("q", " x", (1, 2), nats=9.9).unlikely
+    assert not Asked("q", " x", (1, 2)).unlikely
 
 
 @pytest.mark.parametrize("scores", [None, np.ones((8, 3), np.float32), np.ones((500, 3), np.float32)])
