@@ -220,8 +220,6 @@ def _rows(
                 shown["hub"] = row["hub"]
             if row.get("stands_out") is False:
                 shown["weak"] = True
-            if row["spurious"]:
-                shown["spurious"] = True
             if leads[number] != number:
                 shown["alike"] = [leads[number] + 1, how[number]]
             if number in copies:

@@ -73,7 +73,6 @@ async function fillQuery() {
 
 // Rows that the switches and the search let through, of those decoded.
 function passes(row) {
-  if ($('honest').checked && row.spurious) return false;
   if ($('hubs').checked && row.hub) return false;
   const wanted = $('find-row').value.trim().toLowerCase();
   if (!wanted) return !($('group').checked && row.alike);
@@ -218,7 +217,7 @@ $('queries').addEventListener('click', (event) => {
   if (button) choose({ query: Number(button.dataset.query) });
 });
 for (const each of ['proponent', 'opponent']) $(each).addEventListener('click', () => choose({ side: each }));
-for (const id of ['group', 'honest', 'hubs']) $(id).addEventListener('change', () => fillRows());
+for (const id of ['group', 'hubs']) $(id).addEventListener('change', () => fillRows());
 $('colour').addEventListener('change', () => $('rows').classList.toggle('plain', !$('colour').checked));
 $('find-query').addEventListener('input', fillQueries);
 let waiting = 0;

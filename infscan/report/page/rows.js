@@ -102,7 +102,6 @@ function rowItem(row, run, best, wanted, copies) {
   if (row.sequence.corpus) from.append(show(el('bdi', { class: 'source' }), line(row.sequence.corpus, 60)));
   if (row.states) from.append(el('span', { class: 'mark' }, 'states it'));
   if (row.hub) from.append(el('span', { class: 'mark' }, `hub: near the top of ${row.hub} other questions`));
-  if (row.spurious) from.append(el('span', { class: 'mark' }, 'few tokens'));
   if (row.alike) from.append(el('span', { class: 'mark alike' }, `${{ exact: 'a copy of', near: 'nearly a copy of', document: 'of the same document as' }[row.alike[1]]} ${row.alike[0]}`));
   const toggle = el('button', { type: 'button', class: 'open', 'aria-expanded': 'false' }, 'Open');
   toggle.setAttribute('aria-label', `Open sequence ${row.rank}`);
