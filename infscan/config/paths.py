@@ -49,8 +49,10 @@ def addresses(config: Config) -> dict[str, str]:
 
 
 def _of_factors(key: str, factors: FactorsConfig) -> dict[str, str | None]:
-    return {f"{key}.path": factors.path} | _of_corpus(f"{key}.corpus", factors.corpus)
+    found: dict[str, str | None] = {f"{key}.path": factors.path}
+    return found | _of_corpus(f"{key}.corpus", factors.corpus)
 
 
 def _of_corpus(key: str, corpus: CorpusConfig) -> dict[str, str | None]:
-    return {f"{key}.path": corpus.path} | {f"{key}.paths.{label}": path for label, path in corpus.paths.items()}
+    found: dict[str, str | None] = {f"{key}.path": corpus.path}
+    return found | {f"{key}.paths.{label}": path for label, path in corpus.paths.items()}

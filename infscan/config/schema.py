@@ -214,8 +214,9 @@ class CorpusConfig:
     attention: Attention = Attention.across
     """Whether tokens attend `across` the documents of a sequence or `within` their own: as training had it."""
     bos: bool | None = None
-    """Put the BOS token before every document and every query; null does what the tokenizer does to a text, and leaves
-    documents that bring token ids as they are."""
+    """Put the BOS token before every document and every query; null does what the tokenizer does to a text. Where that
+    is nothing and packing=document, null puts EOS before them, which training has between documents. Documents that
+    bring token ids stay as they are."""
     max_sequences: int | None = None
     """Scan a uniform sample of this many sequences; null scans all. Factors are not fitted on fewer for it."""
     sample: float | None = None

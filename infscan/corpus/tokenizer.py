@@ -132,6 +132,10 @@ class Tokenizer:
             found.append((whole[sum(len(text) for text, _ in found) :], waiting))
         return found
 
+    def texts(self, token_ids: np.ndarray | Sequence[int]) -> list[str]:
+        """Of every token, its text; that of a character which takes several tokens comes with the last of them."""
+        return [text for piece, count in self.pieces(token_ids) for text in (*[""] * (count - 1), piece)]
+
 
 def load_tokenizer(path: str, *, from_hub: bool = True) -> Tokenizer | None:
     """Load the tokenizer of a model folder, URI or hub id; None where the folder has none.

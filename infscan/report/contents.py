@@ -18,7 +18,7 @@ from infscan.corpus.tokenizer import Tokenizer
 from infscan.queries import MEASURED
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
-from infscan.report.terminal import how_good, how_much, one_line
+from infscan.report.terminal import by_id, how_good, how_much, hub_from, log_probabilities, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -100,6 +100,8 @@ def run_contents(
         (question for question in questions if only in (None, question["id"])), key=lambda question: question["id"]
     )
     sequences = _sequences(store, uri, rows)
+    hub = hub_from(questions)
+    measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     spread = histograms(store, [question["id"] for question in questions])
     published = _by_query(uri)
     following = next(published, None)
@@ -120,11 +122,16 @@ def run_contents(
             head[side] = {"scores": [_digits(row["score"]) for row, _, _ in found]}
             if found:
                 head[side]["layers"] = quantised(np.mean([layers for _, layers, _ in found], axis=0))
-            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive)
+            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive, hub)
             sides[side] = {"published": len(found), "chunks": chunks}
         if question["id"] in spread:
             head["histogram"] = spread[question["id"]]
-        queries.append(_line(question, summary, asking) | {"head": archive.add(0, head), **sides})
+        known = measured.get(question["id"])
+        line = _line(question, summary, asking) | {
+            "known": log_probabilities(known) if known else None,
+            "verdict": (answers.get(question["id"]) or {}).get("verdict"),
+        }
+        queries.append(line | {"head": archive.add(0, head), **sides})
     return {
         "name": name,
         "facts": _facts(config, summary),
@@ -189,8 +196,9 @@ def _rows(
     sequences: dict[int, dict[str, Any]],
     pieces: _Pieces,
     archive: Archive,
+    hub: int,
 ) -> list[dict[str, int]]:
-    """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level."""
+    """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level. hub: as of `hub_from`."""
     ids = [np.asarray(sequences[row["sequence_id"]]["token_ids"], np.int64) for row, _, _ in found]
     pieces_of = [
         tokens[carrying(sequences[row["sequence_id"]]["documents"], by_token)]
@@ -198,6 +206,12 @@ def _rows(
     ]
     leads = near_duplicates(pieces_of)
     how = ["exact" if np.array_equal(ids[number], ids[lead]) else "near" for number, lead in enumerate(leads)]
+    # A document's rows together, behind its strongest.
+    named: dict[tuple[str, str], int] = {}
+    for number, (row, _, _) in enumerate(found):
+        first = named.setdefault((row["document_id"], row["source"]), number)
+        if first != number and leads[number] == number:
+            leads[number], how[number] = leads[first], "document"
     copies: dict[int, list[list[Any]]] = {}
     for number, lead in enumerate(leads):
         if lead != number:
@@ -214,8 +228,16 @@ def _rows(
                 "tokens": quantised(by_token),
                 "sequence": _sequence(sequences[row["sequence_id"]], pieces),
             }
-            if row["spurious"]:
-                shown["spurious"] = True
+            if row["document_id"] is not None:
+                shown["document"] = [row["document_id"], row["source"] or ""]
+            if row.get("z") is not None:
+                shown["z"] = float(f"{row['z']:.3g}")
+            if row.get("states_completion"):
+                shown["states"] = True
+            if (row.get("hub") or 0) >= hub:
+                shown["hub"] = row["hub"]
+            if row.get("stands_out") is False:
+                shown["weak"] = True
             if leads[number] != number:
                 shown["alike"] = [leads[number] + 1, how[number]]
             if number in copies:

@@ -66,7 +66,7 @@ def _head(row: dict[str, Any]) -> Text:
     sign = "-" if row["side"] == "opponent" else "+"
     place = f"{sign}{row['rank']}" if row["rank"] else "·"
     where = one_line(row["document_id"] or f"text {row['item']}")
-    marks = "  (spurious: it hangs on a few tokens)" if row["spurious"] else ""
+    marks = "  (it hangs on a few tokens)" if row["spurious"] else ""
     score = Text(f"{row['score']:+12.4g}", style="green" if row["score"] > 0 else "red")
     return Text.assemble(f"\n  {place:<4}", score, f"  sequence {row['item']}  {where[:48]}{marks}")
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 
 from infscan.queries import MEASURED
-from infscan.results.read import read_sequences, read_summary, read_top
+from infscan.results.read import read_if_there, read_sequences, read_summary, read_tokens, read_top
 from infscan.storage import Store
 from infscan.storage.foreign import parse_lines
 
 _ROWS = 3
 _QUERIES = 12
 _CHARACTERS = 76
+# A row is marked as a hub where so many other questions, and such a share of them, have it among their ten strongest.
+_HUB, _HUB_SHARE = 3, 0.2
 LAYOUT = (
     ("config.yaml  plan.json  shards.parquet", "what was asked for, and how it was cut"),
     ("corpus/  factors/  queries/", "inputs made ready, where they were not reused"),
@@ -43,23 +48,48 @@ def excerpt(text: str | None, token_ids: list[int], length: int = _CHARACTERS) -
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
+def window(texts: Sequence[str], scores: Sequence[float], length: int = _CHARACTERS) -> str:
+    """A line of a sequence's text about the token with the largest score in size.
+
+    texts: every token's text. scores: by input position.
+    """
+    centre = max(range(len(scores)), key=lambda position: abs(scores[position]), default=0)
+    start, before = centre, 0
+    while start > 0 and before + len(texts[start - 1]) <= length // 3:
+        start -= 1
+        before += len(texts[start])
+    if start == 0:
+        return excerpt("".join(texts), [], length)
+    return f"…{excerpt(''.join(texts[start:]), [], length - 1)}"
+
+
 def show(uri: str, *, rows: int = _ROWS) -> None:
     """Print each query's strongest proponents and opponents, and the run folder's layout."""
     console = Console(soft_wrap=True, highlight=False)
     store = Store(uri)
     questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
     sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
+    names = {question["id"] for question in questions[:_QUERIES]}
     by_query: dict[str, list[dict]] = {}
     for row in read_top(uri).to_pylist():
-        if row["rank"] <= rows:
+        if row["rank"] <= rows and row["query_id"] in names:
             by_query.setdefault(row["query_id"], []).append(row)
+    pairs = {(row["query_id"], row["sequence_id"]) for some in by_query.values() for row in some}
+    scores = _token_scores(uri, pairs)
+    hub = hub_from(questions)
+    measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     for question in questions[:_QUERIES]:
-        console.print(Text(f"\n{question['id']}: {asked(question)}", style="bold"))
-        if measured := measured_tokens(question):
-            console.print(Text(measured, style="dim"))
+        known = measured.get(question["id"])
+        console.print(Text(f"\n{question['id']}: {asked(question, known)}", style="bold"))
+        for line in (measured_tokens(question), log_probabilities(known) if known else None):
+            if line:
+                console.print(Text(f"  {line}", style="dim"))
+        if verdict := (answers.get(question["id"]) or {}).get("verdict"):
+            console.print(Text(f"  {verdict}", style="yellow"))
         ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
         for row in ordered:
-            console.print(_row(row, sequences[row["sequence_id"]]))
+            pair = row["query_id"], row["sequence_id"]
+            console.print(_row(row, sequences[row["sequence_id"]], scores[pair], hub))
         if not ordered:
             console.print("  no sequence moved it")
     if len(questions) > _QUERIES:
@@ -111,34 +141,81 @@ def _found_again(recall: dict) -> str:
     )
 
 
-def _row(row: dict, sequence: dict) -> Text:
+def by_id(uri: str, folder: str) -> dict[str, dict]:
+    """The rows of `queries` or `answers` by query_id; none of a run whose infscan made no such table."""
+    table = read_if_there(uri, folder)
+    return {} if table is None else {row["query_id"]: row for row in table.to_pylist()}
+
+
+def _token_scores(uri: str, pairs: set[tuple[str, int]]) -> dict[tuple[str, int], list[float]]:
+    """Of these (query_id, sequence_id)."""
+    found = {}
+    for batch in read_tokens(uri).to_batches():
+        for row, pair in enumerate(zip(batch["query_id"].to_pylist(), batch["sequence_id"].to_pylist(), strict=True)):
+            if pair in pairs:
+                found[pair] = batch["scores"][row].as_py()
+    return found
+
+
+def hub_from(questions: Sequence[dict]) -> int:
+    """How many other questions must have a row among their ten strongest for it to say little about this one."""
+    others = len({(one["prompt"], one["completion"], str(one["parts"][:1])) for one in questions if one["parts"]}) - 1
+    return max(_HUB, math.ceil(_HUB_SHARE * others))
+
+
+def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> Text:
     """`+1  +83.21  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
 
-    Rank with the side's sign, score, document, where its line begins in which file, text.
+    Rank with the side's sign, score, document, where its line begins in which file, text about the strongest token. A
+    row that does not stand out is dim. hub: as of `hub_from`.
     """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
+    marks = [
+        name
+        for name, there in (("states it", row.get("states_completion")), ("hub", (row.get("hub") or 0) >= hub))
+        if there
+    ]
+    tokens = sequence.get("tokens")
+    text = window(tokens, token_scores) if tokens else excerpt(sequence["text"], sequence["token_ids"])
     where = f"{sequence['path'].rpartition('/')[2]}:{sequence['byte_offset']}"
     return Text.assemble(
         f"  {sign}{row['rank']:<3}",
         score,
         f"  {one_line(row['document_id'])[:32]:<32}  {one_line(where)[-24:]:<24}  ",
-        (excerpt(sequence["text"], sequence["token_ids"]), "dim"),
+        *((f"[{mark}] ", "bold") for mark in marks),
+        (text, "dim"),
+        style="dim" if row.get("stands_out") is False else "",
     )
 
 
-def asked(question: dict) -> str:
+def asked(question: dict, measured: dict | None = None) -> str:
+    """The question in a line. measured: its row of `queries`, which has the texts of one given as token ids."""
     if question["completion"] is None:
+        if measured and measured["tokens"]:
+            texts, start = measured["tokens"], measured["measured"][0]
+            return f"{one_line(''.join(texts[:start]))} → {one_line(''.join(texts[start:]))}"
         return f"{len(question['parts'][0]['input_ids'])} tokens, measured on {len(question['parts'][0]['positions'])}"
     what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
     rather = f" rather than {one_line(question['contrast'])}" if question.get("contrast") else ""
     return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{rather}{what}"
 
 
+def log_probabilities(measured: dict) -> str:
+    """What the model gives the completion, and the contrast: `the model gives it -2.41 nats, -1.2 a token`."""
+
+    def said(prefix: str) -> str:
+        total = measured[f"{prefix}log_probability"]
+        return f"{total:.2f} nats, {total / len(measured[f'{prefix}measured']):.2f} a token"
+
+    rather = f"; the contrast {said('contrast_')}" if measured["contrast_log_probability"] is not None else ""
+    return f"the model gives it {said('')}{rather}"
+
+
 def measured_tokens(question: dict) -> str | None:
-    """The measured tokens as the tokenizer cut them, `‘ Vel’‘mist’`; None where the run does not say."""
+    """The measured tokens as the tokenizer cut them, `measured: ‘ Vel’‘mist’`; None where the run does not say."""
     parts = [part for part in question["parts"] if part.get("texts")]
     if not parts:
         return None
     shown = ("".join(f"‘{printable(part['texts'][at])}’" for at in part["positions"]) for part in parts)
-    return "  measured: " + " rather than ".join(shown)
+    return "measured: " + " rather than ".join(shown)

@@ -165,7 +165,7 @@ def _facts(store: Store, name: str, raw: bytes | None) -> dict[str, Any]:
         facts = None if raw is None else parse_json(raw)
     except ValueError:
         facts = None
-    if not checksum_ok(facts):
+    if facts is None or not checksum_ok(facts):
         raise damaged(store, name, "its header is not what was written")
     if facts["schema_version"] > SCHEMA_VERSION:
         raise RunError(f"{store.uri}/{name} is of a newer infscan; upgrade infscan to read this index.")

@@ -19,7 +19,7 @@ from infscan.storage import MissingError, Store
 from infscan.storage.foreign import parse_json
 
 SUCCESS = "_SUCCESS"
-TABLES = ("top", "layers", "tokens", "sequences")
+TABLES = ("top", "layers", "tokens", "documents", "answers", "sequences")
 _SCHEMA_VERSION = 1
 _NAME = re.compile(r"part-\d{5}(-[0-9a-f]{12})?\.parquet")
 

@@ -1,27 +1,31 @@
 """Publish a run: rank the refined candidates and write the tables that people read.
 
-What is in memory does not grow with the number of queries, but for some dozens of bytes a candidate and a published
-row: tokens, margins and texts are there of one part at a time (margins of `_MARGINS_BYTES`).
+What is in memory does not grow with the number of queries, but for some dozens of bytes a candidate, a published row
+and a document of a published sequence: tokens, margins and texts are there of one part at a time (margins of
+`_MARGINS_BYTES`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infscan.influence.topk import SIDES, best_rows
+from infscan.influence.spread import Spread
+from infscan.influence.topk import PROPONENT, SIDES, best_rows
 from infscan.influence.topk_tracker import ScoredRows
+from infscan.results.answers import Best, Scale, answers_table, best_of
+from infscan.results.documents import SequenceDocuments
 from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
-from infscan.results.schema import LAYERS, SEQUENCES, TOKENS, TOP, to_parquet
+from infscan.results.schema import LAYERS, ROW_DOCUMENTS, SEQUENCES, TOKENS, TOP, to_parquet
 from infscan.results.shard_file import read_candidates
+from infscan.results.statements import Asked, hubs, ranks_by_size
 from infscan.storage import Store
 from infscan.storage.prefetch import prefetch
 
@@ -89,28 +93,15 @@ def is_spurious(token_scores: NDArray[np.float32]) -> bool:
     return l1 > 0 and float(np.linalg.norm(wide)) / l1 > 2 / 3
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Of every published sequence, its first document's id and source; by sequence_id, ascending."""
-
-    sequence_ids: NDArray[np.int64]
-    document_ids: pa.ChunkedArray
-    sources: pa.ChunkedArray
-
-    def __len__(self) -> int:
-        return len(self.sequence_ids)
-
-    def places(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
-        return pa.array(np.searchsorted(self.sequence_ids, sequence_ids))
-
-
 class Publisher:
-    """Writes top, layers, tokens (by groups of queries) and sequences (by groups of shards), then removes stale parts.
+    """Writes top, layers, tokens and documents (by groups of queries) and sequences (by groups of shards), then removes
+    stale parts.
 
     query_ids: of all queries, ascending. decode: token ids to text; None where the model has no tokenizer (text is then
     null). label: a sequence's corpus among several, by its number; None where there is one. scan: the fingerprint that
     shard files must have; None where any will do. fence: called before whatever is written or removed; it raises where
-    this driver may not any more.
+    this driver may not any more. spread: of all scan scores; None where it is not known. texts: each
+    token's text; None as of decode. asked: of every query, what it asked; none where nobody knows.
 
     Attributes:
         parts: what was written, by name, for the manifest.
@@ -126,89 +117,160 @@ class Publisher:
         label: Callable[[int], str | None] = lambda number: None,
         scan: str | None = None,
         fence: Callable[[], None] = lambda: None,
+        spread: Spread | None = None,
+        texts: Callable[[list[int]], list[str]] | None = None,
+        asked: Sequences[Asked] = (),
     ):
-        self.store, self.layers, self.decode, self.label = store, layers, decode, label
+        self.store, self.layers, self.label = store, layers, label
+        self.decode, self.texts, self.asked = decode, texts, asked
         self.scan, self.fence = scan, fence
         self.query_ids = pa.array(query_ids, pa.string())
         self.footer = {"fingerprint": fingerprint}
+        self.scale = Scale(spread, len(query_ids))
         self.parts: dict[str, Part] = {}
 
-    def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> Provenance:
-        """The published sequences, each once, by sequence_id.
+    def documents(self, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> SequenceDocuments:
+        """The documents of the published sequences.
 
         wanted: shard names in order, with the published sequence_ids that lie in each, ascending.
         """
-        sequence_ids, document_ids, sources = [np.empty(0, np.int64)], [], []
+
+        columns = ("sequence_id", "documents")
+
+        def read(shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
+            return read_candidates(self.store, *shard, columns=columns, fingerprint=self.scan)
+
+        return SequenceDocuments(prefetch(self.store, read, wanted))
+
+    def statements(
+        self, wanted: Iterable[tuple[str, NDArray[np.int64]]], ranking: Ranking
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """Of every row of a ranking, whether its sequence states the query's completion, and at which token (-1)."""
+        order = np.argsort(ranking.sequence_ids, kind="stable")
+        ids, places = ranking.sequence_ids[order], np.full(len(ranking), -1, np.int32)
+
+        def read(shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
+            return read_candidates(self.store, *shard, columns=("sequence_id", "token_ids"), fingerprint=self.scan)
+
+        for table in prefetch(self.store, read, wanted if self.asked else ()):
+            for sequence_id, tokens in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+                texts = self.texts(tokens) if self.texts else None
+                for row in order[slice(*np.searchsorted(ids, [sequence_id, sequence_id + 1]))].tolist():
+                    place = self.asked[ranking.queries[row]].place(tokens, texts)
+                    places[row] = -1 if place is None else place
+        return places >= 0, places
+
+    def write_sequences(self, wanted: Iterable[tuple[str, NDArray[np.int64]]], documents: SequenceDocuments) -> None:
+        """The published sequences, each once, by sequence_id, with their documents as `write_rows` weighed them."""
         for part, shards in enumerate(_sequence_parts(wanted)):
             found = prefetch(self.store, self._candidates, shards)
-            table = self._sequences(list(found))
-            self._write("sequences", part, table)
-            sequence_ids.append(table["sequence_id"].to_numpy())
-            document_ids += table["document_id"].chunks
-            # Few in number, however many rows.
-            sources += table["source"].dictionary_encode().chunks
-        return Provenance(
-            np.concatenate(sequence_ids),
-            pa.chunked_array(document_ids, pa.string()),
-            pa.chunked_array(sources, pa.dictionary(pa.int32(), pa.string())),
-        )
+            self._write("sequences", part, self._sequences(list(found), documents))
 
     def _candidates(self, shard: tuple[str, NDArray[np.int64]]) -> pa.Table:
         return read_candidates(self.store, *shard, fingerprint=self.scan)
 
-    def _sequences(self, kept: list[pa.Table]) -> pa.Table:
+    def _sequences(self, kept: list[pa.Table], documents: SequenceDocuments) -> pa.Table:
         if not kept:
             return SEQUENCES.empty_table()
         rows = pa.concat_tables(kept).sort_by("sequence_id").combine_chunks()
-        first = pc.list_element(rows["documents"], 0)
-        texts = [self.decode(ids.as_py()) if self.decode else None for ids in rows["token_ids"]]
+        heaviest = pa.array(documents.heaviest(rows["sequence_id"].to_numpy()))
+        ids = rows["token_ids"].to_pylist()
+        texts = [self.decode(one) if self.decode else None for one in ids]
+        tokens = [self.texts(one) if self.texts else None for one in ids]
         added = {
-            "document_id": pc.struct_field(first, "id"),
-            "source": pc.struct_field(first, "source"),
+            "document_id": documents.ids.take(heaviest),
+            "source": documents.sources.take(heaviest).cast(pa.string()),
             "text": pa.array(texts, pa.string()),
+            "tokens": pa.array(tokens, pa.list_(pa.string())),
             "corpus": self._labels(rows["sequence_id"].to_numpy()),
         }
         columns = [added[name] if name in added else rows[name] for name in SEQUENCES.names]
         return pa.table(columns, schema=SEQUENCES).combine_chunks()
 
+    def beside(self, ranking: Ranking, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> dict[str, pa.Array]:
+        """What top says of a ranking's rows beside their scores, by column. wanted: as of `documents`."""
+        sides = ranking.candidates.sides[ranking.rows]
+        found: dict[str, pa.Array] = {
+            "size_rank": pa.array(ranks_by_size(ranking.queries, ranking.scores, ranking.sequence_ids))
+        }
+        if not self.asked:
+            return found
+        stated, places = self.statements(wanted, ranking)
+        nats = np.asarray([one.nats for one in self.asked], np.float64)[ranking.queries]
+        questions = [one.question for one in self.asked]
+        near = hubs(questions, ranking.queries, sides, ranking.ranks, ranking.sequence_ids)
+        return found | {
+            "states_completion": pa.array(stated),
+            "states_at": pa.array(places, pa.int32(), mask=~stated),
+            "score_per_nat": pa.array((ranking.scores / nats).astype(np.float32), from_pandas=True),
+            "hub": pa.array(near),
+        }
+
     def write_rows(
         self,
         ranking: Ranking,
         margins: Callable[[NDArray[np.intp]], Margins],
-        provenance: Provenance,
+        documents: SequenceDocuments,
         most_tokens: int,
+        beside: Mapping[str, pa.Array] | None = None,
     ) -> None:
-        """top, layers and tokens, sorted by query_id, side and rank.
+        """top, layers, tokens and documents, sorted by query_id, side and rank; and answers.
 
-        margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has.
+        margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has. beside:
+        columns of top by name, of the whole ranking; those of TOP that nobody gives are null.
         """
         row_bytes = 4 * (len(self.layers) + most_tokens)
         part = 0
+        best: dict[int, Best] = {}
         for parts in _together(_row_parts(ranking, len(self.query_ids)), _MARGINS_BYTES // row_bytes):
             first, last = parts[0][0], parts[-1][1]
             found = margins(ranking.rows[first:last])
             for start, stop in parts:
                 mine = found.stretch(start - first, stop - first)
-                self._write_part(part, ranking.stretch(start, stop), mine, provenance)
+                given = {name: column[start:stop] for name, column in (beside or {}).items()}
+                best |= self._write_part(part, ranking.stretch(start, stop), mine, documents, given)
                 part += 1
+        self._write(
+            "answers",
+            0,
+            answers_table(self.query_ids.to_pylist(), self.scale, best, [one.unlikely for one in self.asked]),
+        )
 
-    def _write_part(self, part: int, ranking: Ranking, margins: Margins, provenance: Provenance) -> None:
-        sequence_ids = ranking.sequence_ids
+    def _write_part(
+        self,
+        part: int,
+        ranking: Ranking,
+        margins: Margins,
+        documents: SequenceDocuments,
+        beside: Mapping[str, pa.Array],
+    ) -> dict[int, Best]:
+        """Returns the strongest proponents, by query."""
+        sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
+        stated = beside["states_completion"].to_numpy(zero_copy_only=False) if "states_completion" in beside else None
+        standing = self.scale.standing(ranking.queries, sides, ranking.scores, stated)
         query_ids = self.query_ids.take(pa.array(ranking.queries))
-        places = provenance.places(sequence_ids)
-        top = [
-            query_ids,
-            pa.array(SIDES).take(pa.array(ranking.candidates.sides[ranking.rows])),
-            ranking.ranks,
-            sequence_ids,
-            ranking.scores,
-            ranking.candidates.scores[ranking.rows],
-            pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
-            provenance.document_ids.take(places),
-            provenance.sources.take(places).cast(pa.string()),
-            self._labels(sequence_ids),
-        ]
-        self._write("top", part, pa.table(top, schema=TOP).combine_chunks())
+        split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
+        strongest = pa.array(split.strongest)
+        known = {
+            "query_id": query_ids,
+            "side": pa.array(SIDES).take(pa.array(sides)),
+            "rank": ranking.ranks,
+            "sequence_id": sequence_ids,
+            "score": ranking.scores,
+            "scan_score": ranking.candidates.scores[ranking.rows],
+            "z": pa.array(standing.z, from_pandas=True),
+            "share": pa.array(standing.shares, from_pandas=True),
+            "stands_out": standing.stands_out,
+            "spurious": pa.array([is_spurious(by_token) for by_token in margins.token_scores], pa.bool_()),
+            "document_id": documents.ids.take(strongest),
+            "document_share": split.shares,
+            "source": documents.sources.take(strongest).cast(pa.string()),
+            "corpus": self._labels(sequence_ids),
+            **beside,
+        }
+        columns = [known.get(field.name, pa.nulls(len(ranking), field.type)) for field in TOP]
+        table = pa.table(columns, schema=TOP).combine_chunks()
+        self._write("top", part, table)
         count = len(self.layers)
         layers = [
             query_ids.take(pa.array(np.repeat(np.arange(len(ranking)), count))),
@@ -221,6 +283,24 @@ class Publisher:
         values = np.concatenate([np.empty(0, np.float32), *margins.token_scores])
         tokens = [query_ids, sequence_ids, pa.ListArray.from_arrays(starts, pa.array(values))]
         self._write("tokens", part, pa.table(tokens, schema=TOKENS))
+        places = pa.array(split.places)
+        by_document = [
+            query_ids.take(pa.array(split.rows)),
+            sequence_ids[split.rows],
+            documents.ids.take(places),
+            documents.sources.take(places).cast(pa.string()),
+            documents.begins[split.places],
+            documents.ends[split.places],
+            split.scores,
+        ]
+        self._write("documents", part, pa.table(by_document, schema=ROW_DOCUMENTS))
+        named = [table[name].to_pylist() for name in ("document_id", "source", "score", "states_completion")]
+        best = {}
+        for query in np.unique(ranking.queries).tolist():
+            mine = np.flatnonzero((ranking.queries == query) & (sides == SIDES.index(PROPONENT)))
+            if found := best_of(*([column[row] for row in mine.tolist()] for column in named)):
+                best[query] = found
+        return best
 
     def _labels(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
         return pa.array(map(self.label, sequence_ids.tolist()), pa.string())

@@ -49,6 +49,16 @@ def read_tokens(uri: str, *, unfinished: bool = False) -> pa.Table:
     return _read(uri, "tokens", unfinished)
 
 
+def read_documents(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """The published rows split over the documents of their sequences; not in runs of infscan 0.2 and before."""
+    return _read(uri, "documents", unfinished)
+
+
+def read_answers(uri: str, *, unfinished: bool = False) -> pa.Table:
+    """Of each query, whether its strongest row stands out of all scanned sequences; not in runs of 0.2 and before."""
+    return _read(uri, "answers", unfinished)
+
+
 def read_scores(uri: str, *, unfinished: bool = False) -> pa.Table:
     """Every sequence's scan scores, by sequence_id; only runs with scan.scores=all have them.
 
@@ -95,6 +105,12 @@ def _score_parts(store: Store, manifest: Manifest | None) -> list[str]:
                 f"{store.uri}/{name} is missing or damaged ({gone}); run the same command again, which makes it again."
             )
     return sorted(wanted)
+
+
+def read_if_there(uri: str, folder: str) -> pa.Table | None:
+    """A table of a finished run; None where it was written by an infscan that made no such table."""
+    store = finished(uri, unfinished=False)
+    return _read(uri, folder, unfinished=False) if parts_of(store, folder, read_manifest(store)) else None
 
 
 def read_parts(uri: str) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
@@ -166,5 +182,8 @@ def _read(uri: str, folder: str, unfinished: bool) -> pa.Table:
 
 def _together(store: Store, folder: str, parts: Sequence[pa.Table]) -> pa.Table:
     if not parts:
-        raise RunError(f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all.")
+        raise RunError(
+            f"{store.uri}/{folder} holds no Parquet; scores/ is there only with scan.scores=all, and runs of infscan "
+            "0.2 and before have neither documents/ nor answers/."
+        )
     return pa.concat_tables(parts)

@@ -70,8 +70,24 @@ TOP = pa.schema(
         ("sequence_id", pa.int64()),
         ("score", pa.float32()),
         ("scan_score", pa.float32()),
+        # Among all scanned sequences: robust standard deviations from the median, the part of all scores of its sign,
+        # and whether |z| is beyond `infscan.results.answers.STANDS_OUT`. Null where the scan does not say.
+        ("z", pa.float32()),
+        ("share", pa.float32()),
+        ("stands_out", pa.bool_()),
+        # By |score| over both sides of the query, from 1.
+        ("size_rank", pa.int32()),
+        # score / -log p of the completion: per nat of what the model lacks.
+        ("score_per_nat", pa.float32()),
+        # Whether the completion's words (or tokens) occur in the sequence, and at which token; null where it does not.
+        ("states_completion", pa.bool_()),
+        ("states_at", pa.int32()),
+        # How many of the run's other questions have the sequence among the ten strongest of this side.
+        ("hub", pa.int32()),
         ("spurious", pa.bool_()),
+        # Of a packed sequence, the document that carries the row, and its part of the score.
         ("document_id", pa.string()),
+        ("document_share", pa.float32()),
         ("source", pa.string()),
         # The label of a corpus among several; null where there is one.
         ("corpus", pa.string()),
@@ -81,6 +97,7 @@ TOP = pa.schema(
 SEQUENCES = pa.schema(
     [
         ("sequence_id", pa.int64()),
+        # The document that carries most of the sequence's published rows.
         ("document_id", pa.string()),
         ("documents", DOCUMENTS),
         ("source", pa.string()),
@@ -89,10 +106,51 @@ SEQUENCES = pa.schema(
         ("loss", pa.float32()),
         ("token_ids", pa.list_(pa.int32())),
         ("text", pa.string()),
+        # Each token's text; null without a tokenizer.
+        ("tokens", pa.list_(pa.string())),
         # As in CANDIDATES.
         ("loss_mask", pa.list_(pa.bool_())),
         # As in TOP.
         ("corpus", pa.string()),
+    ]
+)
+
+# answers/: one row per query, its strongest proponent among all scanned sequences.
+ANSWERS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        # Whether it stands out; null where the scan does not say, or the model hardly knows the completion.
+        ("found", pa.bool_()),
+        # What to say where it is not found.
+        ("verdict", pa.string()),
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        ("score", pa.float32()),
+        ("z", pa.float32()),
+        # Of its score to that of the strongest row of another document.
+        ("ratio", pa.float32()),
+        # Of its score to all positive ones.
+        ("share", pa.float32()),
+        # Of the scan scores: how many are finite, their median, 1.4826 MAD, and the sums of either sign.
+        ("sequences", pa.int64()),
+        ("median", pa.float64()),
+        ("scale", pa.float64()),
+        ("positive", pa.float64()),
+        ("negative", pa.float64()),
+    ]
+)
+
+# documents/: one row per published row and document of its sequence.
+ROW_DOCUMENTS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("sequence_id", pa.int64()),
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        # Its tokens' positions, and the sum of their scores.
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("score", pa.float32()),
     ]
 )
 

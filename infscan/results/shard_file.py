@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
 from infscan.errors import RunError
+from infscan.influence.spread import ShardSpread, Spread
 from infscan.influence.topk import SIDES
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.schema import CANDIDATES, OF, damaged, other_scan, read_with_footer, to_parquet
@@ -20,6 +21,8 @@ from infscan.storage import Store
 
 FOLDER = "shards"
 QUARANTINE = "quarantine"
+# Of a kept sequence, what the model is given.
+GIVEN = ("sequence_id", "token_ids", "loss_mask", "document_starts")
 SUFFIX = ".parquet"
 
 
@@ -27,7 +30,8 @@ SUFFIX = ".parquet"
 class ShardCounts:
     """What a shard saw: they add up to the plan's sequences in summary.json.
 
-    halvings: how often its micro-batches were halved because memory ran out.
+    halvings: how often its micro-batches were halved because memory ran out. spread: of its scores; None in files of
+    infscan 0.2 and before.
     """
 
     sequences: int
@@ -36,11 +40,12 @@ class ShardCounts:
     kept: int
     rows: int
     halvings: int = 0
+    spread: ShardSpread | None = field(default=None, compare=False)
 
 
 @dataclass
 class ScanCounts:
-    """Sums of the finished shards' counts; halved: shards whose micro-batches were."""
+    """Sums of the finished shards' counts; halved: shards whose micro-batches were. spread: of all their scores."""
 
     shards: int = 0
     sequences: int = 0
@@ -49,6 +54,7 @@ class ScanCounts:
     kept: int = 0
     rows: int = 0
     halved: int = 0
+    spread: Spread | None = None
 
     def add(self, shard: ShardCounts) -> None:
         """Take in one more shard: each counts once."""
@@ -59,6 +65,8 @@ class ScanCounts:
         self.kept += shard.kept
         self.rows += shard.rows
         self.halved += shard.halvings > 0
+        if self.spread is not None and shard.spread is not None:
+            self.spread.add(shard.spread)
 
 
 def shard_path(name: str) -> str:
@@ -99,7 +107,12 @@ def write_shard(
     ]
     table = pa.Table.from_pylist(rows, schema=CANDIDATES)
     path = shard_path(name)
-    return store.create(path, to_parquet(table, {"fingerprint": fingerprint, "counts": asdict(counts), OF: path}))
+    counted = asdict(replace(counts, spread=None))
+    counted.pop("spread")
+    facts = {"counts": counted, "fingerprint": fingerprint, OF: path}
+    if counts.spread is not None:
+        facts["spread"] = counts.spread.to_text()
+    return store.create(path, to_parquet(table, facts))
 
 
 def _content(sequence: Sequence) -> dict[str, Any]:
@@ -140,7 +153,8 @@ def read_hits(
     table, footer = read_with_footer(store, path, None if whole else ["sequence_id", "hits"])
     if fingerprint is not None and footer["fingerprint"] != fingerprint:
         raise other_scan(store, path)
-    counts = ShardCounts(**footer["counts"])
+    spread = ShardSpread.from_text(footer["spread"]) if "spread" in footer else None
+    counts = ShardCounts(**footer["counts"], spread=spread)
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
     sequence_ids = pc.take(table["sequence_id"], parents)
@@ -170,10 +184,10 @@ def read_candidates(
     name: str,
     sequence_ids: NDArray[np.int64],
     *,
-    tokens_only: bool = False,
+    columns: Sequences[str] | None = None,
     fingerprint: str | None = None,
 ) -> pa.Table:
-    """Rows of a shard file by sequence_id, without the hits (with `tokens_only`, what the model is given alone).
+    """Rows of a shard file by sequence_id; some of its columns, or all but the hits.
 
     fingerprint: of the scan that it must be of, with all of these rows; None where any will do.
 
@@ -182,10 +196,8 @@ def read_candidates(
         DamagedError: where it does not hold what was written, or a row is missing.
     """
     everything = [column for column in CANDIDATES.names if column != "hits"]
-    given = ["sequence_id", "token_ids", "loss_mask", "document_starts"]
-    columns = given if tokens_only else everything
     path = shard_path(name)
-    table, footer = read_with_footer(store, path, columns)
+    table, footer = read_with_footer(store, path, list(columns) if columns else everything)
     if fingerprint is not None and footer["fingerprint"] != fingerprint:
         raise other_scan(store, path)
     found = table.filter(pc.is_in(table["sequence_id"], value_set=pa.array(sequence_ids)))

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from infscan.config import Attention, CorpusConfig
+from infscan.config import Attention, CorpusConfig, Packing
 from infscan.corpus.addressable import is_prepared
 from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import token_files
 from infscan.corpus.documents import document_files, file_format
+from infscan.corpus.manifest import MANIFEST
 from infscan.corpus.packing import PackSettings, pack_settings
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.errors import CorpusError
 from infscan.model.architecture import Architecture
 from infscan.model.attention import refusal
-from infscan.storage import InputFile
+from infscan.storage import InputFile, Store
 
 
 def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> PackSettings:
@@ -30,15 +31,29 @@ def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: To
     eos_id = _eos_id(config, architecture, tokenizer)
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)
-    follows = config.bos is None and wants_bos(config, tokenizer) and _is_text(config)
-    told = replace(config, bos=bool(config.bos) or follows)
-    return pack_settings(told, length, architecture.vocab_size, eos_id, bos_id)
+    begins = bool(config.bos)
+    if config.bos is None and _is_text(config):
+        begins = wants_bos(config, tokenizer)
+        if not begins and separated(config, tokenizer) and eos_id is not None:
+            begins, bos_id = True, eos_id
+    return pack_settings(replace(config, bos=begins), length, architecture.vocab_size, eos_id, bos_id)
 
 
 def bos_of(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> int | None:
-    """The BOS that texts begin with; None where they begin with none."""
+    """The token that queries begin with, which is what the corpus's texts begin with; None where that is none."""
+    if config.bos is None and not wants_bos(config, tokenizer):
+        if not config.paths and (store := Store(config.path)).exists(MANIFEST):
+            prepared: int | None = store.read_json(MANIFEST)["settings"].get("bos_id")
+            return prepared
+        return settings_for(config, architecture, tokenizer).bos_id
     told = replace(config, bos=wants_bos(config, tokenizer))
     return settings_for(told, architecture, tokenizer).bos_id
+
+
+def separated(config: CorpusConfig, tokenizer: Tokenizer | None) -> bool:
+    """Whether a text is to begin with EOS: where each is a sequence of its own, and the tokenizer puts nothing before
+    it. Training joined documents by EOS, so that each had one before it."""
+    return config.bos is None and config.packing is Packing.document and not wants_bos(config, tokenizer)
 
 
 def wants_bos(config: CorpusConfig, tokenizer: Tokenizer | None) -> bool:

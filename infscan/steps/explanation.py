@@ -14,6 +14,7 @@ from infscan.corpus.addressable import AddressableCorpus
 from infscan.corpus.near_duplicates import carrying, near_duplicates
 from infscan.corpus.sequences import Sequence
 from infscan.queries import Query
+from infscan.results.documents import strongest_span
 from infscan.results.publish import is_spurious
 from infscan.results.read import read_sequences, read_tokens, read_top
 
@@ -102,15 +103,17 @@ def _ordered(items: Sequences[Item], pairs: Mapping[tuple[int, int], Explained])
 
 def _row(item: Item, query: int, one: Explained) -> dict[str, Any]:
     published = item.rows.get(query, {})
+    by_token, spans = one.matrix_lt.sum(axis=0), item.sequence.documents
+    strongest = strongest_span([(span.start, span.end) for span in spans], by_token, one.score)[0]
     return {
         "sequence_id": item.sequence.sequence_id if item.in_corpus else None,
         "side": published.get("side"),
         "rank": published.get("rank"),
         "score": one.score,
         "published": published.get("score"),
-        "spurious": is_spurious(one.matrix_lt.sum(axis=0).astype(np.float32)),
-        "document_id": item.sequence.document_id if item.in_corpus else None,
-        "source": item.sequence.source if item.in_corpus else None,
+        "spurious": is_spurious(by_token.astype(np.float32)),
+        "document_id": spans[strongest].id if item.in_corpus else None,
+        "source": spans[strongest].source if item.in_corpus else None,
         "text": item.text,
     }
 

@@ -54,7 +54,7 @@ def finished_config(uri: str) -> Config:
     _check_committed(store)
     data = store.read(CONFIG)
     try:
-        config = stored_config(data.decode(errors="replace"), store.uri)
+        config: Config = stored_config(data.decode(errors="replace"), store.uri)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
     _check_addresses(store, data, config, of_corpora=False)

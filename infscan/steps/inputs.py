@@ -24,7 +24,7 @@ from infscan.model.folder import model_folder
 from infscan.model.load import resolve_dtype
 from infscan.model.suffix import last_blocks
 from infscan.queries import Query, queries_fingerprint, read_queries
-from infscan.steps.corpus_inputs import bos_of, input_files, settings_for, wants_bos
+from infscan.steps.corpus_inputs import bos_of, input_files, separated, settings_for, wants_bos
 from infscan.storage import Identity
 
 log = logging.getLogger("infscan")
@@ -138,6 +138,8 @@ def open_inputs(config: Config) -> Inputs:
         settings_for(corpus, architecture, tokenizer)
     if config.corpus.bos is None and wants_bos(config.corpus, tokenizer):
         log.info("texts       begin with BOS, as the tokenizer has it; corpus.bos=false leaves it out")
+    elif separated(config.corpus, tokenizer) and bos_of(config.corpus, architecture, tokenizer) is not None:
+        log.info("texts       begin with EOS, which training has between documents; corpus.bos=false leaves it out")
     return Inputs(config, architecture, tokenizer)
 
 

@@ -23,13 +23,12 @@ from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
 from infscan.results import manifest
 from infscan.results.schema import QUERIES, damaged, read_with_footer, to_parquet
+from infscan.results.statements import UNLIKELY
 from infscan.steps.preconditioner import backward_of_part
 from infscan.steps.run import Run
 
 NAME = "queries/queries.parquet"
 _QUERIES_PER_UNIT = 64
-# Nats a token below which a model hardly knows a completion: a chance of one in 150 for each of its tokens.
-UNLIKELY = -5.0
 # A contrast whose one gradient is this many times the other's is a question about that one alone.
 DWARFED = 10.0
 

@@ -17,8 +17,8 @@ from infscan.errors import RunError
 from infscan.steps.run import Run
 from infscan.storage.host import processor
 
-# Raised whenever scores, or what is written between start and end of a run, become others. infscan 0.1 was 1.
-ARITHMETIC = 2
+# Raised whenever scores, or what is written between start and end of a run, become others: 1 in infscan 0.1, 2 in 0.2.
+ARITHMETIC = 3
 _PACKAGES = ("infscan", "torch", "transformers", "tokenizers", "numpy")
 # Of these a resume may have others, where it is told so (resume.allow_other_versions).
 VERSIONS = (*_PACKAGES, "python", "commit")

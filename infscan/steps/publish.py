@@ -21,7 +21,8 @@ from infscan.results.dense import scores_path
 from infscan.results.manifest import Manifest, Part, commit
 from infscan.results.publish import INDEX, Publisher, rank_rows
 from infscan.results.refined import RefinedRows
-from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, to_parquet
+from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
+from infscan.results.statements import Asked
 from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
@@ -58,33 +59,38 @@ def publish(
     """
     with run.telemetry.phase("publish", 1, "tables") as phase:
         layers = [layer.name for layer in run.inputs.layers]
-        decode = run.inputs.tokenizer.decode if run.inputs.tokenizer else None
+        tokenizer = run.inputs.tokenizer
         publisher = Publisher(
             run.store,
             layers,
             run.inputs.query_ids,
-            decode,
+            tokenizer.decode if tokenizer else None,
             fingerprint(run.inputs.fingerprints()),
             partial(label_of, corpus),
             scanned.fingerprint,
             run.folder.fence,
+            scanned.counts.spread,
+            tokenizer.texts if tokenizer else None,
+            asked(run),
         )
         rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.inputs.query_ids, scanned.best)
         nonfinite = int((~np.isfinite(rows.scores)).sum())
         if nonfinite:
             run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
         ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
-        # Ids and scores first, since top says of each row which document it is; margins later, some at a time.
-        provenance = publisher.write_sequences(plan.by_shard(ranking.sequence_ids))
-        publisher.write_rows(ranking, rows.margins, provenance, corpus.sequence_length)
-        phase.advance(sequences=len(provenance))
+        # Their documents first, since top says of each row which one carries it; margins later, some at a time.
+        documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
+        beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
+        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside)
+        publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
+        phase.advance(sequences=len(documents))
     if scanned.counts.halved:
         run.telemetry.warn(
             f"{scanned.counts.halved} shards ran out of memory at "
             f"scan.tokens_per_batch={run.config.tokens_per_batch} and were scanned in smaller micro-batches; "
             "a lower value saves the attempts that failed"
         )
-    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(provenance), planned_bytes)
+    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}
     given_up = dict(scanned.quarantined)
     if searched is not None:
@@ -102,6 +108,24 @@ def publish(
     # Before the commit: without _SUCCESS they are nobody's, and once it is there a glob sees the committed parts alone.
     publisher.remove_stale()
     commit(run.store, _manifest(run, plan, scanned, publisher, summary), run.folder.fence)
+
+
+def asked(run: Run) -> list[Asked]:
+    """Of every query, what its rows are held against; its log-probability as `infscan.steps.measure` measured it."""
+    measured = {row["query_id"]: row["log_probability"] for row in read_parquet(run.store, QUERIES).to_pylist()}
+    found = []
+    for query in run.queries:
+        part = query.parts[0]
+        nats = -measured.get(query.id, float("nan"))
+        found.append(
+            Asked(
+                question=fingerprint([query.prompt, query.completion] if query.prompt else list(part.token_ids)),
+                completion=query.completion,
+                token_ids=tuple(part.token_ids[position] for position in part.positions),
+                nats=nats if nats > 0 else float("nan"),
+            )
+        )
+    return found
 
 
 def _manifest(run: Run, plan: Plan, scanned: Scanned, publisher: Publisher, summary: dict[str, Any]) -> Manifest:

@@ -27,7 +27,7 @@ from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.schema import read_parquet
-from infscan.results.shard_file import read_candidates
+from infscan.results.shard_file import GIVEN, read_candidates
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import Preconditioner, preconditioned, query_groups
 from infscan.steps.run import Run
@@ -223,7 +223,7 @@ def _candidates(task: RefineTask) -> list[Sequence]:
     """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
     found: list[Sequence] = []
     for name, sequence_ids in task.shards:
-        kept = read_candidates(task.run, name, sequence_ids, tokens_only=True, fingerprint=task.fingerprint)
+        kept = read_candidates(task.run, name, sequence_ids, columns=GIVEN, fingerprint=task.fingerprint)
         for row in kept.to_pylist():
             mask, starts = row["loss_mask"], row["document_starts"]
             found.append(

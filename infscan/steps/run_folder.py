@@ -19,7 +19,17 @@ log = logging.getLogger("infscan")
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 # What a run that failed before it had a plan may leave.
-_OWN = {"driver.json", "corpus", "factors", "stages", "tfidf", "shards.parquet", "candidates", "candidates.parquet", "sieve"}
+_OWN = {
+    "driver.json",
+    "corpus",
+    "factors",
+    "stages",
+    "tfidf",
+    "shards.parquet",
+    "candidates",
+    "candidates.parquet",
+    "sieve",
+}
 # Where Ray unpacks what `ray job submit --working-dir` uploads, below its session's folder.
 _SUBMITTED = "runtime_resources/working_dir_files"
 

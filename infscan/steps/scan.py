@@ -27,6 +27,7 @@ from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.shard_rows import shard_rows
+from infscan.influence.spread import ShardSpread, Spread
 from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
@@ -159,7 +160,7 @@ class _Tally:
     def __init__(self, run: Run, plan: Plan, fingerprint: str, how: ScanPass) -> None:
         self.run, self.plan, self.fingerprint, self.how = run, plan, fingerprint, how
         self.tracker = TopKTracker(len(run.queries), run.config.sides, how.candidates)
-        self.counts = ScanCounts()
+        self.counts = ScanCounts(spread=Spread(len(run.queries)))
         self.quarantined: dict[int, str] = {}
 
     def add_finished(self) -> NDArray[np.bool_]:
@@ -279,6 +280,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         return None
     # Rows are chosen on the device: of many queries' scores few are wanted here.
     scores_nq = scores_nq.float()
+    scores, losses = scores_nq.cpu().numpy(), losses_n.float().cpu().numpy()
     hits = shard_rows(scores_nq, task.sequence_ids, task.sides, task.candidates, task.thresholds)
     counts = ShardCounts(
         sequences=len(sequences),
@@ -287,15 +289,14 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
         halvings=worker.oom_retries,
+        spread=ShardSpread.of(scores),
     )
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
         return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     with worker.span("write", shard=task.shard):
         if task.dense:
-            scores = scores_nq.cpu().numpy()
             write_scores(task.scores or task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
-        losses = losses_n.float().cpu().numpy()
         facts = (task.query_ids, counts, task.fingerprint)
         if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from infscan.influence.packed import QueryCodes, inner_products
-from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker, shard_rows
+from infscan.influence.shard_rows import shard_rows
+from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.results.index_file import column_of, read_columns
 from infscan.storage import Store
 
@@ -83,7 +84,8 @@ def _in_turn(
 
 def _best_of(group: FileGroup, name: str, seal: str, search: Search, thresholds: Thresholds) -> ScoredRows:
     sequence_ids, scores_nq = file_scores(group.store, name, search.queries, seal, verify=search.verify)
-    return shard_rows(scores_nq, sequence_ids + group.first_id, search.sides, search.capacity, thresholds)
+    scores = torch.from_numpy(scores_nq)
+    return shard_rows(scores, sequence_ids + group.first_id, search.sides, search.capacity, thresholds)
 
 
 def file_scores(

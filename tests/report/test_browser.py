@@ -156,10 +156,10 @@ def test_every_control_does_what_it_says(browser: Browser, page_file: Path) -> N
         page.locator("#colour").uncheck()
         assert "plain" in (page.locator("#rows").get_attribute("class") or "")
         page.locator("#colour").check()
-        page.locator("#honest").check()
+        page.locator("#hubs").check()
         opened.settled()
-        assert opened.count("#rows .mark:has-text('few tokens')") == 0
-        page.locator("#honest").uncheck()
+        assert opened.count("#rows .mark:has-text('hub')") == 0
+        page.locator("#hubs").uncheck()
         page.locator("#group").uncheck()
         assert opened.every_row() > before
         page.locator("#group").check()

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infscan.report.terminal import asked, excerpt, one_line, show
+from infscan.report.terminal import asked, excerpt, one_line, show, window
+from infscan.results.answers import NOT_FOUND
 from infscan.results.manifest import SUCCESS
-from infscan.results.publish import Provenance
+from infscan.results.schema import ANSWERS, QUERIES, to_parquet
 from infscan.storage import Store
 from tests.results.builders import ROWS, margins_of, published, publisher, ranked
 
@@ -41,9 +42,11 @@ def a_run(
     store = Store(str(folder))
     published(store)
     made = publisher(store, None if text is None else lambda _: text)
-    found = made.write_sequences([("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))])
-    named = Provenance(found.sequence_ids, pa.chunked_array([[document] * len(found)], pa.string()), found.sources)
-    made.write_rows(ranked(ROWS), margins_of(ROWS), named, 5)
+    wanted = [("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))]
+    documents = made.documents(wanted)
+    documents.ids = pa.array([document] * len(documents.ids), pa.string())
+    made.write_rows(ranked(ROWS), margins_of(ROWS), documents, 5)
+    made.write_sequences(wanted, documents)
     made.remove_stale()
     asked_for = questions or [question("alpha"), question("beta#0"), question("beta#1")]
     store.write("queries/queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in asked_for).encode())
@@ -111,6 +114,36 @@ def test_a_run_folder_named_like_markup_is_shown_as_it_is(tmp_path: Path, capsys
     lines = shown(run, capsys)
     assert run.uri in lines
     assert f"... and 3 queries more in {run.uri}/top/" in lines
+
+
+def test_a_window_is_about_the_strongest_token() -> None:
+    texts = [f" w{n}" for n in range(60)]
+    scores = [0.1] * 60
+    for strongest in (0, 5, 40, 59):
+        line = window(texts, [*scores[:strongest], -9.0, *scores[strongest + 1 :]], 40)
+        assert f"w{strongest}" in line.split()
+        assert len(line) <= 40
+        assert line.startswith("…") == (strongest > 4)
+
+
+def test_log_probabilities_verdict_and_given_ids_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = {"input_ids": [7, 8, 9], "positions": [1, 2], "sign": 1.0}
+    given_ids = question("alpha", prompt=None, completion=None, parts=[ids])
+    store = a_run(tmp_path, "words", questions=[given_ids, question("beta#0")])
+    row = {"query_id": "alpha", "measure": "completion", "tokens": ["The", " a", " b"], "measured": [1, 2]}
+    known = row | {"log_probability": -5.0, "contrast_log_probability": -30.0, "contrast_measured": [1]}
+    store.write("queries/queries.parquet", to_parquet(pa.Table.from_pylist([known], schema=QUERIES), {}))
+    answer = {"query_id": "alpha", "found": False, "verdict": NOT_FOUND}
+    for name in store.names("answers"):
+        store.remove(name)
+    store.write("answers/part-00000.parquet", to_parquet(pa.Table.from_pylist([answer], schema=ANSWERS), {}))
+    lines = shown(store, capsys)
+    start = lines.index("alpha: The → a b")
+    assert (
+        lines[start + 1] == "  the model gives it -5.00 nats, -2.50 a token; the contrast -30.00 nats, -30.00 a token"
+    )
+    assert lines[start + 2] == f"  {NOT_FOUND}"
+    assert sum(NOT_FOUND in line for line in lines) == 1
 
 
 @given(st.text(max_size=300), st.integers(2, 100))

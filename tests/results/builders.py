@@ -94,7 +94,9 @@ def published(store: Store) -> None:
         put_shard(store, name, ids, [row for row in ROWS if row[0] == "alpha" and row[2] in ids])
     made = publisher(store, lambda ids: " ".join(map(str, ids)))
     wanted = [("shard-000000", np.asarray([1, 2, 3])), ("shard-000001", np.asarray([11, 12]))]
-    made.write_rows(ranked(ROWS), margins_of(ROWS), made.write_sequences(wanted), 5)
+    documents = made.documents(wanted)
+    made.write_rows(ranked(ROWS), margins_of(ROWS), documents, 5)
+    made.write_sequences(wanted, documents)
     made.remove_stale()
     store.write_json("summary.json", {"counts": {}})
     store.write(SUCCESS, b"")

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infscan.results import publish, read
+from infscan.results.manifest import TABLES
 from infscan.results.publish import Publisher, is_spurious
 from infscan.results.schema import LAYERS as LAYERS_SCHEMA
-from infscan.results.schema import SEQUENCES, TOKENS, TOP, footer_of
+from infscan.results.schema import ROW_DOCUMENTS, SEQUENCES, TOKENS, TOP, footer_of
 from infscan.storage import Store
 from tests.conftest import Bucket
 from tests.results.builders import LAYERS, QUERIES, margins_of, published, publisher, ranked
@@ -39,8 +40,36 @@ def test_top_is_sorted_and_ranked_from_one(run: Store) -> None:
     assert [row["sequence_id"] for row in rows] == [11, 2, 1, 12, 3, 1]
     for row in rows:
         assert (row["score"] > 0) == (row["side"] == "proponent")
-        assert (row["document_id"], row["source"]) == (f"doc-{row['sequence_id']}", "web")
     assert rows[2]["scan_score"] == pytest.approx(0.9 * rows[2]["score"])
+
+
+def test_a_row_is_named_after_the_document_that_carries_it(run: Store) -> None:
+    tokens = {(row["query_id"], row["sequence_id"]): row["scores"] for row in read.read_tokens(run.uri).to_pylist()}
+    rows = read.read_top(run.uri).to_pylist()
+    found: dict[tuple[str, int], list[dict]] = {}
+    for row in read.read_documents(run.uri).to_pylist():
+        found.setdefault((row["query_id"], row["sequence_id"]), []).append(row)
+    names = set()
+    for row in rows:
+        pair = row["query_id"], row["sequence_id"]
+        # Tokens 0 and 1 are of one document, 2 is a separator, the others are of another document.
+        sums = {f"doc-{pair[1]}": sum(tokens[pair][:2]), f"doc-{pair[1]}b": sum(tokens[pair][3:])}
+        assert {each["document_id"]: each["score"] for each in found[pair]} == pytest.approx(sums, rel=1e-5)
+        name = max(sums, key=lambda name: sums[name] * np.sign(row["score"]))
+        assert (row["document_id"], row["source"]) == (name, "books" if name.endswith("b") else "web")
+        assert row["document_share"] == pytest.approx(sums[name] / row["score"], rel=1e-4)
+        names.add(name[-1])
+    assert "b" in names
+    assert len(names) > 1
+
+
+def test_a_sequence_is_named_after_the_document_that_carries_most_of_its_rows(run: Store) -> None:
+    weights: dict[int, dict[str, float]] = {}
+    for row in read.read_documents(run.uri).to_pylist():
+        mine = weights.setdefault(row["sequence_id"], {})
+        mine[row["document_id"]] = mine.get(row["document_id"], 0.0) + abs(row["score"])
+    for row in read.read_sequences(run.uri).to_pylist():
+        assert row["document_id"] == max(weights[row["sequence_id"]], key=weights[row["sequence_id"]].__getitem__)
 
 
 def test_margins_add_up_to_the_scores(run: Store) -> None:
@@ -61,7 +90,7 @@ def test_sequences_are_there_once_each_with_text_and_provenance(run: Store) -> N
     row = rows[3]
     assert row["text"] == "11 12 13 14 15"
     assert row["token_ids"] == [11, 12, 13, 14, 15]
-    assert (row["document_id"], row["source"], row["byte_offset"], row["loss"]) == ("doc-11", "web", 11000, 1.375)
+    assert (row["byte_offset"], row["loss"]) == (11000, 1.375)
     assert [document["id"] for document in row["documents"]] == ["doc-11", "doc-11b"]
 
 
@@ -69,7 +98,8 @@ def test_without_a_tokenizer_text_is_null(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     published(store)
     made = publisher(store)
-    made.write_sequences([("shard-000000", np.asarray([1]))])
+    wanted = [("shard-000000", np.asarray([1]))]
+    made.write_sequences(wanted, made.documents(wanted))
     made.remove_stale()
     assert read.read_sequences(store.uri)["text"].to_pylist() == [None]
 
@@ -78,15 +108,13 @@ def test_a_publication_is_the_same_bytes_twice(tmp_path: Path) -> None:
     first, second = Store(str(tmp_path / "a")), Store(str(tmp_path / "b"))
     for store in (first, second):
         published(store)
-    for folder in ("top", "layers", "tokens", "sequences"):
+    for folder in TABLES:
         for entry in first.list(folder):
             assert first.read(entry.name) == second.read(entry.name)
 
 
 def test_many_queries_and_shards_make_parts_and_stale_ones_go(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {
-        folder: read._read(run.uri, folder, unfinished=False) for folder in ("top", "layers", "tokens", "sequences")
-    }
+    before = {folder: read._read(run.uri, folder, unfinished=False) for folder in TABLES}
     monkeypatch.setattr(publish, "_QUERIES_PER_PART", 1)
     monkeypatch.setattr(publish, "_SHARDS_PER_PART", 1)
     published(run)
@@ -104,15 +132,18 @@ def test_many_queries_and_shards_make_parts_and_stale_ones_go(run: Store, monkey
 def test_a_run_without_rows_has_readable_empty_tables(tmp_path: Path, queries: list[str]) -> None:
     store = Store(str(tmp_path))
     made = Publisher(store, LAYERS, queries, None, "print")
-    made.write_rows(ranked([]), margins_of([]), made.write_sequences([]), 5)
+    documents = made.documents([])
+    made.write_rows(ranked([]), margins_of([]), documents, 5)
+    made.write_sequences([], documents)
     made.remove_stale()
-    for name, schema in {"top": TOP, "layers": LAYERS_SCHEMA, "tokens": TOKENS, "sequences": SEQUENCES}.items():
+    tables = {"top": TOP, "layers": LAYERS_SCHEMA, "tokens": TOKENS, "sequences": SEQUENCES, "documents": ROW_DOCUMENTS}
+    for name, schema in tables.items():
         table = getattr(read, f"read_{name}")(store.uri, unfinished=True)
         assert (table.num_rows, table.schema) == (0, schema)
 
 
 def test_files_carry_the_schema_version_the_fingerprint_and_statistics(run: Store) -> None:
-    for folder in ("top", "layers", "tokens", "sequences"):
+    for folder in TABLES:
         (entry,) = run.list(folder)
         with run.open(entry.name) as stream:
             file = pq.ParquetFile(stream)

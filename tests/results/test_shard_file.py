@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from infscan.errors import DamagedError, RunError
 from infscan.influence.topk_tracker import ScoredRows
-from infscan.results.shard_file import finished_shards, read_candidates, read_hits, shard_path
+from infscan.results.shard_file import GIVEN, finished_shards, read_candidates, read_hits, shard_path
 from infscan.storage import Store
 from tests.conftest import Bucket
 from tests.results.builders import COUNTS, QUERIES, put_shard
@@ -53,7 +53,7 @@ def test_only_hit_sequences_are_kept_once_with_their_tokens_and_provenance(tmp_p
         "loss_mask": None,
         "document_starts": None,
     }
-    tokens = read_candidates(store, "s", np.asarray([2, 3]), tokens_only=True)
+    tokens = read_candidates(store, "s", np.asarray([2, 3]), columns=GIVEN)
     assert tokens.to_pydict() == {
         "sequence_id": [2, 3],
         "token_ids": [[2, 3, 4, 5, 6], [3, 4, 5, 6, 7]],

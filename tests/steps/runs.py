@@ -179,6 +179,7 @@ def small_run(tmp_path: Path, *overrides: str) -> Config:
         f"corpus.path={corpus}",
         "corpus.tokens_field=tokens",
         "corpus.packing=document",
+        "corpus.bos=false",
         f"queries.path={queries}",
         "factors.slices=2",
         "scan.rank=8",

@@ -44,11 +44,13 @@ function fillAsked(head) {
 
 async function fillQuery() {
   const turn = (state.turn += 1);
-  const { id, measure, agreement, head } = query();
+  const { id, measure, agreement, head, known, verdict } = query();
   const what = { completion: 'the log-probability of the marked completion', first: "the log-probability of the completion's first token, marked", tokens: 'the log-probability of one token, marked' }[measure];
   $('query-id').textContent = id;
   $('query-title').textContent = 'What is asked';
-  $('query-agreement').textContent = `Measured: ${what}.${agreement ? ` Scan and full-rank scores correlate by ${agreement[0].toFixed(5)} [${agreement[1].toFixed(5)}, ${agreement[2].toFixed(5)}] on a sample.` : ''}`;
+  $('query-agreement').textContent = `Measured: ${what}${known ? `; ${known}` : ''}.${agreement ? ` Scan and full-rank scores correlate by ${agreement[0].toFixed(5)} [${agreement[1].toFixed(5)}, ${agreement[2].toFixed(5)}] on a sample.` : ''}`;
+  $('verdict').textContent = verdict ? `${verdict[0].toUpperCase()}${verdict.slice(1)}.` : '';
+  $('verdict').hidden = !verdict;
   for (const each of ['proponent', 'opponent']) {
     const name = each === 'proponent' ? 'Raised it' : 'Lowered it';
     $(each).textContent = `${name} · ${query()[each].published.toLocaleString('en')}`;
@@ -71,7 +73,7 @@ async function fillQuery() {
 
 // Rows that the switches and the search let through, of those decoded.
 function passes(row) {
-  if ($('honest').checked && row.spurious) return false;
+  if ($('hubs').checked && row.hub) return false;
   const wanted = $('find-row').value.trim().toLowerCase();
   if (!wanted) return !($('group').checked && row.alike);
   const { sequence } = row;
@@ -215,7 +217,7 @@ $('queries').addEventListener('click', (event) => {
   if (button) choose({ query: Number(button.dataset.query) });
 });
 for (const each of ['proponent', 'opponent']) $(each).addEventListener('click', () => choose({ side: each }));
-for (const id of ['group', 'honest']) $(id).addEventListener('change', () => fillRows());
+for (const id of ['group', 'hubs']) $(id).addEventListener('change', () => fillRows());
 $('colour').addEventListener('change', () => $('rows').classList.toggle('plain', !$('colour').checked));
 $('find-query').addEventListener('input', fillQueries);
 let waiting = 0;

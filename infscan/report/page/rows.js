@@ -93,19 +93,20 @@ function opened(row, scores, run) {
 // A row's list item. best: the side's largest |score|. wanted: what was searched for. copies: shows those it stands for.
 function rowItem(row, run, best, wanted, copies) {
   const scores = scoresOfTexts(row.sequence, row.tokens);
-  const [document_, source] = row.sequence.documents[0] ?? ['', ''];
+  const [document_, source] = row.document ?? row.sequence.documents[0] ?? ['', ''];
   const bar = el('span', { class: `strength ${row.score < 0 ? 'opponent' : 'proponent'}`, 'aria-hidden': 'true' }, el('span'));
   bar.firstChild.style.width = `${Math.max(1, (100 * Math.abs(row.score)) / (best || 1)).toFixed(1)}%`;
-  const name = el('h3', {}, el('span', { class: 'rank' }, `${row.rank}`), bar, el('span', { class: 'score' }, number(row.score)), el('span', { class: 'scan' }, `scan ${number(row.scan)}`));
+  const name = el('h3', {}, el('span', { class: 'rank' }, `${row.rank}`), bar, el('span', { class: 'score' }, number(row.score)), el('span', { class: 'scan' }, `scan ${number(row.scan)}${row.z === undefined ? '' : `, z ${number(row.z)}`}`));
   const from = el('p', { class: 'from' }, show(el('bdi', { class: 'document' }), line(document_, 120)));
   if (source) from.append(show(el('bdi', { class: 'source' }), line(source, 60)));
   if (row.sequence.corpus) from.append(show(el('bdi', { class: 'source' }), line(row.sequence.corpus, 60)));
-  if (row.spurious) from.append(el('span', { class: 'mark' }, 'few tokens'));
-  if (row.alike) from.append(el('span', { class: 'mark alike' }, `${row.alike[1] === 'exact' ? 'a copy' : 'nearly a copy'} of ${row.alike[0]}`));
+  if (row.states) from.append(el('span', { class: 'mark' }, 'states it'));
+  if (row.hub) from.append(el('span', { class: 'mark' }, `hub: near the top of ${row.hub} other questions`));
+  if (row.alike) from.append(el('span', { class: 'mark alike' }, `${{ exact: 'a copy of', near: 'nearly a copy of', document: 'of the same document as' }[row.alike[1]]} ${row.alike[0]}`));
   const toggle = el('button', { type: 'button', class: 'open', 'aria-expanded': 'false' }, 'Open');
   toggle.setAttribute('aria-label', `Open sequence ${row.rank}`);
   const short = excerpt(row, scores, wanted);
-  const item = el('li', { class: 'row', tabindex: '-1', 'data-rank': row.rank }, el('div', { class: 'line' }, name, toggle), from, short);
+  const item = el('li', { class: row.weak ? 'row weak' : 'row', tabindex: '-1', 'data-rank': row.rank }, el('div', { class: 'line' }, name, toggle), from, short);
   let whole = null;
   toggle.addEventListener('click', () => {
     const now = toggle.getAttribute('aria-expanded') !== 'true';
@@ -117,7 +118,7 @@ function rowItem(row, run, best, wanted, copies) {
     if (whole) whole.hidden = !now;
   });
   if (copies && row.copies) {
-    const unfold = el('button', { type: 'button', class: 'copies', 'aria-expanded': 'false' }, `${plural(row.copies.length, 'copy', 'copies')}: rank ${row.copies.map(([rank]) => rank).join(', ')}`);
+    const unfold = el('button', { type: 'button', class: 'copies', 'aria-expanded': 'false' }, `${plural(row.copies.length, 'row')} folded: rank ${row.copies.map(([rank]) => rank).join(', ')}`);
     unfold.addEventListener('click', () => copies(row, item, unfold));
     from.append(unfold);
   }

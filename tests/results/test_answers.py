@@ -1,0 +1,113 @@
+"""Is the answer there: rows beside all scanned sequences, per query; what is not known is null and never a guess."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from infscan.influence.spread import ShardSpread, Spread
+from infscan.results import read
+from infscan.results.answers import (
+    NOT_FOUND,
+    NOT_KNOWN,
+    STANDS_OUT,
+    STANDS_OUT_STATING,
+    Best,
+    Scale,
+    answers_table,
+    best_of,
+)
+from infscan.results.statements import Asked
+from infscan.storage import Store
+from tests.results.builders import QUERIES, margins_of, published, publisher, ranked
+
+
+def spread_of(scores_nq: np.ndarray) -> Spread:
+    spread = Spread(scores_nq.shape[1])
+    for part in np.array_split(scores_nq, 3):
+        spread.add(ShardSpread.of(part))
+    return spread
+
+
+def background(n: int = 500) -> np.ndarray:
+    """Scores of all scanned sequences for the three queries: a median of 1 and a scale of about 1.48."""
+    rng = np.random.default_rng(0)
+    return (1 + np.sign(rng.normal(size=(n, 3))) * rng.uniform(0.5, 1.5, (n, 3))).astype(np.float32)
+
+
+ROWS = [
+    ("alpha", "opponent", 11, -200.0),
+    ("alpha", "proponent", 1, 90.0),
+    ("alpha", "proponent", 2, 30.0),
+    ("beta#0", "proponent", 1, 4.0),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(str(tmp_path_factory.mktemp("run")))
+    published(store)
+    made = publisher(store)
+    made.scale = Scale(spread_of(background()), len(QUERIES))
+    documents = made.documents([("shard-000000", np.asarray([1, 2])), ("shard-000001", np.asarray([11]))])
+    made.write_rows(ranked(ROWS), margins_of(ROWS), documents, 5)
+    made.remove_stale()
+    return store
+
+
+def test_z_counts_robust_standard_deviations_from_the_median(run: Store) -> None:
+    scores = background().astype(np.float64)
+    median = np.median(scores, axis=0)
+    scale = 1.4826 * np.median(np.abs(scores - median), axis=0)
+    for row in read.read_top(run.uri).to_pylist():
+        query = QUERIES.index(row["query_id"])
+        assert row["z"] == pytest.approx((row["score"] - median[query]) / scale[query], rel=0.05, abs=0.1)
+        assert row["stands_out"] == (abs(row["z"]) >= STANDS_OUT)
+        side = scores[:, query] > 0 if row["score"] > 0 else scores[:, query] < 0
+        assert row["share"] == pytest.approx(row["score"] / scores[side, query].sum(), rel=1e-5)
+
+
+def test_a_query_whose_strongest_row_stands_out_is_answered_and_another_is_not(run: Store) -> None:
+    found, not_found, nothing = read.read_answers(run.uri).to_pylist()
+    assert (found["query_id"], found["found"], found["verdict"], found["score"]) == ("alpha", True, None, 90.0)
+    assert found["ratio"] == pytest.approx(3.0)
+    assert (not_found["found"], not_found["verdict"], not_found["ratio"]) == (False, NOT_FOUND, None)
+    assert (nothing["found"], nothing["verdict"], nothing["z"]) == (False, NOT_FOUND, None)
+    assert {row["sequences"] for row in (found, not_found, nothing)} == {500}
+
+
+def test_the_runner_up_is_of_another_document() -> None:
+    assert best_of(["a", "a", "b"], ["web", "web", "web"], [8.0, 6.0, 2.0], [False] * 3).ratio == 4.0
+    assert best_of(["a", "a"], ["web", "books"], [8.0, 4.0], [True, False]).ratio == 2.0
+    assert best_of(["a", "a"], ["web", "web"], [8.0, 4.0], [True, False]).ratio is None
+    assert best_of([], [], [], []) is None
+
+
+def test_a_row_that_states_the_completion_stands_out_earlier() -> None:
+    scale = Scale(spread_of(background()), 3)
+    z = (STANDS_OUT_STATING + STANDS_OUT) / 2
+    score = np.full(2, scale.centres[0] + z * scale.scales[0], np.float32)
+    standing = scale.standing(np.zeros(2, np.int32), np.zeros(2, np.int8), score, np.asarray([True, False]))
+    assert standing.stands_out.to_pylist() == [True, False]
+
+
+def test_of_a_completion_that_the_model_hardly_knows_nothing_is_found() -> None:
+    scale = Scale(spread_of(background()), 3)
+    best = {query: Best("d", "web", 1e6, None) for query in range(3)}
+    table = answers_table(QUERIES, scale, best, [False, True, False]).to_pylist()
+    assert [(row["found"], row["verdict"]) for row in table] == [(True, None), (None, NOT_KNOWN), (True, None)]
+    assert Asked("q", " x", (1, 2), nats=10.1).unlikely
+    assert not Asked("q", " x", (1, 2), nats=9.9).unlikely
+    assert not Asked("q", " x", (1, 2)).unlikely
+
+
+@pytest.mark.parametrize("scores", [None, np.ones((8, 3), np.float32), np.ones((500, 3), np.float32)])
+def test_without_a_spread_nothing_is_said(scores: np.ndarray | None) -> None:
+    """No spread, too few sequences, or scores that do not vary but in their bin's width."""
+    scale = Scale(None if scores is None else spread_of(scores), 3)
+    standing = scale.standing(np.zeros(1, np.int32), np.zeros(1, np.int8), np.ones(1, np.float32))
+    if scores is None or len(scores) < 32:
+        assert np.isnan(standing.z).all()
+        assert standing.stands_out.to_pylist() == [None]
+    else:
+        assert abs(standing.z[0]) < STANDS_OUT
