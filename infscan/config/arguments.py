@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 from infscan.config.schema import RENAMED
 from infscan.config.settings import Setting
@@ -27,6 +28,9 @@ SWEEP_FLAGS = ("-m", "--multirun")
 _SEARCH = "hydra.searchpath=[file://"
 # One query of one's own, for short.
 _SHORT = {key: f"queries.{key}" for key in ("prompt", "completion", "contrast")}
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+# A list or an object, and no regular expression that begins like one.
+_STRUCTURE = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)
 # What a group was set to where it set nothing.
 _NOTHING = ("default", "local")
 
@@ -42,7 +46,8 @@ def check_argument(argument: str) -> None:
     key = argument.partition("=")[0]
     if holds_secret(argument):
         raise ConfigError(f"{redact(key)}=*** carries credentials, {MEND}.")
-    if not all(character.isprintable() or character in "\n\t" for character in argument):
+    # Spaces and joiners of other scripts are no control characters.
+    if any(category(character) in ("Cc", "Cs") and character not in "\n\t" for character in argument):
         raise ConfigError(f"{_shorten(argument)} holds a control character, or bytes that are not UTF-8; remove it.")
     if len(argument) > _MOST_BYTES:
         raise ConfigError(f"{_shorten(argument)} has {len(argument):,} characters; give at most {_MOST_BYTES:,}.")
@@ -117,6 +122,7 @@ def _read(command: Command, known: dict[str, Setting], word: str, folders: Seque
     if value is None or not setting.is_text:
         return word if value is None else f"{sign}{key}={value}"
     verbatim = key in _SHORT.values()
+    _check_references(key, value, known)
     return f"{sign}{key}={_text(value, sweep=sweep and not verbatim, verbatim=verbatim)}"
 
 
@@ -172,11 +178,22 @@ def _suggestion(key: str, numbered: str, known: dict[str, Setting]) -> str:
     return f"; did you mean {close[0].replace('.N.', f'.{number[0]}.') if number else close[0]}?"
 
 
+def _check_references(key: str, value: str, known: dict[str, Setting]) -> None:
+    """Refuse `${...}` that is no other key: to Hydra it is one, whatever quotes are around it."""
+    names = _REFERENCE.findall(value)
+    other = next((name for name in names if ":" not in name and _NUMBER.sub("N", name) not in known), None)
+    if other is None and len(names) == value.count("${"):
+        return
+    what = f"${{{other}}} stands for the value of a key, and there is none" if other is not None else "it has a lone ${"
+    hint = "; write the query into a file (queries.path)" if key in _SHORT.values() else ", so rename what it names"
+    raise ConfigError(f"{key}={_shorten(value)}: {what}{hint}.")
+
+
 def _text(value: str, *, sweep: bool, verbatim: bool) -> str:
     """A text's value, quoted so that Hydra takes it as it was typed; in a sweep, each of several."""
     stripped = value.strip()
     quoted = len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\""
-    if not verbatim and (value in ("null", "???", "") or quoted or "${" in value or stripped.startswith(("[", "{"))):
+    if not verbatim and (value in ("null", "???", "") or quoted or "${" in value or _STRUCTURE.fullmatch(stripped)):
         return value
     if sweep and ("," in value or _SWEEP.fullmatch(stripped)):
         if "'" in value or '"' in value or _SWEEP.fullmatch(stripped):
@@ -207,6 +224,9 @@ def refusal(command: Command, overrides: Sequence[str], error: Exception) -> Con
             return ConfigError(f"{key}={_shorten(value)}: give {_article(setting)}.")
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     culprit = next((word for word in overrides if word and word in text), "")
+    key, _, value = culprit.lstrip("+~").partition("=")
+    if value and (setting := known.get(_NUMBER.sub("N", key))) is not None and not setting.is_text:
+        return ConfigError(f"{key}={_shorten(value)}: give {_article(setting)}.")
     said = f"{_shorten(culprit)}: " if culprit and culprit not in first else ""
     return ConfigError(
         f"{said}the settings cannot be read ({_shorten(first)}); infscan {command.name} --help lists them."

@@ -13,6 +13,8 @@ from infscan.storage import open_input
 
 BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# What people have rows in, and is not read for them.
+_OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml", ".xlsx", ".toml", ".zip", ".bz2", ".xz")
 # Lines that people write: what is beyond is no such file.
 _MOST_BYTES = 256 << 20
 
@@ -43,10 +45,16 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: nested too deeply to be read; a row is a flat object with a text.", "nested too deeply"
         ) from None
     except ValueError as error:
+        if data.strip() in (b"[", b"{"):
+            raise BadDocumentError(
+                f"{where} is not JSON by itself; write one object per line (`jq -c .`, of a list `jq -c '.[]'`).",
+                "not JSON",
+            ) from None
         raise BadDocumentError(f"{where} is not JSON ({error}); fix or remove the line.", "not JSON") from None
     if not isinstance(row, dict):
+        fix = " (`jq -c '.[]'` does)" if isinstance(row, list) else ""
         raise BadDocumentError(
-            f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"
+            f"{where} is {kind_of(row)}, not an object; write one JSON object per line{fix}.", "not an object"
         )
     return row
 
@@ -58,6 +66,9 @@ def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
         StorageError: where it is missing or refused.
         BadFileError: where it is cut off, corrupt, or no file that a person wrote.
     """
+    other = next((suffix for suffix in _OTHERS if path.lower().endswith(suffix)), None)
+    if other is not None:
+        raise BadFileError(f"{path}: {other} is not read here; write one JSON object per line, as .jsonl.")
     try:
         with open_input(path) as stream:
             data = decompressed(path, stream).read(_MOST_BYTES + 1)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from infscan.config import CorpusConfig
 from infscan.corpus.files import name_below
-from infscan.corpus.rows import Document, document_of
+from infscan.corpus.rows import Document, document_of, heads_of
 from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError
@@ -116,8 +116,7 @@ def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
 
 def column_of(field: str, names: Sequence[str]) -> str | None:
     """The column that holds a field: of that name, or the object that a dotted path begins with."""
-    head = field.partition(".")[0]
-    return field if field in names else head if head in names else None
+    return next((head for head in (field, *(head for head, _ in heads_of(field))) if head in names), None)
 
 
 def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:
