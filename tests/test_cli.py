@@ -12,6 +12,7 @@ import pytest
 import infscan.api
 import infscan.steps.early
 from infscan import cli
+from infscan.config.arguments import read_arguments
 from infscan.config.commands import CONF, commands
 from infscan.config.help import help_of, overview
 from infscan.config.jobs import StatusJob
@@ -153,6 +154,19 @@ def test_what_only_looks_like_a_list_or_a_control_character_is_text(text: str, m
     assert (
         config_of(monkeypatch, "prompt=", f"completion={text}", f"corpus.text_field={text}").corpus.text_field == text
     )
+
+
+@pytest.mark.parametrize("words", [["queries=demo", "queries=null"], ["queries=null"]])
+def test_null_takes_a_preset_away(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = config_of(monkeypatch, *words, "prompt=a", "completion=b")
+    assert (found.queries.path, found.queries.prompt) == ("", "a")
+    assert config_of(monkeypatch, "prompt=a", "completion=b", "cluster=local").cluster == found.cluster
+
+
+@pytest.mark.parametrize("path", ["runs/lang=en/x", "/runs/a,b", "~/runs/x[1]"])
+def test_a_path_without_a_key_may_look_like_one(path: str) -> None:
+    command = commands()["report"]
+    assert read_arguments(command, [path]) == read_arguments(command, [f"run={path}"])
 
 
 @pytest.mark.parametrize(

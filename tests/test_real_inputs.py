@@ -170,6 +170,17 @@ def test_texts_to_explain_are_read_as_a_corpus_is(tmp_path: Path, line: str, sai
         given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
 
 
+def test_texts_to_explain_have_their_keys_spelt_and_one_of_them(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "slip.jsonl", [{"id": "a", "input_ids": [1, 2], "qeries": ["q"]}])
+    with pytest.raises(CorpusError, match=r"line 1: there is no key 'qeries'; did you mean 'queries'\?"):
+        given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
+    path = write_jsonl(tmp_path / "both.jsonl", [{"id": "a", "input_ids": [1, 2], "text": "one"}])
+    with pytest.raises(CorpusError, match="brings text and input_ids, and only one can be scored"):
+        given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
+    path = write_jsonl(tmp_path / "own.jsonl", [{"id": "a", "input_ids": [1, 2], "comment": "a person's own"}])
+    assert list(given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)) == ["a"]
+
+
 # What is said at once, and what a run that failed leaves behind.
 
 _AT_ONCE = """

@@ -75,7 +75,21 @@ def read_arguments(command: Command, words: Sequence[str]) -> list[str]:
     known = command.all_settings
     found, sweep = list(_as_overrides(command, known, words)), is_sweep(words)
     folders = [Path(word.removeprefix(_SEARCH).removesuffix("]")) for word in found if word.startswith(_SEARCH)]
-    return [_read(command, known, word, folders, sweep=sweep) for word in found]
+    return _without_taken_away(command, [_read(command, known, word, folders, sweep=sweep) for word in found])
+
+
+def _without_taken_away(command: Command, words: Sequence[str]) -> list[str]:
+    """`group=null` takes the presets of that group before it away; Hydra itself takes null for none."""
+    kept: list[str] = []
+    for word in words:
+        group, _, value = word.lstrip("+~").partition("=")
+        if group not in command.groups or value != "null":
+            kept.append(word)
+            continue
+        kept = [other for other in kept if other.lstrip("+").partition("=")[0] != group]
+        if group in command.presets:
+            kept.append(f"~{group}")
+    return kept
 
 
 def _as_overrides(command: Command, known: dict[str, Setting], words: Sequence[str]) -> Iterator[str]:
@@ -96,10 +110,17 @@ def _as_overrides(command: Command, known: dict[str, Setting], words: Sequence[s
                 yield f"{name}=true"
             else:
                 yield f"{name}={rest.pop(0) if rest else ''}"
-        elif "=" not in word and not word.startswith(("-", "~", "+")) and positional:
+        elif positional and not word.startswith(("-", "+")) and _is_positional(word, name):
             yield f"{positional.pop(0)}={word}"
         else:
             yield word
+
+
+def _is_positional(word: str, before: str) -> bool:
+    """Whether a word is a value by itself; a path may have a `=` in it (`runs/lang=en`), which no key has after a /."""
+    if word.startswith("~"):
+        return word.startswith("~/")
+    return "=" not in word or ("/" in before and not before.startswith("hydra/"))
 
 
 def _read(command: Command, known: dict[str, Setting], word: str, folders: Sequence[Path], *, sweep: bool) -> str:

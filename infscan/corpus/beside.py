@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from infscan.corpus.decompress import COMPRESSIONS
 from infscan.corpus.files import file_name, name_below
@@ -129,12 +130,24 @@ def refuse_parts_twice(files: Sequence[InputFile], path: str) -> None:
 def _refuse_links(names: Mapping[str, str], path: str) -> None:
     seen: dict[str, str] = {}
     for uri, name in names.items():
-        other = seen.setdefault(uri if is_uri(uri) else os.path.realpath(uri), name)
+        other = seen.setdefault(uri if is_uri(uri) else _followed(uri), name)
         if other != name:
             raise CorpusError(
                 f"{path} holds {other} and {name}, which are one file by a link: its documents would count twice; "
                 "remove the link, or name the others by a glob."
             )
+
+
+def _followed(path: str) -> str:
+    """Where a path leads; a folder's links are followed once for all its files."""
+    folder, _, name = path.rpartition("/")
+    there = f"{_followed_folder(folder)}/{name}"
+    return os.path.realpath(there) if os.path.islink(there) else there
+
+
+@lru_cache(maxsize=1024)
+def _followed_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _refuse_splits(names: Sequence[str], path: str) -> None:

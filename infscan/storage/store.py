@@ -146,7 +146,7 @@ class Store:
             yield
         finally:
             below = [folder for folder, _, _ in os.walk(made[0], topdown=False)] if made else []
-            for folder in (*below, *made[1:]):
+            for folder in (*below, *map(str, made[1:])):
                 with suppress(OSError):  # it holds something
                     os.rmdir(folder)
 
