@@ -130,10 +130,20 @@ def run_job(command: Command, words: Sequence[str]) -> None:
         word = next(word for word in overrides if word.startswith("-"))
         raise ConfigError(f"{word}: there is no such option; there are {OPTIONS}.")
     else:
-        result = command.function(settle(command, compose(command, overrides)))
+        result = command.function(_settled(command, compose(command, overrides)))
         result.show()
         if code := getattr(result, "exit_code", 0):
             raise SystemExit(code)
+
+
+def _settled(command: Command, cfg: Any, cell: str | None = None) -> Any:
+    """Composed settings as checked ones, of files that were looked at."""
+    settings = settle(command, cfg, cell)
+    if command.is_run:
+        from infscan.steps.early import check_files
+
+        check_files(settings)
+    return settings
 
 
 def settings_yaml(command: Command, overrides: Sequence[str]) -> str:
@@ -205,7 +215,7 @@ def _cell(cfg: Any) -> None:
     command = command_of(HydraConfig.get().job.name)
     try:
         name, earlier = this_cell()
-        config = settle(command, cfg, name)
+        config = _settled(command, cfg, name)
         if command.is_run:
             # A sweep that infscan 0.1 began goes on in the folders that it named.
             old = config.output.removesuffix(name) + earlier

@@ -27,6 +27,7 @@ MEASURED = "queries/queries.jsonl"
 # The id of a query that is given in the settings.
 ONE = "query"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NOTHING_BEFORE = "its first token, which nothing precedes, has no probability and is not measured"
 _KEYS = ("id", "prompt", "completion", "contrast", "measure", "input_ids", "prompt_len")
 
 
@@ -70,6 +71,33 @@ def read_queries(
         QueryError: with the line, the id, the value and the fix.
     """
     queries: list[Query] = []
+    for where, row in _rows(config):
+        asked = _given_tokens(row, where) if "input_ids" in row else _tokenised(row, encoder, bos_id, where)
+        for one in asked.cuts:
+            _check_tokens(one.token_ids.tolist(), one.prompt_tokens, vocab_size, context, where)
+        queries += _expand(row["id"], asked, _measure(row, config, where), row, where)
+    return queries
+
+
+def check_rows(config: QueriesConfig) -> None:
+    """All of a query file that can be wrong whatever the model is.
+
+    Raises:
+        QueryError: as `read_queries`.
+    """
+    for where, row in _rows(config):
+        if "input_ids" in row:
+            _given_tokens(row, where)
+        else:
+            _wording(row, where)
+
+
+def _rows(config: QueriesConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows, and what each is called in errors; their ids, keys and measures are right, and there is one at least.
+
+    Raises:
+        QueryError: for a row that is none.
+    """
     seen: dict[str, int] = {}
     for number, line in _lines(config):
         where = f"{config.path}, line {number}" if config.path else "queries.prompt"
@@ -80,14 +108,10 @@ def read_queries(
         seen[query_id] = number
         where = f"{where} (query {query_id!r})"
         _check_keys(row, where)
-        measure = _measure(row, config, where)
-        asked = _given_tokens(row, where) if "input_ids" in row else _tokenised(row, encoder, bos_id, where)
-        for one in asked.cuts:
-            _check_tokens(one.token_ids.tolist(), one.prompt_tokens, vocab_size, context, where)
-        queries += _expand(query_id, asked, measure, row, where)
-    if not queries:
+        _measure(row, config, where)
+        yield where, row
+    if not seen:
         raise QueryError(f"{config.path} holds no query; write one JSON object per line: id, prompt, completion.")
-    return queries
 
 
 def _lines(config: QueriesConfig) -> Iterator[tuple[int, bytes]]:
@@ -212,6 +236,11 @@ def _check_keys(row: dict[str, Any], where: str) -> None:
             close = get_close_matches(str(key), _KEYS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"a row has {', '.join(_KEYS)}."
             raise QueryError(f"{where}: there is no key {str(key)[:80]!r}; {hint}")
+    twice = [key for key in ("prompt", "completion") if "input_ids" in row and row.get(key) is not None]
+    if twice:
+        raise QueryError(f"{where}: it brings input_ids and {twice[0]}, and only one can be measured; leave one out.")
+    if "input_ids" not in row and row.get("prompt_len") is not None:
+        raise QueryError(f"{where}: prompt_len counts input_ids, and there are none; leave it out, or give them.")
 
 
 def _given_tokens(row: dict[str, Any], where: str) -> _Asked:
@@ -228,12 +257,32 @@ def _given_tokens(row: dict[str, Any], where: str) -> _Asked:
         if not isinstance(contrast, list) or not all(type(token) is int for token in contrast):
             raise QueryError(f"{where}: beside input_ids, contrast must be a list of token ids too.")
         rows.append(ids[:prompt_length] + contrast)
+    warnings = () if prompt_length else (f"query {row['id']!r}: {_NOTHING_BEFORE}",)
     # Of whatever size: that they lie in the vocabulary is checked next.
-    return _Asked([CutText(np.array(one, object), prompt_length) for one in rows])
+    return _Asked([CutText(np.array(one, object), prompt_length) for one in rows], warnings)
 
 
 def _tokenised(row: dict[str, Any], encoder: Encoder | None, bos_id: int | None, where: str) -> _Asked:
     """Prompt and completion (or contrast) as one text, cut where the completion begins."""
+    prompt, texts = _wording(row, where)
+    if encoder is None:
+        raise QueryError(f"{where}: it is text, and the model folder has no tokenizer; give input_ids and prompt_len.")
+    try:
+        cuts = encode_cut(encoder, [(prompt, text) for text in texts])
+    except BadDocumentError as error:
+        raise QueryError(f"{where}: {error}") from None
+    shared = _same_prompt(cuts)
+    warnings = [*_slips(prompt, texts, cuts), *_unknown(cuts, encoder.unk_id)]
+    if any(one.prompt_tokens != shared and not one.spans for one in cuts):
+        warnings.append(f"completion and contrast have the first {shared} tokens alike: both are measured from there")
+    if shared == 0 and bos_id is None:
+        warnings.append(_NOTHING_BEFORE)
+    warnings = [f"query {row['id']!r}: {said}" for said in warnings]
+    return _Asked([_after_bos(replace(one, prompt_tokens=shared), bos_id) for one in cuts], tuple(warnings))
+
+
+def _wording(row: dict[str, Any], where: str) -> tuple[str, list[str]]:
+    """The prompt, and the completion with the contrast where there is one."""
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str):
         raise QueryError(f"{where}: prompt must be a string (it may be empty).")
@@ -242,20 +291,7 @@ def _tokenised(row: dict[str, Any], encoder: Encoder | None, bos_id: int | None,
         if not isinstance(text := row.get(key), str) or not text:
             raise QueryError(f"{where}: no {key}; give the text whose probability is to be explained.")
         texts.append(text)
-    if encoder is None:
-        raise QueryError(f"{where}: it is text, and the model folder has no tokenizer; give input_ids and prompt_len.")
-    try:
-        cuts = encode_cut(encoder, [(prompt, text) for text in texts])
-    except BadDocumentError as error:
-        raise QueryError(f"{where}: {error}") from None
-    shared = _same_prompt(cuts)
-    warnings = _slips(prompt, texts, cuts)
-    if any(one.prompt_tokens != shared and not one.spans for one in cuts):
-        warnings.append(f"completion and contrast have the first {shared} tokens alike: both are measured from there")
-    if shared == 0 and bos_id is None:
-        warnings.append("its first token, which nothing precedes, has no probability and is not measured")
-    warnings = [f"query {row['id']!r}: {said}" for said in warnings]
-    return _Asked([_after_bos(replace(one, prompt_tokens=shared), bos_id) for one in cuts], tuple(warnings))
+    return prompt, texts
 
 
 def _same_prompt(cuts: Sequence[CutText]) -> int:
@@ -282,8 +318,21 @@ def _slips(prompt: str, texts: Sequence[str], cuts: Sequence[CutText]) -> list[s
             found.append(
                 f"{what} spans the prompt's end and the beginning of {text[:24]!r}: it counts as the latter's{fix}"
             )
+        elif prompt.endswith(" ") and text.startswith(" "):
+            found.append(f"the prompt ends in a space and {text[:12]!r} begins with one: a corpus rarely has two")
         elif _cuts_a_word(prompt[-1:], text[:1]):
             found.append(f"no space between {prompt[-12:]!r} and {text[:12]!r}: the completion is a part of a word")
+    return found
+
+
+def _unknown(cuts: Sequence[CutText], unk_id: int | None) -> list[str]:
+    """What is measured as the token that stands for anything unknown."""
+    found = []
+    for one in cuts:
+        at = [place for place in range(one.prompt_tokens, len(one.token_ids)) if one.token_ids[place] == unk_id]
+        if at:
+            what = "a token" if one.texts is None else repr(one.texts[at[0]])
+            found.append(f"the tokenizer does not know {what}: what is measured is its token for anything unknown")
     return found
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import infscan.api
+import infscan.steps.early
 from infscan import cli
+from infscan.config.arguments import read_arguments
 from infscan.config.commands import CONF, commands
 from infscan.config.help import help_of, overview
 from infscan.config.jobs import StatusJob
@@ -116,6 +118,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
     """The settings that a command line comes to."""
     found: list[Config] = []
     monkeypatch.setattr(infscan.api, "run_scan", lambda config: found.append(config) or Nothing())
+    monkeypatch.setattr(infscan.steps.early, "check_files", lambda config: None)
     cli.main(None, ["scan", "model.path=m", "corpus.path=c", *words])
     return found[0]
 
@@ -141,8 +144,46 @@ def test_a_regular_expression_and_several_corpora_are_taken_as_typed(monkeypatch
     words = ["scan", "model.path=m", "prompt=a", "completion=b", "+corpus.paths.web=2024_01", "output=o"]
     kept: list[Config] = []
     monkeypatch.setattr(infscan.api, "run_scan", lambda config: kept.append(config) or Nothing())
+    monkeypatch.setattr(infscan.steps.early, "check_files", lambda config: None)
     cli.main(None, words)
     assert kept[0].corpus.paths["web"].endswith("/2024_01")
+
+
+@pytest.mark.parametrize("text", ["[a-z]+", "[0-5]x", "法国　首都", "a\u200db", "a\u00a0b"])
+def test_what_only_looks_like_a_list_or_a_control_character_is_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        config_of(monkeypatch, "prompt=", f"completion={text}", f"corpus.text_field={text}").corpus.text_field == text
+    )
+
+
+@pytest.mark.parametrize("words", [["queries=demo", "queries=null"], ["queries=null"]])
+def test_null_takes_a_preset_away(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = config_of(monkeypatch, *words, "prompt=a", "completion=b")
+    assert (found.queries.path, found.queries.prompt) == ("", "a")
+    assert config_of(monkeypatch, "prompt=a", "completion=b", "cluster=local").cluster == found.cluster
+
+
+@pytest.mark.parametrize("path", ["runs/lang=en/x", "/runs/a,b", "~/runs/x[1]"])
+def test_a_path_without_a_key_may_look_like_one(path: str) -> None:
+    command = commands()["report"]
+    assert read_arguments(command, [path]) == read_arguments(command, [f"run={path}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("output=runs/${x}", "output=runs/${x}: ${x} stands for the value of a key, and there is none"),
+        ("prompt=echo ${HOME", "queries.prompt=echo ${HOME: it has a lone ${; write the query into a file"),
+        ("scan.top_k=1,000", "scan.top_k=1,000: give a whole number."),
+        ("corpus.text_field=a\x1bb", "holds a control character"),
+    ],
+)
+def test_what_hydra_would_read_otherwise_is_refused_by_key(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(None, ["scan", "model=demo", "corpus=demo", "completion= b", word])
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_settings_are_printed_with_what_is_inherited(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,8 @@ VOCAB, CONTEXT = 128, 16
 class Letters:
     """A tokenizer whose tokens are characters."""
 
+    unk_id: int | None = None
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray([ord(letter) for letter in text], np.int64) for text in texts]
 
@@ -341,6 +343,26 @@ def test_a_token_that_spans_the_cut_counts_as_the_completions(tmp_path: Path) ->
     assert "the token ' Vel' spans" in inside.warnings[0]
 
 
+def test_what_the_tokenizer_cannot_spell_and_two_spaces_are_warned_of(tmp_path: Path) -> None:
+    spm = load_tokenizer(str(spm_tokenizer(tmp_path)))
+    [warning] = asked_of(spm, prompt="the island is", completion=" #").warnings
+    assert "the tokenizer does not know" in warning
+    assert spm is not None
+    assert spm.unk_id == 0
+    [warning] = asked_of(Letters(), prompt="the island is ", completion=" Velmistok").warnings
+    assert "the prompt ends in a space and ' Velmistok' begins with one" in warning
+
+
+def test_a_row_brings_texts_or_token_ids(tmp_path: Path) -> None:
+    both = {"id": "q", "input_ids": [5, 6], "prompt_len": 1, "completion": "b"}
+    with pytest.raises(QueryError, match="brings input_ids and completion, and only one can be measured"):
+        read(tmp_path, both)
+    with pytest.raises(QueryError, match="prompt_len counts input_ids, and there are none"):
+        read(tmp_path, {"id": "q", "prompt": "a", "completion": "b", "prompt_len": 1})
+    [first] = read(tmp_path, {"id": "q", "input_ids": [5, 6], "prompt_len": 0})
+    assert "its first token, which nothing precedes" in first.warnings[0]
+
+
 def test_a_contrast_is_compared_after_the_same_prompt(tmp_path: Path) -> None:
     spm = load_tokenizer(str(spm_tokenizer(tmp_path)))
     query = asked_of(spm, prompt="the island is V", completion="elmistok", contrast="V")
@@ -352,6 +374,8 @@ def test_a_contrast_is_compared_after_the_same_prompt(tmp_path: Path) -> None:
 
 class WithoutOffsets:
     """A family whose library does not say where its tokens lie."""
+
+    unk_id: int | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.encode_batch = tokenizer.encode_batch

@@ -135,7 +135,7 @@ def test_an_id_column_that_can_be_none_is_left_aside_and_said_once(
     corpus = write_jsonl(tmp_path / "mongo.jsonl", [{"id": {"$oid": f"65f{n}"}, "text": "one two"} for n in range(3)])
     code, said = prepare(capsys, tmp_path / "out", f"corpus.path={corpus}")
     assert code == 0
-    assert said.count("3 ids or sources are neither texts nor whole numbers") == 1
+    assert said.count("3 ids or sources are missing where they were named, or neither texts nor whole") == 1
     assert [name for name, _ in made_of(tmp_path / "out")] == [f"mongo.jsonl#{line}" for line in (1, 2, 3)]
 
 
@@ -175,3 +175,63 @@ def test_texts_to_explain_are_read_as_a_corpus_is(tmp_path: Path, line: str, sai
     path.write_bytes(gzip.compress(f'{{"id": "b", "input_ids": [1, 2]}}\n{line}\n'.encode()))
     with pytest.raises(CorpusError, match=rf"texts\.jsonl\.gz, line 2: .*{said}"):
         given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
+
+
+def test_texts_to_explain_have_their_keys_spelt_and_one_of_them(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "slip.jsonl", [{"id": "a", "input_ids": [1, 2], "qeries": ["q"]}])
+    with pytest.raises(CorpusError, match=r"line 1: there is no key 'qeries'; did you mean 'queries'\?"):
+        given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
+    path = write_jsonl(tmp_path / "both.jsonl", [{"id": "a", "input_ids": [1, 2], "text": "one"}])
+    with pytest.raises(CorpusError, match="brings text and input_ids, and only one can be scored"):
+        given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)
+    path = write_jsonl(tmp_path / "own.jsonl", [{"id": "a", "input_ids": [1, 2], "comment": "a person's own"}])
+    assert list(given_texts(None, str(path), None, vocab_size=9, context=9, bos_id=None)) == ["a"]
+
+
+# What is said at once, and what a run that failed leaves behind.
+
+_AT_ONCE = """
+import sys
+from infscan.cli import main
+try:
+    main(None, sys.argv[1:])
+except SystemExit as end:
+    print(f"status {end.code}; heavy: {[name for name in ('torch', 'ray', 'transformers') if name in sys.modules]}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("queries.path={folder}/promt.jsonl", "there is no key 'promt'; did you mean 'prompt'?"),
+        ("queries.path={folder}/queries.csv", ".csv is not read here; write one JSON object per line"),
+        ("corpus.path={folder}/gone", "gone: there is no such file or folder"),
+        ("corpus.path={folder}/empty", "empty: no file is in this folder"),
+        ("corpus.path={folder}/*.parquet", "no file matches"),
+        ("model.path={folder}/gone", "model.path={folder}/gone: there is no such folder"),
+    ],
+)
+def test_a_slip_in_a_file_is_answered_before_anything_heavy_and_leaves_no_folder(
+    tmp_path: Path, word: str, said: str
+) -> None:
+    write_jsonl(tmp_path / "promt.jsonl", [{"id": "q", "promt": "a", "completion": "b"}])
+    (tmp_path / "queries.csv").write_text("id,prompt,completion\n")
+    (tmp_path / "empty").mkdir()
+    given = {"model": "model=demo", "corpus": "corpus=demo", "queries": "queries=demo"}
+    given[word.partition(".")[0]] = word.format(folder=tmp_path)
+    words = ["scan", *given.values(), HERE, f"output={tmp_path / 'new' / 'run'}"]
+    found = subprocess.run([sys.executable, "-c", _AT_ONCE, *words], capture_output=True, text=True)
+    assert "status 2; heavy: []" in found.stdout
+    assert said.format(folder=tmp_path) in " ".join(found.stderr.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_first_run_that_fails_later_leaves_no_empty_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"content": "one"}])
+    (tmp_path / "there").mkdir()
+    for name in ("new/run", "there"):
+        code, said = prepare(capsys, tmp_path / name, f"corpus.path={corpus}")
+        assert (code, "has no field 'text'" in said) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "there"]

@@ -186,7 +186,7 @@ class TestLawsOfEveryStore:
         assert found("/_temp*") == ["_temporary/0/part.jsonl"]
         assert expand(f"{store.uri}/b.jsonl")[0].size == len("b.jsonl")
         for pattern in ("/nothing", "/*.parquet", "/b.jsonl/x"):
-            with pytest.raises(StorageError, match="no file is there") as caught:
+            with pytest.raises(StorageError, match=r"no such file or folder|no file matches") as caught:
                 expand(f"{store.uri}{pattern}")
             assert f"{store.uri}{pattern}" in str(caught.value)
         with pytest.raises(MissingError, match="nothing"):

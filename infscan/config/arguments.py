@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 from infscan.config.schema import RENAMED
 from infscan.config.settings import Setting
@@ -27,6 +28,9 @@ SWEEP_FLAGS = ("-m", "--multirun")
 _SEARCH = "hydra.searchpath=[file://"
 # One query of one's own, for short.
 _SHORT = {key: f"queries.{key}" for key in ("prompt", "completion", "contrast")}
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+# A list or an object, and no regular expression that begins like one.
+_STRUCTURE = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)
 # What a group was set to where it set nothing.
 _NOTHING = ("default", "local")
 
@@ -42,7 +46,8 @@ def check_argument(argument: str) -> None:
     key = argument.partition("=")[0]
     if holds_secret(argument):
         raise ConfigError(f"{redact(key)}=*** carries credentials, {MEND}.")
-    if not all(character.isprintable() or character in "\n\t" for character in argument):
+    # Spaces and joiners of other scripts are no control characters.
+    if any(category(character) in ("Cc", "Cs") and character not in "\n\t" for character in argument):
         raise ConfigError(f"{_shorten(argument)} holds a control character, or bytes that are not UTF-8; remove it.")
     if len(argument) > _MOST_BYTES:
         raise ConfigError(f"{_shorten(argument)} has {len(argument):,} characters; give at most {_MOST_BYTES:,}.")
@@ -70,7 +75,21 @@ def read_arguments(command: Command, words: Sequence[str]) -> list[str]:
     known = command.all_settings
     found, sweep = list(_as_overrides(command, known, words)), is_sweep(words)
     folders = [Path(word.removeprefix(_SEARCH).removesuffix("]")) for word in found if word.startswith(_SEARCH)]
-    return [_read(command, known, word, folders, sweep=sweep) for word in found]
+    return _without_taken_away(command, [_read(command, known, word, folders, sweep=sweep) for word in found])
+
+
+def _without_taken_away(command: Command, words: Sequence[str]) -> list[str]:
+    """`group=null` takes the presets of that group before it away; Hydra itself takes null for none."""
+    kept: list[str] = []
+    for word in words:
+        group, _, value = word.lstrip("+~").partition("=")
+        if group not in command.groups or value != "null":
+            kept.append(word)
+            continue
+        kept = [other for other in kept if other.lstrip("+").partition("=")[0] != group]
+        if group in command.presets:
+            kept.append(f"~{group}")
+    return kept
 
 
 def _as_overrides(command: Command, known: dict[str, Setting], words: Sequence[str]) -> Iterator[str]:
@@ -91,10 +110,17 @@ def _as_overrides(command: Command, known: dict[str, Setting], words: Sequence[s
                 yield f"{name}=true"
             else:
                 yield f"{name}={rest.pop(0) if rest else ''}"
-        elif "=" not in word and not word.startswith(("-", "~", "+")) and positional:
+        elif positional and not word.startswith(("-", "+")) and _is_positional(word, name):
             yield f"{positional.pop(0)}={word}"
         else:
             yield word
+
+
+def _is_positional(word: str, before: str) -> bool:
+    """Whether a word is a value by itself; a path may have a `=` in it (`runs/lang=en`), which no key has after a /."""
+    if word.startswith("~"):
+        return word.startswith("~/")
+    return "=" not in word or ("/" in before and not before.startswith("hydra/"))
 
 
 def _read(command: Command, known: dict[str, Setting], word: str, folders: Sequence[Path], *, sweep: bool) -> str:
@@ -117,6 +143,7 @@ def _read(command: Command, known: dict[str, Setting], word: str, folders: Seque
     if value is None or not setting.is_text:
         return word if value is None else f"{sign}{key}={value}"
     verbatim = key in _SHORT.values()
+    _check_references(key, value, known)
     return f"{sign}{key}={_text(value, sweep=sweep and not verbatim, verbatim=verbatim)}"
 
 
@@ -172,11 +199,22 @@ def _suggestion(key: str, numbered: str, known: dict[str, Setting]) -> str:
     return f"; did you mean {close[0].replace('.N.', f'.{number[0]}.') if number else close[0]}?"
 
 
+def _check_references(key: str, value: str, known: dict[str, Setting]) -> None:
+    """Refuse `${...}` that is no other key: to Hydra it is one, whatever quotes are around it."""
+    names = _REFERENCE.findall(value)
+    other = next((name for name in names if ":" not in name and _NUMBER.sub("N", name) not in known), None)
+    if other is None and len(names) == value.count("${"):
+        return
+    what = f"${{{other}}} stands for the value of a key, and there is none" if other is not None else "it has a lone ${"
+    hint = "; write the query into a file (queries.path)" if key in _SHORT.values() else ", so rename what it names"
+    raise ConfigError(f"{key}={_shorten(value)}: {what}{hint}.")
+
+
 def _text(value: str, *, sweep: bool, verbatim: bool) -> str:
     """A text's value, quoted so that Hydra takes it as it was typed; in a sweep, each of several."""
     stripped = value.strip()
     quoted = len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\""
-    if not verbatim and (value in ("null", "???", "") or quoted or "${" in value or stripped.startswith(("[", "{"))):
+    if not verbatim and (value in ("null", "???", "") or quoted or "${" in value or _STRUCTURE.fullmatch(stripped)):
         return value
     if sweep and ("," in value or _SWEEP.fullmatch(stripped)):
         if "'" in value or '"' in value or _SWEEP.fullmatch(stripped):
@@ -207,6 +245,9 @@ def refusal(command: Command, overrides: Sequence[str], error: Exception) -> Con
             return ConfigError(f"{key}={_shorten(value)}: give {_article(setting)}.")
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     culprit = next((word for word in overrides if word and word in text), "")
+    key, _, value = culprit.lstrip("+~").partition("=")
+    if value and (setting := known.get(_NUMBER.sub("N", key))) is not None and not setting.is_text:
+        return ConfigError(f"{key}={_shorten(value)}: give {_article(setting)}.")
     said = f"{_shorten(culprit)}: " if culprit and culprit not in first else ""
     return ConfigError(
         f"{said}the settings cannot be read ({_shorten(first)}); infscan {command.name} --help lists them."

@@ -256,7 +256,7 @@ def _check_string(key: str, value: str) -> None:
     """Refuse text that no file's name, column or address can be."""
     if value == MISSING:
         raise ConfigError(f"{key}: no value given. Add {key}=...")
-    if not value:
+    if not value and key != "queries.prompt":
         raise ConfigError(f"{key} is empty; give a value, or leave it out for the default.")
     if holds_secret(value):
         raise ConfigError(f"{key}={_said(value)} carries credentials, {MEND}.")

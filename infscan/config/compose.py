@@ -87,8 +87,10 @@ def inherited(cfg: DictConfig) -> DictConfig:
 
 
 def sentence(error: Exception) -> str:
-    """The first line of a library's error, which says what is wrong; the rest names the library's internals."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of a library's error, which says what is wrong, with the key; the rest names its internals."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key and key not in first else first
 
 
 def _settle_paths(config: Config) -> None:

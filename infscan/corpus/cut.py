@@ -15,7 +15,10 @@ import numpy as np
 
 
 class Encoder(Protocol):
-    """What cutting needs of a tokenizer."""
+    """What cutting needs of a tokenizer. unk_id: what stands for what it cannot spell; None where it spells all."""
+
+    @property
+    def unk_id(self) -> int | None: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 

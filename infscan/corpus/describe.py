@@ -12,7 +12,7 @@ import numpy as np
 
 from infscan.config import CorpusConfig, Packing, fingerprint
 from infscan.corpus import mds, megatron, npy
-from infscan.corpus.beside import data_files, refuse_pointer
+from infscan.corpus.beside import data_files, refuse_foreign, refuse_parts_twice, refuse_pointer
 from infscan.corpus.files import file_name, name_below
 from infscan.corpus.in_place import Description, TokenFile, check_vocabulary, read_bytes, sampled_digest
 from infscan.corpus.packing import PackSettings
@@ -23,7 +23,12 @@ FORMATS = ("megatron", "npy", "mds")
 _AT_ONCE = 16
 _FIRST_TOKENS = 2048
 # Beside the arrays of some tools lie files that say where their documents came from; they are no arrays.
-_BESIDE = {"megatron": (".json", ".txt"), "npy": (".csv.gz", ".csv", ".json"), "mds": ()}
+_SHUFFLED = ("doc_idx", "sample_idx", "shuffle_idx", "document_index", "sample_index", "shuffle_index")
+_BESIDE = {
+    "megatron": (".json", ".txt", *(f"{name}.npy" for name in _SHUFFLED)),
+    "npy": (".csv.gz", ".csv", ".json", ".index", ".metadata", ".idx"),
+    "mds": (),
+}
 
 
 def token_files(config: CorpusConfig) -> tuple[str, list[InputFile]] | None:
@@ -55,7 +60,7 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
     kind = config.format if config.format != "auto" else _guess(files)
     if kind is None:
         return None
-    files, _ = data_files(files, config.path)
+    files, _ = data_files(files)
     suffixes = {"megatron": (".bin", ".idx"), "npy": (".npy",), "mds": (mds.INDEX, ".mds", ".mds.zstd")}[kind]
     if config.format == "auto":
         for file in files:
@@ -65,6 +70,11 @@ def array_files(config: CorpusConfig, files: list[InputFile] | None = None) -> t
                     "move it."
                 )
         files = [file for file in files if file.uri.endswith(suffixes)]
+    else:
+        files = [file for file in files if not file.uri.endswith(_BESIDE[kind])] or files
+        for file in files:
+            refuse_foreign(file.uri)
+    refuse_parts_twice(files, config.path)
     return kind, files
 
 
@@ -181,7 +191,10 @@ def _pairs(files: Sequence[InputFile]) -> list[tuple[Pieces, InputFile]]:
         data = tuple(by_uri[uri] for uri in cut[stem]) if stem in cut else (whole,) if whole else ()
         if not data or index is None:
             missing = ".bin" if not data else ".idx"
-            raise CorpusError(f"{stem}{missing} is missing: Megatron's tokens (.bin) and index (.idx) go together.")
+            raw = "" if not data else "; a raw array of token ids, such as nanoGPT's, is read with corpus.format=npy"
+            raise CorpusError(
+                f"{stem}{missing} is missing: Megatron's tokens (.bin) and index (.idx) go together{raw}."
+            )
         pairs.append((data, index))
     return pairs
 

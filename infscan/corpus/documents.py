@@ -7,7 +7,7 @@ from functools import partial
 
 from infscan.config import CorpusConfig
 from infscan.corpus.array_documents import INDICES, read_array_documents
-from infscan.corpus.beside import data_files, refuse_mixture, refuse_pointer
+from infscan.corpus.beside import data_files, refuse_foreign, refuse_mixture, refuse_pointer
 from infscan.corpus.decompress import COMPRESSIONS
 from infscan.corpus.describe import FORMATS as ARRAYS
 from infscan.corpus.describe import array_files, list_files
@@ -25,10 +25,12 @@ _SUFFIXES = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
     ".arrow": "arrow",
     ".ipc": "arrow",
+    ".feather": "arrow",
     ".txt": "text",
 }
 _ARRAY_SUFFIXES = {".bin": "megatron", ".npy": "npy", ".mds": "mds", ".mds.zstd": "mds"}
@@ -110,7 +112,7 @@ def data_and_beside(config: CorpusConfig) -> tuple[list[InputFile], list[InputFi
         return [file for file in stored_once(arrays[1]) if not file.uri.endswith(INDICES)], []
     if config.format == "auto" and any(file.uri.endswith(".arrow") for file in files):
         files = [file for file in files if not _is_beside_arrow(file_name(file.uri))]
-    files, aside = data_files(files, config.path)
+    files, aside = data_files(files, any_text=config.format == "text")
     refuse_mixture(files, config.path, partial(file_format, setting=config.format))
     return files, aside
 
@@ -138,6 +140,7 @@ def file_format(uri: str, setting: str = "auto") -> str:
     for suffix, kind in _SUFFIXES.items():
         if name.endswith(suffix):
             return kind
+    refuse_foreign(uri)
     raise CorpusError(
         f"{uri}: the suffix says nothing about the format; name the other files by a glob in corpus.path, rename it "
         f"({', '.join(_SUFFIXES)}, JSONL and text also with {' or '.join(COMPRESSIONS)}), or set corpus.format to one "

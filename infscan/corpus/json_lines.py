@@ -11,6 +11,8 @@ from infscan.storage import open_input
 from infscan.storage.foreign import BadJsonError, parse_json
 
 BOM = b"\xef\xbb\xbf"
+# What people have rows in, and is not read for them.
+_OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml", ".xlsx", ".toml", ".zip", ".bz2", ".xz")
 # Lines that people write: what is beyond is no such file.
 _MOST_BYTES = 256 << 20
 # What is said of a line that is no JSON, by its kind.
@@ -20,6 +22,7 @@ _SAID = {
     "half a surrogate pair": "{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; remove it.",
     "nested too deeply": "{where}: nested too deeply to be read; a row is a flat object with a text.",
     "too many values": "{where}: {said}; split the row, or write its token ids as Parquet.",
+    "part of a value": "{where} is not JSON by itself; write one object per line (`jq -c .`, of a list `jq -c '.[]'`).",
     "not JSON": "{where} is not JSON ({said}); fix or remove the line.",
 }
 
@@ -34,10 +37,12 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         row = parse_json(data)
     except BadJsonError as error:
-        raise BadDocumentError(_SAID[error.kind].format(where=where, said=error, at=error.at), error.kind) from None
+        kind = "part of a value" if error.kind == "not JSON" and data.strip() in (b"[", b"{") else error.kind
+        raise BadDocumentError(_SAID[kind].format(where=where, said=error, at=error.at), error.kind) from None
     if not isinstance(row, dict):
+        fix = " (`jq -c '.[]'` does)" if isinstance(row, list) else ""
         raise BadDocumentError(
-            f"{where} is {kind_of(row)}, not an object; write one JSON object per line.", "not an object"
+            f"{where} is {kind_of(row)}, not an object; write one JSON object per line{fix}.", "not an object"
         )
     return row
 
@@ -49,6 +54,9 @@ def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
         StorageError: where it is missing or refused.
         BadFileError: where it is cut off, corrupt, or no file that a person wrote.
     """
+    other = next((suffix for suffix in _OTHERS if path.lower().endswith(suffix)), None)
+    if other is not None:
+        raise BadFileError(f"{path}: {other} is not read here; write one JSON object per line, as .jsonl.")
     try:
         with open_input(path) as stream:
             data = decompressed(path, stream).read(_MOST_BYTES + 1)

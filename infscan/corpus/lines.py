@@ -59,6 +59,11 @@ def read_text(
             reason = f"{record.where}: byte {error.start} is not UTF-8; convert the file."
             tally.leave_out(BadDocumentError(reason, "not UTF-8"))
             continue
+        if "\0" in text:
+            # UTF-16 of Latin letters, and much of what is no text, is UTF-8 with these between.
+            reason = f"{record.where} holds NUL characters: it is UTF-16, or no text; convert or remove it."
+            tally.leave_out(BadDocumentError(reason, "NUL characters"))
+            continue
         yield Document(record.name, source, text, None, uri, record.offset)
 
 

@@ -34,12 +34,16 @@ def check_named_fields(corpora: Sequence[tuple[CorpusConfig, Sequence[InputFile]
     if not missing or not any(files for _, files in corpora):
         return
     there: list[str] = []
+    read = 0
     for document in (one for config, files in corpora for one in _first_documents(config, files)):
+        read += 1
         lacks = document.lacks or {}
         missing = {key: field for key, field in missing.items() if key in lacks}
         there = there or [name for names in lacks.values() for name in names]
         if not missing:
             return
+    if not read:
+        return  # whoever prepares it says why
     where = ", ".join(config.path for config, _ in corpora)
     for key, field in missing.items():
         close = get_close_matches(field, there, 1)

@@ -13,6 +13,12 @@ from infscan.storage import InputFile, read_range
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 1 << 16
+# What other tools put before their ids: the tool, and the header's bytes.
+_HEADERS = {
+    b"LITPKDS": ("litgpt's packed data sets", 24),
+    (20240520).to_bytes(4, "little"): ("llm.c", 1024),
+    (20240801).to_bytes(4, "little"): ("llm.c", 1024),
+}
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 
@@ -28,6 +34,12 @@ def read_layout(
     """
     head = read_range(file.uri, 0, min(file.size, _HEADER_BYTES))
     if not head.startswith(_MAGIC):
+        for magic, (tool, size) in _HEADERS.items():
+            if head.startswith(magic):
+                raise CorpusError(
+                    f"{file.uri} begins with a header of {tool}, which is no token ids; write the ids alone (such as "
+                    f"`tail -c +{size + 1}`)."
+                )
         kind = np.dtype(dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")).newbyteorder("<")
         if file.size % kind.itemsize:
             raise CorpusError(

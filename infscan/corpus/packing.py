@@ -24,7 +24,7 @@ class Counts:
     records_blank + documents_bad + documents_duplicate + documents_read == records_read. A record is a line (JSONL) or
     a row (Parquet). `documents_duplicate` were dropped (corpus.deduplicate). `tokens_added` are separators (BOS, EOS);
     `documents_empty` had no token and are in no sequence. `documents_spanning` have a token that begins in the prompt
-    and ends after it. `labels_aside` are ids and sources that rows bring, nobody asked for, and that can be none. Of a
+    and ends after it. `labels_aside` are ids and sources that are made up in place of what rows bring, or should. Of a
     bad file nothing is kept, and nothing else is counted. `files_aside` lie beside the data (licences, checksums).
     `tokens_masked` are those of the sequences' tokens whose prediction has no loss (prompts); a sequence of such alone
     scores 0.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
@@ -16,6 +16,7 @@ from infscan.config import CorpusConfig
 from infscan.corpus.files import name_below, partitions
 from infscan.corpus.json_lines import kind_of
 from infscan.errors import BadDocumentError
+from infscan.storage.foreign import parse_json
 
 MAX_LINE_BYTES = 64 << 20
 # Ids and sources are repeated in every sequence of their document.
@@ -34,7 +35,8 @@ class Document:
 
     `prompt`: a text that comes before, without a loss (corpus.prompt_field). `loss`: bool [n], where it has one, of
     token ids that are not all of them in the loss; None where they are. `spans`: whether a token of its begins in the
-    prompt and ends after it. `aside`: how many of its row's labels, which nobody asked for, can be none. `lacks`: by
+    prompt and ends after it. `aside`: how many of its row's labels are made up though it
+    was asked for them by name, or it brings something that can be none. `lacks`: by
     key, what fields its row has in place of one that was asked for.
     `offset` is the byte of the decompressed stream where its line starts (JSONL, text), or its row from 0 (tables).
     """
@@ -93,21 +95,38 @@ def document_of(
         offset=offset,
         prompt=prompt,
         loss=loss,
-        aside=sum(label is _Lacking.unusable for label in (own_id, own_source)),
+        aside=sum(isinstance(label, _Lacking) and label is not _Lacking.none for label in (own_id, own_source)),
         lacks=dict.fromkeys(lacks, fields or tuple(fields_of(row))) if lacks else None,
     )
 
 
 def find(row: Mapping[str, Any], field: str) -> Any:
-    """A field of a row, or of an object in it by a dotted path (`meta.lang`); `_ABSENT` where there is none."""
+    """A field of a row, or of an object in it by a dotted path (`meta.lang`); `_ABSENT` where there is none.
+
+    An object may be written as the JSON of a text, as RedPajama's `meta` is; names may have dots of their own.
+    """
     if field in row:
         return row[field]
-    at: Any = row
-    for part in field.split("."):
-        if not isinstance(at, Mapping) or part not in at:
-            return _ABSENT
-        at = at[part]
-    return at
+    for head, rest in heads_of(field):
+        inner = _object_in(row.get(head))
+        if inner is not None and (found := find(inner, rest)) is not _ABSENT:
+            return found
+    return _ABSENT
+
+
+def heads_of(field: str) -> Iterator[tuple[str, str]]:
+    """Where a dotted path may be cut, the longest head first: `a.b.c` as (`a.b`, `c`), (`a`, `b.c`)."""
+    parts = field.split(".")
+    yield from ((".".join(parts[:at]), ".".join(parts[at:])) for at in range(len(parts) - 1, 0, -1))
+
+
+def _object_in(value: Any) -> Mapping[str, Any] | None:
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, Mapping) else None
 
 
 def fields_of(row: Mapping[str, Any]) -> list[str]:
@@ -191,16 +210,25 @@ def _text(where: str, row: dict[str, Any], config: CorpusConfig) -> str:
         return text
     if text is not _ABSENT:
         raise BadDocumentError(
-            f"{where}: {config.text_field!r} is {kind_of(text)}, not a text; correct or remove the row, or "
-            "leave out up to N such documents with corpus.allow_bad_documents=N.",
+            f"{where}: {config.text_field!r} is {kind_of(text)}, not a text; {_for_text(text)} or leave out up to N "
+            "such documents with corpus.allow_bad_documents=N.",
             "not a text",
         )
-    neither = f" nor {config.tokens_field!r}" if config.tokens_field else ""
+    neither = ""
+    if config.tokens_field:
+        is_null = find(row, config.tokens_field) is None
+        neither = f", and {config.tokens_field!r} is null" if is_null else f" nor {config.tokens_field!r}"
     raise BadDocumentError(
         f"{where} has no field {config.text_field!r}{neither}; it has {_listed(row)}. Name the text's field in "
         "corpus.text_field, or the token ids' in corpus.tokens_field.",
         "no text",
     )
+
+
+def _for_text(value: Any) -> str:
+    if isinstance(value, list | pa.Array):
+        return "write it as one text first (a conversation by its chat template),"
+    return "correct or remove the row,"
 
 
 def _decoded(where: str, field: str, value: Any) -> Any:
@@ -220,7 +248,8 @@ class _Lacking(Enum):
     """Why a row has no label of its own."""
 
     none = "it has none"
-    asked = "it has none, and one was asked for by name"
+    asked = "it has no such field, and one was asked for by name"
+    empty = "it has nothing in the field that was asked for by name"
     unusable = "it has something that is no label, and nobody asked for it by name"
 
 
@@ -235,8 +264,8 @@ def _label(where: str, row: Mapping[str, Any], config: CorpusConfig, key: str) -
     value = find(row, field)
     if value is _ABSENT:
         return _Lacking.asked if asked else _Lacking.none
-    if value is None or (isinstance(value, float) and value != value):
-        return _Lacking.none
+    if value is None or value == "" or (isinstance(value, float) and value != value):
+        return _Lacking.empty if asked else _Lacking.none
     label = _as_label(value)
     if label is not None and len(label) <= MAX_LABEL_CHARACTERS:
         return label

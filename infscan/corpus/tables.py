@@ -12,7 +12,7 @@ from infscan.config import CorpusConfig
 from infscan.corpus.arrow_messages import checked_messages, is_arrow_file
 from infscan.corpus.files import name_below
 from infscan.corpus.parquet_pages import CheckedPages
-from infscan.corpus.rows import MAX_LINE_BYTES, Document, document_of
+from infscan.corpus.rows import MAX_LINE_BYTES, Document, document_of, heads_of
 from infscan.corpus.splits import FileRange
 from infscan.corpus.tally import Tally
 from infscan.errors import BadDocumentError, BadFileError, CorpusError
@@ -129,8 +129,7 @@ def _columns(uri: str, names: list[str], config: CorpusConfig) -> list[str]:
 
 def column_of(field: str, names: Sequence[str]) -> str | None:
     """The column that holds a field: of that name, or the object that a dotted path begins with."""
-    head = field.partition(".")[0]
-    return field if field in names else head if head in names else None
+    return next((head for head in (field, *(head for head, _ in heads_of(field))) if head in names), None)
 
 
 def _rows_per_batch(metadata: pq.FileMetaData, columns: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class GivenText:
 
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_KEYS = ("id", "text", "input_ids", "queries")
 
 
 def given_texts(
@@ -51,6 +53,10 @@ def given_texts(
         name = row.get("id")
         if not isinstance(name, str) or not _ID.fullmatch(name) or name in found:
             raise CorpusError(f"{where}: id {name!r} must be 1 to 64 letters, digits, '_' or '-', and stand once.")
+        if slip := next((hint for key in row if (hint := _meant(key)) is not None), None):
+            raise CorpusError(f"{where}: there is no key {slip[0][:80]!r}; did you mean {slip[1]!r}?")
+        if row.get("text") is not None and row.get("input_ids") is not None:
+            raise CorpusError(f"{where}: it brings text and input_ids, and only one can be scored; leave one out.")
         queries = row.get("queries")
         if queries is not None and not (isinstance(queries, list) and all(isinstance(each, str) for each in queries)):
             raise CorpusError(f"{where}: queries must be a list of query ids; leave it out for all of them.")
@@ -59,6 +65,12 @@ def given_texts(
     if not found:
         raise CorpusError(f"{path} holds no text; write one JSON object per line: id, text.")
     return found
+
+
+def _meant(key: str) -> tuple[str, str] | None:
+    """A key that is nearly one that counts, and that one; other keys are a person's own."""
+    close = [] if key in _KEYS else get_close_matches(key, _KEYS, 1, 0.75)
+    return (key, close[0]) if close else None
 
 
 def _tokens(

@@ -47,6 +47,7 @@ class Tokenizer:
     Attributes:
         digest: SHA-256 of tokenizer.json, else of the files that make up the tokenizer.
         eos_id, bos_id: what the tokenizer names, or None.
+        unk_id: what stands for text that it cannot spell; None where it spells all (and names EOS for it, as GPT-2's).
         adds_bos: whether it puts BOS before a text, where special tokens are not left out.
     """
 
@@ -55,6 +56,8 @@ class Tokenizer:
         self.digest = digest
         self.eos_id: int | None = backend.eos_token_id
         self.bos_id: int | None = backend.bos_token_id
+        unknown: int | None = backend.unk_token_id
+        self.unk_id = None if unknown in (self.eos_id, self.bos_id) else unknown
         self.adds_bos = self.bos_id is not None and list(backend("a")["input_ids"][:1]) == [self.bos_id]
         # The tokenizers library's own object, where the family has one: transformers' way round it costs a tenth.
         self._library: Any = getattr(backend, "backend_tokenizer", None)

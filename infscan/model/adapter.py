@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from infscan.errors import ConfigError, ModelError
 from infscan.model.architecture import load_config, weight_files
@@ -51,15 +53,16 @@ def merge(adapter: str, model: str | None, output: str) -> str:
     if not named:
         raise ConfigError(f"{adapter} does not name the model that it adapts; give model=<folder or hub id>.")
     base = model_folder(str(named), revision=revision, key="model")
-    target.check_writable()
-    for name, tensors in merged_files(base, folder):
-        target.write(name, save(tensors, metadata={"format": "pt"}))
-    weights = {path.name for path in weight_files(base)}
-    source = Store(str(base))
-    names = [entry.name for entry in source.list() if "/" not in entry.name and entry.name not in weights]
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        if name.endswith((".json", ".txt", ".model")):
-            target.write(name, source.read(name))
+    with target.removed_unless_used():
+        target.check_writable()
+        for name, tensors in merged_files(base, folder):
+            target.write(name, save(tensors, metadata={"format": "pt"}))
+        weights = {path.name for path in weight_files(base)}
+        source = Store(str(base))
+        names = [entry.name for entry in source.list() if "/" not in entry.name and entry.name not in weights]
+        for name in sorted(names, key=lambda name: name == "config.json"):
+            if name.endswith((".json", ".txt", ".model")):
+                target.write(name, source.read(name))
     return target.uri
 
 
@@ -77,6 +80,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}/adapter_config.json is not what peft writes; copy the adapter again.")
     odd = [key for key, plain in _PLAIN.items() if config.get(key) not in (None, *plain)]
     odd += [key for key in _EMPTY if config.get(key)]
+    # What peft learnt since; rsLoRA is another scale.
+    odd += [key for key in config if key.startswith("use_") and config[key] is True and key != "use_rslora"]
     if config.get("peft_type") != "LORA" or odd:
         what = f"{odd[0]}={json.dumps(config[odd[0]])}" if odd else f"peft_type={config.get('peft_type')}"
         raise ModelError(f"{folder}: {what} is more than W + s B A; merge it with peft's merge_and_unload instead.")
@@ -97,28 +102,27 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The base's weight files by name, every adapted W replaced by W + s B A, in W's dtype (summed in float32).
 
-    W: [O, I] ([I, O] with fan_in_fan_out); B: [O, r]; A: [r, I]; s = lora_alpha / r, or / sqrt(r) with use_rslora.
+    W: [O, I] ([I, O] of a Conv1D, as GPT-2's are); B: [O, r]; A: [r, I]; s = lora_alpha / r, or / sqrt(r) with
+    use_rslora.
 
     Raises:
-        ModelError: where the adapter has a part that the base has no weight for.
+        ModelError: before the first file, where the adapter has a part that is none, or that the base has no weight
+            for.
     """
     config = read_adapter_config(adapter)
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    name_of = _names(base)
+    module = build_on_meta(load_config(base))
+    name_of = _names(module)
     pairs = {name_of(name): pair for name, pair in _pairs(adapter).items()}
+    _check_pairs(adapter, base, pairs, rank, {name_of(key) for path in weight_files(base) for key in _keys(path)})
     for path in weight_files(base):
         tensors = _read(path)
         for name in sorted(key for key in tensors if name_of(key) in pairs):
-            A_ri, B_or = pairs.pop(name_of(name))
-            if B_or.ndim != 2 or A_ri.ndim != 2 or B_or.shape[1] != A_ri.shape[0]:
-                raise ModelError(
-                    f"{adapter}: {name} has B of {tuple(B_or.shape)} and A of {tuple(A_ri.shape)}, which have no "
-                    "product; copy the adapter again."
-                )
-            change = scale * (B_or.float() @ A_ri.float())
+            A_ri, B_or = pairs[name_of(name)]
             weight = tensors[name]
-            change = change.T if config.get("fan_in_fan_out") else change
+            change = scale * (B_or.float() @ A_ri.float())
+            change = change.T if _is_transposed(module, name_of(name), bool(config.get("fan_in_fan_out"))) else change
             if change.shape != weight.shape:
                 raise ModelError(
                     f"{adapter}: {name} is adapted as {tuple(change.shape)}, and {base} has {tuple(weight.shape)}; "
@@ -126,13 +130,46 @@ def merged_files(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Ten
                 )
             tensors[name] = (weight.float() + change).to(weight.dtype)
         yield path.name, tensors
-    if pairs:
-        raise ModelError(f"{adapter} adapts {min(pairs)}, which {base} does not have; give the model that it adapts.")
 
 
-def _names(base: Path) -> Callable[[str], str]:
+def _check_pairs(
+    adapter: Path, base: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int, there: set[str]
+) -> None:
+    if not pairs:
+        raise ModelError(f"{adapter}: its file has no lora_A and lora_B, so there is nothing to merge; copy it again.")
+    for name, (A_ri, B_or) in pairs.items():
+        if B_or.ndim != 2 or A_ri.ndim != 2 or B_or.shape[1] != A_ri.shape[0]:
+            raise ModelError(
+                f"{adapter}: {name} has B of {tuple(B_or.shape)} and A of {tuple(A_ri.shape)}, which have no product; "
+                "copy the adapter again."
+            )
+        if len(A_ri) != rank:
+            raise ModelError(
+                f"{adapter}: {name} has rank {len(A_ri)}, and adapter_config.json says r={rank}, which is in the "
+                "scale; copy the adapter again, both its files."
+            )
+        if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in (A_ri, B_or)):
+            raise ModelError(f"{adapter}: {name} has values that are no finite floats; train or copy it again.")
+    if missing := pairs.keys() - there:
+        raise ModelError(f"{adapter} adapts {min(missing)}, which {base} does not have; give the model that it adapts.")
+
+
+def _is_transposed(module: PreTrainedModel, name: str, said: bool) -> bool:
+    """Whether a weight is [I, O]: by its module's kind, as peft has it, and by what the adapter says of any other."""
+    try:
+        holder = module.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return said
+    return isinstance(holder, Conv1D) if isinstance(holder, Conv1D | nn.Linear) else said
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _names(module: PreTrainedModel) -> Callable[[str], str]:
     """From a name in a file to the weight's own, whatever transformers wrote the file (gpt2's lack `transformer.`)."""
-    module = build_on_meta(load_config(base))
     mapping = get_model_conversion_mapping(module)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     names, prefix = module.state_dict(), module.base_model_prefix

@@ -21,6 +21,7 @@ from infscan.influence.layers import Layer
 from infscan.model.family import (
     build_on_meta,
     first_line,
+    quantised,
     recurrent_parts,
     refuse_encoder,
     refuse_quantised,
@@ -121,10 +122,11 @@ def describe(
     folder = model_folder(path, weights=weights, revision=revision)
     config = load_config(folder)
     files = weight_files(folder) if weights else []
-    _check_whole(files)
+    kinds = _check_whole(files)
     refuse_encoder(config)
     refuse_quantised(config)
     module = build_on_meta(with_attention(config, attention))
+    _check_tensors(folder, kinds, module.base_model_prefix)
     text = config.get_text_config()
     states = recurrent_parts(module)
     # A convolution may be used by its weight: it runs where the module around it does.
@@ -275,18 +277,48 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no {WEIGHTS} ({found}); save the model with save_pretrained of transformers 5.")
 
 
-def _check_whole(files: list[Path]) -> None:
-    """Refuse a file whose header does not fit its size, before a worker tries to load it."""
+def _check_whole(files: list[Path]) -> dict[str, str]:
+    """Refuse a file whose header does not fit its size, before a worker tries to load it; the dtypes by tensor.
+
+    Raises:
+        ModelError: also for a tensor that two of the files bring.
+    """
+    kinds: dict[str, str] = {}
     for path in files:
         if (file := look_up(str(path))) is not None and is_lfs_pointer(file):
             raise ModelError(f"{path} {LFS_POINTER}.")
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                found = {key: str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path} cannot be read ({first_line(error)}): it is cut off or damaged; copy or download it again."
             ) from None
+        if twice := kinds.keys() & found.keys():
+            raise ModelError(
+                f"{path} and another of the model's files both bring {min(twice)}; copy or save the model again."
+            )
+        kinds |= found
+    return kinds
+
+
+# How libraries call the parts of a quantised weight, and the dtypes that no float weight has.
+_PARTS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scb", ".absmax", "_blocks")
+_NO_FLOATS = ("I8", "U8", "I16", "U16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+
+
+def _check_tensors(folder: Path, kinds: dict[str, str], prefix: str) -> None:
+    """Refuse weights that are quantised though config.json does not say so, and a tensor that is there by two names.
+
+    kinds: dtypes by tensor, as safetensors calls them. prefix: what the base model's names may begin with, or not.
+    """
+    for key, kind in kinds.items():
+        if key.lower().endswith(_PARTS):
+            raise quantised(str(folder), key)
+        if key.endswith("weight") and kind in _NO_FLOATS:
+            raise quantised(str(folder), f"{key} is {kind}")
+        if (other := f"{prefix}.{key}") in kinds:
+            raise ModelError(f"{folder}: {key} and {other} are one weight by two names; save the model again.")
 
 
 def fingerprint_of(path: str, revision: str | None = None) -> str:

@@ -100,20 +100,28 @@ def refuse_encoder(config: PretrainedConfig) -> None:
         )
 
 
+# What transformers, older compressed-tensors and MLX call it in config.json.
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+
+
 def refuse_quantised(config: PretrainedConfig) -> None:
     """Refuse weights that are not numbers of their own: gradients are of float weights.
 
     Raises:
         ModelError: naming the method.
     """
-    asked = getattr(config, "quantization_config", None)
-    if not asked:
-        return
-    method = asked.get("quant_method") if isinstance(asked, dict) else getattr(asked, "quant_method", None)
-    raise ModelError(
-        f"{config.model_type}: the weights are quantised ({getattr(method, 'value', method)}), and influence is of "
-        "float weights; give the checkpoint that they were made from, or one that is dequantised "
-        "(from_pretrained with a quantization_config that has dequantize=True, then save_pretrained)."
+    for key in _QUANTISED:
+        if asked := getattr(config, key, None):
+            method = asked.get("quant_method") if isinstance(asked, dict) else getattr(asked, "quant_method", None)
+            raise quantised(config.model_type, str(getattr(method, "value", method) or key))
+
+
+def quantised(what: str, method: str) -> ModelError:
+    """The error for weights that are not numbers of their own."""
+    return ModelError(
+        f"{what}: the weights are quantised ({method}), and influence is of float weights; give the checkpoint that "
+        "they were made from, or one that is dequantised (from_pretrained with a quantization_config that has "
+        "dequantize=True, then save_pretrained)."
     )
 
 

@@ -39,12 +39,17 @@ def model_folder(path: str, *, weights: bool = True, revision: str | None = None
     name, _, wanted = path.partition("@")
     if wanted and _HUB_ID.fullmatch(name):
         raise ModelError(f"{key}={path}: a hub id has no '@'; give {key}={name} {_sibling(key)}={wanted}.")
-    if _HUB_ID.fullmatch(path):
+    if may_be_hub_id(path):
         return _from_hub(path, weights, revision, key)
     raise ModelError(
         f"{key}={path}: there is no such folder ({there.absolute()}); give a folder in Hugging Face layout, a URI or a "
         "hub id."
     )
+
+
+def may_be_hub_id(path: str) -> bool:
+    """Whether a path that is no folder here may be a name on the hub: `name` or `owner/name`."""
+    return _HUB_ID.fullmatch(path) is not None and not path.startswith(".")
 
 
 def commit_of(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ The agreement of both is written to approximation.json and into summary.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,8 +199,8 @@ def judged(
         by_query[name] |= _rounded(pearson=value, low=low, high=high)
     if not top:
         report["recall"] |= {
-            "reason": f"candidates may be at most {MAX_CANDIDATE_SHARE:.0%} of the sequences compared, and "
-            f"{n} sequences are too few for {_CANDIDATES_PER_TOP}: raise scan.check_sequences, if the corpus has more"
+            "reason": f"it takes at least {math.ceil(_CANDIDATES_PER_TOP / MAX_CANDIDATE_SHARE)} sequences to compare, "
+            f"and there were {n}; raise scan.check_sequences, if the corpus has more"
         }
         return report
     recalled = recall_agreement(

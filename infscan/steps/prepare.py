@@ -229,8 +229,9 @@ def _warn_of(corpus: PreparedCorpus, telemetry: Telemetry) -> None:
     left_out, spanning = corpus.manifest.left_out, corpus.manifest.counts.documents_spanning
     if aside := corpus.manifest.counts.labels_aside:
         telemetry.warn(
-            f"{corpus.store.uri}: {aside} ids or sources are neither texts nor whole numbers and were left aside; name "
-            "another field in corpus.id_field or corpus.source_field (a dotted path leads into objects)"
+            f"{corpus.store.uri}: {aside} ids or sources are missing where they were named, or neither texts nor whole "
+            "numbers, and are made of the file's name; name another field in corpus.id_field or corpus.source_field (a "
+            "dotted path leads into objects)"
         )
     if spanning:
         telemetry.warn(

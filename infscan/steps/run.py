@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from infscan.config import Backend, Config, Dtype, LogFormat
@@ -76,6 +76,21 @@ def open_run(
     """
     if telemetry is None:
         configure_logs(run=config.output, json_lines=config.cluster.log_format is LogFormat.json)
+    with ExitStack() as stack:
+        # The folders of a run that fails before it kept anything go with it.
+        for place in filter(None, (config.output, config.factors.path)):
+            stack.enter_context(Store(place).removed_unless_used())
+        yield stack.enter_context(_opened(config, needs_queries, queries, telemetry, machines))
+
+
+@contextmanager
+def _opened(
+    config: Config,
+    needs_queries: bool,
+    queries: Sequence[Query] | None,
+    telemetry: Telemetry | None,
+    machines: Machines | None,
+) -> Iterator[Run]:
     metrics = RunMetrics(config.output, traced=config.cluster.trace, exported=config.cluster.backend is Backend.ray)
     opened, faults_before = time.monotonic(), storage_faults()
     folder = open_folder(config)

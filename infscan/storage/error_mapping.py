@@ -69,6 +69,12 @@ _WITHOUT_CREDENTIALS = ("botocore.exceptions.NoCredentialsError", "botocore.exce
 _ANSWERED = ("botocore.exceptions.ClientError",)
 
 
+# The hub's client was told not to ask, which no time changes.
+_OFFLINE = ("huggingface_hub.errors.OfflineModeIsEnabled",)
+# What fsspec takes for a missing file over HTTP.
+_NO_SERVER = ("aiohttp.ClientConnectionError",)
+
+
 def passing_kind(error: BaseException) -> str | None:
     """What kind of fault this is, if the same request may succeed a little later; else None.
 
@@ -89,13 +95,13 @@ def passing_kind(error: BaseException) -> str | None:
     if code or status:
         return None
     causes = list(_chain(error))
-    if any(_is(e, _INSECURE) for e in causes):
+    if any(_is(e, _INSECURE) or _is(e, _OFFLINE) for e in causes):
         return None
     if any(_is(e, _CUT) for e in causes):
         return "cut_off"
     if _is(error, _TIMEOUTS):
         return "timeout"
-    return "connection" if _is(error, _UNREACHABLE) else None
+    return "connection" if _is(error, _UNREACHABLE) or any(_is(e, _NO_SERVER) for e in causes) else None
 
 
 def is_lost_race(error: BaseException | None) -> bool:
@@ -118,19 +124,19 @@ def explained(
 ) -> StorageError:
     """The StorageError (MissingError where the object is not there) that says the place, the reason and the fix."""
     kind: type[StorageError] = StorageError
-    if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket":
+    if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket" and not passing_kind(error):
         kind = MissingError
     elif writing and _is_refused(error):
         kind = UnwritableError
     store = f"the store at {endpoint}" if endpoint else "the store"
-    return kind(redact(f"{uri}: {_reason(error, store, attempts)}"))
+    return kind(redact(f"{uri}: {_reason(error, uri, store, attempts)}"))
 
 
 def _is_refused(error: Exception) -> bool:
     return _code(error) in _REFUSED_CODES or _status(error) in (401, 403) or isinstance(error, PermissionError)
 
 
-def _reason(error: Exception, store: str, attempts: int) -> str:
+def _reason(error: Exception, uri: str, store: str, attempts: int) -> str:
     code, status, causes = _code(error), _status(error), list(_chain(error))
     if code == "NoSuchBucket":
         return "the bucket does not exist; create it or correct its name"
@@ -147,7 +153,9 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
             "check the credentials in the environment, and that they may list, read and write there; a bucket whose "
             "requester pays, or that has other credentials, needs INFSCAN_STORAGE_LOCATIONS (docs/storage.md)"
         )
-    if isinstance(error, FileNotFoundError):
+    if any(_is(e, _OFFLINE) for e in causes):
+        return "the hub is not asked while HF_HUB_OFFLINE is set; unset it, or give a local copy"
+    if isinstance(error, FileNotFoundError) and not passing_kind(error):
         return "there is no such object; check the address"
     if any(_is(e, _INSECURE) for e in causes):
         return f"the secure connection to {store} failed ({error}); check its certificate or use http://"
@@ -159,9 +167,10 @@ def _reason(error: Exception, store: str, attempts: int) -> str:
         case "changed":
             return "the object changed while it was read, again and again; wait until nobody writes it"
         case "timeout" | "connection":
+            settings = "AWS_ENDPOINT_URL and the network" if uri.startswith(("s3://", "s3a://")) else "the network"
             return (
                 f"{store} cannot be reached or does not answer ({type(error).__name__}, {attempts} times); "
-                "check AWS_ENDPOINT_URL and the network, and that the server runs"
+                f"check {settings}, and that the server runs"
             )
     return f"{type(error).__name__}: {error}; check the address and the store's settings"
 

@@ -20,6 +20,7 @@ from infscan.secrets import redact
 from infscan.storage.address import checked_name, join, normalise, scheme_of, tag
 from infscan.storage.allowed import cache_folder
 from infscan.storage.local import LocalDisk
+from infscan.storage.remote import ObjectStore
 from infscan.storage.store import Entry, Store, backend_of
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -64,8 +65,23 @@ def expand(pattern: str) -> list[InputFile]:
             ]
             files = [InputFile(join(root, f.name), f.size, f.etag) for f in found]
     if not files:
-        raise StorageError(redact(f"{pattern}: no file is there; check the path (a glob needs files that match it)"))
+        raise StorageError(redact(f"{pattern}: {_nothing(backend, address, bool(relative))}"))
     return sorted(files, key=lambda file: file.uri)
+
+
+def _nothing(backend: LocalDisk | ObjectStore, address: str, is_pattern: bool) -> str:
+    """Why a pattern names no file."""
+    hidden = next(iter(sorted(one.name for one in backend.find(address))), None)
+    if hidden is not None:
+        return (
+            f"all that is there is left out, as its names begin with '.' or '_' ({hidden}); rename the files, or spell "
+            "that name in a glob"
+        )
+    if is_pattern:
+        return "no file matches; check the pattern (*, ?, [...], and ** for any folders)"
+    if scheme_of(address) == "file" and os.path.isdir(address):
+        return "no file is in this folder; put some there, or name another"
+    return "there is no such file or folder; check the path (what is on a hub or a web page is downloaded first)"
 
 
 def root_of(pattern: str, uri: str) -> str:

@@ -1,6 +1,9 @@
 """A folder or an object-store prefix, with the few operations that a run needs of it."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,6 +137,19 @@ class Store:
             raise StorageError(f"{self.uri}: what was written does not read back; choose another place")
         if isinstance(backend, LocalDisk):
             backend.check_space(self.uri)
+
+    @contextmanager
+    def removed_unless_used(self) -> Iterator[None]:
+        """At its end a local folder that was not there before, and in which nothing was kept, is not there either."""
+        path = self.local_path()
+        made = [] if path is None else [one for one in (path, *path.parents) if not one.exists()]
+        try:
+            yield
+        finally:
+            below = [folder for folder, _, _ in os.walk(made[0], topdown=False)] if made else []
+            for folder in (*below, *map(str, made[1:])):
+                with suppress(OSError):  # it holds something
+                    os.rmdir(folder)
 
     def free_bytes(self) -> int | None:
         """What the disk of this folder still takes; None for an object store."""

@@ -398,6 +398,14 @@ def refused(match: str, write: Callable[[Store], None], packing: Packing = Packi
         layouts.described(store, corpus_config(store.uri, **config), settings(packing, T))
 
 
+def test_a_format_that_is_given_takes_no_file_beside_the_arrays() -> None:
+    store = memory()
+    for name in ("train.bin", "train.csv.gz", "00000.ds.index"):
+        store.write(name, np.array([2, 3, EOS], "<u2").tobytes())
+    corpus = layouts.described(store, corpus_config(store.uri, format="npy"), settings(Packing.concat, T))
+    assert (corpus.sequences, corpus.tokens) == (1, 3)
+
+
 def test_files_that_are_cut_off_or_of_another_kind_are_refused() -> None:
     docs = [[2, 3, EOS], [4, EOS]]
 
@@ -411,11 +419,14 @@ def test_files_that_are_cut_off_or_of_another_kind_are_refused() -> None:
     refused(r"a\.bin has 6 bytes, and its index says 10", cut("a.bin", 6))
     refused(r"a\.idx has 40 bytes, and its header says", cut("a.idx", 40))
     refused(r"a\.idx is no Megatron index", cut("a.idx", 5))
-    refused(r"a\.idx is missing", lambda store: store.write("a.bin", b"12"))
+    refused(r"a\.idx is missing.*nanoGPT's, is read with corpus\.format=npy", lambda s: s.write("a.bin", b"12"))
     refused(
         "notes.dat is not one of the npy files", lambda s: (layouts.npy(s, "a.npy", [2]), s.write("notes.dat", b"x"))
     )
     refused("is no number of uint16", lambda store: store.write("a.npy", b"123"))
+    refused("a header of litgpt", lambda store: store.write("a.bin", b"LITPKDS" + bytes(33)), format="npy")
+    refused("a header of llm.c", lambda store: store.write("a.bin", (20240520).to_bytes(4, "little")), format="npy")
+    refused("pickles are never opened", lambda s: (s.write("a.bin", b"12"), s.write("meta.pkl", b"12")), format="npy")
     refused("hold no token", lambda store: store.write("a.npy", b""))
     refused("holds float64", lambda store: store.write("a.npy", _saved(np.zeros(3))))
     refused("holds object", lambda store: store.write("a.npy", _saved(np.array([[1]], object))))

@@ -30,6 +30,7 @@ class Words:
     """A tokenizer: a word is a token, whose number is its first letter's."""
 
     digest, eos_id, bos_id = "words", EOS, None
+    unk_id: int | None = None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([ord(word[0]) - ord("a") + 1 for word in text.split()], np.int64) for text in texts]

@@ -185,7 +185,8 @@ def test_whole_numbers_are_ids_whatever_made_them_floats(tmp_path: Path, value: 
     pq.write_table(table, tmp_path / "x.parquet")
     [found] = read(tmp_path / "x.parquet", id_field="key")
     assert found.id == (label or "x.parquet#0")
-    assert found.aside == 0
+    # One that was asked for and is not there is made up, and counted.
+    assert found.aside == (label is None)
 
 
 @pytest.mark.parametrize("value", [0.5, {"$oid": "65f0"}, [1], True, "x" * 5000, 2.0**60])
@@ -224,7 +225,7 @@ def test_licences_and_checksums_are_left_aside_and_counted(tmp_path: Path) -> No
     assert sorted(Path(file.uri).name for file in aside) == sorted(BESIDE)
     assert [one.text for one in read(tmp_path / "LICENSE.txt")] == ["0f1e 00.jsonl.zst\n"]
     others = [InputFile(f"/x/{name}", 1, "") for name in NOT_BESIDE]
-    assert data_files(others, "/x") == (others, [])
+    assert data_files(others) == (others, [])
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,12 @@ def test_licences_and_checksums_are_left_aside_and_counted(tmp_path: Path) -> No
         (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], "data/train*"),
         (["train/chunk1/x.jsonl", "validation/chunk1/x.jsonl"], "train/**"),
         (["train.jsonl", "test.jsonl"], "train*"),
+        (["en/c4-train.00000-of-00002.json.gz", "en/c4-validation.00000-of-00001.json.gz"], "**/*-train*"),
+        (["example_train_0.jsonl.zst", "example_holdout_7.jsonl.zst"], "**/*_train*"),
+        (["data/train_sft-0-of-1.parquet", "data/test_sft-0-of-1.parquet"], "data/train*"),
+        (["a.json", "a.jsonl"], "one file in two forms"),
+        (["train/index.json", "train/shard.00000.mds", "val/index.json", "val/shard.00000.mds"], "train/**"),
+        (["train.bin", "val.bin"], "train*"),
     ],
 )
 def test_a_folder_of_no_one_kind_is_refused_with_the_glob_that_chooses(
@@ -250,6 +257,85 @@ def test_a_folder_of_no_one_kind_is_refused_with_the_glob_that_chooses(
     assert said in str(caught.value)
     chosen = str(caught.value).partition("such as ")[2].split(",")[0].rstrip(".")
     assert 1 <= len(document_files(corpus_config(chosen))) < len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("shard-000000.tar", r"\.tar is not read \(unpack it first\)"),
+        ("a.jsonl.bz2", r"\.bz2 is not read \(compress it as \.gz or \.zst instead\)"),
+        ("a.csv.gz", r"\.csv\.gz is not read \(write it as JSONL or Parquet first\)"),
+        ("a.pkl", "pickles are never opened"),
+        ("model.safetensors", "a model's weights; move it away"),
+        ("a.jsonl.part", "its download is not finished"),
+    ],
+)
+def test_what_is_no_corpus_by_its_suffix_is_refused_with_what_to_do(tmp_path: Path, name: str, said: str) -> None:
+    write_rows(tmp_path / "a.jsonl", TEXT)
+    (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CorpusError, match=f"{name}: .*{said}"):
+            document_files(corpus_config(path))
+
+
+def test_a_link_to_another_file_is_refused_and_one_to_elsewhere_is_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "blobs" / "0f1e", TEXT)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").symlink_to("../blobs/0f1e")
+    assert len(document_files(corpus_config(tmp_path / "data"))) == 1
+    (tmp_path / "data" / "b.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(CorpusError, match=r"a\.jsonl and b\.jsonl, which are one file by a link"):
+        document_files(corpus_config(tmp_path / "data"))
+
+
+def test_what_systems_leave_in_folders_is_left_aside(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", TEXT)
+    for name in ("Thumbs.db", "desktop.ini", "a.jsonl.crc", ".DS_Store", "_SUCCESS", "__MACOSX/._a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    kept, aside = data_and_beside(corpus_config(tmp_path))
+    assert [Path(file.uri).name for file in kept] == ["a.jsonl"]
+    assert sorted(Path(file.uri).name for file in aside) == ["Thumbs.db", "a.jsonl.crc", "desktop.ini"]
+
+
+def test_where_all_is_said_to_be_text_a_programs_files_are_documents(tmp_path: Path) -> None:
+    for name in ("a.py", "README.md", "setup.cfg"):
+        (tmp_path / name).write_text(name)
+    kept, aside = data_and_beside(corpus_config(tmp_path, format="text"))
+    assert ([Path(file.uri).name for file in kept], aside) == (["README.md", "a.py", "setup.cfg"], [])
+
+
+def test_text_with_nul_characters_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("UTF-16 of Latin letters".encode("utf-16-le"))
+    with pytest.raises(BadDocumentError, match=r"a\.txt holds NUL characters: it is UTF-16, or no text"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('[{"text": "a"}]', r"is a list, not an object; .*jq -c '\.\[\]'"),
+        ("[", "is not JSON by itself; write one object per line"),
+        (
+            '{"text": [{"role": "user", "content": "a"}]}',
+            "is a list, not a text; .*by its chat template",
+        ),
+    ],
+)
+def test_json_that_is_no_jsonl_says_how_to_make_it_some(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(f"{line}\n")
+    with pytest.raises(BadDocumentError, match=said):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_dotted_paths_lead_through_names_with_dots_and_json_in_texts(tmp_path: Path, suffix: str) -> None:
+    row = {"a.b": {"text": "one"}, "meta": '{"source": {"set": "web"}}', "key": ""}
+    write_rows(tmp_path / f"x.{suffix}", [row])
+    [found] = read(tmp_path / f"x.{suffix}", text_field="a.b.text", source_field="meta.source.set", id_field="key")
+    first = f"x.{suffix}#{int(suffix == 'jsonl')}"
+    # An empty id is none.
+    assert (found.text, found.source, found.id, found.aside) == ("one", "web", first, 1)
 
 
 def test_splits_are_read_together_where_a_glob_says_so_and_alone_as_they_are(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def test_a_merged_model_has_the_adapted_weights_and_no_others(
         ({"bias": "all"}, 'bias="all"'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"x": 2}}, "rank_pattern"),
+        ({"use_what_comes_next": True}, "use_what_comes_next=true"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the model'),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
@@ -118,6 +120,41 @@ def test_parts_without_a_product_are_refused(base: Path, tmp_path: Path) -> None
     save_file(parts, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="which have no product"):
         list(merged_files(base, folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda part, kind: part[:3] if kind == "A" else part[:, :3], "has rank 3, and adapter_config.json says r=4"),
+        (lambda part, kind: part * float("nan"), "no finite floats"),
+        (lambda part, kind: part.to(torch.int8), "no finite floats"),
+        (lambda part, kind: None, "nothing to merge"),
+    ],
+)
+def test_parts_that_would_merge_into_something_else_are_refused_and_leave_no_folder(
+    base: Path, tmp_path: Path, change: Callable[[torch.Tensor, str], torch.Tensor | None], said: str
+) -> None:
+    folder = adapter(tmp_path / "adapter", base)
+    parts = load_file(folder / "adapter_model.safetensors")
+    changed = {key: change(part, key.rpartition("lora_")[2][0]) for key, part in parts.items()}
+    kept = {key: part.contiguous().clone() for key, part in changed.items() if part is not None}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=said):
+        merge(str(folder), str(base), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_how_a_weight_lies_is_its_modules_kind_whatever_the_adapter_says(tmp_path: Path, said: bool) -> None:
+    base = tiny_model(tmp_path / "base", family="gpt2")
+    name = "transformer.h.0.attn.c_proj"  # a square Conv1D
+    A_ri, B_or = torch.randn(RANK, 32), torch.randn(32, RANK)
+    folder = adapter(tmp_path / "adapter", tiny_model(tmp_path / "other"), fan_in_fan_out=said)
+    parts = {f"base_model.model.{name}.lora_A.weight": A_ri, f"base_model.model.{name}.lora_B.weight": B_or}
+    save_file(parts, folder / "adapter_model.safetensors")
+    [(_, merged)] = merged_files(base, folder)
+    before = load_file(base / "model.safetensors")[f"{name}.weight"]
+    torch.testing.assert_close(merged[f"{name}.weight"], before + ALPHA / RANK * (B_or @ A_ri).T)
 
 
 def test_a_pickled_adapter_is_never_opened(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,59 @@ def test_quantised_weights_are_refused_by_their_method(llama: Path, asked: dict,
     edit_config(llama, quantization_config=asked)
     with pytest.raises(ModelError, match=rf"quantised \({method}\).*save_pretrained"):
         describe(str(llama), "mlp")
+
+
+@pytest.mark.parametrize("key", ["compression_config", "quantization"])
+def test_other_tools_names_for_quantisation_are_known(llama: Path, key: str) -> None:
+    edit_config(llama, **{key: {"bits": 4, "group_size": 64}})
+    with pytest.raises(ModelError, match=rf"quantised \({key}\)"):
+        describe(str(llama), "mlp")
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """The model with other tensors in its one file."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.contiguous().clone() for name, tensor in change(load_file(path)).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name, value: {name: value.to(torch.int8)}, r"quantised \(.*down_proj\.weight is I8\)"),
+        (lambda name, value: {name: value.to(torch.float8_e4m3fn)}, r"quantised \(.*down_proj\.weight is F8_E4M3\)"),
+        (lambda name, value: {f"{name}_scale_inv": value[:1], name: value}, r"quantised \(.*weight_scale_inv\)"),
+        (lambda name, value: {name.replace("weight", "qweight"): value}, r"quantised \(.*qweight\)"),
+        (lambda name, value: {name: value, name.removeprefix("model."): value * 2}, "are one weight by two names"),
+    ],
+)
+def test_weights_that_are_quantised_or_there_twice_are_refused_by_their_tensors(
+    tmp_path: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], said: str
+) -> None:
+    folder = with_tensors(
+        tiny_model(tmp_path / "model", family="llama"),
+        lambda tensors: {
+            new: made
+            for name, value in tensors.items()
+            for new, made in (change(name, value) if "layers.0.mlp.down_proj" in name else {name: value}).items()
+        },
+    )
+    with pytest.raises(ModelError, match=said):
+        describe(str(folder), "mlp")
+
+
+def test_a_tensor_that_two_files_bring_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first = min(tensors)
+    save_file(tensors, folder / "a.safetensors")
+    save_file({first: tensors[first] * 2}, folder / "b.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {first: "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=rf"b\.safetensors and another of the model's files both bring {first}"):
+        describe(str(folder), "mlp")
 
 
 def test_a_broken_config_file_is_refused(llama: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_missing_corpus_file_is_named(folder: Path, no_ray: None) -> None:
 def test_an_empty_corpus_folder_is_named(folder: Path, no_ray: None) -> None:
     (folder / "documents").mkdir()
     said = refusal(small_run(folder, f"corpus.path={folder / 'documents'}"), StorageError)
-    assert_says(said, str(folder / "documents"), "no file is there")
+    assert_says(said, str(folder / "documents"), "no file is in this folder")
 
 
 def test_a_missing_corpus_of_the_factors_is_named(folder: Path, no_ray: None) -> None:
@@ -134,9 +134,9 @@ def test_a_missing_corpus_of_the_factors_is_named(folder: Path, no_ray: None) ->
 
 
 def test_a_corpus_of_unknown_format_is_refused(folder: Path, no_ray: None) -> None:
-    (folder / "corpus.docx").write_bytes(b"PK")
-    said = refusal(small_run(folder, f"corpus.path={folder / 'corpus.docx'}"), CorpusError)
-    assert_says(said, "corpus.docx", "corpus.format")
+    (folder / "corpus.rows").write_bytes(b"PK")
+    said = refusal(small_run(folder, f"corpus.path={folder / 'corpus.rows'}"), CorpusError)
+    assert_says(said, "corpus.rows", "corpus.format")
 
 
 def test_an_unknown_format_setting_is_refused(folder: Path, no_ray: None) -> None:
