@@ -31,8 +31,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from infscan.config import Attention, ClusterConfig, Config, ModelConfig, ScanConfig
+from infscan.config import ClusterConfig, Config, FactorsConfig, ModelConfig, ScanConfig, Solver
 from infscan.corpus.plan import Plan, shard_name
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import Sequence, Span
 from infscan.engine.executor import RunRecords, Step, left_of
 from infscan.engine.pool import Pool
@@ -189,6 +190,7 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     """What the steps ask of a run, without a model."""
     config = Config(
         output=folder,
+        factors=FactorsConfig(solver=Solver.identity),
         scan=ScanConfig(top_k=sizes.top_k, shard_sequences=sizes.shard_sequences),
         cluster=ClusterConfig(num_workers=sizes.workers),
     )
@@ -198,16 +200,22 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     inputs = SimpleNamespace(
         layers=layers,
         tokenizer=None,
+        device="cpu",
+        dtype="float32",
+        refine_dtype="float32",
+        model_identity=SimpleNamespace(revision=None),
         query_ids=tuple(query.id for query in asked),
         fingerprints=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
     )
     return SimpleNamespace(
         config=config,
         store=Store(folder),
+        folder=SimpleNamespace(claim=lambda config: None, fence=lambda: None),
         queries=asked,
         telemetry=Telemetry(),
         architecture=SimpleNamespace(parameters=0),
         inputs=inputs,
+        later=(),
         executor=SimulatedExecutor(),
         records=RunRecords(),
     )
@@ -219,7 +227,7 @@ def simulated_corpus(folder: str, sequences: int, sizes: argparse.Namespace) -> 
         fingerprint="simulated",
         sequences=sequences,
         sequence_length=sizes.tokens,
-        attention=Attention.across,
+        reading=Reading(),
         chosen=None,
         counts={},
     )
@@ -323,7 +331,7 @@ def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
     best, refined = refined_units(run, plan, sizes, np.random.default_rng(0))
     rows = queries * 2 * sizes.top_k
     with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
-        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}), refined)
+        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}, "simulated"), refined)
     step.notes = {"margins_bytes": rows * 4 * (sizes.layers + sizes.tokens)}
     return found[0]
 

@@ -22,6 +22,7 @@ from infscan.engine.attempts import (
     shrunk,
 )
 from infscan.engine.cluster import missing_capacity
+from infscan.engine.executor import DeviceNeed
 from infscan.engine.facts import RankFacts
 from infscan.engine.health import STRIKES, Health, is_fault
 from infscan.engine.metrics import RunMetrics
@@ -88,8 +89,12 @@ class Pool:
         # How often a group's micro-batches are halved for what others hold of its GPU, and those of its unit are.
         self._short: dict[int, int] = {}
         self._halved: dict[int, int] = {}
+        # What was said of forecasts: of which group, for which step.
+        self._told: set[tuple[int, Callable[..., Any]]] = set()
         # By a step's function: how often its micro-batches are halved for every unit.
         self._halvings: dict[Callable[..., Any], int] = {}
+        # By a step's function: its name, and what it is forecast to hold on a GPU.
+        self.forecasts: dict[Callable[..., Any], tuple[str, DeviceNeed]] = {}
 
     def new_group(self, index: int, settings: WorkerSettings) -> WorkerGroup:
         return WorkerGroup(index, settings, self.cluster, self.gpus)
@@ -132,7 +137,8 @@ class Pool:
         times = UnitTimes()
 
         def submit(group: WorkerGroup, unit: Any) -> None:
-            halvings = max(schedule.oom_retries.get(unit, 0), self._short.get(group.index, 0))
+            short = max(self._short.get(group.index, 0), self._forecast(group, function))
+            halvings = max(schedule.oom_retries.get(unit, 0), short)
             self._halved[group.index] = halvings
             group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
             self._handed_at[group.index] = time.monotonic()
@@ -188,6 +194,18 @@ class Pool:
         self._halvings[function] = schedule.halvings
         self._record_states(schedule)
         return schedule.given_up
+
+    def _forecast(self, group: WorkerGroup, function: Callable[..., Any]) -> int:
+        """How often a step's micro-batches are to be halved for what a group's GPUs had free before its model."""
+        free = [facts.device_free_bytes for facts in group.facts if facts.device_free_bytes is not None]
+        if not free or function not in self.forecasts:
+            return 0
+        name, need = self.forecasts[function]
+        halvings = need.halvings(min(free))
+        if halvings and (group.index, function) not in self._told:
+            self._told.add((group.index, function))
+            self.warn(need.said(name, min(free), f"a GPU of worker {group.index}"))
+        return halvings
 
     def _at(self, unit: Any) -> list[WorkerGroup]:
         """The groups that are at a unit of this step."""

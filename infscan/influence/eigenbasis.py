@@ -30,7 +30,8 @@ def eigenbasis(moment: BlockDiagonal, name: str, device: str = "cpu") -> tuple[T
     """Eigenvalues [n] (ascending in each block) and eigenvectors [n, n] (columns) of a second moment, block by block.
 
     Symmetrised, decomposed in float64, returned in the dtype given, on the CPU: one block at a time is held in float64.
-    device: where it is decomposed; a GPU whose memory a block does not fit leaves it to the CPU.
+    device: where it is decomposed; a GPU whose memory a block does not fit, or whose solver finds no answer, leaves it
+    to the CPU.
 
     Raises:
         FactorsError: where an entry is NaN or infinite; `name` says which factor of which layer.
@@ -76,8 +77,12 @@ def _eigh(block_kk: Tensor, device: str) -> tuple[Tensor, Tensor]:
     if device != "cpu":
         try:
             return _decomposed(_on_device(block_kk, device))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):
             torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # Without room for a handle or a workspace of its own, the library says so in words of its own.
+            if "cusolver" not in str(error).lower():
+                raise
     return _decomposed(block_kk.cpu())
 
 

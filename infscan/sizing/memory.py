@@ -16,7 +16,8 @@ from torch import Tensor
 
 from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
 from infscan.errors import ModelError
-from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.blocks import BlockDiagonal, block_sizes
+from infscan.influence.eigenbasis import BYTES_PER_ENTRY
 from infscan.influence.layers import Layer
 from infscan.influence.layout import Spectrum, on_device, plan_layouts, stored_dense, without_content
 from infscan.influence.routed import Routed
@@ -165,7 +166,8 @@ def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refini
 def pass_costs(
     config: Config, architecture: Architecture, queries: int, T: int, gpus: float, *, masked: bool = False
 ) -> dict[str, PassCost]:
-    """Every step of a run by name: covariance and lambda (not with solver=identity), check, scan, refine.
+    """Every step of a run by name: covariance, on a GPU eigenbasis, and lambda (not with solver=identity), check, scan,
+    refine.
 
     masked: whether the factors' corpus has a loss mask.
     """
@@ -173,7 +175,10 @@ def pass_costs(
     costs: dict[str, PassCost] = {}
     if config.factors.solver is not Solver.identity:
         masked = masked or config.factors.corpus.masked
-        costs |= {"covariance": _covariance(sized, masked=masked), "lambda": _lambda(sized, masked=masked)}
+        costs["covariance"] = _covariance(sized, masked=masked)
+        if gpus:
+            costs["eigenbasis"] = _eigenbasis(sized)
+        costs["lambda"] = _lambda(sized, masked=masked)
     if queries:
         costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
         again = replace(config, model=replace(config.model, dtype=config.refine_dtype))
@@ -240,6 +245,13 @@ def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
     sampled = sized.config.factors.labels is Labels.sampled
     seen = sized.backward(group, sums.consumer, sized.batch(masked=masked), labels=sampled)
     return _cost(sized, seen, factors=sums.nbytes, at_end=2 * sums.nbytes)
+
+
+def _eigenbasis(sized: DryWorker) -> PassCost:
+    """The widest block is decomposed beside the model, on a GPU; on a CPU that has a process of its own."""
+    blocks = sized.config.factors.blocks
+    widest = max(max(block_sizes(max(layer.outputs, layer.inputs), blocks)) for layer in sized.layers)
+    return PassCost(PassMemory(weights=sized.weights, factors=BYTES_PER_ENTRY * widest**2), 0.0)
 
 
 def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:

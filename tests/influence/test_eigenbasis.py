@@ -115,19 +115,39 @@ def test_a_width_that_nothing_here_decomposes_is_refused_beforehand(monkeypatch:
         module.check_width(70000, "A of wide")
 
 
-def test_a_gpu_without_room_leaves_a_matrix_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd_bufferSize`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_matrix_that_a_gpu_does_not_decompose_is_left_to_the_cpu(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moment = diagonal_blocks(covariance(0, 12), 1)
     asked: list[str] = []
 
     def to(block: torch.Tensor, device: str) -> torch.Tensor:
         asked.append(device)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(module, "_on_device", to)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     values, _ = eigenbasis(moment, "A", "cuda:0")
-    assert asked == ["cuda:0", "emptied"]
+    assert asked == ["cuda:0"]
     assert torch.equal(values, eigenbasis(moment, "A")[0])
+
+
+def test_an_error_of_the_gpu_itself_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def to(block: torch.Tensor, device: str) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, "_on_device", to)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        eigenbasis(diagonal_blocks(covariance(0, 12), 1), "A", "cuda:0")
 
 
 def test_threads_are_as_many_for_a_width_on_every_machine() -> None:
