@@ -67,8 +67,11 @@ def device_need(memory: PassMemory) -> DeviceNeed:
 
 
 def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
-    """What is said where a pass holds more than a device has, before anything runs there."""
-    name, held = largest(costs)
+    """What is said where a pass holds more than a device has, before anything runs there.
+
+    Not of a decomposition: a matrix that does not fit is left to the CPU.
+    """
+    name, held = largest({name: cost for name, cost in costs.items() if name != "eigenbasis"})
     if held.total <= memory:
         return None
     rest = held.total - held.activations
