@@ -1,6 +1,7 @@
 """What the driver costs without a model: planning, handing out, collecting, resuming and publishing many shards.
 
 python benchmarks/driver.py [--shards 1000000] [--workers 1000] [--queries 10] [--published 30 100]     (`make bench`)
+python benchmarks/driver.py --shards 0 --published     (planning query batches alone)
 
 Planning, the pool's loop, thresholds, the resume and the publication are the job's own code. In the place of Ray stand
 worker groups that pickle their task and answer at once, with as many rows as beat the thresholds they were given, were
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pickle
 import platform
@@ -25,27 +27,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from infscan.config import Attention, ClusterConfig, Config, ModelConfig, ScanConfig
+from infscan.config import ClusterConfig, Config, FactorsConfig, ModelConfig, ScanConfig, Solver
 from infscan.corpus.plan import Plan, shard_name
+from infscan.corpus.reading import Reading
 from infscan.corpus.sequences import Sequence, Span
 from infscan.engine.executor import RunRecords, Step, left_of
 from infscan.engine.pool import Pool
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.worker_group import Outcome, State
 from infscan.influence.layers import Layer
+from infscan.influence.layout import lay_out, plan_layouts
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import WorkerSettings
 from infscan.queries import Query
 from infscan.results.refined import unit_path, write_unit
 from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
+from infscan.results.tensor_files import tensor_bytes
 from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
-from infscan.steps.queries import BroadcastQueries
+from infscan.steps.queries import BroadcastQueries, read_query_batch
 from infscan.steps.refine import Refined, refine_units
 from infscan.steps.scan import Scanned, scan
+from infscan.steps.stored_queries import StoredBatch, read_spectra
 from infscan.storage import Store
 from infscan.telemetry import Telemetry
 
@@ -183,6 +190,7 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     """What the steps ask of a run, without a model."""
     config = Config(
         output=folder,
+        factors=FactorsConfig(solver=Solver.identity),
         scan=ScanConfig(top_k=sizes.top_k, shard_sequences=sizes.shard_sequences),
         cluster=ClusterConfig(num_workers=sizes.workers),
     )
@@ -192,16 +200,22 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     inputs = SimpleNamespace(
         layers=layers,
         tokenizer=None,
+        device="cpu",
+        dtype="float32",
+        refine_dtype="float32",
+        model_identity=SimpleNamespace(revision=None),
         query_ids=tuple(query.id for query in asked),
         fingerprints=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
     )
     return SimpleNamespace(
         config=config,
         store=Store(folder),
+        folder=SimpleNamespace(claim=lambda config: None, fence=lambda: None),
         queries=asked,
         telemetry=Telemetry(),
         architecture=SimpleNamespace(parameters=0),
         inputs=inputs,
+        later=(),
         executor=SimulatedExecutor(),
         records=RunRecords(),
     )
@@ -213,7 +227,7 @@ def simulated_corpus(folder: str, sequences: int, sizes: argparse.Namespace) -> 
         fingerprint="simulated",
         sequences=sequences,
         sequence_length=sizes.tokens,
-        attention=Attention.across,
+        reading=Reading(),
         chosen=None,
         counts={},
     )
@@ -317,8 +331,86 @@ def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
     best, refined = refined_units(run, plan, sizes, np.random.default_rng(0))
     rows = queries * 2 * sizes.top_k
     with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
-        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}), refined)
+        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}, "simulated"), refined)
     step.notes = {"margins_bytes": rows * 4 * (sizes.layers + sizes.tokens)}
+    return found[0]
+
+
+# Llama-3.1-8B's MLPs: of 32 blocks gate, up and down.
+_8B = [Layer(f"{n}.{kind}", *shape, bias=False, input_of=f"{n}.{kind}") for n in range(32) for kind, shape in {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}.items()]  # fmt: skip # noqa: E501
+_RANK = 32
+
+
+def query_files(
+    folder: str, layers: list[Layer], queries: int, *, holes: bool = False
+) -> tuple[Store, list[list[str]], int]:
+    """A file for each query: its spectra, and zeros for columns. holes: they take no disk, and nobody can read them.
+
+    Returns the store, the names, and the bytes that the files have by their names.
+    """
+    store, made = Store(folder), np.random.default_rng(0)
+    tensors = {f"{layer.name}|totals": torch.ones(1, dtype=torch.float64) for layer in layers}
+    for layer in layers:
+        tensors[f"{layer.name}|values"] = torch.from_numpy(np.sort(made.exponential(size=(1, _RANK)))[:, ::-1].copy())
+    columns = {
+        f"{layer.name}|{kind}": (1, width, _RANK)
+        for layer in layers
+        for kind, width in (("U", layer.outputs), ("V", layer.inputs))
+    }
+    path = Path(folder, "batch-0000")
+    path.parent.mkdir(parents=True)
+    if holes:
+        write_with_holes(path, tensors, columns)
+    else:
+        path.write_bytes(tensor_bytes(tensors | {name: torch.zeros(shape) for name, shape in columns.items()}))
+    names = [f"batch-{query:04d}" for query in range(queries)]
+    for name in names[1:]:
+        os.link(path, Path(folder, name))
+    return store, [[name] for name in names], queries * path.stat().st_size
+
+
+def write_with_holes(path: Path, tensors: dict[str, torch.Tensor], holes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file as `tensor_bytes` lays it out, the tensors first; of the holes (float32) it has no bytes."""
+    whole = tensor_bytes(tensors)
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    data, end = whole[8 + length :], len(whole) - 8 - length
+    for name, shape in holes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    start = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(len(start).to_bytes(8, "little") + start + data)
+        stream.truncate(8 + len(start) + end)
+
+
+def planned_batch(folder: str, queries: int) -> Measured:
+    """Read what an 8B model's query batch is planned by, and plan it."""
+    found: list[Measured] = []
+    store, names, size = query_files(folder, _8B, queries, holes=True)
+    with measured(f"plan a query batch of {queries} queries, 8B", queries, "query", Away(), found) as step:
+        plan = plan_layouts(read_spectra(store, names, [_8B], _RANK), _8B, 512, 0, 0.9)
+        batch = StoredBatch(store, tuple(map(tuple, names)), (tuple(_8B),), plan, {}, queries, "bfloat16")
+        sent = len(pickle.dumps(batch, protocol=5))
+    step.notes = {"GiB in storage": size / 2**30, "kB to a node": sent / 1e3}
+    return found[0]
+
+
+def whole_batch(folder: str, queries: int, *, whole: bool) -> Measured:
+    """A smaller model's batch, by its spectra or (as before) whole and laid out."""
+    found: list[Measured] = []
+    layers = [Layer(f"l{n}", 2048, 512, bias=False, input_of=f"l{n}") for n in range(8)]
+    store, names, size = query_files(folder, layers, queries)
+    how = "whole, as before" if whole else "by its spectra"
+    with measured(f"plan a small query batch {how}", queries, "query", Away(), found) as step:
+        if whole:
+            stored = read_query_batch(store, names)
+            laid_out = lay_out(stored.batch, plan_layouts(stored.spectra, layers, 512, 0, 0.9))
+            sent = pickle.dumps(laid_out, protocol=5)
+            del sent
+        else:
+            plan_layouts(read_spectra(store, names, [layers], _RANK), layers, 512, 0, 0.9)
+    step.notes = {"MiB in storage": size / 2**20}
     return found[0]
 
 
@@ -341,6 +433,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--published", type=int, nargs="*", default=[10, 40])
+    parser.add_argument("--batches", type=int, nargs="*", default=[256, 1000])
     parser.add_argument("--publish-shards", type=int, default=1000)
     parser.add_argument("--folder", help="where the simulated runs lie while they last (the system's temporary folder)")
     sizes = parser.parse_args()
@@ -348,6 +441,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
         if sizes.shards:
             steps += drive(sizes, f"{folder}/scan")
+        for queries in sizes.batches:
+            steps.append(planned_batch(f"{folder}/batch-{queries}", queries))
+        for whole in (True, False) if sizes.batches else ():
+            steps.append(whole_batch(f"{folder}/whole-{whole}", 200, whole=whole))
         for queries in sizes.published:
             steps.append(published(sizes, f"{folder}/publish-{queries}", queries))
     show(steps)

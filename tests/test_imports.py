@@ -39,7 +39,7 @@ NARROWER = {
     "storage": {"errors", "secrets"},
     "influence": {"errors"},
 }
-RAY = ("cluster", "heartbeat", "pool", "ray_executor", "worker_group", "metrics")
+RAY = ("cluster", "heartbeat", "node_share", "pool", "ray_executor", "worker_group", "metrics")
 HYDRA = tuple(f"infscan/config/{module}.py" for module in ("arguments", "commands", "compose", "sweep"))
 # package: the modules that may import it, by the start of their path
 ONLY_IN = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from infscan.config import Backend, ClusterConfig, ModelConfig
@@ -95,6 +96,28 @@ class RunRecords:
     faults_before: Mapping[str, int] = field(default_factory=storage_faults)
 
 
+@dataclass(frozen=True)
+class DeviceNeed:
+    """Bytes that a step is forecast to hold on a GPU: what stays, and what its micro-batches take."""
+
+    stays: int
+    batch: int
+
+    def halvings(self, free: int) -> int:
+        """How often micro-batches are halved until it fits; 0 where it never will, so that the GPU says so."""
+        if self.stays >= free:
+            return 0
+        return next(k for k in count() if self.stays + (self.batch >> k) <= free)
+
+    def said(self, step: str, free: int, where: str) -> str:
+        """Where it does not fit as it is."""
+        gib = [f"{size / 2**30:.1f} GiB" for size in (free, self.stays + self.batch)]
+        return (
+            f"{where} has {gib[0]} free and {step} was planned with {gib[1]}: its micro-batches there have "
+            f"1/{2 ** self.halvings(free)} of their size from the start."
+        )
+
+
 class Pieces(Protocol):
     """What the ranks of one machine read together."""
 
@@ -167,6 +190,10 @@ class Executor(Protocol):
 
     def reserve(self, host_bytes: int) -> None:
         """Have workers that start from now on ask a shared cluster for so much host memory with each rank."""
+        ...
+
+    def expect(self, needs: Mapping[str, DeviceNeed]) -> None:
+        """Hold what steps need of a GPU, by their names, against what it has free, before the first of their units."""
         ...
 
     def change_model(self, model: ModelConfig) -> None:

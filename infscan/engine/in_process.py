@@ -14,6 +14,7 @@ import torch
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.attempts import LONGEST_BACK_OFF_S, give_up, is_transient, judge, reason_of, shrunk
 from infscan.engine.executor import (
+    DeviceNeed,
     MadeHere,
     OnDone,
     OnGivenUp,
@@ -24,7 +25,7 @@ from infscan.engine.executor import (
     finish_unit,
     left_of,
 )
-from infscan.engine.facts import RankFacts, facts_of
+from infscan.engine.facts import ProcessBytes, RankFacts, facts_of
 from infscan.engine.health import is_fault
 from infscan.engine.schedule import Schedule
 from infscan.errors import ConfigError, RunError
@@ -92,10 +93,11 @@ class InProcessExecutor:
         self.max_attempts = max_attempts
         self.oom_retries = 0
         self._worker: ModelWorker | None = None
-        self._bytes = (0, 0)
+        self._before, self._loaded_bytes = ProcessBytes(), 0
         self._ended: list[list[RankFacts]] = []
         # By a step's function: how often its micro-batches are halved for every unit.
         self._halvings: dict[Callable[..., Any], int] = {}
+        self._needs: Mapping[str, DeviceNeed] = {}
 
     @classmethod
     def on(cls, worker: ModelWorker) -> InProcessExecutor:
@@ -114,9 +116,9 @@ class InProcessExecutor:
         """The loaded model; loaded when it is first asked for."""
         if self._worker is None:
             with self.telemetry.phase("workers", 1, "workers") as phase:
-                before = resident_bytes()
+                self._before = ProcessBytes.now(self.context.device)
                 self._worker = ModelWorker(self.settings, self.context)
-                self._bytes = before, resident_bytes()
+                self._loaded_bytes = resident_bytes()
                 phase.advance()
             self.records.recovery.worker_started(0)
             if self.records.metrics.traced:
@@ -134,7 +136,8 @@ class InProcessExecutor:
         if not left:
             return {}
         self.records.metrics.done_before = len(step.units) - len(left)
-        schedule = Schedule(left, self.max_attempts, self._halvings.get(step.function, 0))
+        halvings = max(self._halvings.get(step.function, 0), self._forecast(step.name))
+        schedule = Schedule(left, self.max_attempts, halvings)
         with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
             self.records.recovery.start_step()
             while (unit := schedule.take()) is not None:
@@ -142,6 +145,15 @@ class InProcessExecutor:
                 self._attempt(step, schedule, unit, phase, on_done, on_given_up, shared)
         self._halvings[step.function] = schedule.halvings
         return schedule.given_up
+
+    def _forecast(self, name: str) -> int:
+        """How often the step's micro-batches are to be halved for what its GPU has free."""
+        need = self._needs.get(name)
+        free = self._before.device_free if need and self.worker else None
+        if need is None or free is None or not (halvings := need.halvings(free)):
+            return 0
+        self.telemetry.warn(need.said(name, free, "this process's GPU"))
+        return halvings
 
     def _attempt(
         self,
@@ -208,6 +220,9 @@ class InProcessExecutor:
     def reserve(self, host_bytes: int) -> None:
         """This process has what it has."""
 
+    def expect(self, needs: Mapping[str, DeviceNeed]) -> None:
+        self._needs = needs
+
     def change_model(self, model: ModelConfig) -> None:
         self._ended += self.facts()
         self.close()
@@ -220,7 +235,8 @@ class InProcessExecutor:
     def facts(self) -> list[list[RankFacts]]:
         if self._worker is None:
             return list(self._ended)
-        return [*self._ended, [facts_of(self._worker.model, this_host().name, str(os.getpid()), *self._bytes)]]
+        mine = facts_of(self._worker.model, this_host().name, str(os.getpid()), self._before, self._loaded_bytes)
+        return [*self._ended, [mine]]
 
     def close(self) -> None:
         worker, self._worker = self._worker, None

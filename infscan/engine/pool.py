@@ -22,6 +22,7 @@ from infscan.engine.attempts import (
     shrunk,
 )
 from infscan.engine.cluster import missing_capacity
+from infscan.engine.executor import DeviceNeed
 from infscan.engine.facts import RankFacts
 from infscan.engine.health import STRIKES, Health, is_fault
 from infscan.engine.metrics import RunMetrics
@@ -88,8 +89,12 @@ class Pool:
         # How often a group's micro-batches are halved for what others hold of its GPU, and those of its unit are.
         self._short: dict[int, int] = {}
         self._halved: dict[int, int] = {}
+        # What was said of forecasts: of which group, for which step.
+        self._told: set[tuple[int, Callable[..., Any]]] = set()
         # By a step's function: how often its micro-batches are halved for every unit.
         self._halvings: dict[Callable[..., Any], int] = {}
+        # By a step's function: its name, and what it is forecast to hold on a GPU.
+        self.forecasts: dict[Callable[..., Any], tuple[str, DeviceNeed]] = {}
 
     def new_group(self, index: int, settings: WorkerSettings) -> WorkerGroup:
         return WorkerGroup(index, settings, self.cluster, self.gpus)
@@ -132,7 +137,8 @@ class Pool:
         times = UnitTimes()
 
         def submit(group: WorkerGroup, unit: Any) -> None:
-            halvings = max(schedule.oom_retries.get(unit, 0), self._short.get(group.index, 0))
+            short = max(self._short.get(group.index, 0), self._forecast(group, function))
+            halvings = max(schedule.oom_retries.get(unit, 0), short)
             self._halved[group.index] = halvings
             group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
             self._handed_at[group.index] = time.monotonic()
@@ -144,21 +150,14 @@ class Pool:
                 return
             if (unit := schedule.take()) is not None:
                 submit(group, unit)
-            elif (late := self._latest(schedule, times)) is not None:
-                slow = self._handed_at[late.index]
-                log.warning(
-                    "unit %s has been with worker %d for %.0f s, and they usually take %.0f s: worker %d tries it too",
-                    late.unit, late.index, time.monotonic() - slow, times.usual_s, group.index,
-                )  # fmt: skip
-                schedule.take_again(late.unit)
-                self.recovery.reissued += 1
-                submit(group, late.unit)
 
         self._died_with.clear()
         self.recovery.start_step()
         while not schedule.finished:
             for group in self.groups:
                 hand_out(group)
+            for group, unit in self._late_units(schedule, times):
+                submit(group, unit)
             self._record_states(schedule)
             for group in self.wait():
                 was, unit = group.state, group.unit
@@ -178,7 +177,8 @@ class Pool:
                     times.add(time.monotonic() - self._handed_at[group.index])
                     self.recovery.unit_finished(group.index)
                     self.metrics.unit_finished(group.index, "done")
-                    self._late |= {other.index: function for other in self._at(unit) if other is not group}
+                    if schedule.copies.get(unit):
+                        self._late |= {other.index: function for other in self._at(unit) if other is not group}
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
@@ -189,22 +189,46 @@ class Pool:
         self._record_states(schedule)
         return schedule.given_up
 
+    def _forecast(self, group: WorkerGroup, function: Callable[..., Any]) -> int:
+        """How often a step's micro-batches are to be halved for what a group's GPUs had free before its model."""
+        free = [facts.device_free_bytes for facts in group.facts if facts.device_free_bytes is not None]
+        if not free or function not in self.forecasts:
+            return 0
+        name, need = self.forecasts[function]
+        halvings = need.halvings(min(free))
+        if halvings and (group.index, function) not in self._told:
+            self._told.add((group.index, function))
+            self.warn(need.said(name, min(free), f"a GPU of worker {group.index}"))
+        return halvings
+
     def _at(self, unit: Any) -> list[WorkerGroup]:
         """The groups that are at a unit of this step."""
         busy = [group for group in self.groups if group.state is State.busy and group.index not in self._late]
         return [group for group in busy if group.unit == unit]
 
-    def _latest(self, schedule: Schedule, times: UnitTimes) -> WorkerGroup | None:
-        """The group that has been at its unit for the longest, where that is late and no other is at it."""
-        limit_s = times.late_after_s
-        late = [
+    def _late_units(self, schedule: Schedule, times: UnitTimes) -> list[tuple[WorkerGroup, Any]]:
+        """Idle groups, and the units that they try as well: those that are late, the latest first, once each."""
+        now, limit_s = time.monotonic(), times.late_after_s
+        idle = [group for group in self.groups if group.state is State.idle]
+        if schedule.waiting or not idle or now < self._back_off_until:
+            return []
+        alone = [
             group
-            for unit in schedule.running
-            if not schedule.copies.get(unit)
-            for group in self._at(unit)
-            if time.monotonic() - self._handed_at[group.index] > limit_s
+            for group in self.groups
+            if group.state is State.busy and group.index not in self._late and not schedule.copies.get(group.unit)
         ]
-        return min(late, key=lambda group: self._handed_at[group.index], default=None)
+        late = [group for group in alone if now - self._handed_at[group.index] > limit_s]
+        late.sort(key=lambda group: self._handed_at[group.index])
+        found = []
+        for group, slow in zip(idle, late, strict=False):
+            log.warning(
+                "unit %s has been with worker %d for %.0f s, and they usually take %.0f s: worker %d tries it too",
+                slow.unit, slow.index, now - self._handed_at[slow.index], times.usual_s, group.index,
+            )  # fmt: skip
+            schedule.take_again(slow.unit)
+            self.recovery.reissued += 1
+            found.append((group, slow.unit))
+        return found
 
     def _came_late(self, group: WorkerGroup, outcome: Outcome, result: Any, function: Callable[..., Any]) -> None:
         """An attempt at a unit that another group finished first has ended, in this step or a later one."""

@@ -11,7 +11,18 @@ import ray
 
 from infscan.config import ClusterConfig, ModelConfig
 from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank
-from infscan.engine.executor import Load, OnDone, OnGivenUp, RunRecords, Step, TaskMap, finish_unit, fits, left_of
+from infscan.engine.executor import (
+    DeviceNeed,
+    Load,
+    OnDone,
+    OnGivenUp,
+    RunRecords,
+    Step,
+    TaskMap,
+    finish_unit,
+    fits,
+    left_of,
+)
 from infscan.engine.facts import RankFacts
 from infscan.engine.node_share import NodeShare
 from infscan.engine.pool import Pool
@@ -54,6 +65,7 @@ class RayExecutor:
         # Of workers that ended for another model: what they said of themselves, and how often they ran out of memory.
         self._ended: list[list[RankFacts]] = []
         self._ended_oom_retries = 0
+        self._needs: Mapping[str, DeviceNeed] = {}
 
     @property
     def oom_retries(self) -> int:
@@ -93,7 +105,10 @@ class RayExecutor:
         self.records.metrics.done_before = len(step.units) - len(left)
         with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
             finished = partial(finish_unit, step, phase, on_done)
-            return self.pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
+            pool, need = self.pool, self._needs.get(step.name)
+            if need is not None:
+                pool.forecasts[step.function] = (step.name, need)
+            return pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
         """As many items at once as the cluster's cores and memory are enough for.
@@ -131,6 +146,9 @@ class RayExecutor:
 
     def reserve(self, host_bytes: int) -> None:
         self.settings = replace(self.settings, host_bytes=host_bytes)
+
+    def expect(self, needs: Mapping[str, DeviceNeed]) -> None:
+        self._needs = needs
 
     def change_model(self, model: ModelConfig) -> None:
         self._ended, self._ended_oom_retries = self.facts(), self.oom_retries

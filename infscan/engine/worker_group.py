@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infscan.config import ClusterConfig
 from infscan.engine.cluster import bundle_of
-from infscan.engine.facts import RankFacts, facts_of
+from infscan.engine.facts import ProcessBytes, RankFacts, facts_of
 from infscan.engine.heartbeat import Heartbeats
 from infscan.engine.lease import LEASE
 from infscan.engine.node_share import NodeShare
@@ -54,7 +54,7 @@ class RankActor:
 
     def __init__(self) -> None:
         self._worker: ModelWorker | None = None
-        self._process_bytes = self._loaded_bytes = 0
+        self._before, self._loaded_bytes = ProcessBytes(), 0
 
     def address(self) -> str:
         """host:port at which the group's ranks will meet; asked of rank 0 only."""
@@ -69,7 +69,7 @@ class RankActor:
         if context.device == "cuda":
             index = gpu_index(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
             context = replace(context, device=f"cuda:{index}")
-        self._process_bytes = resident_bytes()
+        self._before = ProcessBytes.now(context.device)
         self._worker = ModelWorker(settings, context)
         self._loaded_bytes = resident_bytes()
         return self.facts()
@@ -77,7 +77,7 @@ class RankActor:
     def facts(self) -> RankFacts:
         assert self._worker is not None
         host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-        return facts_of(self._worker.model, host, node, self._process_bytes, self._loaded_bytes)
+        return facts_of(self._worker.model, host, node, self._before, self._loaded_bytes)
 
     def run(self, function: Callable[..., Any], oom_retries: int, *arguments: Any) -> Any:
         """function(worker, *arguments): one of a step's tasks, with micro-batches halved so many times."""

@@ -61,6 +61,11 @@ def _is_full(device: str) -> bool:
         return False
 
 
+def free_bytes(device: str) -> int | None:
+    """What is free of a GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
+
+
 def foreign_bytes(device: str) -> int:
     """What other processes hold of a GPU; 0 where it is about what this one's context takes, on a CPU, and where the
     GPU does not answer."""

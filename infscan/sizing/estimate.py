@@ -9,6 +9,7 @@ from typing import Any
 
 from infscan.config import Config, Matmul, Solver, plain
 from infscan.influence.layers import Layer
+from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.factor_files import layer_groups, partial_bytes
@@ -56,6 +57,7 @@ class Estimate:
     writes: Mapping[str, int]
     workers: int
     ranks: int
+    hosts: HostMemory
     price_per_hour: float | None = None
     notes: tuple[str, ...] = ()
     # The share of the parameters that is tracked, and a line for every place that tracked layers have in their blocks.
@@ -88,6 +90,7 @@ class Estimate:
                 "shard_sequences": self.shard_sequences,
                 "phases": {work.name: work for work in self.work},
                 "memory": {name: vars(cost.memory) | {"total": cost.memory.total} for name, cost in self.costs.items()},
+                "hosts": self.hosts,
                 "factors": self.factors,
                 "bytes": dict(self.bytes),
                 "writes": dict(self.writes),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
 from infscan.errors import ModelError
-from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.blocks import BlockDiagonal, block_sizes
+from infscan.influence.eigenbasis import BYTES_PER_ENTRY
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
     Spectrum,
@@ -183,8 +184,8 @@ def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refini
 def pass_costs(
     config: Config, architecture: Architecture, queries: int, T: int, gpus: float, *, masked: bool = False
 ) -> dict[str, PassCost]:
-    """Every step of a run by name: covariance and lambda (not with solver=identity), check, scan, refine;
-    and the sieve where there is one.
+    """Every step of a run by name: covariance, on a GPU eigenbasis, and lambda (not with solver=identity), check, scan,
+    refine; and the sieve where there is one.
 
     masked: whether the factors' corpus has a loss mask.
     """
@@ -192,7 +193,10 @@ def pass_costs(
     costs: dict[str, PassCost] = {}
     if config.factors.solver is not Solver.identity:
         masked = masked or config.factors.corpus.masked
-        costs |= {"covariance": _covariance(sized, masked=masked), "lambda": _lambda(sized, masked=masked)}
+        costs["covariance"] = _covariance(sized, masked=masked)
+        if gpus:
+            costs["eigenbasis"] = _eigenbasis(sized)
+        costs["lambda"] = _lambda(sized, masked=masked)
     if queries:
         costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
         if config.scan.sieve is not None:
@@ -271,6 +275,13 @@ def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
     sampled = sized.config.factors.labels is Labels.sampled
     seen = sized.backward(group, sums.consumer, sized.batch(masked=masked), labels=sampled)
     return _cost(sized, seen, factors=sums.nbytes, at_end=2 * sums.nbytes)
+
+
+def _eigenbasis(sized: DryWorker) -> PassCost:
+    """The widest block is decomposed beside the model, on a GPU; on a CPU that has a process of its own."""
+    blocks = sized.config.factors.blocks
+    widest = max(max(block_sizes(max(layer.outputs, layer.inputs), blocks)) for layer in sized.layers)
+    return PassCost(PassMemory(weights=sized.weights, factors=BYTES_PER_ENTRY * widest**2), 0.0)
 
 
 def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:

@@ -30,6 +30,7 @@ from infscan.queries import read_queries
 from infscan.results.read import read_summary
 from infscan.sizing.devices import Device, Rates, calibration, device
 from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
+from infscan.sizing.hosts import host_memory
 from infscan.sizing.hours import Rate, rates_of, timed
 from infscan.sizing.memory import pass_costs, run_dtype
 from infscan.sizing.reserve import over_memory
@@ -87,6 +88,7 @@ def estimate(config: PlanJob) -> Estimate:
     shard_sequences = config.scan.shard_sequences or default_shard_sequences(scanned.sequences)
     shards = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences).num_shards
     dtypes = _dtypes(config, architecture, gpus)
+    query_itemsize = in_dtype(config.scan.query_dtype, run_dtype(config, architecture, gpus)).itemsize
     pricing = Pricing(config, architecture.layers, costs, dtypes, architecture.parameters, shards)
     work = work_of(pricing, queries, query_tokens, scanned, fitted)
     cluster = config.cluster
@@ -108,6 +110,7 @@ def estimate(config: PlanJob) -> Estimate:
         writes=writes_of(config, architecture.layers, queries, shards, scanned.sequences, factors),
         workers=cluster.num_workers,
         ranks=cluster.ranks_per_worker,
+        hosts=host_memory(config, architecture.layers, queries, scanned.T, shards, query_itemsize),
         price_per_hour=asked.price_per_hour,
         notes=(*architecture.warnings, *notes),
         share=sum(layer.size for layer in architecture.layers) / architecture.parameters,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 from infscan.config import Offload
+from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
 from infscan.sizing.memory import PassCost, PassMemory, largest, pass_costs, scan_memory
 from infscan.steps.inputs import Inputs
@@ -41,25 +42,36 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     for stage in (run, *run.later) if shared else ():
         if (needed := host_bytes(stage.inputs, T)) is not None:
             stage.executor.reserve(needed)
-    if run.inputs.memory is not None:
-        _warn_over_memory(run, T)
+    for stage in (run, *run.later):
+        _hold_against_devices(stage, T)
     return log_scan_memory(run.inputs, T)
 
 
-def _warn_over_memory(run: Run, T: int) -> None:
+def _hold_against_devices(run: Run, T: int) -> None:
+    """Say what a GPU of the cluster's kind has no room for; what each has free is seen when its rank is there."""
     inputs = run.inputs
-    assert inputs.memory is not None
+    if inputs.device != "cuda":
+        return
     try:
         costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
     except ModelError:
         return
-    if said := over_memory(costs, inputs.memory.device):
+    if inputs.memory is not None and (said := over_memory(costs, inputs.memory.device)):
         run.telemetry.warn(said)
+    run.executor.expect({name: device_need(cost.memory) for name, cost in costs.items()})
+
+
+def device_need(memory: PassMemory) -> DeviceNeed:
+    """What a pass needs of a GPU, as an executor wants to know it."""
+    return DeviceNeed(memory.total - memory.activations, memory.activations)
 
 
 def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
-    """What is said where a pass holds more than a device has, before anything runs there."""
-    name, held = largest(costs)
+    """What is said where a pass holds more than a device has, before anything runs there.
+
+    Not of a decomposition: a matrix that does not fit is left to the CPU.
+    """
+    name, held = largest({name: cost for name, cost in costs.items() if name != "eigenbasis"})
     if held.total <= memory:
         return None
     rest = held.total - held.activations
@@ -67,7 +79,7 @@ def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
     fixes = [fix, "model.gradient_checkpointing=true", "fewer queries at a time", "more cluster.ranks_per_worker"]
     return (
         f"a rank holds {size(held.total)} in {name}, and its device has {size(memory)}: micro-batches will be halved "
-        f"until they fit, in every unit again; give {', '.join(filter(None, fixes[:-1]))} or {fixes[-1]}."
+        f"until they fit; give {', '.join(filter(None, fixes[:-1]))} or {fixes[-1]}."
     )
 
 

@@ -44,6 +44,10 @@ def show(found: Estimate, config: Config, console: Console | None = None) -> Non
     if found.costs:
         name, most = largest(found.costs)
         out.print(f"memory      a rank holds at most {size(most.total)} (in {name}), beside the process's own")
+    out.print(
+        f"hosts       the driver holds at most {size(found.hosts.driver)} beside its process, and the object store of "
+        f"a node with ranks {size(found.hosts.node)}"
+    )
     out.print(_storage(found))
     out.print(f"output      {config.output}")
 

@@ -97,8 +97,8 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
     plan = store_plan(store, plan_factors(run.inputs, corpus))
     if not store.exists(COMPLETE):
         check_disk_for_factors(config, plan, store)
-    on_gpu = run.inputs.device == "cuda"
-    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed, on_gpu=on_gpu)
+    gpus = config.cluster.ranks_per_worker if run.inputs.device == "cuda" else 0
+    fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed, gpus=gpus)
     inverse = replace(inverse, identity=identity_of(store))
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
@@ -141,9 +141,10 @@ def fit_factors(
     labels: Labels,
     seed: int,
     *,
-    on_gpu: bool = False,
+    gpus: int = 0,
 ) -> None:
-    """Fit what the plan says into `store`, or check what is complete there. on_gpu: decompose on the ranks' GPUs.
+    """Fit what the plan says into `store`, or check what is complete there. gpus: of a worker's ranks, which decompose
+    there; none on a CPU.
 
     Raises:
         FactorsError: at once, where a layer is wider than can be decomposed here.
@@ -166,7 +167,7 @@ def fit_factors(
         fitting.sum_covariances(executor)
         if plan.stacks:
             executor.map_tasks(fitting.on_stacks("experts", pool_moments))
-        fitting.decompose(executor, on_gpu=on_gpu)
+        fitting.decompose(executor, gpus=gpus)
         fitting.sum_lambdas(executor)
         if plan.stacks:
             executor.map_tasks(fitting.on_stacks("damping", pool_lambda))
@@ -244,18 +245,22 @@ class _Fitting:
     def _task(self, cell: Cell, *, draw_labels: bool = False) -> FitTask:
         return FitTask(self.store, self.corpus, self.plan, *cell, self.labels, self.seed, draw_labels)
 
-    def decompose(self, executor: Executor, *, on_gpu: bool) -> None:
-        """The eigenbases: on the ranks' GPUs where they have any, else in processes of their own."""
-        if not on_gpu:
+    def decompose(self, executor: Executor, *, gpus: int) -> None:
+        """The eigenbases: on the ranks' GPUs where they have any, one on each at a time, else in processes of their
+        own."""
+        if not gpus:
             executor.map_tasks(replace(self.on_layers("eigenbasis", decompose_layer), load=self._load))
             return
+        # A worker's ranks take a layer each: of like widths, so that none waits long for another.
+        by_width = sorted(self.plan.layers, key=lambda layer: max(layer.outputs, layer.inputs), reverse=True)
+        units = [tuple(by_width[start : start + gpus]) for start in range(0, len(by_width), gpus)]
         step = Step(
             "eigenbasis",
-            "layers",
-            list(self.plan.layers),
+            "layers" if gpus == 1 else f"{gpus} layers each",
+            units,
             decompose_task,
-            lambda layer: DecomposeTask(self.store, self.plan, layer),
-            lambda layer: has_bases(self.store, layer),
+            lambda layers: DecomposeTask(self.store, self.plan, layers),
+            lambda layers: all(has_bases(self.store, layer) for layer in layers),
         )
         executor.run(step)
 
@@ -287,18 +292,18 @@ class _Fitting:
 
 @dataclass(frozen=True)
 class DecomposeTask:
-    """One layer, on a rank."""
+    """A layer for each rank of a worker."""
 
     factors: Store
     plan: FactorsPlan
-    layer: Layer
+    layers: tuple[Layer, ...]
 
 
 @multiplying("exact")
 def decompose_task(worker: ModelWorker, task: DecomposeTask) -> None:
-    """`decompose_layer` on the GPU of a group's first rank."""
-    if worker.leads:
-        decompose_layer(task.factors, task.plan, task.layer, worker.device)
+    """`decompose_layer` of this rank's layer on its GPU."""
+    for layer in task.layers[worker.context.rank :: worker.context.world]:
+        decompose_layer(task.factors, task.plan, layer, worker.device)
 
 
 @multiplying("exact")

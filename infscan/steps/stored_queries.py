@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from infscan.influence.layers import Layer
@@ -80,16 +82,21 @@ def read_spectra(
     found: dict[str, Spectrum] = {}
     for at, layers in enumerate(layer_groups):
         factored = [layer.name for layer in layers if not stored_dense(layer, rank)]
-        keys = [f"{name}|{kind}" for kind in ("totals", "values") for name in factored]
-        read = partial(_some, store, keys)
-        tensors = list(prefetch(store, read, [files[at] for files in names])) if factored else []
-        for name in factored:
-            values, totals = (
-                torch.cat([one[f"{name}|{kind}"] for one in tensors]).to(torch.float64).numpy()
-                for kind in ("values", "totals")
-            )
-            found[name] = Spectrum(values, totals)
+        if not factored:
+            continue
+        read = prefetch(store, partial(_numbers, store, factored), [files[at] for files in names])
+        totals, values = (np.concatenate(of_files, axis=1) for of_files in zip(*read, strict=True))
+        found |= {name: Spectrum(values[n], totals[n]) for n, name in enumerate(factored)}
     return found
+
+
+def _numbers(store: Store, layers: Sequence[str], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """One file's totals [layers, queries] and values [layers, queries, r]: a hundred thousand small arrays would take
+    ten times as much."""
+    kinds = ("totals", "values")
+    found = read_some(store, name, [f"{layer}|{kind}" for kind in kinds for layer in layers])
+    totals, values = (np.stack([found[f"{layer}|{kind}"].double().numpy() for layer in layers]) for kind in kinds)
+    return totals, values
 
 
 def read_bases(store: Store, names: Mapping[str, str]) -> dict[str, Basis]:

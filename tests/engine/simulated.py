@@ -39,6 +39,8 @@ class Simulation:
     # (worker, unit, oom_retries) of every attempt, in order.
     handed: list[tuple[int, Any, int]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    # By worker: what its GPU has free before its model.
+    free: dict[int, int] = field(default_factory=dict)
     recovery: RecoveryLog = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +74,8 @@ class Group:
 
     def __init__(self, world: Simulation, index: int) -> None:
         self.world, self.index = world, index
-        self.facts = [SimpleNamespace(host=f"host-{index}", node=f"node-{index}", oom_kills=0)]
+        free = world.free.get(index)
+        self.facts = [SimpleNamespace(host=f"host-{index}", node=f"node-{index}", oom_kills=0, device_free_bytes=free)]
         self.rebuilds = self.forgot = 0
         self.start()
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infscan.engine import in_process
-from infscan.engine.executor import Step
+from infscan.engine.executor import DeviceNeed, Step
 from infscan.engine.health import STRIKES, Health
 from infscan.engine.in_process import InProcessExecutor
 from infscan.engine.schedule import SHRINKS_ALL
@@ -209,3 +211,29 @@ def test_one_unit_that_does_not_fit_shrinks_no_other() -> None:
     done, _ = run(world, range(20))
     assert sorted(done) == list(range(20))
     assert {unit for _, unit, oom_retries in world.handed if oom_retries} == {3}
+
+
+def test_a_gpu_with_less_room_than_planned_starts_with_smaller_batches() -> None:
+    """The others do not, and no memory has to run out for it."""
+    world = Simulation(3, lambda worker, unit, oom_retries: (100.0, unit), free={0: 79 << 30, 1: 33 << 30, 2: 79 << 30})
+    with world.pool() as pool:
+        pool.forecasts[print] = ("scan", DeviceNeed(stays=20 << 30, batch=50 << 30))
+        pool.run(range(30), print, str, lambda *_: None)
+        pool.run(range(30), len, str, lambda *_: None)
+    sizes = {(worker, oom_retries) for worker, _, oom_retries in world.handed[:30]}
+    assert sizes == {(0, 0), (1, 2), (2, 0)}
+    assert not any(oom_retries for *_, oom_retries in world.handed[30:])
+    assert world.warnings == [
+        "a GPU of worker 1 has 33.0 GiB free and scan was planned with 70.0 GiB: its micro-batches there have 1/4 of "
+        "their size from the start."
+    ]
+
+
+@given(stays=st.integers(0, 100), batch=st.integers(0, 10**6), free=st.integers(1, 200))
+def test_a_forecast_is_halved_until_it_fits_and_no_further(stays: int, batch: int, free: int) -> None:
+    k = DeviceNeed(stays, batch).halvings(free)
+    if stays >= free:
+        assert k == 0
+    else:
+        assert stays + (batch >> k) <= free
+        assert k == 0 or stays + (batch >> (k - 1)) > free

@@ -25,7 +25,7 @@ from infscan.sizing.memory import (
     scan_cost,
     scan_memory,
 )
-from infscan.sizing.reserve import memory_line, over_memory
+from infscan.sizing.reserve import device_need, memory_line, over_memory
 from infscan.steps.queries import on_device
 from tests.steps.runs import CONTEXT, tiny_model
 
@@ -185,6 +185,19 @@ def test_a_pass_that_does_not_fit_is_said_to_with_what_would_mend_it() -> None:
     assert "scan.tokens_per_batch lower by 2 times, model.gradient_checkpointing=true" in said
     # No micro-batch is small enough where the rest alone is too much.
     assert "tokens_per_batch" not in (over_memory(costs, 60) or "")
+
+
+def test_what_a_gpu_needs_is_what_stays_and_what_a_micro_batch_takes(models: dict[str, Architecture]) -> None:
+    """A decomposition is one of the passes there, and halving does nothing for it."""
+    architecture = models["llama"]
+    costs = pass_costs(config_for(architecture), architecture, 3, CONTEXT, 1.0)
+    assert list(costs) == ["covariance", "eigenbasis", "lambda", "check", "scan", "refine"]
+    needs = {name: device_need(cost.memory) for name, cost in costs.items()}
+    for name, need in needs.items():
+        assert need.stays + need.batch == costs[name].memory.total
+        assert (need.batch > 0) == (name != "eigenbasis")
+    widest = max(max(layer.outputs, layer.inputs) for layer in architecture.layers)
+    assert costs["eigenbasis"].memory.factors == 41 * widest**2
 
 
 def test_what_a_pass_does_beside_forward_and_backward_is_counted_apart(models: dict[str, Architecture]) -> None:

@@ -12,6 +12,7 @@ from infscan.config.jobs import PlanConfig, PlanJob
 from infscan.errors import ConfigError
 from infscan.pipeline import answer
 from infscan.results.read import read_summary
+from infscan.results.tensor_files import read_tensors
 from infscan.sizing.devices import DEVICES, Rates
 from infscan.sizing.hours import Rate, Work, timed
 from infscan.sizing.plan import estimate
@@ -62,6 +63,10 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
     )
     batch = [entry.size for entry in store.list("queries", suffix=".safetensors")]
     assert (sum(batch), len(batch)) == (before.bytes["query batch"], before.writes["query batch"])
+    stored = [read_tensors(store, entry.name) for entry in store.list("queries", suffix=".safetensors")]
+    columns = [tensor for file in stored for key, tensor in file.items() if key[-2:] in ("|U", "|V", "|P")]
+    assert before.hosts.node == sum(tensor.nbytes for tensor in columns)
+    assert before.hosts.driver < before.hosts.node
     if kind != "identity":
         files = check_files(Store(config.factors.path or ""))["files"]
         assert (before.factors.bytes, before.factors.files) == (sum(files.values()), len(files))

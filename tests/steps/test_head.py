@@ -53,7 +53,7 @@ def test_ranks_find_the_eigenbases_that_tasks_find(tmp_path: Path, monkeypatch: 
     first = small_run(tmp_path)
     answer_here(first)
     decompose = _Fitting.decompose
-    monkeypatch.setattr(_Fitting, "decompose", lambda fitting, executor, **_: decompose(fitting, executor, on_gpu=True))
+    monkeypatch.setattr(_Fitting, "decompose", lambda fitting, executor, **_: decompose(fitting, executor, gpus=1))
     second = small_run(tmp_path, f"output={tmp_path / 'again'}")
     answer_here(second)
     one, other = (Path(str(config.factors.path)) for config in (first, second))
