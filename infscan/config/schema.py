@@ -134,8 +134,8 @@ class ZeroConfig:
     whole."""
 
     max_live_parameters: int | None = None
-    """Parameters that a rank may hold gathered at once; null is three of the model's blocks, or 30 million where that
-    is more. From one block on, a block's parameters are gathered together."""
+    """Parameters that a rank may hold gathered at once; null is two of the model's blocks, or 30 million where that is
+    more. From one block on, a block's parameters are gathered together."""
     max_reuse_distance: int = 0
     """A parameter that is used again within this many parameters stays gathered."""
     prefetch_bucket_size: int | None = None

@@ -9,8 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infscan.config import ZeroConfig
 
-# The one that is used, the next one, and what is not yet released of the last.
-_BLOCKS = 3
+# The one at work, and the next one.
+_BLOCKS = 2
 # Below this a model is small, and more is gained by fewer calls.
 _LEAST_LIVE, _LEAST_AHEAD = 30_000_000, 10_000_000
 
@@ -40,8 +40,9 @@ class GatherLimits:
         return 0 < self.block <= self.live
 
     def most(self, largest: int) -> int:
-        """The most that is gathered, where the largest parameter has so many entries."""
-        return max(self.live, largest) + self.ahead
+        """The most that is gathered, where the largest parameter has so many entries: what is gathered ahead counts as
+        live, but for the parameter with which it reaches its limit."""
+        return max(self.live, largest) + min(self.ahead, largest)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -314,6 +314,8 @@ def _fill(module: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> Non
     # Tables of angles, made in the model's dtype, are rounded to it: they are made again, as `from_pretrained` does.
     for name in names:
         places[name]._is_hf_initialized = True
+    for child in module.modules():
+        child._is_hf_initialized = not child._non_persistent_buffers_set
     module.initialize_weights()
 
 

@@ -18,9 +18,11 @@ def test_a_small_models_limits_are_a_number_and_a_large_ones_are_blocks() -> Non
     assert GatherLimits.of(ZeroConfig(), 0) == GatherLimits(30_000_000, 10_000_000, 0)
     assert GatherLimits.of(ZeroConfig(), 7_000_000) == GatherLimits(30_000_000, 10_000_000, 7_000_000)
     # A Llama of 70B: a block of 856 million, where one matrix of it has 235.
-    assert GatherLimits.of(ZeroConfig(), 856_000_000) == GatherLimits(2_568_000_000, 856_000_000, 856_000_000)
+    assert GatherLimits.of(ZeroConfig(), 856_000_000) == GatherLimits(1_712_000_000, 856_000_000, 856_000_000)
     given = GatherLimits.of(ZeroConfig(max_live_parameters=5, prefetch_bucket_size=0), 856_000_000)
     assert (given.live, given.ahead, given.most(235), given.most(2)) == (5, 0, 235, 5)
+    # One matrix more than two blocks: with it what is gathered ahead reaches its limit.
+    assert GatherLimits.of(ZeroConfig(), 856_000_000).most(235_000_000) == 1_947_000_000
 
 
 def test_a_block_is_gathered_whole_where_it_may_be() -> None:

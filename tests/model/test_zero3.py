@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 # that are gathered whole.
 NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept", "llama+cpu", "gpt_neox+nvme", "gpt_neox+within", "gpt2+within"]
 BLOCKS = ["gpt_neox+blocks", "llama+blocks", "llama+blocks+checkpointing", "opt+blocks"]
-NAMES += [*BLOCKS, "llama", "opt"]
+NAMES += [*BLOCKS, "llama", "opt", "llama+blocks+cpu", "gpt_neox+blocks+nvme"]
 WORLD = 2
 
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(WORLD)
     ]
     try:
-        assert [rank.wait(180) for rank in ranks] == [0] * WORLD
+        assert [rank.wait(600) for rank in ranks] == [0] * WORLD
     finally:
         for rank in ranks:
             rank.kill()

@@ -32,11 +32,11 @@ TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_
 
 def settings(folder: Path, name: str) -> ModelConfig:
     family, _, option = name.partition("+")
-    offload = Offload(option) if option in ("cpu", "nvme") else Offload.none
+    offload = next((Offload(one) for one in option.split("+") if one in ("cpu", "nvme")), Offload.none)
     zero = ZeroConfig() if option == "kept" else replace(TIGHT, offload=offload)
     if option.startswith("blocks"):
         # Partitioned as tightly, but for a block at a time.
-        zero = replace(TIGHT, max_live_parameters=None, prefetch_bucket_size=0)
+        zero = replace(zero, max_live_parameters=None, prefetch_bucket_size=0)
     checkpointing = option.endswith("checkpointing")
     return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=checkpointing)
 
