@@ -21,6 +21,7 @@ from infscan.engine.worker_group import Outcome, State, WorkerGroup, first_answe
 from infscan.errors import InfscanError, RunError
 from infscan.model.worker import Span, WorkerSettings
 from infscan.storage import storage_faults
+from infscan.storage.retry import RetryPolicy
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class Pool:
             if group.state is not State.idle or time.monotonic() < self._back_off_until:
                 return
             if (unit := schedule.take()) is not None:
+                group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
                 group.submit(unit, function, task(unit), *shared, oom_retries=schedule.oom_retries.get(unit, 0))
                 self.recovery.unit_started(group.index)
                 self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
@@ -278,6 +280,12 @@ class Pool:
         for group in self.groups:
             group.close()
         self.recovery.workers_closed()
+
+
+def _shortest_limit_s() -> float:
+    """What a unit may always take: storage that is out of reach is waited for, and says nothing of the unit."""
+    policy = RetryPolicy.from_environment()
+    return 60.0 + 2 * (policy.retry_s + policy.attempt_s())
 
 
 def _reason(error: BaseException) -> str:
