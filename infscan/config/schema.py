@@ -442,7 +442,8 @@ class ClusterConfig:
     max_attempts: int = 3
     """Errors of a unit of work after which it is given up."""
     deadline_s: float = 3600.0
-    """Seconds that one unit of work may take."""
+    """Seconds that one unit of work may take at most. Once five units of a step are done, the next may take 20 times
+    what the longest of them took, and never less than storage is waited for (docs/faults.md)."""
     startup_timeout_s: float = 600.0
     """Seconds that a worker may take to load the model, once it is placed."""
     heartbeat_s: float = 10.0

@@ -38,8 +38,8 @@ from infscan.corpus.splits import InputSplit
 from infscan.corpus.tally import LeftOut, Tally
 from infscan.corpus.tokenised import with_tokens
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
-from infscan.errors import BadFileError, CorpusError
-from infscan.storage import InputFile, Store
+from infscan.errors import BadFileError, CorpusError, ModelError
+from infscan.storage import Identity, InputFile, Store
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 NOTHING = np.empty(0, np.int64)
@@ -186,11 +186,18 @@ def prepare_task(
     config: CorpusConfig,
     pack: PackSettings,
     folder: str,
+    digest: str | None,
     store: Store,
     dropped: np.ndarray,
 ) -> tuple[int, int]:
-    """`prepare_part` with the tokenizer of a model's folder, in a process of its own. Returns (sequences, tokens)."""
-    part = prepare_part(piece, index, config, pack, load_tokenizer(folder), store, dropped)
+    """`prepare_part` with the tokenizer of a model's folder, in a process of its own. Returns (sequences, tokens).
+
+    Raises:
+        ModelError: where the folder's tokenizer is not the one of that digest.
+    """
+    tokenizer = load_tokenizer(folder)
+    Identity("tokenizer", folder, digest or "", "its files").check(tokenizer.digest if tokenizer else "", ModelError)
+    part = prepare_part(piece, index, config, pack, tokenizer, store, dropped)
     return part.sequences, part.tokens
 
 

@@ -35,6 +35,7 @@ from infscan.errors import InfscanError, RunError
 from infscan.model.out_of_memory import RankMemoryError
 from infscan.model.worker import Span, WorkerSettings
 from infscan.storage import storage_faults
+from infscan.storage.retry import RetryPolicy
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Pool:
             short = max(self._short.get(group.index, 0), self._forecast(group, function))
             halvings = max(schedule.oom_retries.get(unit, 0), short)
             self._halved[group.index] = halvings
+            group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
             group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
             self._handed_at[group.index] = time.monotonic()
             self.recovery.unit_started(group.index)
@@ -446,6 +448,12 @@ class Pool:
         for group in self.groups:
             group.close()
         self.recovery.workers_closed()
+
+
+def _shortest_limit_s() -> float:
+    """What a unit may always take: storage that is out of reach is waited for, and says nothing of the unit."""
+    policy = RetryPolicy.from_environment()
+    return 60.0 + 2 * (policy.retry_s + policy.attempt_s())
 
 
 def _reason(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 log = logging.getLogger("infscan")
+# After so many finished units of a step, the next may take so many times what the longest of them took.
+_MEASURED_UNITS, _TIMES_LONGEST = 5, 20
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Pace:
 
     units: int = 0
     seconds: float = 0.0
+    longest: float = 0.0
 
 
 @dataclass
@@ -100,8 +103,17 @@ class RecoveryLog:
             other.units_by_others += 1
 
     def unit_finished(self, worker: int) -> None:
+        took = self.clock() - self._started_at.pop(worker)
         self._pace.units += 1
-        self._pace.seconds += self.clock() - self._started_at.pop(worker)
+        self._pace.seconds += took
+        self._pace.longest = max(self._pace.longest, took)
+
+    def limit_s(self, most: float, least: float) -> float:
+        """Seconds that a unit may take: `most` until enough of the step's units were measured, then 20 times what the
+        longest of them took, within `least` and `most`."""
+        if self._pace.units < _MEASURED_UNITS:
+            return most
+        return min(most, max(least, _TIMES_LONGEST * self._pace.longest))
 
     def unit_failed(self, worker: int) -> None:
         """Its unit went wrong, and it is still there."""

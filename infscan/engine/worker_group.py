@@ -166,6 +166,9 @@ class Outcome(Enum):
 class WorkerGroup:
     """R ranks that start, work and die together; its placement group outlives them."""
 
+    # What the next unit may take; None is cluster.deadline_s.
+    unit_limit_s: float | None = None
+
     def __init__(self, index: int, settings: WorkerSettings, cluster: ClusterConfig, gpus: float) -> None:
         self.index, self.settings, self.cluster, self.gpus = index, settings, cluster, gpus
         bundle = bundle_of(cluster, gpus, settings.host_bytes)
@@ -224,7 +227,7 @@ class WorkerGroup:
             )
             for actor, rank in zip(self.actors, self.facts, strict=True)
         ]
-        self._began(State.busy, unit, self.cluster.deadline_s)
+        self._began(State.busy, unit, self.unit_limit_s or self.cluster.deadline_s)
 
     def _began(self, state: State, unit: Any | None, limit_s: float) -> None:
         self.state, self.unit, self.limit_s = state, unit, limit_s
@@ -251,7 +254,10 @@ class WorkerGroup:
             self.deadline = time.monotonic() + self.limit_s
         if self.state is not State.idle and time.monotonic() > self.deadline:
             limit = "cluster.startup_timeout_s" if self.state is State.starting else "cluster.deadline_s"
-            return Outcome.lost, TimeoutError(f"no answer within {limit}={self.limit_s:g} s")
+            said = f"{limit}={self.limit_s:g} s"
+            if self.state is State.busy and self.unit_limit_s == self.limit_s < self.cluster.deadline_s:
+                said = f"{self.limit_s:.0f} s, many times what the step's longest unit took"
+            return Outcome.lost, TimeoutError(f"no answer within {said}")
         return None
 
     def _answer(self) -> tuple[Outcome, Any] | None:

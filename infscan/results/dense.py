@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infscan.corpus.sequences import Sequence
-from infscan.results.schema import OF, other_scan, read_footer, to_parquet
+from infscan.results.schema import OF, other_scan, read_with_footer, to_parquet
 from infscan.storage import Store
 
 FOLDER = "scores"
@@ -25,14 +25,14 @@ def score_column(query_id: str) -> str:
 
 
 def check_scores(store: Store, name: str, fingerprint: str) -> None:
-    """Look at a part's footer, which says what it is of; the scores themselves are not read.
+    """Hold a part to its footer, which says what it is of and what is in it.
 
     Raises:
         DamagedError: where it is not what was written, or was written under another name.
         RunError: where it is of another scan.
     """
     path = scores_path(name)
-    if read_footer(store, path)["fingerprint"] != fingerprint:
+    if read_with_footer(store, path, None)[1]["fingerprint"] != fingerprint:
         raise other_scan(store, path)
 
 

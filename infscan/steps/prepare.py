@@ -181,7 +181,7 @@ def prepare_pieces(
             unit_name="parts",
             items=range(len(pieces)),
             function=prepare_task,
-            arguments=lambda index: (pieces[index], index, config, pack, folder, store, dropped[index]),
+            arguments=lambda index: (pieces[index], index, config, pack, folder, digest, store, dropped[index]),
             progress=lambda index, done: done,
         )
     )

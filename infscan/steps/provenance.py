@@ -39,6 +39,8 @@ def computed_by(run: Run) -> dict[str, Any]:
         "dtype": inputs.dtype,
         "refine_dtype": inputs.refine_dtype,
         "model_revision": inputs.model_identity.revision,
+        # Of the stages after this one, in order.
+        **({"later_revisions": [one.inputs.model_identity.revision for one in run.later]} if run.later else {}),
     }
 
 

@@ -94,6 +94,7 @@ def _opened(
     metrics = RunMetrics(config.output, traced=config.cluster.trace, exported=config.cluster.backend is Backend.ray)
     opened, faults_before = time.monotonic(), storage_faults()
     folder = open_folder(config)
+    config = folder.pinned(config)
     stages = [(folder, open_inputs(config))]
     if needs_queries:
         stages += [(open_folder(later, folder.lease), open_inputs(later)) for later in later_configs(config)]

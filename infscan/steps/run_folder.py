@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infscan.config import Config, differences, from_yaml, plain, to_yaml
+from infscan.config.identity import leaves
 from infscan.engine.lease import Lease
-from infscan.errors import ConfigError, RunError
+from infscan.errors import ConfigError, RunError, StorageError
 from infscan.results.manifest import SUCCESS
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.sizes import as_stored
@@ -102,6 +103,28 @@ class RunFolder:
         except (MissingError, ConfigError):
             # `check_claim` says so.
             return None
+
+    def pinned(self, config: Config) -> Config:
+        """The configuration with hub ids at the commits that the run was planned with, wherever branches lead by now.
+
+        An id or a branch that the run was not begun with stays as it is: `make_plan` says what is another.
+        """
+        before = self.kept()
+        try:
+            made_by = self.store.read_json(PLAN).get("made_by", {}) if before else {}
+            was = {key: value for key, value in leaves(before or {}) if isinstance(value, str | None)}
+        except (StorageError, AttributeError):
+            return config
+        model, stages = config.model, list(config.stages)
+        commit = made_by.get("model_revision")
+        if commit and (was.get("model.path"), was.get("model.revision")) == (model.path, model.revision):
+            model = replace(model, revision=commit)
+        later = range(config.scan.stage, len(stages))
+        for number, commit in zip(later, made_by.get("later_revisions", []), strict=False):
+            key, stage = f"stages.{number}", stages[number]
+            if commit and (was.get(f"{key}.model"), was.get(f"{key}.revision")) == (stage.model, stage.revision):
+                stages[number] = replace(stage, revision=commit)
+        return replace(config, model=model, stages=stages)
 
     def claim(self, config: Config) -> None:
         """Write config.yaml, now that there is something to keep: before the plan, and once all inputs were read."""

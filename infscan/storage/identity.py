@@ -14,8 +14,8 @@ class Identity:
     """Where an input is, and what it is, whatever comes to lie there. The driver resolves it once; whoever opens the
     address holds what it finds to the fingerprint.
 
-    kind: `model`, `corpus` or `factors`. revision: the hub's commit, where the input came from a hub by its id.
-    checked: of what the fingerprint is, in words.
+    kind: `model`, `tokenizer`, `corpus` or `factors`. revision: the hub's commit, of an input that came from a hub by
+    its id. checked: of what the fingerprint is, in words.
     """
 
     kind: str

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +15,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from infscan import pipeline
 from infscan.config import Config
 from infscan.errors import InfscanError
 from infscan.results import read
 from infscan.results.verify import verify
 from infscan.steps import publish as publishing
+from infscan.steps import refine as refining
 from infscan.steps import scan as scanning
+from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus, token_queries
 
-MOMENTS = ("between", "scan", "publish", "after")
+MOMENTS = ("before", "between", "scan", "refine", "publish", "after")
+# What a run reuses that was there before it: an earlier run's corpus and factors, and the model that they are of.
+REUSED = ("model/", "corpus/", "run/corpus/", "run/factors/")
+# What a run makes itself, and makes again where a later command finds it damaged.
+MADE_AGAIN = ("run/shards/", "run/scores/", "run/refined/", "run/queries/")
 DAMAGES = ("replaced", "overwritten", "truncated", "removed", "swapped")
 _READERS = ("top", "sequences", "layers", "tokens", "queries", "scores", "summary")
 # What nobody computes with: told apart by name, lest a file be left out by accident.
@@ -113,10 +121,13 @@ class Matrix:
     def _keep(self, stage: str) -> None:
         shutil.copytree(self.root, self.aside / stage)
 
+    def answer(self, config: Config) -> None:
+        answer_here(config)
+
     def put_back(self, moment: str) -> None:
         """The root as it was when the driver had stopped, or when the run was finished."""
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(self.aside / ("after" if moment == "after" else "between"), self.root)
+        shutil.copytree(self.aside / ("after" if moment in ("before", "after") else "between"), self.root)
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -135,9 +146,14 @@ class Matrix:
                 yield Case(self.kind, name, moment, "flipped", at)
 
     def _files(self, moment: str) -> list[str]:
-        there = self.aside / ("after" if moment in ("publish", "after") else "between")
+        there = self.aside / ("after" if moment in ("before", "publish", "after") else "between")
         names = [path.relative_to(there).as_posix() for path in sorted(there.rglob("*")) if path.is_file()]
-        return [name for name in names if not name.endswith(UNREAD)]
+        names = [name for name in names if not name.endswith(UNREAD)]
+        if moment == "before":
+            # Of documents that were prepared already nothing is read again.
+            reused = REUSED if self.kind == "arrays" else tuple(set(REUSED) - {"corpus/"})
+            names = [name for name in names if name.startswith(reused)]
+        return names
 
     def _twin_of(self, name: str) -> Path:
         """The file of the other run in the same place; of a table, the one of the same number."""
@@ -148,6 +164,8 @@ class Matrix:
         return path
 
     def _sibling(self, path: Path) -> Path | None:
+        if not path.parent.exists():
+            return None
         alike = [one for one in sorted(path.parent.iterdir()) if one.suffix == path.suffix and one.is_file()]
         return alike[(alike.index(path) + 1) % len(alike)] if len(alike) > 1 else None
 
@@ -180,19 +198,23 @@ class Matrix:
             Exception: whatever is no sentence for a user.
         """
         self.put_back(case.moment)
+        config = self._second() if case.moment == "before" else self.config
         with self._striking(case):
             try:
                 if case.moment != "after":
-                    answer_here(self.config)
+                    self.answer(config)
             except InfscanError as error:
                 self._assert_names(case, str(error))
                 return "refused"
-        found = results(self.config)
-        for name, expected in self.expected.items():
-            if isinstance(found[name], InfscanError):
-                self._assert_names(case, str(found[name]))
+        found = results(config)
+        if case.moment == "before":
+            # It has prepared nothing itself.
+            del found["summary"]
+        for name, result in found.items():
+            if isinstance(result, InfscanError):
+                self._assert_names(case, str(result))
             else:
-                same = found[name] == expected
+                same = result == self.expected[name]
                 assert same, f"{case}: {name} is another, and nobody said so"
         if any(isinstance(one, InfscanError) for one in found.values()):
             with pytest.raises(InfscanError):
@@ -200,11 +222,35 @@ class Matrix:
             return "refused"
         return "equal"
 
+    def _second(self) -> Config:
+        """A run of its own that reads the first one's corpus and factors."""
+        config = deepcopy(self.config)
+        config.corpus.path = config.factors.corpus.path = f"{self.root / 'run'}/corpus"
+        config.corpus.tokens_field = config.factors.corpus.tokens_field = None
+        config.output, config.factors.path = f"{self.root / 'second'}", f"{self.root / 'run'}/factors"
+        return config
+
+    def resumed(self, case: Case) -> None:
+        """After a case that was refused: the same command once more, which leaves an undisturbed run's tables.
+
+        Raises:
+            AssertionError: where it does not.
+        """
+        self.answer(self.config)
+        found = results(self.config)
+        # How many rows a shard keeps depends on those that were finished when it was handed out.
+        differing = [name for name, table in self.expected.items() if name != "summary" and found[name] != table]
+        assert not differing, f"{case}: {differing} are others after the same command"
+        verify(self.config.output)
+
     @contextmanager
     def _striking(self, case: Case) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             if case.moment == "scan":
                 _at_shard(patch, 1, lambda: self.strike(case))
+            elif case.moment == "refine":
+                refine_units = refining.refine_units
+                patch.setattr(refining, "refine_units", lambda *given: (self.strike(case), refine_units(*given))[1])
             elif case.moment == "publish":
                 rank_rows = publishing.rank_rows
                 patch.setattr(publishing, "rank_rows", lambda *given: (rank_rows(*given), self.strike(case))[0])
@@ -220,6 +266,55 @@ class Matrix:
         # A model's config.json settles how the corpus is read: what disagrees with it may be the one that is named.
         names |= {str(self.root)} if case.name == "model/config.json" else set()
         assert any(name in sentence for name in names), f"{case}: the sentence names no file: {sentence}"
+
+
+class OnRay(Matrix):
+    """The same with ranks in processes of their own, started anew for every case."""
+
+    def answer(self, config: Config) -> None:
+        pipeline.answer(config)
+
+
+class InStore(Matrix):
+    """The same with the run folder in an object store; model, corpus and queries stay on this disk."""
+
+    def __init__(self, folder: Path, kind: str, store: Store) -> None:
+        super().__init__(folder, kind)
+        self.store = store
+        self.config = deepcopy(self.config)
+        self.config.output, self.config.factors.path = store.uri, f"{store.uri}/factors"
+
+    def put_back(self, moment: str) -> None:
+        super().put_back(moment)
+        for name in self.store.names():
+            self.store.remove(name)
+        for path in sorted((self.root / "run").rglob("*")):
+            if path.is_file():
+                self.store.write(path.relative_to(self.root / "run").as_posix(), path.read_bytes())
+        shutil.rmtree(self.root / "run")
+
+    def strike(self, case: Case) -> None:
+        name = case.name.removeprefix("run/")
+        if name == case.name:
+            super().strike(case)
+            return
+        if not self.store.exists(name):
+            return
+        data = self.store.read(name)
+        if case.damage == "removed":
+            self.store.remove(name)
+        elif case.damage == "truncated":
+            self.store.write(name, data[: len(data) // 2])
+        elif case.damage == "flipped":
+            self.store.write(name, _flipped(data, min(case.at, len(data) - 1)))
+        elif case.damage == "swapped":
+            beside = self._sibling(self.aside / "after" / case.name)
+            other = beside and f"{name.rpartition('/')[0]}/{beside.name}".removeprefix("/")
+            if other and self.store.exists(other):
+                self.store.write(name, self.store.read(other))
+                self.store.write(other, data)
+        else:
+            self.store.write(name, self._twin_of(case.name).read_bytes())
 
 
 def _stop() -> None:

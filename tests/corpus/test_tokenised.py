@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from infscan.config import Packing
 from infscan.corpus import tokenised
+from infscan.corpus.documents import document_files, document_splits
+from infscan.corpus.prepared import NOTHING, prepare_task
 from infscan.corpus.rows import Document
 from infscan.corpus.tally import Tally
 from infscan.corpus.tokenised import with_tokens
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import BadDocumentError, ModelError
+from infscan.storage import Store
+from tests.corpus.builders import corpus_config, settings, write_rows
 from tests.corpus.test_tokenizer import save_tokenizer
 
 # The regex engine gives this one up after its limit of retries, as it does Llama 3's pattern after 11 MiB of blanks.
@@ -71,3 +77,25 @@ def test_a_tokenizer_that_panics_while_it_is_loaded_is_refused_with_its_folder(
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
     with pytest.raises(ModelError, match=rf"{save_tokenizer(tmp_path)}.*Option::unwrap"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_task_holds_its_tokenizer_to_the_one_that_was_planned(folder: Path, tmp_path: Path) -> None:
+    """A node's own copy of the model may be another one."""
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer is not None
+    write_rows(tmp_path / "in" / "a.jsonl", [{"text": "one two"}])
+    config = corpus_config(tmp_path / "in", text_field="text", tokens_field=None)
+    pieces = document_splits(document_files(config), config)
+    store = Store(str(tmp_path / "out"))
+
+    def prepare(model: Path) -> tuple[int, int]:
+        pack = replace(settings(Packing.document, 8), vocab_size=400)
+        return prepare_task(pieces[0], 0, config, pack, str(model), tokenizer.digest, store, NOTHING)
+
+    other = save_tokenizer(tmp_path / "other", ("other words",))
+    for model in (other, tmp_path / "none"):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        with pytest.raises(ModelError, match=r"not the one that the run was planned with.*as its tokenizer"):
+            prepare(model)
+    assert not store.list()
+    assert prepare(folder)[0] == 1

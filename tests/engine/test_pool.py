@@ -146,6 +146,25 @@ def test_a_driver_that_follows_a_dead_one_says_when_it_is_at_work(caplog: pytest
     assert caplog.messages == ["driver      at work 4.2 s after its start, in place of process 7 on elsewhere"]
 
 
+def test_what_a_unit_may_take_follows_what_the_steps_units_took() -> None:
+    now = 0.0
+    log = RecoveryLog(clock=lambda: now)
+    log.start_step()
+    for took in (1.0, 2.0, 9.0, 1.0):
+        log.unit_started(0)
+        now += took
+        log.unit_finished(0)
+    assert log.limit_s(3600.0, 100.0) == 3600.0
+    log.unit_started(0)
+    now += 3.0
+    log.unit_finished(0)
+    assert log.limit_s(3600.0, 100.0) == 180.0
+    assert log.limit_s(3600.0, 400.0) == 400.0
+    assert log.limit_s(60.0, 400.0) == 60.0
+    log.start_step()
+    assert log.limit_s(3600.0, 100.0) == 3600.0
+
+
 def test_a_loss_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
     """Worker 1 dies 3 s into a unit, is back 5 s later and lost again 2 s after, while worker 0 does a unit of 4 s."""
     now = 0.0

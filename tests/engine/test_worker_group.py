@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
+from infscan.config import ClusterConfig
 from infscan.engine import heartbeat
 from infscan.engine import worker_group as module
 from infscan.engine.heartbeat import Heartbeats
@@ -136,6 +137,15 @@ def test_silence_past_the_deadline_is_a_loss(monkeypatch: pytest.MonkeyPatch) ->
     outcome, said = pass_time(group, answers, 3) or pytest.fail("no outcome")
     assert outcome is Outcome.lost
     assert "cluster.deadline_s=1000" in str(said)
+
+
+def test_a_limit_of_measured_units_is_said_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    group = busy(answers, monkeypatch)
+    group.cluster, group.unit_limit_s = ClusterConfig(), 1000.0
+    outcome, said = pass_time(group, answers, 1001) or pytest.fail("no outcome")
+    assert outcome is Outcome.lost
+    assert "no answer within 1000 s, many times what the step's longest unit took" in str(said)
 
 
 @pytest.mark.parametrize("state", [State.busy, State.starting, State.idle])

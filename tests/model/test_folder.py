@@ -15,7 +15,7 @@ from infscan.cli import main
 from infscan.errors import ModelError
 from infscan.model.architecture import describe
 from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, commit_of, model_folder
-from infscan.results.read import read_summary
+from infscan.results.read import read_summary, read_top
 from infscan.storage import Store
 from tests.conftest import Bucket
 from tests.steps.runs import compose, tiny_model, token_corpus, token_queries
@@ -74,6 +74,26 @@ def test_a_run_keeps_the_commit_that_it_was_of(hub: Path, tmp_path: Path) -> Non
     # The same content is the same run, however it is named.
     main("scan", [*words, f"model.revision={COMMITS['step1000']}", f"output={tmp_path / 'two'}"])
     assert read_summary(str(tmp_path / "two"))["counts"]["scanned"]["sequences"] == 12
+
+
+def test_a_resume_loads_the_commit_that_it_was_begun_with(hub: Path, tmp_path: Path) -> None:
+    corpus, queries = token_corpus(tmp_path / "corpus.jsonl", 12), token_queries(tmp_path / "queries.jsonl", 1)
+    words = [
+        "model.path=owner/tiny", f"corpus.path={corpus}", "corpus.tokens_field=tokens", "corpus.packing=document",
+        f"queries.path={queries}", "factors.slices=1", "scan.rank=4", "cluster.backend=in_process",
+        f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    main("scan", words)
+    before = read_top(str(tmp_path / "run")).to_pylist()
+    # The branch has moved on, and the finished run is made once more of its last half.
+    (hub / "refs" / "main").write_text(COMMITS["step1000"])
+    for name in ("_SUCCESS", "shards/shard-000000.parquet"):
+        (tmp_path / "run" / name).unlink()
+    main("scan", words)
+    assert read_top(str(tmp_path / "run")).to_pylist() == before
+    # Who names another revision is told that it is another.
+    with pytest.raises(SystemExit):
+        main("scan", [*words, f"model.revision={COMMITS['step1000']}"])
 
 
 def test_stages_have_revisions_of_their_own(tmp_path: Path) -> None:
