@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from infscan.corpus import sequences as corpus
 from infscan.influence.layers import Layer
+from infscan.model.attention_blocks import TwiceDifferentiable
 from infscan.model.capture import by_stack
 from infscan.model.experts import Stacked, listening
 from infscan.model.worker import Batch, ModelWorker
@@ -104,8 +104,8 @@ class GaussNewton:
             )
             for layer in self.layers
         }
-        # Attention in plain operations: its fused kernels have no forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH):
+        # Attention's fused kernels have no forward-mode derivative.
+        with TwiceDifferentiable():
             for batch in self.worker.batches(chosen, self.tokens_per_batch):
                 for name, part in self._batch_product(batch, matrices).items():
                     total[name] += part
