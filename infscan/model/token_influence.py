@@ -72,6 +72,9 @@ def own_tokens(
         torch.autograd.grad((u_t * losses_t).sum(), embedded, create_graph=True)
     # A copy: the backward of h runs through the same outputs, whose hooks then give other gradients.
     recorded = [(layer.name, *kept[layer.name]) for layer in layers if layer.name in kept]
+    if not recorded:
+        # Experts alone, and no token goes to any of them.
+        return [(np.zeros(len(sequence)), np.zeros(len(sequence))) for _ in queries]
     found = []
     for query in queries:
         h = torch.stack([score_tokens(s_1to, a_1ti, P[name][query]).sum() for name, s_1to, a_1ti in recorded]).sum()
