@@ -21,7 +21,7 @@ from torch import Tensor
 from infscan.config import plain
 from infscan.corpus import sequences as corpus
 from infscan.influence.agreement import random_scores
-from infscan.influence.astra import BatchOperator, Estimate, largest_eigenvalue
+from infscan.influence.astra import BatchOperator, Estimate, drawn, largest_eigenvalue
 from infscan.influence.cg import Solution, conjugate_gradients, damped
 from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
@@ -171,7 +171,7 @@ def lissa_scale(product: BatchOperator, sequences: int, lambda_p: Tensor, settin
         return settings.scale
     largest = largest_eigenvalue(
         product,
-        lambda_p,
+        drawn([lambda_p.numel()], [True], lambda_p),
         sequences=sequences,
         batch=settings.batch,
         batches=4,

@@ -54,6 +54,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "factors.iteration.batch": _COUNT,
     "factors.iteration.step_size": _ABOVE_ZERO,
     "factors.iteration.tokens_per_batch": _COUNT,
+    "factors.iteration.queries": _COUNT,
     "scan.rank": _COUNT,
     "scan.top_k": _COUNT,
     "scan.candidates": _COUNT,
@@ -133,12 +134,11 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
     _check_ranks(config.cluster)
     if not 0 <= config.factors.iteration.momentum < 1:
         raise ConfigError(f"factors.iteration.momentum={config.factors.iteration.momentum}: from 0 to below 1.")
-    if config.factors.solver.iterated and (config.sharded or config.model.gradient_checkpointing):
+    if config.factors.solver.iterated and config.model.gradient_checkpointing:
         raise ConfigError(
-            f"factors.solver={config.factors.solver.value} multiplies with the Gauss-Newton matrix of a whole model "
-            "by forward-mode differentiation, which neither a sharded model nor gradient checkpointing has; use "
-            "cluster.ranks_per_worker=1 with model.sharding=auto and model.gradient_checkpointing=false, or "
-            "factors.solver=ekfac."
+            f"factors.solver={config.factors.solver.value} multiplies with the Gauss-Newton matrix by a backward for "
+            "several vectors at once, which gradient checkpointing does not have; use "
+            "model.gradient_checkpointing=false with fewer factors.iteration.tokens_per_batch, or factors.solver=ekfac."
         )
     if config.model.tracked not in ("mlp", "attention", "linear"):
         try:

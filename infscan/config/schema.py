@@ -309,6 +309,9 @@ class IterationConfig:
     """astra's first step size, which falls to zero; null is half of the largest stable one on a few batches."""
     tokens_per_batch: int = 1024
     """Padded tokens in one product with G."""
+    queries: int | None = None
+    """Queries that share each pass of the model; null is as many as have their vectors in scan.query_group_bytes, up to
+    8."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infscan.errors import FactorsError
-from infscan.influence.cg import Operator
+from infscan.influence.cg import Operator, Total, row_dots, whole
 
 # (x [K, P], rows of the batch) -> [K, P]: the mean of the rows' Gauss-Newton products
 BatchOperator = Callable[[Tensor, NDArray[np.int64]], Tensor]
@@ -59,18 +59,23 @@ def astra(
     momentum: float,
     seed: int,
     snapshots: Sequence[int] = (),
+    total: Total = whole,
 ) -> Estimate:
     """Estimate (G + lambda)^-1 v for every row of v_kp [K, P]; all rows see the same batches.
 
     lambda_p: [P]. sequences: N; each step draws `batch` of them without replacement, from `seed` alone.
-    step_sizes: eta_1, eta_2, ...; momentum: beta.
+    step_sizes: eta_1, eta_2, ...; momentum: beta. total: as of `conjugate_gradients`.
 
     Raises:
         FactorsError: where it diverges.
     """
     rng = np.random.default_rng(seed)
     started = time.perf_counter()
-    norms_k = v_kp.norm(dim=1).clamp_min(torch.finfo(v_kp.dtype).tiny)
+
+    def norms(x_kp: Tensor) -> Tensor:
+        return total(row_dots(x_kp, x_kp)).sqrt()
+
+    norms_k = norms(v_kp).clamp_min(torch.finfo(v_kp.dtype).tiny)
     x_kp = precondition(v_kp)
     m_kp = torch.zeros_like(x_kp)
     kept: dict[int, Tensor] = {}
@@ -80,7 +85,7 @@ def astra(
         rest_kp = v_kp - product(x_kp, rows) - lambda_p * x_kp
         m_kp = momentum * m_kp + precondition(rest_kp)
         x_kp = x_kp + step_size * m_kp
-        change_k = rest_kp.norm(dim=1) / norms_k
+        change_k = norms(rest_kp) / norms_k
         history.append(Step(step, time.perf_counter() - started, change_k))
         if not bool((change_k < _DIVERGED).all()):
             raise FactorsError(
@@ -93,22 +98,45 @@ def astra(
 
 
 def largest_eigenvalue(
-    product: BatchOperator, like_p: Tensor, *, sequences: int, batch: int, batches: int, steps: int, seed: int
+    product: BatchOperator,
+    draw: Callable[[np.random.Generator], Tensor],
+    *,
+    sequences: int,
+    batch: int,
+    batches: int,
+    steps: int,
+    seed: int,
+    total: Total = whole,
 ) -> float:
     """The largest eigenvalue of `product` over some random batches, by `steps` steps of the power method on each.
 
-    It comes from below, so a step size needs a margin above it. like_p: [P], for dtype and device.
+    It comes from below, so a step size needs a margin above it. draw: a vector [1, P] of standard normals; where ranks
+    have parts of it, the generator is moved on as far on every one. total: as of `conjugate_gradients`.
     """
     rng = np.random.default_rng(seed)
     largest = 0.0
+
+    def norm(x_1p: Tensor) -> Tensor:
+        return total(row_dots(x_1p, x_1p)).sqrt()
+
     for _ in range(batches):
         rows = rng.choice(sequences, min(batch, sequences), replace=False)
-        x_1p = torch.from_numpy(rng.standard_normal((1, like_p.numel()))).to(like_p)
+        x_1p = draw(rng)
         value = 0.0
         for _ in range(steps):
-            x_1p = product(x_1p / x_1p.norm(), rows)
-            value = float(x_1p.norm())
+            x_1p = product(x_1p / norm(x_1p).to(x_1p.dtype), rows)
+            value = float(norm(x_1p))
             if value == 0:
                 break
         largest = max(largest, value)
     return largest
+
+
+def drawn(sizes: Sequence[int], mine: Sequence[bool], like: Tensor) -> Callable[[np.random.Generator], Tensor]:
+    """What `largest_eigenvalue` draws with, of a vector whose parts have these sizes: the parts that are `mine`."""
+
+    def draw(rng: np.random.Generator) -> Tensor:
+        parts = [(rng.standard_normal(size), kept) for size, kept in zip(sizes, mine, strict=True)]
+        return torch.from_numpy(np.concatenate([part for part, kept in parts if kept] or [np.empty(0)]))[None].to(like)
+
+    return draw

@@ -17,6 +17,13 @@ from infscan.errors import FactorsError
 
 # [K, P] -> [K, P], K of any size
 Operator = Callable[[Tensor], Tensor]
+# The sum over the ranks that hold the vectors' parts.
+Total = Callable[[Tensor], Tensor]
+
+
+def whole(part: Tensor) -> Tensor:
+    """The sum over one rank, which has all of it."""
+    return part
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ def conjugate_gradients(
     tolerance: float,
     max_iterations: int,
     preconditioner: Operator | None = None,
+    total: Total = whole,
     on_iteration: Callable[[int, float, Tensor, Tensor], None] | None = None,
 ) -> Solution:
     """Solve operator(x) = v for every row of v_kp [K, P], in its dtype; inner products are summed in float64.
 
     operator: symmetric positive definite. preconditioner: an approximate inverse, symmetric positive definite too.
     The start is x = 0, so the first iterate with a preconditioner M is along M v. tolerance: of the relative residual.
+    total: where several ranks have a part of every vector each (P is the part's), it sums over them, alike on all.
     on_iteration(iteration, seconds, residual_k, x_kp) sees every iterate; it must copy what it keeps.
     In exact arithmetic the error falls with every iteration (in the norm of G + lambda), the residual need not.
 
@@ -59,11 +68,15 @@ def conjugate_gradients(
         FactorsError: where a direction has no positive curvature or a number is not finite.
     """
     precondition = preconditioner or (lambda r_kp: r_kp)
+
+    def dots(x_kp: Tensor, y_kp: Tensor) -> Tensor:
+        return total(row_dots(x_kp, y_kp))
+
     started = time.perf_counter()
     x_kp, r_kp = torch.zeros_like(v_kp), v_kp.clone()
-    norms_k = _dots(v_kp, v_kp).sqrt()
+    norms_k = dots(v_kp, v_kp).sqrt()
     z_kp = precondition(r_kp)
-    p_kp, rz_k = z_kp.clone(), _dots(r_kp, z_kp)
+    p_kp, rz_k = z_kp.clone(), dots(r_kp, z_kp)
     iterations_k = torch.zeros(len(v_kp), dtype=torch.int64)
     # A right-hand side of zero has the solution zero.
     residual_k = (norms_k > 0).to(torch.float64)
@@ -74,7 +87,7 @@ def conjugate_gradients(
             break
         directions = p_kp[active]
         Ap = operator(directions)
-        curvature = _dots(directions, Ap)
+        curvature = dots(directions, Ap)
         if not bool((torch.isfinite(curvature) & (curvature > 0)).all()):
             raise FactorsError(
                 f"conjugate gradients met a curvature of {float(curvature.min()):.3g} in iteration {iteration}: "
@@ -83,9 +96,9 @@ def conjugate_gradients(
         alpha = (rz_k[active] / curvature).to(v_kp.dtype)[:, None]
         x_kp[active] += alpha * directions
         r_kp[active] -= alpha * Ap
-        residual_k[active] = _dots(r_kp[active], r_kp[active]).sqrt() / norms_k[active]
+        residual_k[active] = dots(r_kp[active], r_kp[active]).sqrt() / norms_k[active]
         z = precondition(r_kp[active])
-        rz = _dots(r_kp[active], z)
+        rz = dots(r_kp[active], z)
         p_kp[active] = z + (rz / rz_k[active]).to(v_kp.dtype)[:, None] * directions
         rz_k[active] = rz
         iterations_k[active.to(iterations_k.device)] = iteration
@@ -97,6 +110,6 @@ def conjugate_gradients(
     return solution
 
 
-def _dots(x_kp: Tensor, y_kp: Tensor) -> Tensor:
+def row_dots(x_kp: Tensor, y_kp: Tensor) -> Tensor:
     """Row by row, [K] float64."""
     return (x_kp.to(torch.float64) * y_kp.to(torch.float64)).sum(dim=1)

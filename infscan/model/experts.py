@@ -194,7 +194,8 @@ def _stack(self: Any, which: int, a_si: Tensor, tokens_s: Tensor, bounds: tuple[
     name = _maps(self)[which]
     weight, transposed = getattr(self, name), is_transposed(self)
     bias = getattr(self, f"{name}_bias") if _has_bias(self) else None
-    if hasattr(weight, "ds_id"):
+    # A pass without a backward keeps nothing, and forward-mode differentiation goes through plain operations.
+    if hasattr(weight, "ds_id") and torch.is_grad_enabled():
         out_so = _Gathered.apply(a_si, weight, bias, bounds, transposed)
     else:
         out_so = _linear(a_si, weight, bias, bounds, transposed)

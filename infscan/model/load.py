@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -234,9 +235,27 @@ def _load_zero3(
     for block in blocks(module) if gathered.by_block else ():
         deepspeed.utils.set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(model=module, config=zero)
+    _gather_outside_transforms(engine.optimizer)
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     # The module, never the engine: both of the engine's backward paths want an optimizer.
     return LoadedModel(engine.module, context, dtype, size, held)
+
+
+def _gather_outside_transforms(offload: Any) -> None:
+    """Have DeepSpeed gather and release parameters as plain tensors, also where a function of the model is
+    differentiated or mapped over (torch.func): what is gathered there would be the transform's, and no parameter's."""
+
+    def outside(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def run(module: nn.Module) -> None:
+            with temporarily_clear_interpreter_stack():
+                function(module)
+
+        return run
+
+    for when in ("pre", "post"):
+        for way in ("forward", "backward"):
+            name = f"{when}_sub_module_{way}_function"
+            setattr(offload, name, outside(getattr(offload, name)))
 
 
 def _onto_disk(parameters: Sequence[Any], folder: str | None) -> None:

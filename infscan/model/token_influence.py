@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from infscan.corpus.batches import pad_positions
@@ -32,6 +31,7 @@ from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
 from infscan.influence.score import score_tokens
+from infscan.model.attention_blocks import TwiceDifferentiable
 from infscan.model.capture import capturing
 from infscan.model.worker import Batch, ModelWorker
 
@@ -59,8 +59,8 @@ def own_tokens(
     def on_embedding(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
         embedded.append(out)
 
-    # Attention in plain operations: the backward of its fused kernels has no derivative.
-    with sdpa_kernel(SDPBackend.MATH), capturing(worker.model.module, layers, consume, detached=False):
+    # The backward of attention's fused kernels has no derivative.
+    with TwiceDifferentiable(), capturing(worker.model.module, layers, consume, detached=False):
         handle = worker.model.module.get_input_embeddings().register_forward_hook(on_embedding)
         try:
             logits_1tv = worker.model.logits(ids_1t, positions_1t)
@@ -72,6 +72,9 @@ def own_tokens(
         torch.autograd.grad((u_t * losses_t).sum(), embedded, create_graph=True)
     # A copy: the backward of h runs through the same outputs, whose hooks then give other gradients.
     recorded = [(layer.name, *kept[layer.name]) for layer in layers if layer.name in kept]
+    if not recorded:
+        # Experts alone, and no token goes to any of them.
+        return [(np.zeros(len(sequence)), np.zeros(len(sequence))) for _ in queries]
     found = []
     for query in queries:
         h = torch.stack([score_tokens(s_1to, a_1ti, P[name][query]).sum() for name, s_1to, a_1ti in recorded]).sum()

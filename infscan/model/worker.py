@@ -234,6 +234,13 @@ class ModelWorker:
             dist.reduce(tensor, dst=0)
         return tensor
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the group's ranks, of the same bits on every rank: what is decided by it is decided alike."""
+        if self.context.world > 1:
+            tensor = self.reduce(tensor)
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def read(self, address: CorpusAddress, ids: np.ndarray) -> list[corpus.Sequence]:
         """Sequences of an addressable corpus by number, as training's attention saw them.
 

@@ -37,6 +37,9 @@ from infscan.storage.prefetch import prefetch
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
+# Raised whenever the same inputs come out as other factors. Of 1, those of a sharded model may be of another one: what is
+# stored in buffers was not read, nor a head that the configuration ties.
+FITTING = 2
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def store_plan(store: Store, made: FactorsPlan) -> FactorsPlan:
     store.create(PLAN, json.dumps(made.to_json(), indent=2).encode() + b"\n")
     plan = read_plan(store)
     # Factors that were fitted before there was a choice.
-    stored = AS_STORED.fields() | plan.fields | {"blocks": plan.blocks, "matmul": plan.matmul}
+    stored = AS_STORED.fields() | {"fitting": 1} | plan.fields | {"blocks": plan.blocks, "matmul": plan.matmul}
     asked = made.fields | {"matmul": made.matmul}
     differing = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in asked.items() if stored.get(key) != value]
     if differing:

@@ -41,6 +41,7 @@ from infscan.steps.eigenbases import (
 )
 from infscan.steps.factor_files import (
     COMPLETE,
+    FITTING,
     FactorsPlan,
     block_keys,
     check_files,
@@ -109,6 +110,7 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
     wanted = min(settings.num_sequences, settings.corpus.max_sequences or settings.num_sequences)
     selection = Selection.of(corpus.sequences, wanted, config.seed, share=settings.corpus.sample)
     fields: dict[str, Any] = {
+        "fitting": FITTING,
         "model": inputs.architecture.fingerprint,
         "dtype": inputs.dtype,
         "tracked": [layer.name for layer in layers],

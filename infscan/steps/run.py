@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from infscan.config import Backend, Config, Dtype, LogFormat
+from infscan.config import Backend, Config, Dtype, LogFormat, ModelConfig
 from infscan.engine.executor import Executor, Machines, RunRecords, connect_backend
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.recovery import RecoveryLog
@@ -155,10 +155,22 @@ def _runs(stages: Sequence[Stage], machines: Machines, telemetry: Telemetry, rec
         inputs = replace(inputs, config=settled(*known, machines.gpu_memory, folder.kept()))
         config = inputs.config
         settings = WorkerSettings(
-            inputs.model, inputs.layers, config.sharded, lease.store, identity=inputs.model_identity
+            _as_it_is_used(inputs.model, config),
+            inputs.layers,
+            config.sharded,
+            lease.store,
+            identity=inputs.model_identity,
         )
         mine = telemetry.within(f"stage {number} ") if number > first else telemetry
         return Run(inputs, folder, machines.executor(settings, mine, records), mine, records, later)
 
     later = tuple(run(number, *stage) for number, stage in enumerate(stages[1:], start=first + 1))
     return run(first, *stages[0], later)
+
+
+def _as_it_is_used(model: ModelConfig, config: Config) -> ModelConfig:
+    """An iterated inverse has no parameter gathered ahead of its use: DeepSpeed foresees one order of modules, and a
+    product runs through them three times where a query's gradient does twice."""
+    if not config.factors.solver.iterated:
+        return model
+    return replace(model, zero=replace(model.zero, prefetch_bucket_size=0))

@@ -1,4 +1,6 @@
-"""The iterated inverse of one query: (G + lambda) x = grad(-f) with exact products, from EK-FAC's solution on.
+"""The iterated inverse of some queries: (G + lambda) x = grad(-f) with exact products, from EK-FAC's solution on.
+
+The queries of a batch share the passes of the model, and a group's ranks share their work and the vectors' memory.
 
 With stages, grad(-f) is what a later stage left of it, and lambda includes the stage's own alpha.
 Solutions are stored at full rank, one file per query: compressing, checking and refining read them where they would
@@ -21,8 +23,8 @@ from infscan.config import IterationConfig, Solver, fingerprint, plain
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.plan import Selection
 from infscan.engine.executor import Step
-from infscan.influence.astra import astra, largest_eigenvalue
-from infscan.influence.cg import Operator, conjugate_gradients, damped
+from infscan.influence.astra import astra, drawn, largest_eigenvalue
+from infscan.influence.cg import Operator, Total, conjugate_gradients, damped, row_dots
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
@@ -38,6 +40,9 @@ from infscan.storage.foreign import parse_json
 # Batches and steps of the power method before astra, and the share of the largest stable step that it takes.
 _TRIED_BATCHES, _POWER_STEPS, _STABLE_SHARE = 4, 8, 0.5
 _ASTRA_BATCH = 32
+# Queries that share the passes of the model at most: beyond, a query's share of what is shared is small. Vectors of a
+# query's size that an iteration has at once: x, v, r, z, the direction, and its product in both dtypes.
+_MOST_QUERIES, _VECTORS = 8, 7
 
 log = logging.getLogger("infscan")
 
@@ -47,8 +52,8 @@ FOLDER = "solutions"
 def solve(run: Run, factors: Factors) -> Factors:
     """Iterate (G + lambda) x = grad(-f) for every query whose solution is not in <output>/solutions yet.
 
-    Query by query, each on one rank: a solution does not depend on the other queries or on the number of workers.
-    Returns the factors with an inverse that reads the solutions, and the residuals for summary.json.
+    In batches that the settings and the queries fix: a solution does not depend on the number of workers. Returns the
+    factors with an inverse that reads the solutions, and the residuals for summary.json.
 
     Raises:
         FactorsError: where an iteration diverges.
@@ -88,47 +93,62 @@ def solve(run: Run, factors: Factors) -> Factors:
     for query_id, name in names.items():
         if run.store.exists(name) and (facts := read_facts(run.store, name)).get("fingerprint") == keys[query_id]:
             found[query_id] = solved_before(facts)
-    by_id = {query.id: query for query in run.queries}
     per_product = sequences_per_product(config.solver, config.iteration, len(ids))
+    size = queries_per_batch(run)
+    batches = [run.queries[start : start + size] for start in range(0, len(run.queries), size)]
 
-    def task(query_id: str) -> SolveTask:
+    def task(number: int) -> SolveTask:
+        queries = tuple(batches[number])
         return SolveTask(
             store=run.store,
-            name=names[query_id],
-            query=by_id[query_id],
+            names=tuple(names[query.id] for query in queries),
+            queries=queries,
             solver=config.solver,
             settings=config.iteration,
             ekfac=ekfac,
             corpus=CorpusAddress.of(corpus),
             curvature_ids=ids,
             curvature=factors.fingerprint or "",
-            fingerprint=keys[query_id],
+            fingerprints=tuple(keys[query.id] for query in queries),
             seed=run.config.seed,
         )
 
-    def on_done(query_id: str, solved: Solved) -> None:
-        found[query_id] = solved
+    def is_done(number: int) -> bool:
+        return all(query.id in found for query in batches[number])
 
-    def progress(query_id: str, solved: Solved) -> tuple[int, int]:
-        return solved.products * per_product, 0
+    def on_done(_: int, solved: list[Solved]) -> None:
+        found.update({one.query_id: one for one in solved})
 
-    left = len(by_id) - len(found)
+    def progress(_: int, solved: list[Solved]) -> tuple[int, int]:
+        return max(one.products for one in solved) * per_product, 0
+
+    left = [number for number in range(len(batches)) if not is_done(number)]
     if left:
-        _log_cost(run, per_product, left)
-        step = Step("solve", "queries", list(by_id), solve_task, task, found.__contains__, progress)
+        _log_cost(run, per_product, sum(len(batches[number]) for number in left), size)
+        step = Step("solve", "batches", range(len(batches)), solve_task, task, is_done, progress)
         run.executor.run(step, on_done)
         run.executor.forget()
     inverse = replace(factors.inverse, solutions=StoredGradients(run.store, names))
     return replace(factors, inverse=inverse, iteration=_report(run, found))
 
 
-def _log_cost(run: Run, per_product: int, queries: int) -> None:
+def queries_per_batch(run: Run) -> int:
+    """How many queries share the passes of the model: as asked, or as many as have their vectors in the memory that a
+    group of queries has (scan.query_group_bytes), up to 8."""
+    asked = run.config.factors.iteration.queries
+    vectors = _VECTORS * 4 * sum(layer.size for layer in run.inputs.layers)
+    room = run.config.query_group_bytes * run.config.cluster.ranks_per_worker
+    return asked or max(1, min(_MOST_QUERIES, room // vectors))
+
+
+def _log_cost(run: Run, per_product: int, queries: int, together: int) -> None:
     """What it will cost, before it is spent."""
     config = run.config.factors
     megabytes = 4 * sum(layer.size for layer in run.architecture.layers) / 2**20
     log.info(
-        "solve       %s: %d queries, up to %d products each with G of %d sequences; %.3g MiB in storage per query",
-        config.solver.value, queries, config.iteration.steps, per_product, megabytes,
+        "solve       %s: %d queries, %d at a time, up to %d products each with G of %d sequences; %.3g MiB in storage "
+        "per query",
+        config.solver.value, queries, min(together, queries), config.iteration.steps, per_product, megabytes,
     )  # fmt: skip
 
 
@@ -154,11 +174,12 @@ def _report(run: Run, found: dict[str, Solved]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SolveTask:
-    """One query."""
+    """A batch of queries."""
 
     store: Store
-    name: str
-    query: Query
+    # The files of the queries' solutions.
+    names: tuple[str, ...]
+    queries: tuple[Query, ...]
     solver: Solver
     settings: IterationConfig
     # Start, preconditioner and damping.
@@ -167,7 +188,8 @@ class SolveTask:
     # The sequences of the corpus that G is of.
     curvature_ids: np.ndarray
     curvature: str
-    fingerprint: str
+    # Of the queries' solutions.
+    fingerprints: tuple[str, ...]
     seed: int
 
 
@@ -186,11 +208,13 @@ class Solved:
 
 @dataclass(frozen=True)
 class _System:
-    """What every query of a task's run shares on a rank."""
+    """What every batch of a task's run shares on a rank. Vectors are of the rank's own layers."""
 
     ggn: GaussNewton
     lambda_p: Tensor
     precondition: Operator
+    # Over the ranks of the group.
+    total: Total
 
 
 def sequences_per_product(solver: Solver, settings: IterationConfig, sequences: int) -> int:
@@ -198,9 +222,12 @@ def sequences_per_product(solver: Solver, settings: IterationConfig, sequences: 
     return min(sequences, settings.batch or _ASTRA_BATCH) if solver is Solver.astra else sequences
 
 
-def ekfac_factors(worker: ModelWorker, inverse: Preconditioner) -> dict[str, tuple[LayerFactors, float]]:
-    """Every tracked layer's factors and damping on the rank, by layer. inverse: one that has factors."""
-    known = {layer.name: layer_factors(inverse, layer, worker.device, worker.wide) for layer in worker.layers}
+def ekfac_factors(
+    worker: ModelWorker, inverse: Preconditioner, layers: Sequence[Layer] | None = None
+) -> dict[str, tuple[LayerFactors, float]]:
+    """Some layers' factors and damping on the rank, by layer; all tracked ones. inverse: one that has factors."""
+    chosen = worker.layers if layers is None else layers
+    known = {layer.name: layer_factors(inverse, layer, worker.device, worker.wide) for layer in chosen}
     return {name: found for name, found in known.items() if found is not None}
 
 
@@ -212,29 +239,39 @@ def ekfac_inverse(layers: Sequence[Layer], factors: Mapping[str, tuple[LayerFact
         return join(
             layers,
             {name: from_core(inverse_core(matrices[name], *known), known[0]) for name, known in factors.items()},
+            x_kp,
         )
 
     return apply
 
 
-def solve_task(worker: ModelWorker, task: SolveTask) -> Solved:
-    """Iterate for one query and write its solution, [O, I] by layer, in the statistics' dtype.
+def solve_task(worker: ModelWorker, task: SolveTask) -> list[Solved]:
+    """Iterate for a batch of queries and write their solutions, [O, I] by layer, in the statistics' dtype.
+
+    What is in storage already stays as it is. All ranks of a group have the task's results.
 
     Raises:
         FactorsError: where the iteration diverges or meets a direction without positive curvature.
     """
     system = worker.cached("system", (task.curvature, task.ekfac), lambda: _system(worker, task))
-    V = gradients(worker, (task.query,), worker.layers, task.ekfac)
-    v_1p = join(worker.layers, V)
-    x_1p, products = (_cg if task.solver is Solver.cg else _astra)(system, v_1p, task)
-    both_2p = torch.cat([x_1p, system.precondition(v_1p)])
+    own = system.ggn.mine
+    none_k0 = system.lambda_p.new_zeros(len(task.queries), 0)
+    v_kp = join(own, gradients(worker, task.queries, own, task.ekfac), none_k0)
+    x_kp, products_k = (_cg if task.solver is Solver.cg else _astra)(system, v_kp, task)
+    both_np = torch.cat([x_kp, system.precondition(v_kp)])
     # By a product of its own: a recurrence's residual drifts, and astra's is of one batch.
-    rest_2p = v_1p - damped(system.ggn.product, system.lambda_p)(both_2p)
-    residual, ekfac_residual = (rest_2p.norm(dim=1) / v_1p.norm()).tolist()
-    solved = Solved(task.query.id, residual, ekfac_residual, products, len(task.curvature_ids))
-    facts = {"fingerprint": task.fingerprint, "solved": json.dumps(asdict(solved))}
-    tensors = {name: matrix[0] for name, matrix in split(worker.layers, x_1p).items()}
-    write_tensors(task.store, task.name, tensors, facts)
+    rest_np = v_kp.repeat(2, 1) - damped(system.ggn.product, system.lambda_p)(both_np)
+    squares_n, norms_k = system.total(row_dots(rest_np, rest_np)), system.total(row_dots(v_kp, v_kp))
+    residuals = (squares_n / norms_k.repeat(2)).sqrt().view(2, -1).T.tolist()
+    solved = [
+        Solved(query.id, *residual, products, len(task.curvature_ids))
+        for query, residual, products in zip(task.queries, residuals, products_k, strict=True)
+    ]
+    tensors = system.ggn.gather(x_kp)
+    for number, (name, key, one) in enumerate(zip(task.names, task.fingerprints, solved, strict=True)):
+        if worker.leads and not task.store.exists(name):
+            facts = {"fingerprint": key, "solved": json.dumps(asdict(one))}
+            write_tensors(task.store, name, {layer: x_koi[number] for layer, x_koi in tensors.items()}, facts)
     return solved
 
 
@@ -245,33 +282,33 @@ def solved_before(facts: Mapping[str, str]) -> Solved:
 
 def _system(worker: ModelWorker, task: SolveTask) -> _System:
     sequences = worker.read(task.corpus, task.curvature_ids)
-    factors = ekfac_factors(worker, task.ekfac)
+    ggn = GaussNewton(worker, sequences, task.settings.tokens_per_batch)
+    factors = ekfac_factors(worker, task.ekfac, ggn.mine)
     like = torch.zeros(0, dtype=worker.wide, device=worker.device)
-    lambda_p = damping_vector(worker.layers, {name: lam for name, (_, lam) in factors.items()}, like)
-    return _System(
-        GaussNewton(worker, sequences, task.settings.tokens_per_batch), lambda_p, ekfac_inverse(worker.layers, factors)
-    )
+    lambda_p = damping_vector(ggn.mine, {name: lam for name, (_, lam) in factors.items()}, like)
+    return _System(ggn, lambda_p, ekfac_inverse(ggn.mine, factors), worker.total)
 
 
-def _cg(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]:
+def _cg(system: _System, v_kp: Tensor, task: SolveTask) -> tuple[Tensor, list[int]]:
     """From zero: preconditioned CG's first iterate is EK-FAC's solution, at the best length."""
     solution = conjugate_gradients(
         damped(system.ggn.product, system.lambda_p),
-        v_1p,
+        v_kp,
         tolerance=task.settings.tolerance,
         max_iterations=task.settings.steps,
         preconditioner=system.precondition,
+        total=system.total,
     )
-    return solution.x_kp, int(solution.iterations_k[0])
+    return solution.x_kp, solution.iterations_k.tolist()
 
 
-def _astra(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]:
+def _astra(system: _System, v_kp: Tensor, task: SolveTask) -> tuple[Tensor, list[int]]:
     settings, sequences = task.settings, len(task.curvature_ids)
     batch = sequences_per_product(task.solver, settings, sequences)
     largest = settings.step_size or _stable_step(system, batch, task.seed)
     estimate = astra(
         system.ggn.product,
-        v_1p,
+        v_kp,
         system.lambda_p,
         system.precondition,
         sequences=sequences,
@@ -279,8 +316,9 @@ def _astra(system: _System, v_1p: Tensor, task: SolveTask) -> tuple[Tensor, int]
         step_sizes=falling(largest, settings.steps),
         momentum=settings.momentum,
         seed=task.seed,
+        total=system.total,
     )
-    return estimate.x_kp, settings.steps
+    return estimate.x_kp, [settings.steps] * len(v_kp)
 
 
 def falling(largest: float, steps: int) -> Sequence[float]:
@@ -294,13 +332,15 @@ def _stable_step(system: _System, batch: int, seed: int) -> float:
     def preconditioned(x_1p: Tensor, rows: np.ndarray) -> Tensor:
         return system.precondition(system.ggn.product(x_1p, rows) + system.lambda_p * x_1p)
 
+    own, layers = set(system.ggn.mine), system.ggn.layers
     value = largest_eigenvalue(
         preconditioned,
-        system.lambda_p,
+        drawn([layer.size for layer in layers], [layer in own for layer in layers], system.lambda_p),
         sequences=len(system.ggn.sequences),
         batch=batch,
         batches=_TRIED_BATCHES,
         steps=_POWER_STEPS,
         seed=seed,
+        total=system.total,
     )
     return _STABLE_SHARE / value

@@ -263,15 +263,15 @@ def test_an_iterated_inverse_solves_the_system_of_documents_apart(
     strong = replace(inverse, damping=DampingConfig(relative=1.0))
     task = SolveTask(
         store=store,
-        name="a",
-        query=QUERIES[0],
+        names=("a",),
+        queries=QUERIES[:1],
         solver=Solver.cg,
         settings=IterationConfig(steps=40, tolerance=1e-4),
         ekfac=strong,
         corpus=CorpusAddress.of(case.packed),
         curvature_ids=case.ids,
         curvature="print",
-        fingerprint="key",
+        fingerprints=("key",),
         seed=SEED,
     )
     solve_task(rank, task)

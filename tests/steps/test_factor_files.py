@@ -23,7 +23,7 @@ from infscan.model.family import build_on_meta
 from infscan.model.tracked import tracked_layers
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, write_tensors
-from infscan.steps.factor_files import COMPLETE, PLAN, FactorsPlan, layer_groups, read_factors
+from infscan.steps.factor_files import COMPLETE, FITTING, PLAN, FactorsPlan, layer_groups, read_factors, store_plan
 from infscan.steps.preconditioner import Preconditioner
 from infscan.storage import Store
 from tests.steps.builders import fit_plan
@@ -166,6 +166,19 @@ def test_a_plan_that_does_not_say_has_one_block() -> None:
     plan = FactorsPlan({}, layers_of([(4, 4, False)]), Selection.of(1), ((0, 1),), (("l0",),), 1)
     assert plan.blocks == 1
     assert replace(plan, fields={"blocks": 2}).fingerprint != replace(plan, fields={"blocks": 3}).fingerprint
+
+
+def test_factors_of_an_earlier_fitting_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    """A sharded model was once read without its tied head: what was fitted on it has the same inputs."""
+    store = Store(str(tmp_path))
+    old = FactorsPlan({"model": "abc"}, layers_of([(4, 4, False)]), Selection.of(1), ((0, 1),), (("l0",),), 1)
+    store_plan(store, old)
+    now = replace(old, fields={"fitting": FITTING, "model": "abc"})
+    with pytest.raises(
+        FactorsError, match=r"holds factors for something else \(fitting: 1 -> \d\)\. Give another factors"
+    ):
+        store_plan(store, now)
+    assert store_plan(Store(str(tmp_path / "new")), now) == now
 
 
 def test_only_complete_factors_are_read(

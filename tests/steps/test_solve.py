@@ -58,18 +58,30 @@ def solve(
     solver: Solver,
     **settings: float,
 ) -> Solved:
+    return solve_together(rank, ekfac, corpus, store, (query,), solver, **settings)[0]
+
+
+def solve_together(
+    rank: ModelWorker,
+    ekfac: Preconditioner,
+    corpus: PreparedCorpus,
+    store: Store,
+    queries: tuple[Query, ...],
+    solver: Solver,
+    **settings: float,
+) -> list[Solved]:
     iteration = IterationConfig(**{"steps": 400, "tolerance": 1e-8, **settings})
     task = SolveTask(
         store,
-        query.id,
-        query,
+        tuple(query.id for query in queries),
+        queries,
         solver,
         iteration,
         ekfac,
         CorpusAddress.of(corpus),
         np.arange(CURVATURE),
         "curvature",
-        "key",
+        ("key",) * len(queries),
         SEED,
     )
     return solve_task(rank, task)
@@ -108,6 +120,48 @@ def test_cg_finds_the_dense_solution(
         found = read_solution(double, store, query)
         assert float((found - x_p).norm() / x_p.norm()) < 1e-6
         assert solved_before(read_facts(store, query.id)) == solved
+
+
+@pytest.mark.parametrize("solver", [Solver.cg, Solver.astra])
+def test_queries_that_share_the_passes_of_the_model_find_what_each_finds_alone(
+    solver: Solver, double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
+) -> None:
+    store, forwards = Store(str(tmp_path)), 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    handle = double.model.module.get_input_embeddings().register_forward_hook(count)
+    try:
+        together = solve_together(double, ekfac, corpus, store, QUERIES, solver, steps=12)
+        shared, forwards = forwards, 0
+        alone = [solve(double, ekfac, corpus, Store(str(tmp_path / "b")), query, solver, steps=12) for query in QUERIES]
+    finally:
+        handle.remove()
+    for query, one, other in zip(QUERIES, together, alone, strict=True):
+        x_p, y_p = (read_solution(double, Store(str(tmp_path / part)), query) for part in ("", "b"))
+        assert float((x_p - y_p).norm() / y_p.norm()) < 1e-9
+        assert (one.query_id, one.products) == (other.query_id, other.products) == (query.id, 12)
+        assert one.residual == pytest.approx(other.residual, rel=1e-6)
+    # Three times as many forwards alone, each query's own ones and astra's step size apart.
+    assert shared < 0.45 * forwards
+
+
+def test_what_is_in_storage_already_stays(
+    double: ModelWorker, ekfac: Preconditioner, corpus: PreparedCorpus, tmp_path: Path
+) -> None:
+    """Where a batch was interrupted between its files: the others come out as they would have."""
+    store = Store(str(tmp_path))
+    solve_together(double, ekfac, corpus, store, QUERIES, Solver.cg, steps=3)
+    kept = {entry.name: entry.etag for entry in store.list()}
+    before = read_solution(double, store, QUERIES[1])
+    store.remove("second")
+    solve_together(double, ekfac, corpus, store, QUERIES, Solver.cg, steps=3)
+    assert {name: etag for name, etag in kept.items() if name != "second"} == {
+        entry.name: entry.etag for entry in store.list() if entry.name != "second"
+    }
+    assert torch.equal(read_solution(double, store, QUERIES[1]), before)
 
 
 def test_astra_on_all_sequences_goes_there_too(

@@ -238,21 +238,12 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
     inverse = replace(last.inverse, alpha=alpha)
     iteration = IterationConfig(steps=400, tolerance=1e-8)
     ids = np.arange(4)
-    for query in QUERIES:
-        task = SolveTask(
-            store,
-            f"s-{query.id}",
-            query,
-            Solver.cg,
-            iteration,
-            inverse,
-            CorpusAddress.of(last.corpus),
-            ids,
-            "c",
-            "key",
-            SEED,
-        )
-        solve_task(narrow, task)
+    names = tuple(f"s-{query.id}" for query in QUERIES)
+    address = CorpusAddress.of(last.corpus)
+    task = SolveTask(
+        store, names, QUERIES, Solver.cg, iteration, inverse, address, ids, "c", ("key",) * len(QUERIES), SEED
+    )
+    solve_task(narrow, task)
     solved = replace(inverse, solver=Solver.cg, solutions=StoredGradients(store, {q.id: f"s-{q.id}" for q in QUERIES}))
     stage_task(narrow, StageTask(store, ("a", "b"), QUERIES, layers, solved))
 
@@ -274,10 +265,9 @@ def test_cg_brings_back_through_the_true_system(stages: list[Trained], tmp_path:
     vectors = StoredGradients(store, {"first": "a", "second": "b"})
     narrow.__dict__ |= {**first.rank.__dict__, "layers": layers, "_cache": {}}
     start = replace(first.inverse, vectors=vectors)
-    task = SolveTask(
-        store, "end", QUERIES[0], Solver.cg, iteration, start, CorpusAddress.of(first.corpus), ids, "d", "key", SEED
-    )
-    assert solve_task(narrow, task).residual < 1e-6
+    address = CorpusAddress.of(first.corpus)
+    task = SolveTask(store, ("end",), QUERIES[:1], Solver.cg, iteration, start, address, ids, "d", ("key",), SEED)
+    assert solve_task(narrow, task)[0].residual < 1e-6
     x_1p = join(layers, {key: value[None] for key, value in read_tensors(store, "end").items()})
     ggn = GaussNewton(narrow, first.corpus.read(ids), tokens_per_batch=1024)
     lambdas = {layer.name: known[1] for layer in layers if (known := layer_factors(start, layer, "cpu", torch.float64))}

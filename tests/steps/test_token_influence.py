@@ -15,6 +15,7 @@ from infscan.config import Dtype, ModelConfig, Packing
 from infscan.corpus.addressable import PreparedCorpus
 from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
+from infscan.model.experts import is_transposed
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
@@ -23,7 +24,8 @@ from infscan.steps.preconditioner import Preconditioner, preconditioned
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
 from tests.corpus.builders import settings as pack_settings
-from tests.model.families import CONTEXT, VOCAB, save
+from tests.model import zoo
+from tests.model.families import CONFIGS, CONTEXT, VOCAB, save
 from tests.steps.builders import fit, fit_plan
 
 RNG = np.random.default_rng(3)
@@ -35,12 +37,14 @@ QUERIES = (
 )
 
 
-# GPT-2 adds positions to the embedding and keeps its weights transposed; llama has no bias and three layers to an MLP.
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+# GPT-2 adds positions to the embedding and keeps its weights transposed; llama has no bias and three layers to an MLP;
+# Qwen 3's mixture and GPT-OSS's have experts, these with biases, which an explanation takes apart token by token too.
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen3_moe", "gpt_oss"])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ModelWorker, PreparedCorpus]:
-    folder = str(save(request.param, tmp_path_factory.mktemp("model")))
+    made = save if request.param in CONFIGS else zoo.save
+    folder = str(made(request.param, tmp_path_factory.mktemp("model")))
     layers = describe(folder, "linear").layers
     rank = ModelWorker(WorkerSettings(ModelConfig(folder, dtype=Dtype.float64), layers, sharded=False), RankContext())
     root = tmp_path_factory.mktemp("corpus")
@@ -114,9 +118,17 @@ def moved(rank: ModelWorker, P: dict[str, torch.Tensor], by: float) -> Iterator[
     modules = dict(rank.model.module.named_modules())
     for sign in (1.0, -1.0):
         for layer in rank.layers:
-            module, D = modules[layer.name], sign * by * P[layer.name]
-            # Conv1D, of GPT-2, keeps its weight transposed.
+            D = sign * by * P[layer.name]
             W = D[:, :-1] if layer.bias else D
+            if layer.stack:
+                path, _, stack = layer.stack.rpartition(".")
+                holder, expert = modules[path], int(layer.name.rpartition(".")[2])
+                getattr(holder, stack).data[expert] += W.T if is_transposed(holder) else W
+                if layer.bias:
+                    getattr(holder, f"{stack}_bias").data[expert] += D[:, -1]
+                continue
+            module = modules[layer.name]
+            # Conv1D, of GPT-2, keeps its weight transposed.
             module.weight.data += W.T if type(module).__name__ == "Conv1D" else W
             if layer.bias:
                 module.bias.data += D[:, -1]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infscan.errors import FactorsError
-from infscan.influence.astra import Estimate, largest_eigenvalue
+from infscan.influence.astra import Estimate, drawn, largest_eigenvalue
 from infscan.influence.cg import conjugate_gradients, damped
 from infscan_studies.truth.lissa import lissa
 
@@ -72,5 +72,6 @@ def test_divergence_is_refused() -> None:
 def test_the_largest_eigenvalue_of_a_batch() -> None:
     g_np = gradients()
     exact = float(torch.linalg.eigvalsh(g_np.T @ g_np / N).max())
-    found = largest_eigenvalue(product, v_kp()[0], sequences=N, batch=N, batches=1, steps=200, seed=0)
+    draw = drawn([v_kp().shape[1]], [True], v_kp())
+    found = largest_eigenvalue(product, draw, sequences=N, batch=N, batches=1, steps=200, seed=0)
     assert found == pytest.approx(exact, rel=1e-6)

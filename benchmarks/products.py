@@ -1,0 +1,105 @@
+"""What products with the Gauss-Newton matrix cost: in floors, by vectors multiplied at once; in memory, by length.
+
+python benchmarks/products.py                  the floors
+python benchmarks/products.py --length 8192    the peak memory of one product, and of a sequence's own tokens explained,
+                                               at that length; with --plain with attention in plain operations
+
+The floor is a forward and an activation-gradient backward, as in benchmarks/floor.py. Processor seconds, best of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from infscan.config import Dtype, ModelConfig
+from infscan.corpus.sequences import Sequence
+from infscan.model import attention_blocks
+from infscan.model.architecture import describe
+from infscan.model.gauss_newton import GaussNewton
+from infscan.model.loaded import RankContext
+from infscan.model.losses import Loss
+from infscan.model.measure import next_tokens
+from infscan.model.token_influence import own_tokens
+from infscan.model.worker import ModelWorker, WorkerSettings
+
+VOCAB = 512
+
+
+def opened(width: int, layers: int, length: int) -> ModelWorker:
+    with tempfile.TemporaryDirectory() as folder:
+        config = GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=4 * width,
+            max_position_embeddings=length,
+        )
+        torch.manual_seed(0)
+        GPTNeoXForCausalLM(config).save_pretrained(folder)
+        settings = WorkerSettings(ModelConfig(folder, Dtype.float32), describe(folder, "mlp").layers, sharded=False)
+        return ModelWorker(settings, RankContext())
+
+
+def sequences(count: int, length: int) -> list[Sequence]:
+    draw = np.random.default_rng(0)
+    return [Sequence(number, draw.integers(0, VOCAB, length), (), 0, "") for number in range(count)]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    function()
+    found = []
+    for _ in range(3):
+        began = time.process_time()
+        function()
+        found.append(time.process_time() - began)
+    return min(found)
+
+
+def floors() -> None:
+    worker, some = opened(256, 4, 128), sequences(8, 128)
+
+    def floor() -> None:
+        for batch in worker.batches(some, 1024):
+            worker.backward(batch, [], Loss(*next_tokens(batch.ids_bt, batch.mask_bt)), lambda *_: None)
+
+    least, ggn = seconds(floor), GaussNewton(worker, some, 1024)
+    for count in (1, 2, 4, 8):
+        x_kp = torch.randn(count, ggn.size)
+        spent = seconds(lambda x_kp=x_kp: ggn.product(x_kp)) / least
+        print(f"{count} vectors: {spent:.2f} floors, {spent / count:.2f} a vector", flush=True)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(length: int, plain: bool) -> None:
+    if plain:
+        attention_blocks.BLOCK = 1 << 62
+    worker, some = opened(64, 1, length), sequences(1, length)
+    ggn = GaussNewton(worker, some, length)
+    print(f"{length} tokens: {peak():.2f} GiB before", flush=True)
+    began = time.process_time()
+    ggn.product(torch.randn(1, ggn.size))
+    print(f"a product: {peak():.2f} GiB at most, {time.process_time() - began:.0f} s", flush=True)
+    began = time.process_time()
+    P = {layer.name: torch.randn(1, layer.outputs, layer.inputs) for layer in worker.layers}
+    own_tokens(worker, some[0], worker.layers, P, [0])
+    print(f"own tokens explained: {peak():.2f} GiB at most, {time.process_time() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--plain", action="store_true")
+    asked = parser.parse_args()
+    memory(asked.length, asked.plain) if asked.length else floors()
