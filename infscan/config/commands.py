@@ -246,7 +246,7 @@ _CORE = (
     ),
     Command(
         name="verify",
-        summary="Read every file of a finished run and hold it to what was committed; nothing is written.",
+        summary="Read every file of a finished run or index and hold it to what was committed; nothing is written.",
         settings=f"{_JOBS}:VerifyJob",
         run=f"{_API}:run_verify",
         positional=("run",),
