@@ -105,7 +105,7 @@ def random_frame(n: int, m: int, key: str) -> NDArray[np.float64]:
 def _signs(count: int, key: str) -> NDArray[np.float64]:
     # The raw bits of a counter-based generator are the same in every version of numpy; drawn numbers may not be.
     words = _generator(key).random_raw(-(-count // 64)).astype("<u8")
-    return 1.0 - 2.0 * np.unpackbits(words.view(np.uint8), count=count)
+    return 1.0 - 2.0 * np.unpackbits(words.view(np.uint8), count=count).astype(np.float64)
 
 
 def _generator(key: str) -> np.random.Philox:
