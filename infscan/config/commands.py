@@ -191,7 +191,8 @@ _CORE = (
         summary="Answer questions from an index: only the rows that it finds are read again, and scored exactly.",
         settings=f"{_JOBS}:AskJob",
         run=f"{_API}:run_ask",
-        groups=("cluster",),
+        # No presets: its own keys have their groups' names.
+        groups=(),
         positional=("index",),
         examples=(
             "index=runs/index queries=queries.jsonl output=runs/answer",

@@ -300,3 +300,14 @@ def test_an_object_store_is_searched_as_a_disk_is(made: tuple[Path, Config, Path
         tracker.add(part)
     for found in (search_files(whole, asked, threads=3), tracker.best()):
         assert list(found.rows()) == list(wanted.rows())
+
+
+def test_a_shell_asks_with_the_keys_of_the_job() -> None:
+    from infscan.config.commands import command_of, settle
+    from infscan.config.commands import compose as hydra_compose
+
+    command = command_of("ask")
+    words = ["index=[runs/a,runs/b]", "queries=q.jsonl", "model=m", "corpus=c", "factors=f", "cluster.num_workers=2"]
+    job = settle(command, hydra_compose(command, words))
+    assert (job.indexes, job.queries, job.model, job.corpus) == (["runs/a", "runs/b"], "q.jsonl", "m", "c")
+    assert job.cluster.num_workers == 2
