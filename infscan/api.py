@@ -309,11 +309,13 @@ class VerifyResult:
     files: int
     # False where infscan 0.1 finished it: its tables were held to their own footers alone.
     has_manifest: bool
+    # Of an index.
+    is_index: bool = False
 
     def show(self) -> None:
-        against = (
-            "what _SUCCESS says" if self.has_manifest else "their own checksums (an empty _SUCCESS, of infscan 0.1)"
-        )
+        against = "what index.json says" if self.is_index else "what _SUCCESS says"
+        if not self.has_manifest:
+            against = "their own checksums (an empty _SUCCESS, of infscan 0.1)"
         print(f"verified    {self.uri}: {self.files} files are {against}")
 
 
@@ -492,9 +494,14 @@ def run_status(job: StatusJob) -> StatusResult:
 
 
 def run_verify(job: VerifyJob) -> VerifyResult:
+    from infscan.results.index_file import MANIFEST as INDEX
+    from infscan.results.index_file import verify_index
     from infscan.results.verify import verify
+    from infscan.storage import Store
 
     where = absolute(job.run)
+    if Store(where).exists(INDEX):
+        return VerifyResult(where, verify_index(Store(where)), True, is_index=True)
     files, has_manifest = verify(where)
     return VerifyResult(where, files, has_manifest)
 

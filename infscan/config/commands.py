@@ -191,7 +191,8 @@ _CORE = (
         summary="Answer questions from an index: only the rows that it finds are read again, and scored exactly.",
         settings=f"{_JOBS}:AskJob",
         run=f"{_API}:run_ask",
-        groups=("cluster",),
+        # No presets: its own keys have their groups' names.
+        groups=(),
         positional=("index",),
         examples=(
             "index=runs/index queries=queries.jsonl output=runs/answer",
@@ -254,7 +255,7 @@ _CORE = (
     ),
     Command(
         name="verify",
-        summary="Read every file of a finished run and hold it to what was committed; nothing is written.",
+        summary="Read every file of a finished run or index and hold it to what was committed; nothing is written.",
         settings=f"{_JOBS}:VerifyJob",
         run=f"{_API}:run_verify",
         positional=("run",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import yaml  # type: ignore[import-untyped]
 
@@ -45,7 +45,15 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def stored_config(text: str, output: str, kind: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
+@overload
+def stored_config(text: str, output: str) -> Config: ...
+
+
+@overload
+def stored_config(text: str, output: str, kind: type[ConfigT]) -> ConfigT: ...
+
+
+def stored_config(text: str, output: str, kind: type[Any] = Config) -> Any:
     """What `to_yaml` wrote, as a configuration again; `output` is where the run is now, wherever it was made.
 
     kind: of the settings, where a command has more than a run's.

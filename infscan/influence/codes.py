@@ -99,7 +99,7 @@ def random_frame(n: int, m: int, key: str) -> NDArray[np.float64]:
     q_nm, r_mm = np.linalg.qr((2.0 * (drawn >> np.uint64(12)) + 1) * 2.0**-53 * np.where(drawn & np.uint64(1), -1, 1))
     # LAPACKs differ in the signs of columns.
     turned = np.where(np.diag(r_mm) < 0, -1.0, 1.0)
-    return q_nm * turned * np.sqrt(n / m)
+    return (q_nm * turned * np.sqrt(n / m)).astype(np.float64)
 
 
 def _signs(count: int, key: str) -> NDArray[np.float64]:

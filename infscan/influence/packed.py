@@ -44,8 +44,7 @@ def store(u_nd: NDArray[np.float32], bits: Bits, entries: int) -> Stored:
     any query is unbiased (Gao and Long 2024, RaBitQ, theorem 3.2). Eight: scale = max |u| / 127. Rows with a NaN or an
     infinity are stored with scale zero.
     """
-    finite = np.isfinite(u_nd).all(axis=1)
-    u_nd = np.where(np.asarray(finite)[:, None], u_nd, np.float32(0))
+    u_nd = np.where(np.isfinite(u_nd).all(axis=1, keepdims=True), u_nd, np.float32(0))
     squares = np.einsum("nd,nd->n", u_nd, u_nd, dtype=np.float64)
     if bits == 1:
         scales = _ratio(squares, np.abs(u_nd).sum(axis=1, dtype=np.float64))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -28,6 +28,7 @@ from infscan.config import checksum_ok, fingerprint, seal_of, with_checksum
 from infscan.errors import DamagedError, RunError
 from infscan.storage import MissingError, Store
 from infscan.storage.foreign import parse_json
+from infscan.storage.prefetch import prefetch
 
 FOLDER, SUFFIX, MANIFEST = "codes", ".arrow", "index.json"
 SCHEMA_VERSION = 1
@@ -161,11 +162,10 @@ def _opened(store: Store, name: str, columns: Sequence[str] = ()) -> Iterator[tu
 
 
 def _facts(store: Store, name: str, raw: bytes | None) -> dict[str, Any]:
-    try:
-        facts = None if raw is None else parse_json(raw)
-    except ValueError:
-        facts = None
-    if facts is None or not checksum_ok(facts):
+    facts: Any = None
+    with suppress(ValueError):
+        facts = parse_json(raw or b"")
+    if not checksum_ok(facts):
         raise damaged(store, name, "its header is not what was written")
     if facts["schema_version"] > SCHEMA_VERSION:
         raise RunError(f"{store.uri}/{name} is of a newer infscan; upgrade infscan to read this index.")
@@ -252,3 +252,22 @@ def read_manifest(store: Store) -> IndexManifest:
             reason = "it is missing" if name not in there else f"{there[name]} bytes where {file.bytes} were written"
             raise damaged(store, name, reason)
     return found
+
+
+def verify_index(store: Store) -> int:
+    """Hold every column of every file to its digest; returns how many files there are.
+
+    Raises:
+        RunError: where there is no complete index.
+        DamagedError: with the first file that is not what was written.
+    """
+    manifest = read_manifest(store)
+
+    def check(name: str) -> None:
+        with _opened(store, name) as (_, reader, _facts):
+            columns = list(reader.schema.names)
+        read_columns(store, name, columns, manifest.files[name].seal)
+
+    for _ in prefetch(store, check, list(manifest.files)):
+        pass
+    return len(manifest.files)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from infscan import pipeline
-from infscan.api import open_index, read_run, run_ask, run_fit
+from infscan.api import open_index, read_run, run_ask, run_fit, run_verify
 from infscan.config import Backend, ClusterConfig, Config, Scores, with_checksum, without_checksum
-from infscan.config.jobs import AskJob, IndexConfig, IndexJob
+from infscan.config.jobs import AskJob, IndexConfig, IndexJob, VerifyJob
 from infscan.errors import ConfigError, DamagedError, FactorsError, RunError
 from infscan.influence.layers import Layer
 from infscan.influence.packed import QueryCodes
@@ -228,6 +228,21 @@ def test_a_file_that_was_cut_off_is_found_when_the_index_is_opened(tmp_path: Pat
         open_index(str(index))
 
 
+def test_an_index_is_verified_as_a_run_is(made: tuple[Path, Config, Path], tmp_path: Path) -> None:
+    _, _, index = made
+    found = run_verify(VerifyJob(str(index)))
+    assert (found.files, found.is_index) == (5, True)
+    for name in Store(str(index)).names():
+        Store(str(tmp_path)).write(name, Store(str(index)).read(name))
+    name = sorted(read_manifest(Store(str(index))).files)[3]
+    data = bytearray((index / name).read_bytes())
+    at = data.index(read_columns(Store(str(index)), name, ["loss"])["loss"].tobytes())
+    data[at] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DamagedError, match=f"{name} is damaged .*'loss' is not what was written"):
+        run_verify(VerifyJob(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"bits": 2}, "index.bits=2"), ({"width": 0}, "index.width=0"), ({"layers": "("}, "not a regular expression"),
@@ -285,3 +300,14 @@ def test_an_object_store_is_searched_as_a_disk_is(made: tuple[Path, Config, Path
         tracker.add(part)
     for found in (search_files(whole, asked, threads=3), tracker.best()):
         assert list(found.rows()) == list(wanted.rows())
+
+
+def test_a_shell_asks_with_the_keys_of_the_job() -> None:
+    from infscan.config.commands import command_of, settle
+    from infscan.config.commands import compose as hydra_compose
+
+    command = command_of("ask")
+    words = ["index=[runs/a,runs/b]", "queries=q.jsonl", "model=m", "corpus=c", "factors=f", "cluster.num_workers=2"]
+    job = settle(command, hydra_compose(command, words))
+    assert (job.indexes, job.queries, job.model, job.corpus) == (["runs/a", "runs/b"], "q.jsonl", "m", "c")
+    assert job.cluster.num_workers == 2
