@@ -204,7 +204,7 @@ def _summary(
 def _add_search(summary: dict[str, Any], searched: Searched) -> None:
     """With a sieve, planned are the sequences that it passed over; of them some were scanned in full."""
     counts = summary["counts"]
-    counts["planned"]["sequences"] = searched.planned
+    counts["planned"] = {"sequences": searched.planned.selection.size, "shards": searched.planned.num_shards}
     counts["candidates"] = {"sequences": searched.candidates, "audited": searched.audited}
     if searched.sieve is not None:
         counts["sieve"] = asdict(searched.sieve) | {"quarantined": len(searched.given_up)}
