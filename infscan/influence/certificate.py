@@ -231,6 +231,23 @@ def _hypergeometric_at_most(rows: int, sampled: int, marked: int, x: int) -> flo
     return float(log_p.exp().sum())
 
 
+def binomial_interval(x: int, n: int, alpha: float = 1 - CONFIDENCE) -> tuple[float, float]:
+    """The exact interval of a share of which x of n were seen (Clopper and Pearson, Biometrika 26, 1934).
+
+    At x = n its lower end is (alpha / 2)^(1 / n): 0.025 for one of one.
+    """
+    return _largest_share(x, n, alpha / 2), 1 - _largest_share(n - x, n, alpha / 2)
+
+
+def _largest_share(x: int, n: int, alpha: float) -> float:
+    """The p with which x or more of n have a chance of alpha; 0 for x = 0."""
+    low, high = 0.0, 1.0
+    for _ in range(60 if x else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _binomial_at_least(x, n, middle) >= alpha else (middle, high)
+    return low
+
+
 def _binomial_at_least(x: int, n: int, p: float) -> float:
     """P(X >= x), X of n draws with chance p."""
     if x == 0 or p >= 1:

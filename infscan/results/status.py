@@ -28,6 +28,8 @@ from infscan.storage.store import backend_of
 DRIVER = "driver.json"
 # What `infscan status` exits with where a run is unfinished and nothing works on it.
 NOTHING_ALIVE = 3
+# A sieve's own shards, and what is there once it has ended (`infscan.steps.candidates`).
+_SIEVE, _LEFT = "sieve", "sieve/candidates.json"
 # A rate is of the last so many shards.
 _WINDOW = 64
 # Rows are provisional: of this many shard files at most, the latest ones.
@@ -69,10 +71,10 @@ class Driver:
 class Status:
     """A run, as read from its folder.
 
-    phase: `new`, `prepare`, `fit`, `queries`, `scan`, `refine` or `finished`. made: files by kind that show how far a
-    phase without shards is. shards, sequences: planned; None before there is a plan. sequences_per_s, eta_s: by the
-    last shards; None where fewer than two are there. last: seconds since 1970, of the last shard's file. read: shard
-    files that `top` is of; None where it is of the published tables.
+    phase: `new`, `prepare`, `fit`, `queries`, `sieve`, `scan`, `refine` or `finished`. made: files by kind that show
+    how far a phase without shards is. shards, sequences: of its plan; None before there is one. sequences_per_s,
+    eta_s: by the last shards; None where fewer than two are there. last: seconds since 1970, of the last shard's file.
+    read: shard files that `top` is of; None where it is of the published tables.
     """
 
     uri: str
@@ -107,17 +109,17 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     driver = _driver(store)
     if plan is None and driver.pid is None and not store.exists("config.yaml"):
         raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
-    files = store.list(FOLDER, suffix=SUFFIX)
     finished = store.exists(SUCCESS)
     summary = _json(store, "summary.json") if finished else None
-    planned = plan or {}
-    shards, sequences = planned.get("shards"), planned.get("selection", {}).get("size")
+    files, sieving = _shards(store)
+    shards, sequences, per_shard = _planned(store, plan or {})
     names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
     made = _made(store)
-    rate, eta = _pace(files, shards, planned.get("shard_sequences"))
+    rate, eta = _pace(files, shards, per_shard)
+    phase = "sieve" if sieving else _phase(plan, files, shards, there, made)
     known = Status(
         uri=store.uri,
-        phase="finished" if finished else _phase(plan, files, shards, there, made),
+        phase="finished" if finished else phase,
         made=made,
         shards=shards,
         sequences=sequences,
@@ -131,7 +133,9 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     )
     if not rows:
         return known
-    top, read = (_published(store, rows), None) if finished else _provisional(store, files, rows)
+    # A sieve's scores are of some layers, and others' are what is published.
+    ranked = [] if sieving else files
+    top, read = (_published(store, rows), None) if finished else _provisional(store, ranked, rows)
     return Status(**(vars(known) | {"top": tuple(top), "read": read}))
 
 
@@ -158,6 +162,21 @@ def _json(store: Store, name: str) -> Any:
         return store.read_json(name)
     except MissingError:
         return None
+
+
+def _shards(store: Store) -> tuple[list[Entry], bool]:
+    """The shard files of the pass that goes on, and whether it is a sieve's."""
+    sieving = not store.exists(_LEFT)
+    sieved = store.list(f"{_SIEVE}/{FOLDER}", suffix=SUFFIX) if sieving else []
+    return sieved or store.list(FOLDER, suffix=SUFFIX), bool(sieved)
+
+
+def _planned(store: Store, plan: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
+    """Its shards, its sequences, and sequences by shard: of the run's plan, or of what a sieve left with the audit."""
+    left = _json(store, _LEFT)
+    if left is not None:
+        return left["shards"], left["sequences"], left["sequences"] / max(1, left["shards"])
+    return plan.get("shards"), plan.get("selection", {}).get("size"), plan.get("shard_sequences")
 
 
 def _driver(store: Store) -> Driver:
@@ -210,7 +229,7 @@ def _phase(plan: Any, files: list[Entry], shards: int | None, queries: set[str],
     return "queries" if queries else "fit"
 
 
-def _pace(files: list[Entry], shards: int | None, shard_sequences: int | None) -> tuple[float | None, float | None]:
+def _pace(files: list[Entry], shards: int | None, shard_sequences: float | None) -> tuple[float | None, float | None]:
     """Sequences per second and seconds left, by the moments at which the last shards' files appeared."""
     moments = sorted(entry.modified for entry in files if entry.modified is not None)[-_WINDOW:]
     if len(moments) < 2 or moments[-1] <= moments[0] or shards is None or shard_sequences is None:

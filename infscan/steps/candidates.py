@@ -36,13 +36,13 @@ Ids = NDArray[np.int64]
 class Chosen:
     """What is scanned in full.
 
-    plan: of it. planned: sequences that the run is of. found: of those, the candidates, ascending; None where all are
+    plan: of it. planned: the run's own. found: of those, the candidates, ascending; None where all are
     scanned. audited: the audit's, ascending, which may be candidates too. sieve: what the sieve left, where there is
     one.
     """
 
     plan: Plan
-    planned: int
+    planned: Plan
     found: Ids | None = None
     audited: Ids | None = None
     sieve: Scanned | None = None
@@ -56,7 +56,7 @@ def choose_candidates(run: Run, plan: Plan, corpus: AddressableCorpus, batch: Br
     """
     config = run.config
     if not config.searches:
-        return Chosen(plan, plan.selection.size)
+        return Chosen(plan, plan)
     parts: list[Ids] = []
     sieved = None
     if config.scan.sieve is not None:
@@ -82,7 +82,7 @@ def chosen(run: Run, plan: Plan, found: Ids, sieve: Scanned | None = None) -> Ch
     record = {"digest": some.digest(), "candidates": len(found), "audited": len(audited), "sequences": len(ids)}
     _settle(run, record | {"shards": made.num_shards})
     log.info("candidates  %d sequences and %d of the audit, of %d", len(found), len(audited), selection.size)
-    return Chosen(made, selection.size, found, audited, sieve)
+    return Chosen(made, plan, found, audited, sieve)
 
 
 def sieve_pass(run: Run, planned: int) -> ScanPass:

@@ -29,11 +29,11 @@ _QUERIES_AT_ONCE = 16
 class Searched:
     """What summary.json says of a run that scanned candidates alone.
 
-    planned: sequences that the run is of. candidates, audited: how many. sieve: what the sieve's pass counted, and the
+    planned: what the run is of. candidates, audited: how many. sieve: what the sieve's pass counted, and the
     shards that it gave up; None without one. certificate: None without an audit.
     """
 
-    planned: int
+    planned: Plan
     candidates: int
     audited: int
     sieve: ScanCounts | None
@@ -67,7 +67,7 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     """By query and side, and of all together, from the scores of what was scanned in full."""
     assert chosen.found is not None
     assert chosen.audited is not None
-    config, audit = run.config, Audit.uniform(chosen.planned, len(chosen.audited))
+    config, audit = run.config, Audit.uniform(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
     for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
         names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]

@@ -20,6 +20,7 @@ from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, Selection
 from infscan.engine.executor import Pieces, Step
 from infscan.influence.agreement import MAX_CANDIDATE_SHARE, agreement, pearson, recall_agreement
+from infscan.influence.certificate import binomial_interval
 from infscan.influence.layers import Layer
 from infscan.influence.layout import QueryBatch
 from infscan.influence.precision import multiplying
@@ -170,10 +171,11 @@ def scoring_twice(
 def judged(
     query_ids: list[str], exact_qn: NDArray[np.floating], approximate_qn: NDArray[np.floating], seed: int
 ) -> dict[str, Any]:
-    """Pearson and recall of the strongest, per query and on average, each with its 95 % interval (bootstrap).
+    """Pearson and recall of the strongest, per query and on average, each with its 95 % interval.
 
-    Recall counts only where candidates are at most 2 % of the sequences: else it is null, with the reason. A query
-    whose scores do not vary has no correlation (null) and is left out of the averages.
+    Intervals are the bootstrap's for Pearson, and for a query's recall the exact ones of a share; for recall over all
+    queries the wider of both. Recall counts only where candidates are at most 2 % of the sequences: else it is null,
+    with the reason. A query whose scores do not vary has no correlation (null) and is left out of the averages.
     """
     n = exact_qn.shape[1]
     varies = np.isfinite(pearson(exact_qn, approximate_qn))
@@ -206,8 +208,14 @@ def judged(
     recalled = recall_agreement(
         exact_qn, approximate_qn, top=top, candidates=_CANDIDATES_PER_TOP * top, seed=seed, resamples=_RESAMPLES
     )
-    report["recall"] |= _rounded(mean=recalled.mean, low=recalled.mean_low, high=recalled.mean_high)
-    for name, value, low, high in zip(ids, recalled.values, recalled.low, recalled.high, strict=True):
+    # A resample of what was all found is all found, too: what a few rows say of others, the exact interval does.
+    found_rows = np.rint(recalled.values * top).astype(int).tolist()
+    low, high = binomial_interval(sum(found_rows), top * len(ids))
+    report["recall"] |= _rounded(
+        mean=recalled.mean, low=min(low, recalled.mean_low), high=max(high, recalled.mean_high)
+    )
+    for name, value, rows in zip(ids, recalled.values, found_rows, strict=True):
+        low, high = binomial_interval(rows, top)
         by_query[name] |= _rounded(recall=value, recall_low=low, recall_high=high)
     return report
 

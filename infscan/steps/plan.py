@@ -55,7 +55,8 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
             f"add corpus.path={corpus.store.uri} factors.path={run.folder.factors.uri}, which are then reused."
         )
     plan = Plan.from_json(found, corpus.chosen)
-    left = (plan.num_shards - len(finished_shards(run.store))) / plan.num_shards
+    # With a sieve other shards are finished than those planned here, maybe more.
+    left = max(0, plan.num_shards - len(finished_shards(run.store))) / plan.num_shards
     N, T = plan.selection.size, corpus.sequence_length
     check_disk_for_scan(run.config, run.inputs.layers, len(run.queries), N, T, left, run.store)
     return plan

@@ -92,16 +92,16 @@ def publish(
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}
-    given_up = dict(scanned.quarantined)
     if searched is not None:
         _add_search(summary, searched)
-        given_up |= {number: f"sieve: {reason}" for number, reason in searched.given_up.items()}
     publisher.put("summary.json", json_bytes(summary))
-    if len(given_up) > run.config.scan.allow_quarantined:
-        names = ", ".join(map(shard_name, sorted(given_up)[:3]))
+    sieved = searched.given_up if searched else {}
+    if (lost := len(scanned.quarantined) + len(sieved)) > run.config.scan.allow_quarantined:
+        names = ", ".join(map(shard_name, sorted(scanned.quarantined or sieved)[:3]))
+        folder = "quarantine" if scanned.quarantined else "sieve/quarantine"
         raise RunError(
-            f"{len(given_up)} shards are quarantined ({names}; see in {run.store.uri}/quarantine/), more "
-            f"than scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
+            f"{lost} shards are quarantined ({names}; see in {run.store.uri}/{folder}/), more than "
+            f"scan.allow_quarantined={run.config.scan.allow_quarantined}. Mend the cause and run it again, or "
             "raise the limit."
         )
     publisher.put(INDEX, to_parquet(_index(run, summary), publisher.footer), 1)
@@ -228,10 +228,12 @@ def _summary(
 def _add_search(summary: dict[str, Any], searched: Searched) -> None:
     """With a sieve, planned are the sequences that it passed over; of them some were scanned in full."""
     counts = summary["counts"]
-    counts["planned"]["sequences"] = searched.planned
+    counts["planned"] = {"sequences": searched.planned.selection.size, "shards": searched.planned.num_shards}
+    counts["quarantined"]["shards"] += len(searched.given_up)
+    counts["quarantined"]["sequences"] += sum(len(searched.planned.shard(number)) for number in searched.given_up)
     counts["candidates"] = {"sequences": searched.candidates, "audited": searched.audited}
     if searched.sieve is not None:
-        counts["sieve"] = asdict(searched.sieve) | {"quarantined": len(searched.given_up)}
+        counts["sieve"] = asdict(searched.sieve)
     summary["certificate"] = searched.certificate
 
 

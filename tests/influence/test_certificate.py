@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from infscan.influence.certificate import Audit, Certificate, Evidence, certify, certify_together, hypergeometric_upper
+from infscan.influence.certificate import (
+    Audit,
+    Certificate,
+    Evidence,
+    binomial_interval,
+    certify,
+    certify_together,
+    hypergeometric_upper,
+)
 
 N, C, TOP = 4_000, 400, 40
 
@@ -48,6 +56,15 @@ def test_the_limit_of_a_finite_population_is_exact(data: st.DataObject) -> None:
     found = hypergeometric_upper(rows, sampled, x, 0.05)
     assert stats.hypergeom.cdf(x, rows, found, sampled) >= 0.05 - 1e-9
     assert found == rows - (sampled - x) or stats.hypergeom.cdf(x, rows, found + 1, sampled) < 0.05 + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_the_interval_of_a_share_is_clopper_and_pearsons(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 200))
+    x = data.draw(st.integers(0, n))
+    known = stats.binomtest(x, n).proportion_ci(0.95, "exact")
+    assert binomial_interval(x, n) == pytest.approx((known.low, known.high), abs=1e-9)
 
 
 @pytest.mark.parametrize("queries", [1, 5])

@@ -20,11 +20,11 @@ from tests.model.zero3_rank import captured, settings
 pytestmark = pytest.mark.slow
 
 # Renamed keys in the checkpoint; a tied unembedding and checkpointing; Conv1D, and small parameters kept gathered;
-# shards in the host's memory, and in a mapped file; documents that do not see each other, on one of the ranks; blocks
-# that are gathered whole.
+# shards in the host's memory, and in a mapped file; documents that do not see each other, on one of the ranks; a
+# backward that ends below the last block; blocks that are gathered whole.
 NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept", "llama+cpu", "gpt_neox+nvme", "gpt_neox+within", "gpt2+within"]
-BLOCKS = ["gpt_neox+blocks", "llama+blocks", "llama+blocks+checkpointing", "opt+blocks"]
-NAMES += [*BLOCKS, "llama", "opt", "llama+blocks+cpu", "gpt_neox+blocks+nvme"]
+BLOCKS = ["gpt_neox+blocks", "llama+blocks", "llama+blocks+checkpointing", "opt+blocks", "llama+blocks+last"]
+NAMES += [*BLOCKS, "llama", "opt", "llama+blocks+cpu", "gpt_neox+blocks+nvme", "llama+last"]
 WORLD = 2
 
 
@@ -60,7 +60,7 @@ def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str)
         held, parameters, _ = found.pop("held").tolist()
         assert parameters == whole.parameters
         assert parameters / WORLD <= held < 0.6 * parameters
-        expected = captured(whole, layers, rank, name.endswith("+within"))
+        expected = captured(whole, layers, rank, name.partition("+")[2])
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(

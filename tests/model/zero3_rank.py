@@ -1,6 +1,8 @@
 """One rank of a sharded worker group, for test_zero3: capture each model's layers and save them.
 
-python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+checkpointing|+kept|+blocks|...] ...
+python -m tests.model.zero3_rank <rank> <world> <port> <folder> <family>[+<option>...] ...
+
+option: checkpointing, kept, cpu, nvme, blocks, within or last.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from infscan.model.load import load
 from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens
+from infscan.model.suffix import ends_at, last_blocks
 
 # Nothing stays gathered: every parameter is really partitioned and fetched when it is used.
 TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_size=1, param_persistence_threshold=0)
@@ -41,13 +44,16 @@ def settings(folder: Path, name: str) -> ModelConfig:
     return ModelConfig(str(folder / family), Dtype.float32, zero=zero, gradient_checkpointing=checkpointing)
 
 
-def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: bool = False) -> dict[str, Tensor]:
+def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, option: str = "") -> dict[str, Tensor]:
     """Losses, logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks).
 
-    within: rank 0's sequences are of three documents that do not see each other; the other ranks' of one.
+    last: of the last block alone, below which the backward ends. within: rank 0's sequences are of three documents that
+    do not see each other; the other ranks' of one.
     """
     ids_bt = (torch.arange(2 * (6 + rank)) * 7 % 40).view(2, -1)
-    positions_bt = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2) if within and rank == 0 else None
+    positions_bt = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2) if option == "within" and rank == 0 else None
+    layers = last_blocks(layers, 1) if option.endswith("last") else layers
+    end = ends_at(layers) if option.endswith("last") else None
     found: dict[str, Tensor] = {}
 
     def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
@@ -55,7 +61,7 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, within: b
 
     for _ in range(2):  # a second pass re-gathers what the first released
         found.clear()
-        with capturing(model.module, layers, consume):
+        with capturing(model.module, layers, consume, ends_at=end):
             loss = Loss(*next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool)))
             losses_b = sequence_losses(model, ids_bt, positions_bt, loss)
             backward(losses_b.sum())
@@ -69,7 +75,7 @@ def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> No
         chosen = settings(folder, name)
         model = load(chosen, place, sharded=True)
         with gathers() as seen:
-            tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.endswith("+within"))
+            tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.partition("+")[2])
         held = torch.tensor([model.shard_parameters, model.parameters, len(seen)])
         save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
 

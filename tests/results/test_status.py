@@ -76,6 +76,12 @@ def test_every_phase_is_told_by_what_is_there(tmp_path: Path) -> None:
     assert read_status(str(tmp_path)).phase == "fit"
     plan(store, 2)
     assert read_status(str(tmp_path)).phase == "queries"
+    put_shard(store / "sieve", "shard-000000", [0], [])
+    found = read_status(str(tmp_path))
+    assert (found.phase, found.done, found.shards, found.top) == ("sieve", 1, 2, ())
+    store.write_json("sieve/candidates.json", {"shards": 2, "sequences": 5})
+    found = read_status(str(tmp_path))
+    assert (found.phase, found.done, found.sequences) == ("queries", 0, 5)
     put_shard(store, "shard-000000", [0], [])
     assert read_status(str(tmp_path)).phase == "scan"
     put_shard(store, "shard-000001", [4], [])

@@ -19,7 +19,7 @@ from infscan.sizing.plan import estimate
 from infscan.steps.factor_files import check_files
 from infscan.storage import Store
 from tests.chaos.one_process import without_ray
-from tests.steps.runs import compose, small_run, text_corpus, text_queries, tiny_model
+from tests.steps.runs import compose, small_run, text_corpus, text_queries, tiny_model, token_queries
 
 
 def job(config: Config, **asked: object) -> PlanJob:
@@ -80,6 +80,23 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
     )  # fmt: skip
     assert "covariance" not in {work.name for work in after.work}
     json.dumps(before.to_json(), allow_nan=False)
+
+
+def test_a_sieve_is_a_pass_of_its_own_and_spares_the_blocks_below_it(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", layers=4)
+    everything = estimate(job(small_run(tmp_path)))
+    sieve = ("scan.sieve=1", "scan.sieve_candidates=20", "scan.audit_sequences=4", "scan.sides=proponents")
+    config = small_run(tmp_path, *sieve, f"queries.path={token_queries(tmp_path / 'one.jsonl', 1)}")
+    found = estimate(job(config))
+    phases = {work.name: work for work in found.work}
+    whole = {work.name: work for work in everything.work}["scan"]
+    assert phases["sieve"].tokens == whole.tokens
+    assert phases["scan"].sequences == 24
+    # Forward, and of a backward as long a quarter: with the head, which both have.
+    assert found.costs["sieve"].flop_per_token < 0.8 * found.costs["scan"].flop_per_token
+    assert found.costs["sieve"].memory.activations <= found.costs["scan"].memory.activations
+    with pytest.raises(ConfigError, match="4 blocks"):
+        estimate(job(small_run(tmp_path, "scan.sieve=4")))
 
 
 @pytest.mark.slow

@@ -25,6 +25,16 @@ def test_recall_is_of_the_top_ten_in_forty_or_as_many_as_two_percent_allow(n: in
         assert row["recall_low"] <= row["recall"] <= row["recall_high"]
 
 
+def test_a_row_or_ten_that_are_found_are_no_proof_that_all_are() -> None:
+    exact, _ = scores(2, 256)
+    report = judged(["a", "b"], exact, exact, seed=0)
+    assert [report["queries"]["a"][f"recall{end}"] for end in ("", "_low", "_high")] == [1, 0.025, 1]
+    assert (report["recall"]["mean"], report["recall"]["high"]) == (1, 1)
+    assert report["recall"]["low"] == pytest.approx(0.025**0.5, abs=1e-6)
+    exact, _ = scores(1, 2000)
+    assert judged(["a"], exact, exact, seed=0)["recall"]["low"] == pytest.approx(0.691503, abs=1e-6)
+
+
 def test_too_few_sequences_give_no_recall_but_the_reason() -> None:
     report = judged(["a", "b"], *scores(2, 199), seed=0)
     assert report["recall"]["mean"] is None

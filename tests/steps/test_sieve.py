@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from infscan.config import Config
-from infscan.errors import ConfigError
+from infscan.errors import ConfigError, RunError
+from infscan.report.assemble import Archive
+from infscan.report.contents import run_contents
+from infscan.report.terminal import show
 from infscan.results.manifest import TABLES
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -103,6 +106,16 @@ def test_the_certificate_is_in_the_summary_and_in_run_parquet(full: Config, siev
     assert mine["certificate"] == found["sentence"]
     assert settings_row(full)["certificate"] is None
     assert "certificate" not in read_summary(full.output)
+
+
+def test_screen_and_page_say_it_too(sieved: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    said = read_summary(sieved.output)["certificate"]["sentence"]
+    show(sieved.output)
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert f"in full, 30 of them as an audit, of {N}." in shown
+    page = run_contents(sieved.output, "sieved", Archive(1 << 20), 10, None, None)
+    assert said in page["agreement"]
 
 
 def settings_row(config: Config) -> dict:
@@ -241,17 +254,18 @@ def test_a_shard_that_the_sieve_gave_up_leaves_the_certificate_unknown(
             raise RuntimeError("poison")
         return task(worker, given, batch)
 
-    overrides = ("scan.sieve=2", "scan.sieve_candidates=20", "scan.allow_quarantined=1", "cluster.max_attempts=1")
+    overrides = ("scan.sieve=2", "scan.sieve_candidates=20", "cluster.max_attempts=1")
     config = settings(inputs, "poisoned", *overrides)
     monkeypatch.setattr(scanning, "scan_task", poisoned)
-    answer_here(config)
-    summary = read_summary(config.output)
-    assert summary["counts"]["sieve"]["quarantined"] == 1
+    with pytest.raises(RunError, match=r"1 shards are quarantined \(shard-000003; see in .*/sieve/quarantine/"):
+        answer_here(config)
+    summary = Store(config.output).read_json("summary.json")
+    assert summary["counts"]["quarantined"] == {"shards": 1, "sequences": 30}
     assert summary["counts"]["sieve"]["sequences"] == N - 30
     assert "given up" in summary["certificate"]["sentence"]
     # Where the cause is mended, the shard is sieved, and candidates that it adds are scanned.
     monkeypatch.undo()
     answer_here(config)
     summary = read_summary(config.output)
-    assert summary["counts"]["sieve"]["quarantined"] == 0
+    assert summary["counts"]["quarantined"] == {"shards": 0, "sequences": 0}
     assert summary["certificate"]["together"] is not None
