@@ -15,6 +15,7 @@ from infscan.steps.refine import refine
 from infscan.steps.run import open_run
 from infscan.steps.scan import scan
 from infscan.steps.solve import solve
+from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
 
 
@@ -42,5 +43,7 @@ def answer(config: Config) -> None:
         scanned = scan(run, plan, corpus, batch)
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, plan, scanned, factors)
+        # scan.stability: the strongest rows once more, after other contexts; else nothing.
+        steadiness = stability(run, plan, scanned, refined, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes)
+        publish(run, plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes, steadiness)

@@ -379,6 +379,9 @@ class ScanConfig:
     """Published rows per query and side."""
     candidates: int | None = None
     """Rows kept per query and side until they are scored again at full rank; null is 4 x top_k."""
+    stability: int = 0
+    """The strongest rows per query and side that are scored again after other contexts (nothing, the separator, two
+    other sequences' beginnings): top.score_low, score_high and sign_sure. 0 leaves it out."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None
