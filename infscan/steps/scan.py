@@ -87,7 +87,7 @@ def scan(run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQuerie
             query_ids=run.inputs.query_ids,
             query_batch=batch.fingerprint,
             sides=config.sides,
-            candidates=config.candidates,
+            candidates=config.candidates_of(plan.selection.size),
             thresholds=tally.tracker.thresholds,
             tokens_per_batch=config.tokens_per_batch,
             dense=config.dense,
@@ -124,7 +124,7 @@ class _Tally:
 
     def __init__(self, run: Run, plan: Plan, fingerprint: str) -> None:
         self.run, self.plan, self.fingerprint = run, plan, fingerprint
-        self.tracker = TopKTracker(len(run.queries), run.config.sides, run.config.candidates)
+        self.tracker = TopKTracker(len(run.queries), run.config.sides, run.config.candidates_of(plan.selection.size))
         self.counts = ScanCounts(spread=Spread(len(run.queries)))
         self.quarantined: dict[int, str] = {}
 

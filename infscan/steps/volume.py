@@ -93,7 +93,7 @@ def scan_bytes(
     left: the share of shards that is still to be done. With thresholds, C (1 + ln(N/C)) rows per query and side are
     written on the way to the C best ones; no sequence is stored twice in one file.
     """
-    C, boards = config.candidates, queries * len(config.sides)
+    C, boards = config.candidates_of(N), queries * len(config.sides)
     kept = boards * min(N, C * (1 + math.log(max(N / C, 1))))
     best = boards * min(C, N)
     parts = {
