@@ -328,8 +328,9 @@ class FactorsConfig:
     """How (G + lambda)^-1 is applied: `ekfac`; `identity` (the gradient dot product, the baseline); `cg` or `astra`,
     which iterate from EK-FAC's solution."""
     iteration: IterationConfig = field(default_factory=IterationConfig)
-    slices: int = 8
-    """Slices of the fitted sequences: the unit of work and of retry of a fit."""
+    slices: int | None = None
+    """Slices of the fitted sequences: the unit of work and of retry of a fit. null is 8, or fewer where few sequences
+    are fitted on and each slice's partial sums are large."""
     blocks: int = 1
     """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
     max_group_bytes: int | None = None
