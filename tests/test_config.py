@@ -181,6 +181,24 @@ def test_unknown_keys_and_other_types_are_refused_while_composing(override: str)
 def test_derived_values() -> None:
     assert make("scan.top_k=7").candidates == 28
     assert make("scan.top_k=7", "scan.candidates=9").candidates == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sequences", "expected"),
+    [
+        (["scan.top_k=100"], 10**6, 400),
+        (["scan.top_k=100"], 3000, 300),
+        # Of a small corpus no more than need be: two for each row that is published.
+        (["scan.top_k=100"], 1057, 200),
+        (["scan.top_k=10"], 1644, 40),
+        (["scan.top_k=5"], 40, 20),
+        (["scan.top_k=5", "scan.rank=null"], 40, 5),
+        (["scan.top_k=5", "scan.rank=null", "scan.refine_dtype=float32"], 40, 20),
+        (["scan.top_k=100", "scan.candidates=150"], 40, 150),
+    ],
+)
+def test_candidates_are_a_share_of_a_small_corpus(overrides: list[str], sequences: int, expected: int) -> None:
+    assert make(*overrides).candidates_of(sequences) == expected
     assert make("scan.sides=opponents").sides == ("opponent",)
     assert make(f"scan.sides={Sides.proponents.value}").sides == ("proponent",)
     assert make("model.sharding=zero3").sharded

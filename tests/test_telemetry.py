@@ -42,8 +42,8 @@ def logs() -> Iterator[None]:
     [
         (0, 0, 0, 5.0, "0/30 shards"),
         (12, 240, 24_000, 2.0, "12/30 shards  120 sequences/s  12,000 tokens/s  ETA 0:00:03"),
-        (1, 10, 0, 3600.0, "1/30 shards  0 sequences/s  ETA 29:00:00"),
-        (20, 20, 2_000_000, 150.0, "20/30 shards  0 sequences/s  13,333 tokens/s  ETA 0:01:15"),
+        (1, 10, 0, 3600.0, "1/30 shards  0.0028 sequences/s  ETA 29:00:00"),
+        (20, 20, 2_000_000, 150.0, "20/30 shards  0.13 sequences/s  13,333 tokens/s  ETA 0:01:15"),
         (30, 3000, 9000, 3.0, "30/30 shards  1,000 sequences/s  3,000 tokens/s"),
     ],
 )

@@ -251,6 +251,9 @@ RENAMED = {
     "cluster.startup_s": "cluster.startup_timeout_s",
 }
 
+# Rows kept per query and side that cost next to nothing.
+_FEWEST_CANDIDATES = 32
+
 # What of a corpus is scanned, as opposed to what the corpus is. Factors do not inherit it.
 SELECTION = ("max_sequences", "sample")
 _WHOLE: dict[str, Any] = {"max_sequences": None, "sample": None, "seed": 0}
@@ -329,8 +332,9 @@ class FactorsConfig:
     """How (G + lambda)^-1 is applied: `ekfac`; `identity` (the gradient dot product, the baseline); `cg` or `astra`,
     which iterate from EK-FAC's solution."""
     iteration: IterationConfig = field(default_factory=IterationConfig)
-    slices: int = 8
-    """Slices of the fitted sequences: the unit of work and of retry of a fit."""
+    slices: int | None = None
+    """Slices of the fitted sequences: the unit of work and of retry of a fit. null is 8, or fewer where few sequences
+    are fitted on and each slice's partial sums are large."""
     blocks: int = 1
     """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
     max_group_bytes: int | None = None
@@ -384,7 +388,11 @@ class ScanConfig:
     top_k: int = 100
     """Published rows per query and side."""
     candidates: int | None = None
-    """Rows kept per query and side until they are scored again at full rank; null is 4 x top_k."""
+    """Rows kept per query and side until they are scored again at full rank; null is 4 x top_k, of a small corpus at
+    most a tenth (but 2 x top_k), and top_k where a scan at full rank has exact scores already."""
+    stability: int = 0
+    """The strongest rows per query and side that are scored again after other contexts (nothing, the separator, two
+    other sequences' beginnings): top.score_low, score_high and sign_sure. 0 leaves it out."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None
@@ -526,8 +534,20 @@ class Config:
 
     @property
     def candidates(self) -> int:
-        """C: rows kept per query and side until they are refined."""
+        """C of a large corpus: rows kept per query and side until they are refined."""
         return self.scan.candidates or 4 * self.scan.top_k
+
+    def candidates_of(self, sequences: int) -> int:
+        """C of a corpus of so many sequences.
+
+        Where it is not given: a tenth of a small corpus, but twice top_k; and top_k where the scan's scores are exact.
+        """
+        scan = self.scan
+        if scan.candidates is not None:
+            return scan.candidates
+        if scan.rank is None and scan.query_dtype is None and scan.refine_dtype is None:
+            return scan.top_k
+        return min(self.candidates, max(2 * scan.top_k, _FEWEST_CANDIDATES, sequences // 10))
 
     @property
     def refine_dtype(self) -> Dtype:

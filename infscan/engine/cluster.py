@@ -61,6 +61,8 @@ def _init(cluster: ClusterConfig) -> None:
     # One CPU more than the ranks need, for the tasks between passes.
     needed = cluster.num_workers * cluster.ranks_per_worker * cluster.cpus_per_rank + 1
     _ask_for_token()
+    # Ray gives its workers niceness 15, and on a desk they would wait for whatever else runs there.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         with _loopback_alone():
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **common)

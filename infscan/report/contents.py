@@ -232,6 +232,8 @@ def _rows(
                 shown["document"] = [row["document_id"], row["source"] or ""]
             if row.get("z") is not None:
                 shown["z"] = float(f"{row['z']:.3g}")
+            if row.get("sign_sure") is False:
+                shown["unsure"] = [_digits(row["score_low"]), _digits(row["score_high"])]
             if row.get("states_completion"):
                 shown["states"] = True
             if (row.get("hub") or 0) >= hub:

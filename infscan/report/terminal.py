@@ -171,11 +171,12 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> 
     """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
-    marks = [
-        name
-        for name, there in (("states it", row.get("states_completion")), ("hub", (row.get("hub") or 0) >= hub))
-        if there
-    ]
+    said = {
+        "sign unsure": row.get("sign_sure") is False,
+        "states it": row.get("states_completion"),
+        "hub": (row.get("hub") or 0) >= hub,
+    }
+    marks = [mark for mark, there in said.items() if there]
     tokens = sequence.get("tokens")
     text = window(tokens, token_scores) if tokens else excerpt(sequence["text"], sequence["token_ids"])
     where = f"{sequence['path'].rpartition('/')[2]}:{sequence['byte_offset']}"

@@ -52,9 +52,13 @@ class Margins:
         return Margins(self.layer_scores[start:stop], self.token_scores[start:stop])
 
 
-def unit_path(candidates_digest: str, unit: int) -> str:
+def unit_folder(candidates_digest: str) -> str:
     """Units of another set of candidates (a shard retried after quarantine) have another folder."""
-    return f"{FOLDER}/{candidates_digest[:16]}/unit-{unit:06d}.parquet"
+    return f"{FOLDER}/{candidates_digest[:16]}"
+
+
+def unit_path(candidates_digest: str, unit: int) -> str:
+    return f"{unit_folder(candidates_digest)}/unit-{unit:06d}.parquet"
 
 
 def write_unit(

@@ -82,6 +82,11 @@ TOP = pa.schema(
         # Whether the completion's words (or tokens) occur in the sequence, and at which token; null where it does not.
         ("states_completion", pa.bool_()),
         ("states_at", pa.int32()),
+        # The lowest and the highest score over several contexts before the sequence, and whether all have one sign;
+        # null for rows beyond scan.stability.
+        ("score_low", pa.float32()),
+        ("score_high", pa.float32()),
+        ("sign_sure", pa.bool_()),
         # How many of the run's other questions have the sequence among the ten strongest of this side.
         ("hub", pa.int32()),
         ("spurious", pa.bool_()),

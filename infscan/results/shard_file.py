@@ -107,9 +107,8 @@ def write_shard(
     ]
     table = pa.Table.from_pylist(rows, schema=CANDIDATES)
     path = shard_path(name)
-    counted = asdict(replace(counts, spread=None))
-    counted.pop("spread")
-    facts = {"counts": counted, "fingerprint": fingerprint, OF: path}
+    told = {name: value for name, value in asdict(replace(counts, spread=None)).items() if name != "spread"}
+    facts: dict[str, Any] = {"counts": told, "fingerprint": fingerprint, OF: path}
     if counts.spread is not None:
         facts["spread"] = counts.spread.to_text()
     return store.create(path, to_parquet(table, facts))

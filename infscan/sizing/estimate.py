@@ -227,7 +227,7 @@ def _refining(run: Pricing, queries: int, scanned: Counted, query_groups: int, l
     """At most: each candidate of a query and side is another sequence, as long as a query group has sequences left; one
     that several queries of a group share goes forward and back once for all of them."""
     config, cost = run.config, run.costs["refine"]
-    pairs = queries * len(config.sides) * min(config.candidates, scanned.sequences)
+    pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
     sequences = min(pairs, query_groups * scanned.sequences)
     tokens, scored = _share(scanned, sequences), _share(scanned, pairs)
     size = 2.0 * sum(layer.size for layer in run.layers)
@@ -271,7 +271,7 @@ def writes_of(
 ) -> dict[str, int]:
     """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches."""
     groups, grouped = query_groups(max(1, queries), layers, config.query_group_bytes)
-    pairs = queries * len(config.sides) * min(config.candidates, N)
+    pairs = queries * len(config.sides) * min(config.candidates_of(N), N)
     units = (-(-pairs // _SEQUENCES_PER_UNIT) + len(groups) - 1) * len(grouped) if queries else 0
     dense = shards if config.scan.scores.value == "all" else 0
     return {

@@ -217,6 +217,19 @@ def scan_memory(config: Config, architecture: Architecture, queries: int, T: int
     return _KNOWN[key]
 
 
+def with_gradients(config: Config, architecture: Architecture, queries: int, scan: PassMemory) -> dict[str, int]:
+    """Bytes of the passes that hold full-rank query gradients beside a scan's model and activations, by name: as
+    `pass_costs` finds them, without trying a backward for each."""
+    groups, layer_groups = query_groups(queries, architecture.layers, config.query_group_bytes)
+    gradients = 4 * len(groups[0]) * max(sum(layer.size for layer in group) for group in layer_groups) if queries else 0
+    found = {"refine": scan.total - scan.queries + gradients}
+    if config.scan.rank is not None and config.scan.check_sequences >= _FEWEST_CHECKED:
+        found["check"] = scan.total + gradients
+    return found
+
+
+# Fewer sequences are not compared (`infscan.steps.check`).
+_FEWEST_CHECKED = 3
 # One process may run many scans of one shape, as a sweep's cells do.
 _KNOWN: dict[str, PassMemory] = {}
 

@@ -35,7 +35,7 @@ from infscan.sizing.hours import Rate, rates_of, timed
 from infscan.sizing.memory import pass_costs, run_dtype
 from infscan.sizing.reserve import over_memory
 from infscan.steps.corpus_inputs import bos_of, settings_for, with_array_settings
-from infscan.steps.factor_files import COMPLETE
+from infscan.steps.factor_files import COMPLETE, slice_count
 from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
 from infscan.steps.prepare import prepare_pieces
@@ -178,7 +178,8 @@ def _fitted(
     total = whole.sequences if isinstance(corpus.corpus, FilteredCorpus) and whole else corpus.sequences
     wanted = min(factors.num_sequences, factors.corpus.max_sequences or factors.num_sequences)
     selection = Selection.of(total, wanted, config.seed, share=factors.corpus.sample)
-    bounds = slice_bounds(selection.size, factors.slices)
+    count = slice_count(factors.slices, selection.size, architecture.layers, factors.blocks)
+    bounds = slice_bounds(selection.size, count)
     if corpus.exact and whole is not None and selection.size * corpus.T <= _MOST_TOKENS_READ:
         lengths = np.asarray([len(sequence) for sequence in whole.read(selection.ids())])
         slices = tuple((stop - start, int(lengths[start:stop].max())) for start, stop in bounds)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from infscan.config import Offload
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import PassCost, PassMemory, largest, pass_costs, scan_memory
+from infscan.sizing.memory import PassCost, PassMemory, largest, pass_costs, scan_memory, with_gradients
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
 from infscan.steps.volume import size
@@ -28,7 +28,8 @@ def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
     except ModelError as error:
         log.warning("memory      %s", error)
         return None
-    log.info("memory      %s", memory_line(memory))
+    others = with_gradients(inputs.config, inputs.architecture, len(inputs.queries), memory)
+    log.info("memory      %s%s", memory_line(memory), larger_pass(memory, others))
     return dict(vars(memory))
 
 
@@ -99,6 +100,12 @@ def host_bytes(inputs: Inputs, T: int) -> int | None:
     serialised = 3 * costs["covariance"].memory.factors if "covariance" in costs else 0
     offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
     return _PROCESS_BYTES + serialised + offloaded
+
+
+def larger_pass(scan: PassMemory, others: Mapping[str, int]) -> str:
+    """`; check, the largest pass, 1.4 GiB`, where one holds more than the scan."""
+    name, held = max(others.items(), key=lambda found: found[1], default=("scan", 0))
+    return f"; {name}, the largest pass, {size(held)}" if held > scan.total else ""
 
 
 def memory_line(memory: PassMemory) -> str:

@@ -50,6 +50,13 @@ def bos_of(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenize
     return settings_for(told, architecture, tokenizer).bos_id
 
 
+def separators(config: CorpusConfig, architecture: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that stand between documents, EOS first, as far as the model has them."""
+    bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
+    known = (_eos_id(config, architecture, tokenizer), bos_id)
+    return tuple(dict.fromkeys(token for token in known if token is not None))
+
+
 def separated(config: CorpusConfig, tokenizer: Tokenizer | None) -> bool:
     """Whether a text is to begin with EOS: where each is a sequence of its own, and the tokenizer puts nothing before
     it. Training joined documents by EOS, so that each had one before it."""

@@ -99,6 +99,24 @@ class FactorsPlan:
         )
 
 
+def slice_count(asked: int | None, sequences: int, layers: Sequence[Layer], blocks: int) -> int:
+    """How many slices a fit has: as asked for; else 8, halved down to 2 while they are small and take much storage."""
+    if asked is not None:
+        return asked
+    count = _SLICES
+    while (
+        count > _FEWEST_SLICES
+        and sequences < _SMALL_SLICE * count
+        and partial_bytes(layers, blocks, count) > _MUCH_STORAGE
+    ):
+        count //= 2
+    return count
+
+
+# A slice of fewer sequences is soon done again; partial sums of more bytes take as long to write as to compute.
+_SLICES, _FEWEST_SLICES, _SMALL_SLICE, _MUCH_STORAGE = 8, 2, 32, 1 << 30
+
+
 def partial_bytes(layers: Sequence[Layer], blocks: int, slices: int) -> int:
     """Bytes of all partial sums (float32) of so many slices, headers apart."""
     covariance = sum(

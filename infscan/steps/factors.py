@@ -51,6 +51,7 @@ from infscan.steps.factor_files import (
     layer_groups,
     named_blocks,
     partial_path,
+    slice_count,
     store_plan,
     tokens_key,
 )
@@ -129,7 +130,7 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         fields=fields,
         layers=layers,
         selection=selection,
-        slices=slice_bounds(selection.size, settings.slices),
+        slices=slice_bounds(selection.size, slice_count(settings.slices, selection.size, layers, settings.blocks)),
         groups=layer_groups(layers, config.group_bytes, settings.blocks),
         tokens_per_batch=config.tokens_per_batch,
     )

@@ -19,7 +19,7 @@ from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
 from infscan.results.manifest import Manifest, Part, commit
-from infscan.results.publish import INDEX, Publisher, rank_rows
+from infscan.results.publish import INDEX, Publisher, Ranking, rank_rows
 from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
 from infscan.results.statements import Asked
@@ -31,6 +31,7 @@ from infscan.steps.refine import Refined
 from infscan.steps.run import Run
 from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
+from infscan.steps.stability import Stability
 from infscan.storage import json_bytes, storage_faults
 
 
@@ -44,6 +45,7 @@ def publish(
     iteration: dict[str, Any] | None = None,
     planned_bytes: Mapping[str, int] | None = None,
     searched: Searched | None = None,
+    steadiness: Stability | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
@@ -51,7 +53,7 @@ def publish(
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
-    how they were found and what that missed.
+    how they were found and what that missed. steadiness: what `infscan.steps.stability` found.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -81,6 +83,8 @@ def publish(
         # Their documents first, since top says of each row which one carries it; margins later, some at a time.
         documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
         beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
+        if steadiness is not None:
+            beside |= _steady(steadiness, ranking)
         publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
         phase.advance(sequences=len(documents))
@@ -108,6 +112,16 @@ def publish(
     # Before the commit: without _SUCCESS they are nobody's, and once it is there a glob sees the committed parts alone.
     publisher.remove_stale()
     commit(run.store, _manifest(run, plan, scanned, publisher, summary), run.folder.fence)
+
+
+def _steady(found: Stability, ranking: Ranking) -> dict[str, pa.Array]:
+    low, high = found.of(ranking)
+    unknown = np.isnan(low)
+    return {
+        "score_low": pa.array(low, from_pandas=True),
+        "score_high": pa.array(high, from_pandas=True),
+        "sign_sure": pa.array((low > 0) | (high < 0), pa.bool_(), mask=unknown),
+    }
 
 
 def asked(run: Run) -> list[Asked]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
@@ -25,7 +25,7 @@ from infscan.influence.score import score_routed_tokens, score_tokens
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.queries import Query
-from infscan.results.refined import unit_path, write_unit
+from infscan.results.refined import unit_folder, unit_path, write_unit
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import GIVEN, read_candidates
 from infscan.steps.factors import Factors
@@ -65,7 +65,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
     for number, layers in cells:
         paths[units[number].group][layers].append(path_of[number, layers])
-    there = _whole_units(run, f"refined/{digest[:16]}")
+    there = whole_units(run, digest)
 
     def task(cell: tuple[int, int]) -> RefineTask:
         unit = units[cell[0]]
@@ -97,10 +97,10 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     return Refined(groups, paths)
 
 
-def _whole_units(run: Run, folder: str) -> set[str]:
-    """The refined units in a folder that hold what was written; a damaged one is made again."""
+def whole_units(run: Run, digest: str) -> set[str]:
+    """The units of these candidates that hold what was written; a damaged one is made again."""
     whole = set()
-    for name, trouble in prefetch(run.store, partial(_trouble, run.store), run.store.names(folder)):
+    for name, trouble in prefetch(run.store, partial(_trouble, run.store), run.store.names(unit_folder(digest))):
         if trouble is None:
             whole.add(name)
         else:
@@ -114,6 +114,34 @@ def _trouble(store: Store, name: str) -> tuple[str, DamagedError | None]:
     except DamagedError as error:
         return name, error
     return name, None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Tokens that are put before a sequence, and take no part in its loss.
+
+    separators: which the sequence loses where it begins with one. longest: that both may be together; a longer context
+    loses its first tokens.
+    """
+
+    tokens: tuple[int, ...]
+    separators: tuple[int, ...]
+    longest: int
+
+    def before(self, sequence: Sequence) -> Sequence:
+        """The sequence after this context."""
+        skip = int(len(sequence) > 1 and int(sequence.token_ids[0]) in self.separators)
+        room = max(0, self.longest - (len(sequence) - skip))
+        tokens = np.asarray(self.tokens[-room:] if room else (), np.int64)
+        own = np.ones(len(sequence), np.bool_) if sequence.loss is None else sequence.loss
+        shift = len(tokens) - skip
+        starts = None if sequence.starts is None else np.concatenate([[0], sequence.starts[1:] + shift])
+        return replace(
+            sequence,
+            token_ids=np.concatenate([tokens, sequence.token_ids[skip:]]),
+            loss=np.concatenate([np.zeros(len(tokens), np.bool_), own[skip:]]),
+            starts=starts,
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +163,8 @@ class RefineTask:
     tokens_per_batch: int
     # That the shards' footers must have; None where any will do.
     fingerprint: str | None = None
+    # What is put before every sequence in place of what it begins with; None leaves it as it is.
+    before: Context | None = None
 
 
 @multiplying("exact")
@@ -142,6 +172,8 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
     sequences = _candidates(task)
+    if task.before is not None:
+        sequences = [task.before.before(sequence) for sequence in sequences]
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
     pairs = pairs_of(wanted)
     longest = max(len(sequence) for sequence in sequences)

@@ -73,10 +73,11 @@ class ScanPass:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def whole(run: Run) -> ScanPass:
-    """All tracked layers; the best rows are refined."""
+def whole(run: Run, planned: int) -> ScanPass:
+    """All tracked layers; the best rows of so many planned sequences are refined."""
     config = run.config
-    return ScanPass("scan", run.store, run.inputs.layers, config.candidates, run.store if config.dense else None)
+    candidates = config.candidates_of(planned)
+    return ScanPass("scan", run.store, run.inputs.layers, candidates, run.store if config.dense else None)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def scan(
     Raises:
         RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
     """
-    config, how = run.config, how or whole(run)
+    config, how = run.config, how or whole(run, plan.selection.size)
     fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields(), **how.fields}
     run_fingerprint = fingerprint(fields)
     _begin(run, how.store)

@@ -103,7 +103,7 @@ def scan_bytes(
     written on the way to the C best ones; no sequence is stored twice in one file.
     """
     planned, N = N, scanned_in_full(config, queries, N)
-    C, boards = config.candidates, queries * len(config.sides)
+    C, boards = config.candidates_of(planned), queries * len(config.sides)
     kept = boards * min(N, C * (1 + math.log(max(N / C, 1))))
     best = boards * min(C, N)
     parts = {

@@ -54,7 +54,7 @@ def test_a_local_ray_listens_where_this_machine_alone_reaches_it_and_asks_for_a_
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run([sys.executable, "-c", _LISTENING], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"mode": "token", "token": 64, "elsewhere": []}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"mode": "token", "token": 64, "elsewhere": [], "nicer": 0}
 
 
 _LISTENING = """
@@ -63,7 +63,7 @@ import psutil, ray
 from infscan.config import ClusterConfig
 from infscan.engine.cluster import connect
 connect(ClusterConfig())
-ray.get(ray.remote(lambda: 1).remote())
+nicer = ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0)
 me = psutil.Process()
 found = set()
 for process in (me, *me.children(recursive=True)):
@@ -73,6 +73,6 @@ for process in (me, *me.children(recursive=True)):
         pass
 elsewhere = sorted(found - {"127.0.0.1", "::1", "::ffff:127.0.0.1"})
 mode, token = os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
-print(json.dumps({"mode": mode, "token": token, "elsewhere": elsewhere}))
+print(json.dumps({"mode": mode, "token": token, "elsewhere": elsewhere, "nicer": nicer}))
 assert found
 """

@@ -24,8 +24,9 @@ from infscan.sizing.memory import (
     pass_costs,
     scan_cost,
     scan_memory,
+    with_gradients,
 )
-from infscan.sizing.reserve import device_need, memory_line, over_memory
+from infscan.sizing.reserve import device_need, larger_pass, memory_line, over_memory
 from infscan.steps.queries import on_device
 from tests.steps.runs import CONTEXT, tiny_model
 
@@ -111,6 +112,21 @@ def test_what_a_dry_rank_holds_is_what_a_rank_holds(models: dict[str, Architectu
     module = rank.model.module
     assert memory.weights == sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
     assert memory_line(memory).startswith("a rank of the scan holds at most ")
+
+
+def test_the_line_names_the_largest_pass_as_the_plan_finds_it(models: dict[str, Architecture]) -> None:
+    architecture = models["gpt_neox"]
+    config = config_for(architecture)
+    scan = scan_memory(config, architecture, 3, CONTEXT, 0.0)
+    costs = pass_costs(config, architecture, 3, CONTEXT, 0.0)
+    found = with_gradients(config, architecture, 3, scan)
+    assert set(found) == {"refine", "check"}
+    for name, held in found.items():
+        assert held == pytest.approx(costs[name].memory.total, rel=0.02)
+    assert larger_pass(scan, found).startswith("; check, the largest pass, ")
+    assert larger_pass(scan, {"refine": scan.total - 1}) == ""
+    config.scan.check_sequences = 0
+    assert set(with_gradients(config, architecture, 3, scan)) == {"refine"}
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(models: dict[str, Architecture]) -> None:

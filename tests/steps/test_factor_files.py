@@ -23,7 +23,16 @@ from infscan.model.family import build_on_meta
 from infscan.model.tracked import tracked_layers
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_facts, read_tensor, read_tensors, write_tensors
-from infscan.steps.factor_files import COMPLETE, FITTING, PLAN, FactorsPlan, layer_groups, read_factors, store_plan
+from infscan.steps.factor_files import (
+    COMPLETE,
+    FITTING,
+    PLAN,
+    FactorsPlan,
+    layer_groups,
+    read_factors,
+    slice_count,
+    store_plan,
+)
 from infscan.steps.preconditioner import Preconditioner
 from infscan.storage import Store
 from tests.steps.builders import fit_plan
@@ -199,3 +208,14 @@ def test_only_complete_factors_are_read(
         assert found.Lambda.shape == (layer.outputs, layer.inputs)
         torch.testing.assert_close(Q_A @ found.A_eigenvalues.diag() @ Q_A.T, A, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(Q_S.T @ Q_S, torch.eye(layer.outputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_fit_of_a_large_model_has_fewer_slices() -> None:
+    """Of 64 sequences, 8 slices of a 135M model's partial sums took 9.5 GB."""
+    large = [Layer(f"layer{n}", 1536, 576, False, f"layer{n}") for n in range(90)]
+    small = [Layer("layer", 64, 64, False, "layer")]
+    for sequences, layers, expected in (
+        (64, large, 2), (200, large, 4), (10_000, large, 8), (64, small, 8), (1, small, 8)
+    ):  # fmt: skip
+        assert slice_count(None, sequences, layers, 1) == expected
+        assert slice_count(5, sequences, layers, 1) == 5

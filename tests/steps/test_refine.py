@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.sequences import Sequence
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import ModelWorker
+from infscan.pipeline import answer
 from infscan.queries import Part, Query
+from infscan.results.read import read_top
 from infscan.results.refined import read_unit
 from infscan.results.shard_file import ShardCounts, write_shard
 from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
-from infscan.steps.refine import RefineTask, refine_task, refine_units
+from infscan.steps.refine import Context, RefineTask, refine_task, refine_units
 from infscan.storage import Store
+from tests.chaos.one_process import without_ray
+from tests.steps.runs import small_run
 
 _PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), unique=True, max_size=60)
 
@@ -101,3 +107,56 @@ def test_a_refined_score_is_the_product_of_two_gradients(
         assert len(tokens) == len(ids)
         score = float(unit.scores[row])
         assert float(tokens.sum()) == pytest.approx(score, rel=1e-3, abs=1e-3 * abs(score) + 1e-2)
+
+
+def test_a_context_takes_the_separators_place_and_has_no_loss() -> None:
+    given = Sequence(3, np.asarray([0, 5, 6, 7]), (), 0, "", starts=np.asarray([0, 2]))
+    placed = Context((8, 9), (0,), 64).before(given)
+    assert placed.token_ids.tolist() == [8, 9, 5, 6, 7]
+    assert placed.loss is not None
+    assert placed.loss.tolist() == [False, False, True, True, True]
+    assert placed.starts is not None
+    assert placed.starts.tolist() == [0, 3]
+    # As long as the model allows: its last tokens stay.
+    assert Context((8, 9), (0,), 4).before(given).token_ids.tolist() == [9, 5, 6, 7]
+    assert Context((8, 9), (), 4).before(given).token_ids.tolist() == [0, 5, 6, 7]
+    masked = replace(given, loss=np.asarray([False, True, False, True]))
+    assert Context((8,), (0,), 64).before(masked).loss.tolist() == [False, True, False, True]
+
+
+def test_a_score_after_a_context_is_of_the_rows_own_tokens(
+    rank: ModelWorker, corpus: PreparedCorpus, inverse: Preconditioner, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    query = Query("a", (Part((5, 9, 33, 4), (2, 3)),))
+    [sequence] = corpus.read(np.asarray([3]))
+    hits = ScoredRows(np.zeros(1, np.int32), np.zeros(1, np.int8), np.asarray([3]), np.ones(1, np.float32))
+    losses = np.zeros(1, np.float32)
+    write_shard(store, "shard-000000", [sequence], losses, hits, ["a"], ShardCounts(1, 1, 0, 1, 1), "print")
+    shards = (("shard-000000", np.asarray([3])),)
+    context = Context((11, 2), (), 64)
+    task = RefineTask(
+        store, "unit.parquet", "other", (query,), rank.layers, inverse, shards, {3: (0,)}, 100, before=context
+    )
+    refine_task(rank, task)
+    layers = [layer.name for layer in rank.layers]
+    P = preconditioned(rank, [query], rank.layers, inverse)
+    ids = (11, 2, *sequence.token_ids.tolist())
+    g = query_gradients(rank, [Query("z", (Part(ids, tuple(range(2, len(ids)))),))], rank.layers)
+    expected = sum(float((P[name][0] * g[name][0]).sum()) for name in layers)
+    assert float(read_unit(store, ["unit.parquet"], layers).scores[0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_strongest_rows_have_bounds_and_others_none(tmp_path: Path) -> None:
+    config = small_run(tmp_path, "scan.stability=2", "scan.top_k=4")
+    with without_ray():
+        answer(config)
+    rows = read_top(config.output).to_pylist()
+    assert any(row["rank"] > 2 for row in rows)
+    for row in rows:
+        if row["rank"] > 2:
+            assert (row["score_low"], row["score_high"], row["sign_sure"]) == (None, None, None)
+        else:
+            assert row["score_low"] <= row["score"] <= row["score_high"]
+            assert row["score_low"] < row["score_high"]
+            assert row["sign_sure"] == (row["score_low"] * row["score_high"] > 0)

@@ -100,6 +100,7 @@ function rowItem(row, run, best, wanted, copies) {
   const from = el('p', { class: 'from' }, show(el('bdi', { class: 'document' }), line(document_, 120)));
   if (source) from.append(show(el('bdi', { class: 'source' }), line(source, 60)));
   if (row.sequence.corpus) from.append(show(el('bdi', { class: 'source' }), line(row.sequence.corpus, 60)));
+  if (row.unsure) from.append(el('span', { class: 'mark' }, `sign unsure: ${number(row.unsure[0])} to ${number(row.unsure[1])} after other texts`));
   if (row.states) from.append(el('span', { class: 'mark' }, 'states it'));
   if (row.hub) from.append(el('span', { class: 'mark' }, `hub: near the top of ${row.hub} other questions`));
   if (row.alike) from.append(el('span', { class: 'mark alike' }, `${{ exact: 'a copy of', near: 'nearly a copy of', document: 'of the same document as' }[row.alike[1]]} ${row.alike[0]}`));
