@@ -103,7 +103,7 @@ def sieve_pass(run: Run, planned: int) -> ScanPass:
 
 def full_pass(run: Run, chosen: Chosen) -> ScanPass:
     """All tracked layers; of candidates and audit the scores are kept, for the certificate."""
-    how = whole(run, chosen.planned)
+    how = whole(run, chosen.planned.selection.size)
     return how if chosen.found is None else replace(how, scores=run.store / FOLDER)
 
 
