@@ -161,11 +161,33 @@ def _refuse_splits(names: Sequence[str], path: str) -> None:
     found = found if len(found) > 1 else _splits_by_word(names)
     if "train" in found and len(found) > 1:
         other = next(name for split, name in found.items() if split != "train")
-        raise CorpusError(
-            f"{path} holds several splits of a data set ({found['train']}, {other}), and a model was trained on one; "
-            f"name it by a glob, such as {path.rstrip('/')}/{_split_glob(found['train'])}, or all of them by "
-            f"{path.rstrip('/')}/**."
-        )
+        raise _several_splits(path, found["train"], other, _split_glob(found["train"]))
+    if unnamed := _unnamed_train(names):
+        raise _several_splits(path, *unnamed)
+
+
+def _several_splits(path: str, train: str, other: str, pattern: str) -> CorpusError:
+    return CorpusError(
+        f"{path} holds several splits of a data set ({train}, {other}), and a model was trained on one; name it by a "
+        f"glob, such as {path.rstrip('/')}/{pattern}, or all of them by {path.rstrip('/')}/**."
+    )
+
+
+def _unnamed_train(names: Sequence[str]) -> tuple[str, str, str] | None:
+    """Two files of which only the one held out says its split, and a glob for the other.
+
+    mC4 has `c4-af.tfrecord-*` beside `c4-af-validation.tfrecord-*`.
+    """
+    alike: dict[str, str] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "#", name), name)
+    for name in names:
+        for match in (one for one in _SPLIT_WORD.finditer(name) if not one[1].startswith("train")):
+            before, after = name[: match.start()], name[match.end() :]
+            rest = before[:-1] + after
+            if before[-1:] in ("-", "_", ".") and (train := alike.get(re.sub(r"\d+", "#", rest))):
+                return train, name, before[:-1] + re.split(r"\d", after)[0] + "*"
+    return None
 
 
 def _splits_by_word(names: Sequence[str]) -> dict[str, str]:

@@ -171,7 +171,11 @@ def _with_loss(
             raise _no_field(where, row, config.mask_field, "mask_field")
         mask = value if isinstance(value, list) else value.to_pylist() if isinstance(value, pa.Array) else None
         if mask is None or len(mask) != len(token_ids) or not all(one in (0, 1) for one in mask):
-            found = kind_of(value) if mask is None else f"{len(mask)} values for {len(token_ids)} token ids"
+            found = kind_of(value)
+            if mask is not None:
+                other = next((one for one in mask if one not in (0, 1)), None)
+                found = f"{len(mask)} values for {len(token_ids)} token ids"
+                found = found if len(mask) != len(token_ids) else f"a list with {other!r} in it"
             raise BadDocumentError(
                 f"{where}: {config.mask_field!r} is {found}; give a 0 (no loss) or a 1 for every one of the token ids.",
                 "no loss mask",

@@ -56,7 +56,7 @@ class Tokenizer:
         self.digest = digest
         self.eos_id: int | None = backend.eos_token_id
         self.bos_id: int | None = backend.bos_token_id
-        unknown: int | None = backend.unk_token_id
+        unknown: int | None = getattr(backend, "unk_token_id", None)
         self.unk_id = None if unknown in (self.eos_id, self.bos_id) else unknown
         self.adds_bos = self.bos_id is not None and list(backend("a")["input_ids"][:1]) == [self.bos_id]
         # The tokenizers library's own object, where the family has one: transformers' way round it costs a tenth.

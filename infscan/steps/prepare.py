@@ -206,6 +206,7 @@ def _joined(
     prefix: str = "",
 ) -> AddressableCorpus:
     """Several corpora, each where it is or in a folder of its label, and the description that joins them."""
+    _refuse_files_twice(config)
     check_named_fields([(one, _documents(one)) for one in config.several.values()])
     parts = {
         label: prepare(one, architecture, tokenizer, store / label, executor, f"{label} ")
@@ -217,6 +218,19 @@ def _joined(
         raise RunError(f"{store.uri} joins other corpora than corpus.paths; put those back, or start a new output.")
     remember_written(store.read(DESCRIPTION))
     return open_corpus(store, Reading.of(config))
+
+
+def _refuse_files_twice(config: CorpusConfig) -> None:
+    """Refuse a file that two labels have: its sequences would count twice."""
+    seen: dict[str, str] = {}
+    for label, one in config.several.items():
+        arrays = None if is_prepared(one.path) else token_files(one)
+        for uri in [one.path, *(file.uri for file in (arrays[1] if arrays else _documents(one)))]:
+            if seen.setdefault(uri, label) != label:
+                raise CorpusError(
+                    f"corpus.paths.{seen[uri]} and corpus.paths.{label} both have {uri}, whose sequences would count "
+                    "twice; leave it out of one."
+                )
 
 
 def _documents(config: CorpusConfig) -> list[InputFile]:

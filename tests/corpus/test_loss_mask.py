@@ -147,7 +147,7 @@ def test_a_prompt_without_a_completion_is_counted_as_empty(tmp_path: Path) -> No
         ({"tokens": [1]}, PROMPT, "has no field 'prompt'"),
         ({"tokens": [1]}, MASK, "has no field 'mask'.*corpus.mask_field"),
         ({"tokens": [1, 2], "mask": [1]}, MASK, "'mask' is 1 values for 2 token ids"),
-        ({"tokens": [1, 2], "mask": [1, 2]}, MASK, "'mask' is 2 values for 2 token ids; give a 0"),
+        ({"tokens": [1, 2], "mask": [1, 2]}, MASK, "'mask' is a list with 2 in it; give a 0"),
         ({"tokens": [1], "mask": [[1]]}, MASK, "give a 0"),
         ({"tokens": [1], "mask": "1"}, MASK, "'mask' is a text"),
     ],

@@ -241,6 +241,8 @@ def test_licences_and_checksums_are_left_aside_and_counted(tmp_path: Path) -> No
         (["en/c4-train.00000-of-00002.json.gz", "en/c4-validation.00000-of-00001.json.gz"], "**/*-train*"),
         (["example_train_0.jsonl.zst", "example_holdout_7.jsonl.zst"], "**/*_train*"),
         (["data/train_sft-0-of-1.parquet", "data/test_sft-0-of-1.parquet"], "data/train*"),
+        (["c4-af.tfrecord-0-of-4.json.gz", "c4-af-validation.tfrecord-0-of-1.json.gz"], "c4-af.tfrecord-*"),
+        (["en.jsonl", "en_test.jsonl"], "en.jsonl*"),
         (["a.json", "a.jsonl"], "one file in two forms"),
         (["train/index.json", "train/shard.00000.mds", "val/index.json", "val/shard.00000.mds"], "train/**"),
         (["train.bin", "val.bin"], "train*"),

@@ -86,8 +86,12 @@ def test_several_corpora_are_prepared_or_read_in_place_and_joined_under_their_la
     labels = [label_of(corpus, number) for number in range(corpus.sequences)]
     assert labels == ["array"] * 13 + ["pile"] * (corpus.sequences - 13)
     assert prepared(several(folder, "run")).fingerprint == corpus.fingerprint
+    layouts.npy(Store(str(folder / "more")), "b.npy", [3] * 20)
     with pytest.raises(RunError, match=r"joins other corpora than corpus\.paths"):
-        prepared(several(folder, "run", f"+corpus.paths.more={folder / 'array'}"))
+        prepared(several(folder, "run", f"+corpus.paths.more={folder / 'more'}"))
+    for path in (folder / "array", folder / "array" / "a.npy", folder / "pile"):
+        with pytest.raises(CorpusError, match=r"and corpus\.paths\.\w+ both have .*would count twice"):
+            prepared(several(folder, "run", f"+corpus.paths.zz={path}"))
 
 
 def test_labels_that_cannot_be_and_a_missing_corpus_are_refused(folder: Path) -> None:
