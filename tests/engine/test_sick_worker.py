@@ -41,6 +41,24 @@ def test_a_sick_gpu_loses_no_unit(fails_after_s: float) -> None:
     assert "device" in said or "illegal memory access" in said
 
 
+def test_a_gpu_on_which_no_model_can_be_loaded_is_retired_and_the_job_goes_on() -> None:
+    world = Simulation(4, with_sick([], 1.0), broken=frozenset({2}))
+    done, lost = run(world, range(200))
+    assert (sorted(done), lost) == (list(range(200)), {})
+    assert [one["worker"] for one in world.recovery.retired] == [2]
+    assert len(world.recovery.failures) == STRIKES
+    # On CPUs a start that fails says nothing of the machine: it is tried for as long as others work.
+    world = Simulation(4, with_sick([], 1.0), gpus=0.0, broken=frozenset({2}))
+    done, lost = run(world, range(200))
+    assert (sorted(done), lost, world.recovery.retired) == (list(range(200)), {}, [])
+
+
+def test_where_no_gpu_can_load_the_model_the_job_ends() -> None:
+    world = Simulation(3, with_sick([], 1.0), broken=frozenset(range(3)))
+    with pytest.raises(RunError, match=r"no worker group could be started in 9 attempts.*ECC"):
+        run(world, range(5))
+
+
 def test_several_sick_gpus_lose_no_unit_either() -> None:
     world = Simulation(8, with_sick([0, 3, 4], 0.2))
     done, lost = run(world, range(100))
