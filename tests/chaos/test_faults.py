@@ -30,6 +30,7 @@ from infscan.engine.executor import Executor
 from infscan.engine.lease import LEASE, Lease
 from infscan.engine.node_share import NodeShare
 from infscan.engine.pool import Pool
+from infscan.engine.schedule import SHRINKS_ALL
 from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import DamagedError, FactorsError, InfscanError, RunError, StorageError
 from infscan.model.worker import Batch, ModelWorker
@@ -335,7 +336,8 @@ def test_memory_that_runs_out_halves_micro_batches_and_costs_no_attempt(
     halvings = [read_hits(store, name, ["q0", "q1", "q2"])[1].halvings for name in finished_shards(store)]
     assert set(halvings) <= {0, 1}
     assert counts["scanned"]["halved"] == sum(halvings) > 0
-    assert read_summary(config.output)["workers"]["halvings"] == sum(halvings)
+    # It ran out in two of them; from then on all began at the size that fits.
+    assert read_summary(config.output)["workers"]["halvings"] == SHRINKS_ALL < sum(halvings)
     assert "scan.tokens_per_batch=256" in " ".join(read_summary(config.output)["warnings"])
 
     # One sequence alone that does not fit ends the job, and says what would help; more room lets it go on.

@@ -143,6 +143,20 @@ def test_a_process_whose_gpu_died_ends_the_step(monkeypatch: pytest.MonkeyPatch)
         InProcessExecutor.on(rank).run(step, on_given_up=given_up.__setitem__)
 
 
+def test_a_gpu_whose_node_goes_away_is_not_sick() -> None:
+    """Spot machines may go before they have finished a unit, many times in a row."""
+    gone = ConnectionError("The actor died because its node has died. Node Id: 7")
+    seen: Counter[int] = Counter()
+
+    def answer(worker: int, unit: Any, oom_retries: int) -> Answer:
+        seen[worker] += 1
+        return (1.0, gone) if worker == 2 and seen[2] <= 6 else (10.0, unit)
+
+    world = Simulation(4, answer)
+    done, lost = run(world, range(200))
+    assert (len(done), lost, world.recovery.retired) == (200, {}, [])
+
+
 def test_failures_on_a_node_that_went_away_do_not_count_on_the_next() -> None:
     health = Health()
     for node in ("a", "a", "b"):
