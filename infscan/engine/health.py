@@ -15,11 +15,15 @@ from infscan.model.out_of_memory import RankMemoryError
 
 # Failures in a row, with a rebuild after each but the last.
 STRIKES = 3
+# What Ray says of a rank that went with its node: the next one there, or elsewhere, has another machine.
+_NODE_DIED = "its node has died"
 
 
 def is_fault(error: BaseException) -> bool:
     """Whether an error says nothing that a person or a smaller micro-batch could mend: on a GPU it may be the device's,
     and what the process does next cannot be trusted."""
+    if _NODE_DIED in str(error):
+        return False
     if isinstance(error, RankMemoryError):
         # Its GPU is another's for the most part: not one sequence fits beside.
         return error.rows == 1 and error.foreign > 0

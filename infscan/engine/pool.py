@@ -306,7 +306,7 @@ class Pool:
                 f"no worker group could be started in {self.failed_starts} attempts; the last one said: "
                 f"{_reason(result)}. Look at the Ray logs, at cluster.* and at the memory a rank has."
             )
-        self._rebuild(group, result, struck=True)
+        self._rebuild(group, result, struck=is_fault(result))
 
     def _shrink_after_oom_kill(self, group: WorkerGroup, schedule: Schedule | None) -> None:
         """Halve the unit that a group died with, if its host's kernel killed for memory meanwhile.

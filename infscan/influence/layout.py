@@ -22,7 +22,7 @@ from infscan.influence.score import LayerQueries, Scratch
 
 Way = Literal["factored", "dense", "shared_basis"]
 Basis = tuple[int, int]  # (m, n) of a shared basis; m = O or n = I: the side has none
-# Arrays are numpy's in the driver and in what is broadcast, so that a node's ranks read one copy; else tensors.
+# Arrays are numpy's in what a node's ranks share, so that they read one copy; else tensors.
 Array = NDArray[Any]
 A = TypeVar("A", Array, Tensor)
 

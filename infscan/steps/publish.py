@@ -90,9 +90,9 @@ def publish(
         phase.advance(sequences=len(documents))
     if scanned.counts.halved:
         run.telemetry.warn(
-            f"{scanned.counts.halved} shards ran out of memory at "
-            f"scan.tokens_per_batch={run.config.tokens_per_batch} and were scanned in smaller micro-batches; "
-            "a lower value saves the attempts that failed"
+            f"{scanned.counts.halved} shards were scanned in smaller micro-batches than "
+            f"scan.tokens_per_batch={run.config.tokens_per_batch}, which do not fit a rank's memory; a lower value "
+            "saves the attempts that failed"
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}

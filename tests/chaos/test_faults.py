@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from infscan.engine.cluster import connect
 from infscan.engine.executor import Executor
 from infscan.engine.lease import LEASE, Lease
 from infscan.engine.node_share import NodeShare
+from infscan.engine.pool import Pool
+from infscan.engine.schedule import SHRINKS_ALL
 from infscan.engine.worker_group import WorkerGroup
 from infscan.errors import DamagedError, FactorsError, InfscanError, RunError, StorageError
 from infscan.model.worker import Batch, ModelWorker
@@ -37,7 +40,7 @@ from infscan.results.schema import footer_of, to_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import factors as fit
 from infscan.steps import queries
-from infscan.steps.scan import ScanTask
+from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
@@ -158,6 +161,52 @@ def test_a_rank_that_is_late_is_not_waited_for(
     assert_counts_add_up(config)
     workers = read_summary(config.output)["workers"]
     assert (workers["rebuilds"], workers["reissued"]) == (0, 1)
+
+
+def test_a_worker_that_fails_whatever_it_is_given_is_retired(
+    twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank whose GPU is sick: no shard is given up, and the other worker does the rest."""
+    submit, run = WorkerGroup.submit, Pool.run
+
+    def sick(worker: ModelWorker, *_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def handed(
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+    ) -> None:
+        if not isinstance(arguments[0], ScanTask):
+            submit(self, unit, function, *arguments, oom_retries=oom_retries)
+            return
+        given[self.index] += 1
+        if given[1] == 3:
+            third.touch()
+        # The other one waits at its fifth shard, until the sick one has had its third.
+        chosen = sick if self.index == 1 else waits if given[0] == 5 else function
+        submit(self, unit, chosen, *arguments, oom_retries=oom_retries)
+
+    given: Counter[int] = Counter()
+    third = tmp_path / "third"
+
+    def waits(worker: ModelWorker, *arguments: Any) -> Any:
+        while not third.exists():
+            time.sleep(0.1)
+        return scan_task(worker, *arguments)
+
+    def as_on_gpus(self: Pool, *arguments: Any, **named: Any) -> Any:
+        self.gpus = 1.0
+        return run(self, *arguments, **named)
+
+    monkeypatch.setattr(WorkerGroup, "submit", handed)
+    monkeypatch.setattr(Pool, "run", as_on_gpus)
+    config = disturbed(twin, tmp_path)
+    answer(config)
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
+    summary = read_summary(config.output)
+    assert [one["worker"] for one in summary["workers"]["retired"]] == [1]
+    assert len(summary["workers"]["losses"]) == 3
+    assert any("worker 1 on" in warning and "is retired" in warning for warning in summary["warnings"])
 
 
 # --- what the ranks of a node read together ------------------------------------------------------------------------
@@ -287,7 +336,8 @@ def test_memory_that_runs_out_halves_micro_batches_and_costs_no_attempt(
     halvings = [read_hits(store, name, ["q0", "q1", "q2"])[1].halvings for name in finished_shards(store)]
     assert set(halvings) <= {0, 1}
     assert counts["scanned"]["halved"] == sum(halvings) > 0
-    assert read_summary(config.output)["workers"]["halvings"] == sum(halvings)
+    # It ran out in two of them; from then on all began at the size that fits.
+    assert read_summary(config.output)["workers"]["halvings"] == SHRINKS_ALL < sum(halvings)
     assert "scan.tokens_per_batch=256" in " ".join(read_summary(config.output)["warnings"])
 
     # One sequence alone that does not fit ends the job, and says what would help; more room lets it go on.

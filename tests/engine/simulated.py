@@ -33,6 +33,8 @@ class Simulation:
     answer: Callable[[int, Any, int], Answer]
     gpus: float = 1.0
     start_s: float = 30.0
+    # Workers that cannot start.
+    broken: frozenset[int] = frozenset()
     now: float = 0.0
     # (when, worker), the next first.
     events: list[tuple[float, int]] = field(default_factory=list)
@@ -81,6 +83,8 @@ class Group:
 
     def start(self) -> None:
         self.state, self.unit, self.result = State.starting, None, None
+        if self.index in self.world.broken:
+            self.result = RuntimeError("CUDA error: uncorrectable ECC error encountered")
         self._ends(self.world.start_s)
 
     def submit(self, unit: Any, function: Any, task: Any, *shared: Any, oom_retries: int = 0) -> None:

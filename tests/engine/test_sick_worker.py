@@ -41,6 +41,24 @@ def test_a_sick_gpu_loses_no_unit(fails_after_s: float) -> None:
     assert "device" in said or "illegal memory access" in said
 
 
+def test_a_gpu_on_which_no_model_can_be_loaded_is_retired_and_the_job_goes_on() -> None:
+    world = Simulation(4, with_sick([], 1.0), broken=frozenset({2}))
+    done, lost = run(world, range(200))
+    assert (sorted(done), lost) == (list(range(200)), {})
+    assert [one["worker"] for one in world.recovery.retired] == [2]
+    assert len(world.recovery.failures) == STRIKES
+    # On CPUs a start that fails says nothing of the machine: it is tried for as long as others work.
+    world = Simulation(4, with_sick([], 1.0), gpus=0.0, broken=frozenset({2}))
+    done, lost = run(world, range(200))
+    assert (sorted(done), lost, world.recovery.retired) == (list(range(200)), {}, [])
+
+
+def test_where_no_gpu_can_load_the_model_the_job_ends() -> None:
+    world = Simulation(3, with_sick([], 1.0), broken=frozenset(range(3)))
+    with pytest.raises(RunError, match=r"no worker group could be started in 9 attempts.*ECC"):
+        run(world, range(5))
+
+
 def test_several_sick_gpus_lose_no_unit_either() -> None:
     world = Simulation(8, with_sick([0, 3, 4], 0.2))
     done, lost = run(world, range(100))
@@ -123,6 +141,20 @@ def test_a_process_whose_gpu_died_ends_the_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(in_process, "has_died", lambda device: True)
     with pytest.raises(RunError, match=r"the GPU failed \(RuntimeError: CUDA error: device-side assert.* again"):
         InProcessExecutor.on(rank).run(step, on_given_up=given_up.__setitem__)
+
+
+def test_a_gpu_whose_node_goes_away_is_not_sick() -> None:
+    """Spot machines may go before they have finished a unit, many times in a row."""
+    gone = ConnectionError("The actor died because its node has died. Node Id: 7")
+    seen: Counter[int] = Counter()
+
+    def answer(worker: int, unit: Any, oom_retries: int) -> Answer:
+        seen[worker] += 1
+        return (1.0, gone) if worker == 2 and seen[2] <= 6 else (10.0, unit)
+
+    world = Simulation(4, answer)
+    done, lost = run(world, range(200))
+    assert (len(done), lost, world.recovery.retired) == (200, {}, [])
 
 
 def test_failures_on_a_node_that_went_away_do_not_count_on_the_next() -> None:

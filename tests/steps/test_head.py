@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from infscan.model.worker import ModelWorker
 from infscan.results.read import read_scores
+from infscan.steps import factors
 from infscan.steps.factors import _Fitting
+from tests.steps.builders import as_rank
 from tests.steps.runs import answer_here, small_run, tiny_model
 
 
@@ -49,14 +52,24 @@ def test_a_job_that_tracks_the_head_gives_the_gradients_of_autograd(tmp_path: Pa
 
 
 def test_ranks_find_the_eigenbases_that_tasks_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs: one unit a layer, on the ranks."""
+    """As on GPUs: one unit for as many layers as a worker has ranks, and each rank decomposes its own."""
     first = small_run(tmp_path)
     answer_here(first)
     decompose = _Fitting.decompose
-    monkeypatch.setattr(_Fitting, "decompose", lambda fitting, executor, **_: decompose(fitting, executor, gpus=1))
+    monkeypatch.setattr(_Fitting, "decompose", lambda fitting, executor, **_: decompose(fitting, executor, gpus=2))
+    alone = factors.decompose_task
+    shares: list[int] = []
+
+    def on_two_ranks(worker: ModelWorker, task: factors.DecomposeTask) -> None:
+        for number in range(2):
+            alone(as_rank(worker, number, 2), task)
+            shares.append(len(list((Path(task.factors.uri) / "S").glob("*.safetensors"))))
+
+    monkeypatch.setattr(factors, "decompose_task", on_two_ranks)
     second = small_run(tmp_path, f"output={tmp_path / 'again'}")
     answer_here(second)
     one, other = (Path(str(config.factors.path)) for config in (first, second))
     files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
     assert {path.parts[0] for path in files} >= {"A", "S", "Lambda"}
+    assert shares == [*range(1, len(shares) + 1)]
     assert all((one / path).read_bytes() == (other / path).read_bytes() for path in files)
