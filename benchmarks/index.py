@@ -190,7 +190,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     for Q in options.queries:
         queries = {layer: QueryCodes.of(rng.standard_normal((Q, D)).astype(np.float32), 1) for layer in names}
         # Digests take as long whatever is asked.
-        for verify in (True, False) if Q == options.queries[0] else (False,):
+        for verify in (True, False) if options.queries[0] == Q else (False,):
             began, cpu = time.perf_counter(), time.process_time()
             asked = Search(queries, ("proponent", "opponent"), 400, verify)
             best = search_files(FileGroup(folder, tuple(files), options.rows), asked, options.threads)
