@@ -57,7 +57,8 @@ def test_the_kit_runs_on_a_cpu_without_what_a_gpu_image_lacks(tmp_path: Path) ->
     assert len(found["checks"]) > 25
     assert [one["queries"] for one in found["scan"]] == [10, 256, 1000]
     assert {one["host_waits"] for kind in ("floors", "scan", "fit") for one in found[kind]} == {0}
-    assert found["targets"]["host waits in a micro-batch"] == {"target": 0, "measured": 0, "met": True}
+    # Of the targets, what a tiny shape says anything of.
+    assert found["targets"] == {"host waits in a micro-batch": {"target": 0, "measured": 0, "met": True}}
     # What it measured is what a plan reads.
     read = calibration(str(tmp_path / "out"))
     assert read.rates == calibration(str(tmp_path / "out/verify.json")).rates

@@ -334,7 +334,7 @@ def _fill(module: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> Non
     for name in names:
         places[name]._is_hf_initialized = True
     for child in module.modules():
-        child._is_hf_initialized = not child._non_persistent_buffers_set
+        child.__dict__["_is_hf_initialized"] = not child._non_persistent_buffers_set
     module.initialize_weights()
 
 

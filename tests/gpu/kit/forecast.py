@@ -61,6 +61,7 @@ def logra(results: Path, folder: Path, device: str, shape: Shape) -> Iterator[di
     said = "not every rate was measured" if hours is None else f"{hours:,.1f} hours of this device"
     job_said = f"EK-FAC for {LOGRA['queries']} queries over {LOGRA['tokens']:,} tokens with the shape {shape.name}"
     yield {
+        "model": shape.name,
         "sentence": f"{job_said}: {said}, where LoGra's paper says {LOGRA['a100_hours']:,} A100-hours for 8B "
         "(extrapolated, not run)",
         "hours": hours, "parts": parts, "rates": json.loads(results.read_text())["calibration"],
@@ -103,4 +104,5 @@ def _measured(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "predicted memory over measured, least", min(ratios)
         yield "predicted memory over measured, most", max(ratios)
     for one in found.get("logra", []):
-        yield "LoGra's job, hours", one["hours"]
+        if one["model"] == big:
+            yield "LoGra's job, hours", one["hours"]
