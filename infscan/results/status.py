@@ -103,18 +103,21 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     """
     store = Store(uri)
     there = {entry.name for entry in store.list("queries")}
-    plan = _json(store, "plan.json")
+    plan = _object(store, "plan.json")
     driver = _driver(store)
     if plan is None and driver.pid is None and not store.exists("config.yaml"):
         raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
     files = store.list(FOLDER, suffix=SUFFIX)
     finished = store.exists(SUCCESS)
-    summary = _json(store, "summary.json") if finished else None
+    summary = _object(store, "summary.json") if finished else None
     planned = plan or {}
-    shards, sequences = planned.get("shards"), planned.get("selection", {}).get("size")
+    selection = planned.get("selection")
+    sequences = _number(selection.get("size")) if isinstance(selection, dict) else None
+    shards = _number(planned.get("shards"))
     names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
     made = _made(store)
-    rate, eta = _pace(files, shards, planned.get("shard_sequences"))
+    rate, eta = _pace(files, shards, _number(planned.get("shard_sequences")))
+    warnings = (summary or {}).get("warnings", [])
     known = Status(
         uri=store.uri,
         phase="finished" if finished else _phase(plan, files, shards, there, made),
@@ -127,7 +130,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         eta_s=None if finished else eta,
         last=max((entry.modified for entry in files if entry.modified), default=None),
         driver=driver,
-        warnings=tuple((summary or {}).get("warnings", ())),
+        warnings=tuple(map(str, warnings if isinstance(warnings, list) else ())),
     )
     if not rows:
         return known
@@ -158,6 +161,19 @@ def _json(store: Store, name: str) -> Any:
         return store.read_json(name)
     except MissingError:
         return None
+
+
+def _object(store: Store, name: str) -> dict[str, Any] | None:
+    """Raises StorageError where it is something else than an object."""
+    value = _json(store, name)
+    if value is not None and not isinstance(value, dict):
+        raise StorageError(f"{store.uri}/{name} holds no JSON object; restore or remove it")
+    return value
+
+
+def _number(value: Any) -> int | None:
+    """A count of a run's file, which a stranger may have written."""
+    return value if type(value) is int and value >= 0 else None
 
 
 def _driver(store: Store) -> Driver:
