@@ -39,7 +39,10 @@ def stage_output(output: str, number: int) -> str:
 
 def addresses(config: Config) -> dict[str, str]:
     """By key, what a run's settings have opened or written besides its output and its query file."""
-    found = {"model.path": config.model.path, "model.zero.offload_path": config.model.zero.offload_path}
+    found: dict[str, str | None] = {
+        "model.path": config.model.path,
+        "model.zero.offload_path": config.model.zero.offload_path,
+    }
     found |= _of_corpus("corpus", config.corpus) | _of_factors("factors", config.factors)
     for number, stage in enumerate(config.stages):
         key = f"stages.{number}"

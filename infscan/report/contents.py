@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from infscan.config import from_yaml
 from infscan.corpus.near_duplicates import near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
 from infscan.report.terminal import how_good, one_line
@@ -23,7 +23,6 @@ from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.storage import Store, is_uri
-from infscan.storage.foreign import parse_lines
 
 SIDES = ("proponent", "opponent")
 # Rows in one chunk: what the page decodes at a time.
@@ -87,7 +86,7 @@ def run_contents(
     summary = read_summary(uri)
     config = from_yaml(store.read("config.yaml").decode())
     # By id, as the tables are: one query's rows are in memory at a time, and a part's tables.
-    questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
+    questions = measured_rows(store)
     questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
     spread = histograms(store, [question["id"] for question in questions])

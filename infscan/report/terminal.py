@@ -5,10 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.results.read import read_sequences, read_summary, read_top
 from infscan.storage import Store
-from infscan.storage.foreign import parse_lines
 
 _ROWS = 3
 _QUERIES = 12
@@ -47,7 +46,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     """Print each query's strongest proponents and opponents, and the run folder's layout."""
     console = Console(soft_wrap=True, highlight=False)
     store = Store(uri)
-    questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
+    questions = measured_rows(store)
     sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
     by_query: dict[str, list[dict]] = {}
     for row in read_top(uri).to_pylist():
