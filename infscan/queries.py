@@ -7,6 +7,7 @@ completion: the measurement is the difference of the two log-probabilities) and 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from infscan.corpus.json_lines import lines_of, parse_object
 from infscan.errors import BadDocumentError, QueryError, RunError
 from infscan.storage import Store
 from infscan.storage.foreign import parse_lines
+from infscan.storage.shapes import check_types
 
 # Where a run keeps what it measured.
 MEASURED = "queries/queries.jsonl"
@@ -172,29 +174,37 @@ def read_measured(store: Store) -> list[Query]:
         StorageError: where the folder is no run's.
         RunError: where the file does not hold what was written.
     """
+    return [_measured(row) for row in measured_rows(store)]
+
+
+def measured_rows(store: Store) -> list[dict[str, Any]]:
+    """The rows of what a run measured, as they are written; raises as `read_measured`."""
+    rows = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
     try:
-        rows = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
-        return [
-            Query(
-                row["id"],
-                tuple(
-                    Part(
-                        tuple(part["input_ids"]),
-                        tuple(part["positions"]),
-                        float(part["sign"]),
-                        tuple(part["texts"]) if part.get("texts") is not None else None,
-                    )
-                    for part in row["parts"]
-                ),
-                row["prompt"],
-                row["completion"],
-                row["measure"],
-                row.get("contrast"),
-            )
-            for row in rows
-        ]
-    except (ValueError, KeyError, TypeError):
+        for row in rows:
+            query = _measured(row)
+            check_types(query, Query)
+            if not query.parts or not all(part.positions for part in query.parts):
+                raise ValueError("a query without a position to measure")
+            for part in query.parts:
+                if not math.isfinite(part.sign) or not all(0 <= t < len(part.token_ids) for t in part.positions):
+                    raise ValueError("a position or a sign that no query has")
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{store.uri}/{MEASURED} is not what was written; restore it, or scan again.") from None
+    return rows
+
+
+def _measured(row: dict[str, Any]) -> Query:
+    parts = [
+        Part(
+            tuple(part["input_ids"]),
+            tuple(part["positions"]),
+            float(part["sign"]),
+            tuple(part["texts"]) if part.get("texts") is not None else None,
+        )
+        for part in row["parts"]
+    ]
+    return Query(row["id"], tuple(parts), row["prompt"], row["completion"], row["measure"], row.get("contrast"))
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

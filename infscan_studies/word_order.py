@@ -21,12 +21,12 @@ from infscan.corpus.addressable import open_corpus
 from infscan.corpus.tfidf import document_frequencies, top_matches
 from infscan.errors import ConfigError, RunError
 from infscan.influence.agreement import INTERVAL
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores
 from infscan.results.schema import read_parquet
 from infscan.storage import Store, open_input
-from infscan.storage.foreign import parse_json, parse_lines
+from infscan.storage.foreign import parse_json
 from infscan_studies.config import WordOrderConfig
 from infscan_studies.demo.facts import Partition
 from infscan_studies.partitions import Order
@@ -228,7 +228,7 @@ def tfidf_scores(uri: str) -> dict[str, dict[str, float]]:
     corpus = open_corpus(store / "corpus", foreign=True)
     sequences = corpus.read(np.arange(corpus.sequences))
     idf = document_frequencies((sequence.token_ids for sequence in sequences), corpus.vocab_size).idf()
-    rows = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
+    rows = measured_rows(store)
     queries = [np.asarray(row["parts"][0]["input_ids"], np.int64) for row in rows]
     numbered = ((sequence.sequence_id, sequence.token_ids) for sequence in sequences)
     matches = top_matches(numbered, queries, idf, len(sequences))

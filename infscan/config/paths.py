@@ -39,20 +39,21 @@ def stage_output(output: str, number: int) -> str:
 
 def addresses(config: Config) -> dict[str, str]:
     """By key, what a run's settings have opened or written besides its output and its query file."""
-    found = {"model.path": config.model.path, "model.zero.offload_path": config.model.zero.offload_path}
-    found |= _of_corpus("corpus", config.corpus) | _of_factors("factors", config.factors)
+    found: dict[str, str | None] = {
+        "model.path": config.model.path,
+        "model.zero.offload_path": config.model.zero.offload_path,
+    }
+    found |= {**_of_corpus("corpus", config.corpus), **_of_factors("factors", config.factors)}
     for number, stage in enumerate(config.stages):
         key = f"stages.{number}"
         found[f"{key}.model"] = stage.model
-        found |= _of_corpus(f"{key}.corpus", stage.corpus) | _of_factors(f"{key}.factors", stage.factors)
+        found |= {**_of_corpus(f"{key}.corpus", stage.corpus), **_of_factors(f"{key}.factors", stage.factors)}
     return {key: address for key, address in found.items() if address and address != _NOT_GIVEN}
 
 
 def _of_factors(key: str, factors: FactorsConfig) -> dict[str, str | None]:
-    found: dict[str, str | None] = {f"{key}.path": factors.path}
-    return found | _of_corpus(f"{key}.corpus", factors.corpus)
+    return {f"{key}.path": factors.path, **_of_corpus(f"{key}.corpus", factors.corpus)}
 
 
-def _of_corpus(key: str, corpus: CorpusConfig) -> dict[str, str | None]:
-    found: dict[str, str | None] = {f"{key}.path": corpus.path}
-    return found | {f"{key}.paths.{label}": path for label, path in corpus.paths.items()}
+def _of_corpus(key: str, corpus: CorpusConfig) -> dict[str, str]:
+    return {f"{key}.path": corpus.path, **{f"{key}.paths.{label}": path for label, path in corpus.paths.items()}}

@@ -21,6 +21,7 @@ from infscan.corpus.sequences import AddressableCorpus
 from infscan.errors import ChangedCorpusError, CorpusError
 from infscan.storage import Identity, MissingError, Store, check_addresses
 from infscan.storage.foreign import parse_stored
+from infscan.storage.shapes import check_types
 
 __all__ = [
     "AddressableCorpus",
@@ -71,6 +72,15 @@ def open_corpus(store: Store, reading: Reading = AS_STORED, *, foreign: bool = F
     kind = value.get("format") if isinstance(value, dict) else None
     if kind in (FILTERED, JOINED) and not checksum_ok(value):
         raise CorpusError(f"{where} was changed or damaged; remove it, and it is written again.")
+    try:
+        if kind == FILTERED:
+            check_types([value[key] for key in ("base", "base_fingerprint", "fingerprint")], list[str])
+        elif kind == JOINED:
+            check_types([value["fingerprint"]], list[str])
+            wanted = [[entry[key] for key in ("at", "label", "fingerprint")] for entry in value["corpora"]]
+            check_types(wanted, list[list[str]])
+    except (KeyError, TypeError) as error:
+        raise CorpusError(f"{where} describes no corpus ({error!r}); remove it, and it is written again.") from None
     if kind == FILTERED:
         at = at_address(store, value["base"])
         if foreign:

@@ -10,6 +10,7 @@ from infscan.config import Packing
 from infscan.corpus.in_place import InPlace, TokenFile, document_spans, read_bytes
 from infscan.corpus.megatron import Index
 from infscan.corpus.sequences import Span, TokenBlock
+from infscan.errors import CorpusError
 
 # A document without an index begins after the EOS before it, which is looked for this far back, block by block.
 _SEARCH_TOKENS = 1 << 22
@@ -98,4 +99,6 @@ def read_tokens(file: TokenFile, begin: int, end: int) -> np.ndarray:
     dtype = np.dtype(file.facts["dtype"])
     first = file.facts["begin"]
     data = read_bytes(file.pieces, first + begin * dtype.itemsize, first + end * dtype.itemsize)
+    if len(data) != (end - begin) * dtype.itemsize:
+        raise CorpusError(f"{file.data.uri} ends before token {end}, which its description says it has; write it anew.")
     return np.frombuffer(data, dtype)

@@ -8,7 +8,7 @@ spread evenly from its first byte to its last.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -23,6 +23,7 @@ from infscan.corpus.sequences import Sequence, Span, TokenBlock, check_numbers, 
 from infscan.errors import ChangedCorpusError, CorpusError, StorageError
 from infscan.storage import InputFile, Store, read_range, stamp_of
 from infscan.storage.identity import Stamp
+from infscan.storage.shapes import check_types
 
 DESCRIPTION = "addressable.json"
 SCHEMA_VERSION = 1
@@ -99,11 +100,48 @@ class Description:
                 TokenFile(**(file | {"data": InputFile(**file["data"]), "digests": tuple(file.get("digests", ()))}))
                 for file in fields["files"]
             )
-            return cls(**fields)
+            found = cls(**fields)
+            check_types(found, cls)
+            if min(found.sequence_length, found.vocab_size, len(found.files)) < 1:
+                raise ValueError("it has no sequences")
+            for number, file in enumerate(found.files):
+                _check_facts(found.format, file.facts, f"files.{number}.facts")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(
                 f"{where} describes no corpus ({error!r}); remove it, and it is written again."
             ) from error
+
+
+# What files of each format have, and the types of whatever they may have.
+_REQUIRED = {
+    "npy": ("begin", "dtype"),
+    "megatron": ("begin", "dtype", "index", "shape"),
+    "mds": ("windows", "raw_bytes", "compressed", "samples", "names", "encodings", "sizes", "tokens_field"),
+}
+_FACTS: dict[str, Any] = {
+    **dict.fromkeys(("begin", "windows", "raw_bytes", "samples"), int),
+    **dict.fromkeys(("dtype", "tokens_field", "id_field", "source_field"), str | None),
+    **dict.fromkeys(("uneven", "compressed"), bool),
+    **dict.fromkeys(("names", "encodings"), list[str]),
+    "sizes": list[int],
+}
+
+
+def _check_facts(kind: str, facts: Mapping[str, Any], where: str) -> None:
+    """Raises KeyError, TypeError or ValueError for what no file of a format has."""
+    for name in _REQUIRED[kind]:
+        facts[name]
+    for name, value in facts.items():
+        check_types(value, _FACTS.get(name, Any), f"{where}.{name}")
+    if facts.get("begin", 0) < 0 or facts.get("windows", 1) < 1:
+        raise ValueError(f"{where} has a number below its least")
+    if facts.get("dtype") is not None and np.dtype(facts["dtype"]).kind not in "iu":
+        raise ValueError(f"{where}.dtype is {facts['dtype']!r}, which token ids do not have")
+    if "shape" in facts:
+        check_types(facts["shape"], Mapping[str, Any], f"{where}.shape")
+    for one in [*facts.get("pieces", ()), *([facts["index"]] if "index" in facts else ())]:
+        check_types(InputFile(**one), InputFile, where)
 
 
 def sampled_digest(file: InputFile, files: int) -> str:

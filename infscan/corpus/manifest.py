@@ -18,6 +18,7 @@ from infscan.corpus.splits import InputSplit
 from infscan.corpus.tally import LeftOut
 from infscan.errors import CorpusError
 from infscan.storage import InputFile, MissingError, Store
+from infscan.storage.shapes import check_types
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -126,7 +127,7 @@ class Manifest:
             settings = fingerprint(value["settings"])
             unsaid = {"settings": settings, "piece": {"files": [], "stretch": {}}}
             parts = tuple(part_of(part | unsaid) for part in value["parts"])
-            return cls(
+            found = cls(
                 fingerprint=value["fingerprint"],
                 settings=value["settings"],
                 sequence_length=value["sequence_length"],
@@ -138,6 +139,10 @@ class Manifest:
                 parts=parts,
                 inputs=value["inputs"],
             )
+            check_types(found, cls)
+            if found.sequences != sum(part.sequences for part in parts):
+                raise ValueError("its parts have another number of sequences")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(f"{where} is not a corpus manifest ({error!r}); prepare the corpus again.") from error
 

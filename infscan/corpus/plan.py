@@ -42,6 +42,16 @@ class Selection:
         size = there if max_sequences is None else min(max_sequences, there)
         return cls(total, size if share is None else min(size, max(1, round(share * there))), seed, among)
 
+    @classmethod
+    def stored(cls, total: int, size: int, seed: int, among: np.ndarray | None = None) -> Selection:
+        """As a file says it. Raises RunError for numbers that no selection has."""
+        numbers = (total, size, seed)
+        if not all(type(one) is int and 0 <= one < 1 << 62 for one in numbers) or size > total:
+            raise RunError(
+                f"a plan chooses {size!r} of {total!r} sequences (seed {seed!r}): it is not what was written."
+            )
+        return cls(total, size, seed, among)
+
     def __post_init__(self) -> None:
         assert 0 <= self.size <= self.total, f"cannot choose {self.size} of {self.total} sequences"
 
@@ -172,7 +182,8 @@ class Plan:
                 f"the plan has schema version {value.get('schema_version')!r} and this infscan reads {SCHEMA_VERSION}; "
                 "finish the run with the version that began it, or start a new output."
             )
-        selection = Selection(value["sequences"], value["selection"]["size"], value["selection"]["seed"], among)
+        chosen = value["selection"]
+        selection = Selection.stored(value["sequences"], chosen["size"], chosen["seed"], among)
         if selection.digest() != value["selection"]["digest"]:
             raise RunError(
                 f"numpy {np.__version__} draws another sample of {selection.size} sequences than the plan was made "

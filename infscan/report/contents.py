@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from infscan.config import from_yaml
 from infscan.corpus.near_duplicates import carrying, near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
 from infscan.report.terminal import by_id, how_good, how_much, hub_from, log_probabilities, one_line
@@ -23,7 +23,6 @@ from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.storage import Store, is_uri
-from infscan.storage.foreign import parse_lines
 
 SIDES = ("proponent", "opponent")
 # Rows in one chunk: what the page decodes at a time.
@@ -95,10 +94,8 @@ def run_contents(
     summary = read_summary(uri)
     config = from_yaml(store.read("config.yaml").decode())
     # By id, as the tables are: one query's rows are in memory at a time, and a part's tables.
-    questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
-    questions = sorted(
-        (question for question in questions if only in (None, question["id"])), key=lambda question: question["id"]
-    )
+    asked = (question for question in measured_rows(store) if only in (None, question["id"]))
+    questions = sorted(asked, key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
     hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.results.read import read_if_there, read_sequences, read_summary, read_tokens, read_top
 from infscan.storage import Store
-from infscan.storage.foreign import parse_lines
 
 _ROWS = 3
 _QUERIES = 12
@@ -67,7 +66,7 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     """Print each query's strongest proponents and opponents, and the run folder's layout."""
     console = Console(soft_wrap=True, highlight=False)
     store = Store(uri)
-    questions = parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")
+    questions = measured_rows(store)
     sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
     names = {question["id"] for question in questions[:_QUERIES]}
     by_query: dict[str, list[dict]] = {}

@@ -17,6 +17,7 @@ from infscan.config import checksum_ok, with_checksum
 from infscan.errors import DamagedError, RunError
 from infscan.storage import MissingError, Store
 from infscan.storage.foreign import parse_json
+from infscan.storage.shapes import check_types
 
 SUCCESS = "_SUCCESS"
 TABLES = ("top", "layers", "tokens", "documents", "answers", "sequences")
@@ -95,12 +96,20 @@ def read_manifest(store: Store) -> Manifest | None:
         value = parse_json(data)
     except ValueError:
         value = None
+    damaged = f"{store.uri}/{SUCCESS} is damaged; run the same command again, which publishes again."
     if not checksum_ok(value):
-        raise DamagedError(f"{store.uri}/{SUCCESS} is damaged; run the same command again, which publishes again.")
-    if value["schema_version"] > _SCHEMA_VERSION:
+        raise DamagedError(damaged)
+    version = value.get("schema_version")
+    if type(version) is int and version > _SCHEMA_VERSION:
         raise RunError(f"{store.uri}/{SUCCESS} is of a newer infscan; upgrade infscan to read this run.")
-    parts = {name: Part(**part) for name, part in value["parts"].items()}
-    return Manifest(**{key: value[key] for key in Manifest.__dataclass_fields__} | {"parts": parts})
+    try:
+        parts = {name: Part(**part) for name, part in value["parts"].items()}
+        found = Manifest(**{key: value[key] for key in Manifest.__dataclass_fields__} | {"parts": parts})
+        check_types(found, Manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        # With a checksum of its own: nobody's accident.
+        raise DamagedError(f"{damaged} ({error})") from None
+    return found
 
 
 def commit(store: Store, manifest: Manifest, fence: Callable[[], None]) -> None:

@@ -287,22 +287,6 @@ def read_any_parquet(store: Store, name: str, columns: list[str] | None = None, 
     return table.select(columns)
 
 
-def read_footer(store: Store, name: str) -> dict[str, Any]:
-    """What stands beside a table's rows, which are not read.
-
-    Raises:
-        StorageError, DamagedError, RunError: as `read_parquet`.
-    """
-    where = f"{store.uri}/{name}"
-    try:
-        with store.open(name) as stream:
-            footer = _footer(pq.read_schema(stream), where)
-    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
-        raise damaged(where, " ".join(str(error).split())) from error
-    _check_name(footer, store, name)
-    return _given(footer)
-
-
 def footer_of(schema: pa.Schema, name: str) -> dict[str, Any]:
     """What `to_parquet` put beside the rows.
 

@@ -105,12 +105,12 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     """
     store = Store(uri)
     there = {entry.name for entry in store.list("queries")}
-    plan = _json(store, "plan.json")
+    plan = _object(store, "plan.json")
     driver = _driver(store)
     if plan is None and driver.pid is None and not store.exists("config.yaml"):
         raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
     finished = store.exists(SUCCESS)
-    summary = _json(store, "summary.json") if finished else None
+    summary = _object(store, "summary.json") if finished else None
     files, sieving = _shards(store)
     shards, sequences, per_shard = _planned(store, plan or {})
     names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
@@ -129,7 +129,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         eta_s=None if finished else eta,
         last=max((entry.modified for entry in files if entry.modified), default=None),
         driver=driver,
-        warnings=tuple((summary or {}).get("warnings", ())),
+        warnings=tuple(map(str, warnings if isinstance(warnings, list) else ())),
     )
     if not rows:
         return known
@@ -173,10 +173,26 @@ def _shards(store: Store) -> tuple[list[Entry], bool]:
 
 def _planned(store: Store, plan: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
     """Its shards, its sequences, and sequences by shard: of the run's plan, or of what a sieve left with the audit."""
-    left = _json(store, _LEFT)
+    left = _object(store, _LEFT)
     if left is not None:
-        return left["shards"], left["sequences"], left["sequences"] / max(1, left["shards"])
-    return plan.get("shards"), plan.get("selection", {}).get("size"), plan.get("shard_sequences")
+        shards, sequences = _number(left.get("shards")), _number(left.get("sequences"))
+        return shards, sequences, None if sequences is None else sequences / max(1, shards or 1)
+    selection = plan.get("selection")
+    size = selection.get("size") if isinstance(selection, dict) else None
+    return _number(plan.get("shards")), _number(size), _number(plan.get("shard_sequences"))
+
+
+def _object(store: Store, name: str) -> dict[str, Any] | None:
+    """Raises StorageError where it is something else than an object."""
+    value = _json(store, name)
+    if value is not None and not isinstance(value, dict):
+        raise StorageError(f"{store.uri}/{name} holds no JSON object; restore or remove it")
+    return value
+
+
+def _number(value: Any) -> int | None:
+    """A count of a run's file, which a stranger may have written."""
+    return value if type(value) is int and value >= 0 else None
 
 
 def _driver(store: Store) -> Driver:

@@ -92,7 +92,7 @@ class FactorsPlan:
         return FactorsPlan(
             fields=dict(value["fields"]),
             layers=tuple(Layer(**layer) for layer in value["layers"]),
-            selection=Selection(**value["selection"]),
+            selection=Selection.stored(**value["selection"]),
             slices=tuple((start, stop) for start, stop in value["slices"]),
             groups=tuple(tuple(group) for group in value["groups"]),
             tokens_per_batch=value["tokens_per_batch"],

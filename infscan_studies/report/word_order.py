@@ -15,10 +15,9 @@ from infscan.corpus.addressable import open_corpus
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.folder import model_folder
-from infscan.queries import MEASURED
+from infscan.queries import measured_rows
 from infscan.report.terminal import excerpt, one_line
 from infscan.storage import Store
-from infscan.storage.foreign import parse_lines
 from infscan_studies.config import WordOrderConfig
 from infscan_studies.demo.facts import Partition
 from infscan_studies.word_order import ALL, METHODS, planted_partitions, run_scores
@@ -40,7 +39,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
     store = Store(run)
     planted = planted_partitions(config.planted)
     question = config.question or f"{min(planted)}-first"
-    queries = {row["id"]: row for row in parse_lines(store.read(MEASURED), f"{store.uri}/{MEASURED}")}
+    queries = {row["id"]: row for row in measured_rows(store)}
     if question not in queries or question.removesuffix("-first") not in planted:
         raise ConfigError(f"study.question={question}: {run} has no such query about a planted fact.")
     query = queries[question]
