@@ -37,8 +37,8 @@ from infscan.storage.prefetch import prefetch
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
-# Raised whenever the same inputs come out as other factors. Of 1, those of a sharded model may be of another one: what is
-# stored in buffers was not read, nor a head that the configuration ties.
+# Raised whenever the same inputs come out as other factors. Of 1, those of a sharded model may be of another one: what
+# is stored in buffers was not read, nor a head that the configuration ties.
 FITTING = 2
 
 
