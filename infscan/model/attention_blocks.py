@@ -75,6 +75,7 @@ def _attention(
         stop = min(start + rows, T)
         # Of a causal block, the keys that one of its rows sees.
         seen = min(stop, S) if is_causal else S
+        mask: Tensor | None
         if is_causal:
             mask = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device).tril(start)
         else:
@@ -145,6 +146,7 @@ class _RowsBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         *inputs, mask = ctx.saved_tensors
         with torch.enable_grad():
-            again = [x.detach().requires_grad_(True) for x in inputs]
-            found = _gradients(*again, mask, ctx.scale)
-            return *torch.autograd.grad(found, again, gradients), None, None
+            q, k, v, g = (x.detach().requires_grad_(True) for x in inputs)
+            found = _gradients(q, k, v, g, mask, ctx.scale)
+            by_q, by_k, by_v, by_g = torch.autograd.grad(found, (q, k, v, g), gradients)
+            return by_q, by_k, by_v, by_g, None, None

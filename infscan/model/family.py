@@ -60,11 +60,17 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     try:
         with torch.device("meta"):
             module: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False, **given)
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
         if is_about_attention(error):
             raise no_attention(config, error) from None
         raise ModelError(
             f"{config.model_type}: not a causal language model ({first_line(error)}); give one, or fix its config.json."
+        ) from None
+    except ImportError as error:
+        # Of a tower that is not scanned too: Gemma 3n's for images.
+        raise ModelError(
+            f"{config.model_type}: transformers builds it with a library that is not installed ({first_line(error)}); "
+            "install that."
         ) from None
     run_by_expert(module)
     return module
@@ -153,4 +159,4 @@ def recurrent_parts(module: PreTrainedModel) -> dict[str, str]:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, for a sentence of ours; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -264,8 +264,8 @@ def solve_task(worker: ModelWorker, task: SolveTask) -> list[Solved]:
     squares_n, norms_k = system.total(row_dots(rest_np, rest_np)), system.total(row_dots(v_kp, v_kp))
     residuals = (squares_n / norms_k.repeat(2)).sqrt().view(2, -1).T.tolist()
     solved = [
-        Solved(query.id, *residual, products, len(task.curvature_ids))
-        for query, residual, products in zip(task.queries, residuals, products_k, strict=True)
+        Solved(query.id, residual, ekfac_residual, products, len(task.curvature_ids))
+        for query, (residual, ekfac_residual), products in zip(task.queries, residuals, products_k, strict=True)
     ]
     tensors = system.ggn.gather(x_kp)
     for number, (name, key, one) in enumerate(zip(task.names, task.fingerprints, solved, strict=True)):

@@ -10,6 +10,7 @@ import pytest
 from infscan.config import Dtype, ModelConfig
 from infscan.errors import ModelError
 from infscan.influence.layers import Layer
+from infscan.model import family
 from infscan.model.architecture import describe
 from infscan.model.family import build_on_meta
 from infscan.model.load import load
@@ -159,3 +160,18 @@ def test_projections_of_different_inputs_do_not_share_one(tmp_path: Path) -> Non
     layers = describe(str(zoo.save("rwkv", tmp_path)), "linear").layers
     assert {"key", "value"} <= {layer.name.rpartition(".")[2] for layer in layers}
     assert all(layer.input_of == layer.name for layer in layers)
+
+
+def test_a_library_that_a_family_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers says of Gemma 3n's tower for images, without timm; its sentence begins with an empty line."""
+
+    class Needs:
+        @staticmethod
+        def from_config(*_: object, **__: object) -> None:
+            raise ImportError("\nTimmWrapperModel requires the timm library but it was not found.\nInstall it.")
+
+    monkeypatch.setattr(family, "auto_class", lambda _: Needs)
+    with pytest.raises(
+        ModelError, match=r"llama: .* not installed \(TimmWrapperModel requires the timm library .*install"
+    ):
+        build_on_meta(zoo.configuration("llama"))

@@ -89,6 +89,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 2},
     "cohere": _SIZES,
     "cohere2": _SIZES | _HEADS,
+    "cwm": _SIZES | _HEADS | {"sliding_window": 8},
     "dbrx": {
         "vocab_size": VOCAB,
         "d_model": 16,
@@ -141,6 +142,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": _SIZES | _HEADS,
     "glm4": _SIZES | _HEADS,
     "glm4_moe": _SIZES | _HEADS | _MOE | _GROUPS,
+    "glm4_moe_lite": _SIZES | _MOE | _MLA | _GROUPS,
     "exaone_moe": _SIZES
     | _HEADS
     | _MOE
@@ -170,6 +172,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": _SIZES | _HEADS,
     "hunyuan_v1_dense": _SIZES | _HEADS,
     "hunyuan_v1_moe": _SIZES | _HEADS | _MOE | {"moe_topk": 2},
+    "internvl": _text(),
     "jamba": _SIZES
     | {
         "num_experts": 1,
@@ -276,6 +279,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": _SIZES,
     "t5": {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
     "bert": _SIZES,
+    "vaultgemma": _SIZES | _HEADS | {"query_pre_attn_scalar": 8},
     "xglm": {
         "vocab_size": VOCAB,
         "d_model": 16,
