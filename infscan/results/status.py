@@ -111,6 +111,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
     finished = store.exists(SUCCESS)
     summary = _object(store, "summary.json") if finished else None
+    warnings = (summary or {}).get("warnings", [])
     files, sieving = _shards(store)
     shards, sequences, per_shard = _planned(store, plan or {})
     names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
