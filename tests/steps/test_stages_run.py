@@ -168,7 +168,10 @@ def test_another_vocabulary_is_not(tmp_path: Path) -> None:
 
 def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "adapter" / "adapter_config.json", [{"peft_type": "LORA"}])
-    with pytest.raises(ModelError, match=r"LoRA adapter.*infscan merge adapter="), open_here(two(tmp_path, model="adapter")):
+    with (
+        pytest.raises(ModelError, match=r"LoRA adapter.*infscan merge adapter="),
+        open_here(two(tmp_path, model="adapter")),
+    ):
         pass
 
 
