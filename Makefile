@@ -68,6 +68,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/driver.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/certificate.py --runs 40
+	$(BIN)/python benchmarks/sieve.py --model infscan://demo/model
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
 	$(BIN)/python benchmarks/corpus_prepare.py

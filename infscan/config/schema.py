@@ -419,7 +419,7 @@ class ScanConfig:
     the least."""
     candidates_from: str | None = None
     """Sequences to scan in place of all of them, or beside what a sieve leaves: a file of sequence numbers, one a line,
-    or the output of a finished run, whose published sequences they then are."""
+    the output of infscan tfidf, or of a finished run, whose published sequences they then are."""
     audit_sequences: int | None = None
     """With a sieve or candidates_from: sequences of the audit, a uniform sample that is scanned too, and says what was
     missed; null is 1 % of those planned, and 256 at the least."""

@@ -95,8 +95,8 @@ class Evidence:
 class Level:
     """The detection curve at one exact score.
 
-    candidates: C(x). missed: audited rows among M(x). tail_fraction: (C + M) / rows, M estimated. detected: D,
-    estimated; low: its lower limit, at a confidence that leaves room for the curve's other levels.
+    candidates: C(x). missed: audited rows among M(x). tail_fraction: (C + M) / rows, M estimated, of a query and side
+    on average. detected: D, estimated. low: its lower limit, at a confidence that leaves room for the other levels.
     """
 
     candidates: int
@@ -147,7 +147,7 @@ def certify_together(evidence: Sequence[Evidence], audit: Audit, top: int) -> Ce
         return Certificate(0, audited, None, 0.0, None, (), 1.0, "there is nothing to certify")
     points = _points(columns, top)
     alpha = 1 - CONFIDENCE
-    curve = tuple(_level(point, audit, alpha / len(points)) for point in points)
+    curve = tuple(_level(point, audit, alpha / len(points), len(columns)) for point in points)
     # Without an assumption a row may be missed for all of them.
     published = _counted(columns, [min(top, len(one.scores)) for one in columns])
     without = max(0.0, 1 - len(columns) * audit.at_most(published.missed_n, alpha) / wanted)
@@ -184,11 +184,13 @@ def _counted(columns: Sequence[Evidence], ranks: Sequence[int]) -> _Counted:
     return _Counted(sum(ranks), missed_n, float((counts**2).sum() / counts.sum()))
 
 
-def _level(point: _Counted, audit: Audit, alpha: float) -> Level:
+def _level(point: _Counted, audit: Audit, alpha: float, columns: int) -> Level:
     C = point.candidates
     estimate = audit.estimate(point.missed_n) * point.multiplicity
     most = audit.at_most(point.missed_n, alpha) * point.multiplicity
-    return Level(C, int(point.missed_n.sum()), (C + estimate) / audit.rows, C / (C + estimate), C / (C + most))
+    return Level(
+        C, int(point.missed_n.sum()), (C + estimate) / audit.rows / columns, C / (C + estimate), C / (C + most)
+    )
 
 
 def _p_monotone(points: Sequence[_Counted]) -> float:

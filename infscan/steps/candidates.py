@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from infscan.corpus.addressable import AddressableCorpus
+from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.errors import ConfigError
 from infscan.model.suffix import ends_at, last_blocks
@@ -111,10 +111,14 @@ def listed(path: str, plan: Plan) -> Ids:
     """The planned sequences that scan.candidates_from names, ascending.
 
     Raises:
-        ConfigError: where it is neither a finished run nor a file of numbers, or names none that is planned.
+        ConfigError: where it is no finished run, no filter and no file of numbers, or names none that is planned.
     """
-    store = Store(path)
-    ids = np.unique(read_top(path)["sequence_id"].to_numpy()) if store.exists("plan.json") else _numbers(path)
+    if Store(path).exists("plan.json"):
+        ids = np.unique(read_top(path)["sequence_id"].to_numpy())
+    elif is_prepared(path) and (left := open_corpus(Store(path)).chosen) is not None:
+        ids = left
+    else:
+        ids = _numbers(path)
     planned = np.intersect1d(ids, plan.selection.ids())
     if not len(planned):
         raise ConfigError(
@@ -131,7 +135,7 @@ def _numbers(path: str) -> Ids:
     except MissingError:
         raise ConfigError(
             f"scan.candidates_from={path} is not there; give a file of sequence numbers, one a line, or the output of "
-            "a finished run."
+            "a finished run or of infscan tfidf."
         ) from None
     odd = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) < 19)), None)
     if odd is not None:

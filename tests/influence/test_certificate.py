@@ -89,6 +89,8 @@ def test_more_evidence_says_more() -> None:
     assert together.recall is not None
     assert few.recall < together.recall
     assert together.top == 8 * TOP
+    assert together.level is not None
+    assert together.level.tail_fraction < 2 * C / N
 
 
 def test_when_every_row_is_audited_the_limits_are_the_truth() -> None:

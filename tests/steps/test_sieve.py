@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from infscan.config import Config
+from infscan.corpus.addressable import open_corpus
+from infscan.corpus.filtered import describe_filtered
+from infscan.corpus.plan import Plan
 from infscan.errors import ConfigError, RunError
 from infscan.report.assemble import Archive
 from infscan.report.contents import run_contents
@@ -21,6 +24,7 @@ from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import scan as scanning
+from infscan.steps.candidates import listed
 from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
 
@@ -196,19 +200,22 @@ def test_other_candidates_are_scanned_anew(inputs: Path, sieved: Config) -> None
     assert rows(sieved) == before
 
 
-def test_candidates_may_come_from_a_list_or_another_run(inputs: Path, full: Config) -> None:
-    listed = inputs / "ids.txt"
-    listed.write_text("3\n17\n4\n17\n")
-    config = settings(inputs, "listed", f"scan.candidates_from={listed}", "scan.audit_sequences=0")
-    answer_here(config)
-    assert {row[2] for row in rows(config)} == {3, 4, 17}
-    other = settings(inputs, "again", f"scan.candidates_from={full.output}", "scan.audit_sequences=0")
-    answer_here(other)
-    assert rows(other).keys() == rows(full).keys()
+def test_candidates_may_come_from_a_list_another_run_or_a_filter(inputs: Path, full: Config) -> None:
+    (inputs / "ids.txt").write_text(f"3\n17\n4\n17\n{N}\n")
+    corpus = open_corpus(Store(full.output) / "corpus")
+    describe_filtered(Store(str(inputs / "filtered")), corpus, np.array([5, 9]))
+    plan = Plan.from_json(Store(full.output).read_json("plan.json"))
+    assert listed(str(inputs / "ids.txt"), plan).tolist() == [3, 4, 17]
+    assert listed(str(inputs / "filtered"), plan).tolist() == [5, 9]
+    assert listed(full.output, plan).tolist() == sorted({row[2] for row in rows(full)})
+
+
+def test_a_list_and_a_sieve_are_scanned_together(inputs: Path) -> None:
+    (inputs / "some.txt").write_text("3 4 17")
     sieve = ("scan.sieve=2", "scan.sieve_candidates=20", "scan.audit_sequences=0")
-    both = settings(inputs, "both", f"scan.candidates_from={listed}", *sieve)
-    answer_here(both)
-    assert {3, 4, 17} <= set(scored_in_full(both)["sequence_id"].to_pylist())
+    config = settings(inputs, "both", f"scan.candidates_from={inputs / 'some.txt'}", *sieve)
+    answer_here(config)
+    assert {3, 4, 17} < set(scored_in_full(config)["sequence_id"].to_pylist())
 
 
 @pytest.mark.parametrize(
