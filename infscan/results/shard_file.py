@@ -74,11 +74,12 @@ class ScanCounts:
         self.halved += shard.halvings > 0
         if self.spread is not None and shard.spread is not None:
             self.spread.add(shard.spread)
-        for source, (sequences, tokens) in shard.sources.items() if self.sources is not None else ():
-            before = self.sources.get(source, (0, 0))
-            self.sources[source] = before[0] + sequences, before[1] + tokens
-        if self.sources is not None and len(self.sources) > MOST_SOURCES:
-            self.sources = None
+        if self.sources is not None:
+            for source, (sequences, tokens) in shard.sources.items():
+                before = self.sources.get(source, (0, 0))
+                self.sources[source] = before[0] + sequences, before[1] + tokens
+            if len(self.sources) > MOST_SOURCES:
+                self.sources = None
 
 
 def count_sources(sequences: Sequences[Sequence]) -> dict[str, tuple[int, int]]:
