@@ -233,7 +233,7 @@ def _rows(
                 shown["unsure"] = [_digits(row["score_low"]), _digits(row["score_high"])]
             if row.get("states_completion"):
                 shown["states"] = True
-            if (row.get("hub") or 0) >= hub:
+            elif (row.get("hub") or 0) >= hub:
                 shown["hub"] = row["hub"]
             if row.get("stands_out") is False:
                 shown["weak"] = True

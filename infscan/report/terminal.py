@@ -173,7 +173,8 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> 
     said = {
         "sign unsure": row.get("sign_sure") is False,
         "states it": row.get("states_completion"),
-        "hub": (row.get("hub") or 0) >= hub,
+        # A row that states it is near the top for its own sake.
+        "hub": (row.get("hub") or 0) >= hub and not row.get("states_completion"),
     }
     marks = [mark for mark, there in said.items() if there]
     tokens = sequence.get("tokens")

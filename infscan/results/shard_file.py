@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from infscan.storage import Store
 
 FOLDER = "shards"
 QUARANTINE = "quarantine"
+# Sources that are counted apart; of more, none is.
+MOST_SOURCES = 1000
 # Of a kept sequence, what the model is given.
 GIVEN = ("sequence_id", "token_ids", "loss_mask", "document_starts")
 SUFFIX = ".parquet"
@@ -41,6 +44,8 @@ class ShardCounts:
     rows: int
     halvings: int = 0
     spread: ShardSpread | None = field(default=None, compare=False)
+    # Of every source, sequences that hold some of it, and its tokens in them.
+    sources: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -55,6 +60,8 @@ class ScanCounts:
     rows: int = 0
     halved: int = 0
     spread: Spread | None = None
+    # As of ShardCounts; None where there are more than MOST_SOURCES.
+    sources: dict[str, tuple[int, int]] | None = field(default_factory=dict)
 
     def add(self, shard: ShardCounts) -> None:
         """Take in one more shard: each counts once."""
@@ -67,6 +74,25 @@ class ScanCounts:
         self.halved += shard.halvings > 0
         if self.spread is not None and shard.spread is not None:
             self.spread.add(shard.spread)
+        if self.sources is not None:
+            for source, (sequences, tokens) in shard.sources.items():
+                before = self.sources.get(source, (0, 0))
+                self.sources[source] = before[0] + sequences, before[1] + tokens
+            if len(self.sources) > MOST_SOURCES:
+                self.sources = None
+
+
+def count_sources(sequences: Sequences[Sequence]) -> dict[str, tuple[int, int]]:
+    """Of every source, how many of the sequences hold some of it, and how many of their tokens are its."""
+    found: dict[str, tuple[int, int]] = {}
+    for sequence in sequences:
+        tokens: dict[str, int] = {}
+        for span in sequence.documents:
+            tokens[span.source] = tokens.get(span.source, 0) + span.end - span.start
+        for source, count in tokens.items():
+            before = found.get(source, (0, 0))
+            found[source] = before[0] + 1, before[1] + count
+    return found
 
 
 def shard_path(name: str) -> str:
@@ -107,8 +133,8 @@ def write_shard(
     ]
     table = pa.Table.from_pylist(rows, schema=CANDIDATES)
     path = shard_path(name)
-    told = {name: value for name, value in asdict(replace(counts, spread=None)).items() if name != "spread"}
-    facts: dict[str, Any] = {"counts": told, "fingerprint": fingerprint, OF: path}
+    told = {name: value for name, value in vars(counts).items() if name not in ("spread", "sources")}
+    facts: dict[str, Any] = {"counts": told, "sources": counts.sources, "fingerprint": fingerprint, OF: path}
     if counts.spread is not None:
         facts["spread"] = counts.spread.to_text()
     return store.create(path, to_parquet(table, facts))
@@ -153,7 +179,8 @@ def read_hits(
     if fingerprint is not None and footer["fingerprint"] != fingerprint:
         raise other_scan(store, path)
     spread = ShardSpread.from_text(footer["spread"]) if "spread" in footer else None
-    counts = ShardCounts(**footer["counts"], spread=spread)
+    sources = {source: (one, two) for source, (one, two) in footer.get("sources", {}).items()}
+    counts = ShardCounts(**footer["counts"], spread=spread, sources=sources)
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
     sequence_ids = pc.take(table["sequence_id"], parents)

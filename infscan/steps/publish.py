@@ -22,6 +22,7 @@ from infscan.results.manifest import Manifest, Part, commit
 from infscan.results.publish import INDEX, Publisher, Ranking, rank_rows
 from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
+from infscan.results.shard_file import ScanCounts
 from infscan.results.statements import Asked
 from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
@@ -227,6 +228,7 @@ def _summary(
                 "sequences_kept": counts.kept,
                 "halved": counts.halved,
             },
+            "sources": _sources(counts),
             "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
             "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},
             "published": {"rows": rows, "sequences": sequences},
@@ -249,6 +251,13 @@ def _add_search(summary: dict[str, Any], searched: Searched) -> None:
     if searched.sieve is not None:
         counts["sieve"] = asdict(searched.sieve)
     summary["certificate"] = searched.certificate
+
+
+def _sources(counts: ScanCounts) -> dict[str, dict[str, int]] | None:
+    """What was scanned of every source: what its published rows are to be held against."""
+    if counts.sources is None:
+        return None
+    return {source: {"sequences": one, "tokens": two} for source, (one, two) in sorted(counts.sources.items())}
 
 
 def _workers(run: Run, planned_bytes: Mapping[str, int] | None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from infscan.results.shard_file import (
     QUARANTINE,
     ScanCounts,
     ShardCounts,
+    count_sources,
     finished_shards,
     read_hits,
     shard_path,
@@ -291,6 +292,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         rows=len(hits),
         halvings=worker.oom_retries,
         spread=ShardSpread.of(scores),
+        sources=count_sources(sequences),
     )
     if task.run.exists(shard_path(task.shard)):
         # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.

@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 
 from infscan.errors import DamagedError, RunError
 from infscan.influence.topk_tracker import ScoredRows
-from infscan.results.shard_file import GIVEN, finished_shards, read_candidates, read_hits, shard_path
+from infscan.results.shard_file import (
+    GIVEN,
+    MOST_SOURCES,
+    ScanCounts,
+    ShardCounts,
+    count_sources,
+    finished_shards,
+    read_candidates,
+    read_hits,
+    shard_path,
+    write_shard,
+)
 from infscan.storage import Store
 from tests.conftest import Bucket
-from tests.results.builders import COUNTS, QUERIES, put_shard
+from tests.results.builders import COUNTS, QUERIES, hits, put_shard, sequence
 
 ROWS = [
     ("alpha", "proponent", 3, 2.5),
@@ -110,3 +121,20 @@ def test_the_same_on_an_object_store(s3: Bucket) -> None:
     found, _ = read_hits(store, "shard-000000", QUERIES)
     assert len(found) == len(ROWS)
     assert read_candidates(store, "shard-000000", np.asarray([2])).num_rows == 1
+
+
+def test_sources_are_counted_by_sequence_and_token_and_add_up(tmp_path: Path) -> None:
+    sequences = [sequence(index) for index in (1, 2)]
+    assert count_sources(sequences) == {"web": (2, 4), "books": (2, 4)}
+    store = Store(str(tmp_path))
+    scan = ScanCounts()
+    for name in ("a", "b"):
+        counts = ShardCounts(2, 10, 0, 2, 2, sources=count_sources(sequences))
+        write_shard(store, name, sequences, np.zeros(2, np.float32), hits(ROWS[:0]), QUERIES, counts, "print")
+        scan.add(read_hits(store, name, QUERIES)[1])
+    assert scan.sources == {"web": (4, 8), "books": (4, 8)}
+    # Of too many none is counted, whatever comes first.
+    scan.add(ShardCounts(1, 1, 0, 0, 0, sources={f"s{n}": (1, 1) for n in range(MOST_SOURCES)}))
+    assert scan.sources is None
+    scan.add(ShardCounts(1, 1, 0, 0, 0, sources={"web": (1, 1)}))
+    assert scan.sources is None
