@@ -33,10 +33,10 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 VOCAB = 512
 
 
-def opened(width: int, layers: int, length: int) -> ModelWorker:
+def opened(width: int, layers: int, length: int, vocab: int = VOCAB) -> ModelWorker:
     with tempfile.TemporaryDirectory() as folder:
         config = GPTNeoXConfig(
-            vocab_size=VOCAB,
+            vocab_size=vocab,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=4,
@@ -65,7 +65,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def floors() -> None:
-    worker, some = opened(256, 4, 128), sequences(8, 128)
+    worker, some = opened(256, 4, 128, 1024), sequences(8, 128)
 
     def floor() -> None:
         for batch in worker.batches(some, 1024):
