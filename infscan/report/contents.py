@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from infscan.config import from_yaml
 from infscan.corpus.near_duplicates import near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
+from infscan.errors import RunError
 from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
@@ -87,6 +88,8 @@ def run_contents(
     config = from_yaml(store.read("config.yaml").decode())
     # By id, as the tables are: one query's rows are in memory at a time, and a part's tables.
     questions = measured_rows(store)
+    if not all(question["parts"] for question in questions):
+        raise RunError(f"{store.uri}: a query of it measures nothing; restore its queries, or scan again.")
     questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
     spread = histograms(store, [question["id"] for question in questions])
