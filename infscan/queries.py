@@ -184,8 +184,6 @@ def measured_rows(store: Store) -> list[dict[str, Any]]:
         for row in rows:
             query = _measured(row)
             check_types(query, Query)
-            if not query.parts or not all(part.positions for part in query.parts):
-                raise ValueError("a query without a position to measure")
             for part in query.parts:
                 if not math.isfinite(part.sign) or not all(0 <= t < len(part.token_ids) for t in part.positions):
                     raise ValueError("a position or a sign that no query has")

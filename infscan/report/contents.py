@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from infscan.config import from_yaml
 from infscan.corpus.near_duplicates import carrying, near_duplicates
 from infscan.corpus.tokenizer import Tokenizer
+from infscan.errors import RunError
 from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
@@ -94,8 +95,10 @@ def run_contents(
     summary = read_summary(uri)
     config = from_yaml(store.read("config.yaml").decode())
     # By id, as the tables are: one query's rows are in memory at a time, and a part's tables.
-    asked = (question for question in measured_rows(store) if only in (None, question["id"]))
-    questions = sorted(asked, key=lambda question: question["id"])
+    questions = [question for question in measured_rows(store) if only in (None, question["id"])]
+    if not all(question["parts"] for question in questions):
+        raise RunError(f"{store.uri}: a query of it measures nothing; restore its queries, or scan again.")
+    questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
     hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
