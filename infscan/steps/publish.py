@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from infscan.config import fingerprint, resume_keys
 from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
+from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
 from infscan.queries import MEASURED, measured_jsonl
@@ -72,7 +73,8 @@ def publish(
             partial(label_of, corpus),
             scanned.fingerprint,
             run.folder.fence,
-            scanned.counts.spread,
+            # Of candidates, the strongest of a corpus, scores say nothing of how far a row stands out of all.
+            None if searched is not None or isinstance(corpus, FilteredCorpus) else scanned.counts.spread,
             tokenizer.texts if tokenizer else None,
             asked(run),
         )
@@ -219,15 +221,7 @@ def _summary(
         "counts": {
             "corpus": corpus.counts,
             "planned": {"sequences": plan.selection.size, "shards": plan.num_shards},
-            "scanned": {
-                "shards": counts.shards,
-                "sequences": counts.sequences,
-                "tokens": counts.tokens,
-                "nonfinite": counts.nonfinite,
-                "rows_kept": counts.rows,
-                "sequences_kept": counts.kept,
-                "halved": counts.halved,
-            },
+            "scanned": _scanned(counts),
             "sources": _sources(counts),
             "quarantined": {"shards": len(scanned.quarantined), "sequences": left_out},
             "refined": {"rows": len(scanned.best), "nonfinite": nonfinite},
@@ -249,8 +243,20 @@ def _add_search(summary: dict[str, Any], searched: Searched) -> None:
     counts["quarantined"]["sequences"] += sum(len(searched.planned.shard(number)) for number in searched.given_up)
     counts["candidates"] = {"sequences": searched.candidates, "audited": searched.audited}
     if searched.sieve is not None:
-        counts["sieve"] = asdict(searched.sieve)
+        counts["sieve"] = _scanned(searched.sieve)
     summary["certificate"] = searched.certificate
+
+
+def _scanned(counts: ScanCounts) -> dict[str, int]:
+    return {
+        "shards": counts.shards,
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+        "nonfinite": counts.nonfinite,
+        "rows_kept": counts.rows,
+        "sequences_kept": counts.kept,
+        "halved": counts.halved,
+    }
 
 
 def _sources(counts: ScanCounts) -> dict[str, dict[str, int]] | None:
