@@ -32,6 +32,7 @@ from infscan.model.gathered import largest_block
 from infscan.model.probe import run_on_shapes, runs
 from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
+from infscan.storage.foreign import BadJsonError, parse_json
 
 DEFAULT_LENGTH = 512
 _MOST_LAYERS = 1024
@@ -226,7 +227,11 @@ def load_config(folder: Path) -> PretrainedConfig:
         )
     if not Store(str(folder)).exists("config.json"):
         raise ModelError(f"{folder} has no config.json: it is not an HF-layout model folder; give one that has.")
-    _check_values(Store(str(folder)).read_json("config.json"), f"{folder}/config.json")
+    try:
+        values = parse_json(Store(str(folder)).read("config.json"))
+    except BadJsonError as error:
+        raise ModelError(f"{folder}/config.json cannot be used ({error}); copy it from the model again.") from None
+    _check_values(values, f"{folder}/config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNUSABLE as error:

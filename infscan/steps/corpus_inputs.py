@@ -31,11 +31,11 @@ def settings_for(config: CorpusConfig, architecture: Architecture, tokenizer: To
     eos_id = _eos_id(config, architecture, tokenizer)
     bos_id = tokenizer.bos_id if tokenizer and tokenizer.bos_id is not None else architecture.bos_id
     length = architecture.sequence_length(config.sequence_length)
-    begins = bool(config.bos)
-    if config.bos is None and _is_text(config):
-        begins = wants_bos(config, tokenizer)
-        if not begins and separated(config, tokenizer) and eos_id is not None:
-            begins, bos_id = True, eos_id
+    begins, by_eos = bool(config.bos), separated(config, tokenizer) and eos_id is not None
+    # What the documents are is looked at where it matters alone.
+    if config.bos is None and (by_eos or wants_bos(config, tokenizer)):
+        begins = _is_text(config)
+        bos_id = eos_id if by_eos else bos_id
     return pack_settings(replace(config, bos=begins), length, architecture.vocab_size, eos_id, bos_id)
 
 

@@ -517,7 +517,8 @@ def test_a_strangers_description_leads_nowhere_unless_the_user_allows_it(
     layouts.npy(store, "a.npy", stream(big_corpus(50)))
     value = layouts.described(store, corpus_config(store.uri), settings(Packing.concat, T)).description.to_json()
     named = replace_first(value, elsewhere)
-    for description in (named, with_checksum({"format": "joined", "corpora": [{"at": elsewhere}]})):
+    part = {"at": elsewhere, "label": "theirs", "fingerprint": "f"}
+    for description in (named, with_checksum({"format": "joined", "fingerprint": "f", "corpora": [part]})):
         store.write_json("addressable.json", description)
         with pytest.raises(StorageError, match=r"addressable\.json names .*, outside its folder"):
             open_corpus(store, foreign=True)

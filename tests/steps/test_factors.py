@@ -85,8 +85,8 @@ def test_a_rank_decomposes_what_a_process_of_its_own_does(
     """As ranks with a GPU do, here on a CPU."""
     plan = fit_plan(rank, corpus)
     executor = InProcessExecutor.on(rank)
-    for name, on_gpu in (("apart", False), ("rank", True)):
-        fit_factors(executor, at(name), corpus, plan, Labels.empirical, 0, on_gpu=on_gpu)
+    for name, gpus in (("apart", 0), ("rank", 1)):
+        fit_factors(executor, at(name), corpus, plan, Labels.empirical, 0, gpus=gpus)
     files = [entry.name for entry in at("apart").list(suffix=".safetensors")]
     assert any(name.startswith("S/") for name in files)
     assert [at("rank").read(name) for name in files] == [at("apart").read(name) for name in files]

@@ -107,7 +107,7 @@ def resumed_fit(study: Study, device: str) -> Iterator[Check]:
     cut.records.check = _after(2)
     try:
         corpus = study.corpus.open()
-        fit_factors(cut, task.factors, corpus, task.plan, task.labels, task.seed, on_gpu=is_cuda(device))
+        fit_factors(cut, task.factors, corpus, task.plan, task.labels, task.seed, gpus=int(is_cuda(device)))
     except InterruptedError:
         study.fit(rank, "resumed")
     whole, again = study.factors("whole"), study.factors("resumed")

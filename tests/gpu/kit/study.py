@@ -101,9 +101,9 @@ class Study:
     def fit(self, rank: ModelWorker, name: str) -> None:
         """Factors of the empirical Fisher: its labels are the corpus's, so that devices have the same."""
         task = self.fit_task(name, Labels.empirical)
-        on_gpu = rank.device.startswith("cuda")
+        gpus = int(rank.device.startswith("cuda"))
         executor, corpus = InProcessExecutor.on(rank), self.corpus.open()
-        fit_factors(executor, task.factors, corpus, task.plan, task.labels, task.seed, on_gpu=on_gpu)
+        fit_factors(executor, task.factors, corpus, task.plan, task.labels, task.seed, gpus=gpus)
 
     def query_batch(self, rank: ModelWorker, factors: str, compressed: int | None) -> QueryBatch:
         run, name = self.run(rank, compressed), "queries.safetensors"
