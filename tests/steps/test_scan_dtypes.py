@@ -42,8 +42,8 @@ def wide(folder: Path) -> Config:
     return config
 
 
-# What the scan's own scores say of a row.
-OF_THE_SCAN = ["scan_score", "z", "share", "stands_out"]
+# What the scan's own scores, or log-probabilities in its dtype, say of a row.
+OF_THE_SCAN = ["scan_score", "z", "share", "stands_out", "score_per_nat"]
 
 
 def published(config: Config) -> list[list[dict[str, Any]]]:
