@@ -65,6 +65,7 @@ test-gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/floor.py --experts 16 --layers 2 --width 256
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/driver.py
 	$(BIN)/python benchmarks/workers.py
