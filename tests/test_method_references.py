@@ -23,6 +23,7 @@ PRIVATE = re.compile(r"\b(?:METHOD|DESIGN|G23|B25)\b|\bguarantees? \d")
 # What must stay as it is: others link to these.
 ANCHORS = [
     "notation",
+    "glossary",
     "losses",
     "influence",
     "ek-fac",
