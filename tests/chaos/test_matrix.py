@@ -68,6 +68,7 @@ def test_what_is_found_damaged_while_it_is_used_is_made_again_by_the_same_comman
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_matrix(matrix: Matrix) -> None:
     found = outcomes(matrix, matrix.cases)
     assert sum(found.values()) == len(matrix.cases)
