@@ -25,7 +25,7 @@ from infscan.influence.agreement import INTERVAL, spearman
 from infscan.model.worker import ModelWorker
 from infscan.queries import Query, choose
 from infscan.results.read import read_top
-from infscan.steps.finished import factors_of
+from infscan.steps.prepare import prepare_corpus
 from infscan.steps.run import Run
 from infscan_studies.config import ProveJob, StepOptimizer
 from infscan_studies.truth.bm25 import bm25_scores
@@ -132,7 +132,7 @@ def prove(run: Run, job: ProveJob) -> tuple[pa.Table, dict[str, Any]]:
     """
     _check(run)
     queries = tuple(choose(run.queries, job.query_ids))
-    corpus, _ = factors_of(run)
+    corpus = prepare_corpus(run)
     chosen = _published(job, queries) + _controls(job, queries, corpus)
     # A step of training is lost in bfloat16's rounding.
     run.hold_model_in(Dtype.float32)

@@ -168,6 +168,6 @@ def test_what_cannot_be_proved_is_refused(run: str, opened: Run) -> None:
 
 def _address(opened: Run):  # type: ignore[no-untyped-def]
     from infscan.corpus.addressable import CorpusAddress
-    from infscan.steps.finished import factors_of
+    from infscan.steps.prepare import prepare_corpus
 
-    return CorpusAddress.of(factors_of(opened)[0])
+    return CorpusAddress.of(prepare_corpus(opened))
