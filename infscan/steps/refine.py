@@ -7,6 +7,7 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -82,19 +83,34 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
             fingerprint=scanned.fingerprint,
         )
 
+    score_again(run, "refine", cells, units, task, lambda cell: path_of[cell] in there)
+    return Refined(groups, paths)
+
+
+Cell = TypeVar("Cell", bound=tuple[int, ...])
+
+
+def score_again(
+    run: Run,
+    name: str,
+    cells: Sequences[Cell],
+    units: Sequences[RefineUnit],
+    task: Callable[[Cell], RefineTask],
+    is_done: Callable[[Cell], bool],
+) -> None:
+    """Run the cells that are not done, the model in scan.refine_dtype. A cell has its unit's place in `units` first."""
     step = Step(
-        name="refine",
+        name=name,
         unit_name="units",
         units=cells,
         function=refine_task,
         task=task,
-        is_done=lambda cell: path_of[cell] in there,
+        is_done=is_done,
         progress=lambda cell, tokens: (len(np.unique(units[cell[0]].sequence_ids)), tokens),
     )
     if not all(map(step.is_done, cells)):
-        run.hold_model_in(config.refine_dtype)
+        run.hold_model_in(run.config.refine_dtype)
         run.executor.run(step)
-    return Refined(groups, paths)
 
 
 def whole_units(run: Run, digest: str) -> set[str]:

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from infscan.config import fingerprint
 from infscan.corpus.plan import Plan
-from infscan.engine.executor import Step
 from infscan.results.publish import Ranking, rank_rows
 from infscan.results.refined import RefinedRows, unit_path
 from infscan.results.shard_file import GIVEN, read_candidates
 from infscan.steps.corpus_inputs import separators
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import query_groups
-from infscan.steps.refine import Context, Refined, RefineTask, refine_task, refine_units, whole_units
+from infscan.steps.refine import Context, Refined, RefineTask, refine_units, score_again, whole_units
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 
@@ -89,18 +88,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, refined: Refined, factors:
             before=contexts[context],
         )
 
-    step = Step(
-        name="stability",
-        unit_name="units",
-        units=cells,
-        function=refine_task,
-        task=task,
-        is_done=lambda cell: path_of[cell] in there,
-        progress=lambda cell, tokens: (len(np.unique(units[cell[0]].sequence_ids)), tokens),
-    )
-    if not all(map(step.is_done, cells)):
-        run.hold_model_in(config.refine_dtype)
-        run.executor.run(step)
+    score_again(run, "stability", cells, units, task, lambda cell: path_of[cell] in there)
     low, high = published.copy(), published.copy()
     for context in range(len(contexts)):
         paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
