@@ -14,8 +14,9 @@ from torch import Tensor
 
 from infscan.config import Dtype, ModelConfig
 from infscan.model.load import load
-from infscan.model.loaded import LoadedModel, RankContext
+from infscan.model.loaded import LoadedModel
 from tests.model.zero3_rank import TIGHT
+from tests.ranks import one_rank
 
 
 def settings(folder: Path, name: str) -> ModelConfig:
@@ -28,14 +29,14 @@ def logits(model: LoadedModel) -> Tensor:
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
-    place = RankContext(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
-    for name in names:
-        try:
-            found = logits(load(settings(folder, name), place, sharded=True))
-        except Exception as error:  # said by the test, which misses the file
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            continue
-        save_file({"logits": found}, folder / f"{name}-{rank}.safetensors")
+    with one_rank(rank, world, port) as place:
+        for name in names:
+            try:
+                found = logits(load(settings(folder, name), place, sharded=True))
+            except Exception as error:  # said by the test, which misses the file
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                continue
+            save_file({"logits": found}, folder / f"{name}-{rank}.safetensors")
 
 
 if __name__ == "__main__":

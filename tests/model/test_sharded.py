@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from infscan.model.load import load
 from infscan.model.loaded import RankContext
 from tests.model import families, zoo
 from tests.model.sharded_rank import logits, settings
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -49,19 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FAMILIES:
         zoo.save(name, folder)
     names = [*FAMILIES, tied_with_its_own_head(folder, 1), tied_with_its_own_head(folder, -1)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.model.sharded_rank"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(WORLD), port, str(folder), *names], stdout=subprocess.DEVNULL)
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [rank.wait(900) for rank in ranks] == [0] * WORLD
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks("tests.model.sharded_rank", WORLD, str(folder), *names, timeout_s=900)
     return folder
 
 

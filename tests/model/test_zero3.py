@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from infscan.model.load import load
 from infscan.model.loaded import RankContext
 from tests.model.families import save
 from tests.model.zero3_rank import captured, settings
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -34,19 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero3")
     for family in {name.partition("+")[0] for name in NAMES}:
         save(family, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.model.zero3_rank"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(WORLD), port, str(folder), *NAMES], stdout=subprocess.DEVNULL)
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [rank.wait(600) for rank in ranks] == [0] * WORLD
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks("tests.model.zero3_rank", WORLD, str(folder), *NAMES, timeout_s=600)
     return folder
 
 

@@ -24,10 +24,11 @@ from infscan.influence.layers import Layer
 from infscan.model.architecture import describe
 from infscan.model.capture import backward, capturing
 from infscan.model.load import load
-from infscan.model.loaded import LoadedModel, RankContext
+from infscan.model.loaded import LoadedModel
 from infscan.model.losses import Loss, sequence_losses
 from infscan.model.measure import next_tokens
 from infscan.model.suffix import ends_at, last_blocks
+from tests.ranks import one_rank
 
 # Nothing stays gathered: every parameter is really partitioned and fetched when it is used.
 TIGHT = ZeroConfig(max_live_parameters=1, max_reuse_distance=0, prefetch_bucket_size=1, param_persistence_threshold=0)
@@ -70,14 +71,14 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, option: s
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
-    place = RankContext(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
-    for name in names:
-        chosen = settings(folder, name)
-        model = load(chosen, place, sharded=True)
-        with gathers() as seen:
-            tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.partition("+")[2])
-        held = torch.tensor([model.shard_parameters, model.parameters, len(seen)])
-        save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
+    with one_rank(rank, world, port) as place:
+        for name in names:
+            chosen = settings(folder, name)
+            model = load(chosen, place, sharded=True)
+            with gathers() as seen:
+                tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.partition("+")[2])
+            held = torch.tensor([model.shard_parameters, model.parameters, len(seen)])
+            save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from infscan.steps.solve import SolveTask, solve_task
 from infscan.storage import Store
 from tests.model.families import VOCAB
 from tests.model.zero3_rank import TIGHT
+from tests.ranks import one_rank
 from tests.steps.builders import SEED
 
 # Three micro-batches: one rank of two is dealt a dummy.
@@ -97,14 +98,14 @@ def found_by(worker: ModelWorker, folder: Path, family: str) -> dict[str, Tensor
 
 
 def main(rank: int, world: int, port: str, sharded: bool, folder: Path, families: list[str]) -> None:
-    place = RankContext(rank, world, address=f"127.0.0.1:{port}", timeout_s=120)
-    if not sharded:
-        address = f"tcp://{place.address}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(minutes=2))
-    for family in families:
-        found = found_by(opened(folder, family, place, sharded=sharded), folder, family)
-        if rank == 0:
-            save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / f"{family}.safetensors")
+    with one_rank(rank, world, port) as place:
+        if not sharded:
+            address, limit = f"tcp://{place.address}", timedelta(minutes=2)
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=limit)
+        for family in families:
+            found = found_by(opened(folder, family, place, sharded=sharded), folder, family)
+            if rank == 0:
+                save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / f"{family}.safetensors")
 
 
 if __name__ == "__main__":

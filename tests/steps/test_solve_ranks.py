@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from infscan.model.loaded import RankContext
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, token_rows, write_rows
 from tests.model import families, zoo
+from tests.ranks import run_ranks
 from tests.steps.builders import fit, fit_plan
 from tests.steps.solve_rank import found_by, opened
 
@@ -32,18 +30,7 @@ def together(folder: Path, names: list[str], *, sharded: bool) -> None:
         (families.save if name in families.CONFIGS else zoo.save)(name, folder)
         alone = opened(folder, name, RankContext(), sharded=False)
         fit(alone, Store(str(folder / f"{name}-factors")), corpus, fit_plan(alone, corpus))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.steps.solve_rank"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", port, str(int(sharded)), str(folder), *names]) for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks("tests.steps.solve_rank", 2, str(int(sharded)), str(folder), *names, timeout_s=240)
     for name in names:
         expected = found_by(opened(folder, name, RankContext(), sharded=False), folder, name)
         found = load_file(folder / f"{name}.safetensors")
