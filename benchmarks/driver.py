@@ -117,7 +117,7 @@ class SimulatedGroup:
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0) -> None:
+    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0, following: Any) -> None:
         self.state, self.unit, self.running = State.busy, unit, [object()]
         sent = pickle.dumps(task, protocol=5)
         with self.away():

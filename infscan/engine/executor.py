@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from infscan.config import Backend, ClusterConfig, ModelConfig
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.facts import RankFacts
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.recovery import RecoveryLog
@@ -48,6 +49,8 @@ class Step(Generic[U]):
     is_done: Callable[[U], bool] = lambda unit: False
     # The sequences and tokens that a finished unit has read, from the unit and its result.
     progress: Callable[[U, Any], tuple[int, int]] = _nothing
+    # What a unit's task reads first: a rank reads the next unit's while it computes.
+    reads: Callable[[U], Reads | None] = lambda unit: None
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,9 @@ class InProcessExecutor:
         recovery.unit_started(0)
         metrics.unit_started(0, unit, schedule.attempt(unit))
         try:
-            result = worker.attempt(step.function, retries, task, *shared)
+            following = schedule.promise(0)
+            reads = None if following is None else step.reads(following)
+            result = worker.attempt(step.function, retries, task, *shared, following=reads)
         except Exception as error:
             self._failed(schedule, unit, error, on_given_up)
             return

@@ -11,6 +11,7 @@ from typing import Any
 from ray.exceptions import OutOfMemoryError, RayError
 
 from infscan.config import ClusterConfig
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.attempts import (
     LONGEST_BACK_OFF_S,
     NotMadeError,
@@ -123,9 +124,11 @@ class Pool:
         on_done: Callable[[Any, Any], None],
         *shared: Any,
         on_given_up: OnGivenUp | None = None,
+        reads: Callable[[Any], Reads | None] = lambda unit: None,
     ) -> Mapping[Any, str]:
         """Run function(worker, task(unit), *shared) for every unit; the tasks are made when they are handed out.
 
+        reads: what a unit reads; a worker reads its next one's meanwhile.
         on_done(unit, result of rank 0) and on_given_up(unit, reason) are called in this process as units end.
         Returns the units given up, with reasons.
 
@@ -142,7 +145,9 @@ class Pool:
             halvings = max(schedule.oom_retries.get(unit, 0), short)
             self._halved[group.index] = halvings
             group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
-            group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
+            following = schedule.promise(group.index)
+            ahead = None if following is None else reads(following)
+            group.submit(unit, function, task(unit), *shared, oom_retries=halvings, following=ahead)
             self._handed_at[group.index] = time.monotonic()
             self.recovery.unit_started(group.index)
             self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
@@ -150,7 +155,7 @@ class Pool:
         def hand_out(group: WorkerGroup) -> None:
             if group.state is not State.idle or time.monotonic() < self._back_off_until:
                 return
-            if (unit := schedule.take()) is not None:
+            if (unit := schedule.take(group.index)) is not None:
                 submit(group, unit)
 
         self._died_with.clear()
@@ -212,7 +217,7 @@ class Pool:
         """Idle groups, and the units that they try as well: those that are late, the latest first, once each."""
         now, limit_s = time.monotonic(), times.late_after_s
         idle = [group for group in self.groups if group.state is State.idle]
-        if schedule.waiting or not idle or now < self._back_off_until:
+        if schedule.any_waits or not idle or now < self._back_off_until:
             return []
         alone = [
             group

@@ -108,7 +108,9 @@ class RayExecutor:
             pool, need = self.pool, self._needs.get(step.name)
             if need is not None:
                 pool.forecasts[step.function] = (step.name, need)
-            return pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
+            return pool.run(
+                left, step.function, step.task, finished, *shared, on_given_up=on_given_up, reads=step.reads
+            )
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
         """As many items at once as the cluster's cores and memory are enough for.

@@ -18,6 +18,7 @@ from infscan.config import Attention, ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
+from infscan.corpus.read_ahead import ReadAhead, Reads
 from infscan.errors import ModelError
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
@@ -97,6 +98,7 @@ class ModelWorker:
         if context.device != "meta":
             check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self.ahead = ReadAhead()
         self._keeps_documents_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
         self.oom_retries = 0
@@ -151,13 +153,17 @@ class ModelWorker:
                 yield Batch(np.empty(0, np.int64), self.to_device(ids), self.to_device(mask), scored=False)
         self._at = None
 
-    def attempt(self, function: Callable[..., T], oom_retries: int, *arguments: Any) -> T:
+    def attempt(
+        self, function: Callable[..., T], oom_retries: int, *arguments: Any, following: Reads | None = None
+    ) -> T:
         """function(self, *arguments) with micro-batches halved `oom_retries` times.
+
+        following: what the unit after this one reads, if it is known; read while this one is computed.
 
         Raises:
             RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
         """
-        self.oom_retries, self._at = oom_retries, None
+        self.oom_retries, self._at, self.ahead.next = oom_retries, None, following
         try:
             return function(self, *arguments)
         except Exception as error:
@@ -252,7 +258,7 @@ class ModelWorker:
         if address.reading.attention is Attention.within and not self._keeps_documents_apart:
             check_document_mask(self.model)
             self._keeps_documents_apart = True
-        return self.cached("corpus", address, address.open).read(ids)
+        return self.ahead.read(Reads(address, ids), self.cached("corpus", address, address.open))
 
     def cached(self, kind: str, key: Any, make: Callable[[], T]) -> T:
         """The last object of a kind, made anew when its key changes; the old one is dropped first."""
@@ -265,4 +271,5 @@ class ModelWorker:
 
     def forget(self) -> None:
         """Drop every cached object: a phase's factors and queries are not the next one's."""
+        self.ahead.forget()
         self._cache.clear()
