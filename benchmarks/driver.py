@@ -173,7 +173,7 @@ class SimulatedExecutor:
     """An executor over a simulated pool."""
 
     pool: SimulatedPool
-    oom_retries = 0
+    oom_retries, num_workers = 0, 1
 
     def run(self, step: Step[Any], on_done: Any, on_given_up: Any, shared: Any) -> Any:
         left = left_of(step)

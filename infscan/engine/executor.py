@@ -147,6 +147,9 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_workers(self) -> int: ...
+
+    @property
     def oom_retries(self) -> int:
         """How often micro-batches were halved because memory ran out."""
         ...
@@ -193,6 +196,13 @@ class Executor(Protocol):
 
     def reserve(self, host_bytes: int) -> None:
         """Have workers that start from now on ask a shared cluster for so much host memory with each rank."""
+        ...
+
+    def fill(self, rank_bytes: int, share: int = 1) -> None:
+        """Have as many workers as this machine has room for, where `cluster.num_workers` is null.
+
+        rank_bytes: host memory that a rank takes at most. share: executors that the machine is divided among.
+        """
         ...
 
     def expect(self, needs: Mapping[str, DeviceNeed]) -> None:

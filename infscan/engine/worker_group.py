@@ -31,7 +31,7 @@ from infscan.config import ClusterConfig
 from infscan.corpus.read_ahead import Reads
 from infscan.engine.cluster import bundle_of
 from infscan.engine.facts import ProcessBytes, RankFacts, facts_of
-from infscan.engine.heartbeat import Heartbeats
+from infscan.engine.heartbeat import Beat, Heartbeats
 from infscan.engine.lease import LEASE
 from infscan.engine.node_share import NodeShare
 from infscan.errors import ConfigError
@@ -89,9 +89,9 @@ class RankActor:
         return self._worker.attempt(function, oom_retries, *arguments, following=following)
 
     @ray.method(concurrency_group="heartbeat")
-    def ping(self) -> dict[str, int]:
-        """Answers beside the work, on a thread of its own: the storage faults that the rank met so far."""
-        return storage_faults()
+    def ping(self) -> Beat:
+        """Answers beside the work, on a thread of its own."""
+        return Beat(storage_faults(), self._worker.share if self._worker else 0.0)
 
     def forget(self) -> None:
         if self._worker is not None:
@@ -244,6 +244,7 @@ class WorkerGroup:
             )
             for actor, rank in zip(self.actors, self.facts, strict=True)
         ]
+        self.heartbeats.begin_unit()
         self._began(State.busy, unit, self.unit_limit_s or self.cluster.deadline_s)
 
     def _began(self, state: State, unit: Any | None, limit_s: float) -> None:

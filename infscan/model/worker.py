@@ -106,6 +106,9 @@ class ModelWorker:
         self.spans: list[Span] | None = None
         # The micro-batch at work: sequences and padded tokens; None outside of one.
         self._at: tuple[int, int] | None = None
+        # Of the micro-batches that a unit goes over, how many are done; and who is told as one begins.
+        self.share = 0.0
+        self.tell: Callable[[float], None] = lambda share: None
 
     @property
     def device(self) -> str:
@@ -128,7 +131,8 @@ class ModelWorker:
         """
         cut = micro_batches([len(sequence) for sequence in sequences], max(1, tokens_per_batch >> self.oom_retries))
         for start in range(0, len(cut), self.context.world):
-            mine = start + self.context.rank
+            mine, self.share = start + self.context.rank, start / len(cut)
+            self.tell(self.share)
             if mine < len(cut):
                 chosen = [sequences[row] for row in cut[mine]]
                 ids, mask = pad([sequence.token_ids for sequence in chosen])
@@ -163,7 +167,7 @@ class ModelWorker:
         Raises:
             RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
         """
-        self.oom_retries, self._at, self.ahead.next = oom_retries, None, following
+        self.oom_retries, self._at, self.share, self.ahead.next = oom_retries, None, 0.0, following
         try:
             return function(self, *arguments)
         except Exception as error:

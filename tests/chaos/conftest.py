@@ -48,9 +48,7 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     state = Trouble()
     submit = WorkerGroup.submit
 
-    def watched(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> None:
+    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         def hand_out() -> None:
             submit(self, unit, function, *arguments, **options)
 

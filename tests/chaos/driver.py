@@ -41,9 +41,7 @@ def main(argv: list[str]) -> int:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
         progress.flush()
 
-    def counted(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> None:
+    def counted(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         nonlocal handed_out
         handed_out += 1
         actor = self.actors[-1]

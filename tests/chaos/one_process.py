@@ -74,7 +74,7 @@ class HereGroup:
         self.running: list[object] = []
         self.facts: list[Any] = []
         # Told to those who watch, where another test has left a Ray in this process.
-        self.heartbeats = SimpleNamespace(faults=Counter[str]())
+        self.heartbeats = SimpleNamespace(faults=Counter[str](), share=0.0)
         self.start()
 
     def start(self) -> None:

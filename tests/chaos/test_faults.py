@@ -172,9 +172,7 @@ def test_a_worker_that_fails_whatever_it_is_given_is_retired(
     def sick(worker: ModelWorker, *_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def handed(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> None:
+    def handed(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         if not isinstance(arguments[0], ScanTask):
             submit(self, unit, function, *arguments, **options)
             return
