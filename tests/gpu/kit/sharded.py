@@ -1,7 +1,7 @@
 """Two ways to share a model between ranks, over the same pass: DeepSpeed's ZeRO-3, as infscan does, and torch's
 `fully_shard` (FSDP2), a block at a time.
 
-python -m tests.gpu.kit.sharded <rank> <world> <port> <cuda|cpu> <shape> <folder> <way>     (one rank; the kit starts them)
+python -m tests.gpu.kit.sharded <rank> <world> <port> <cuda|cpu> <shape> <folder> <way>     (a rank)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def needs(device: str) -> float:
 
 
 def compared(shape: Shape, device: str, folder: Path) -> Iterator[Check | dict[str, Any]]:
-    """Each way's seconds for a micro-batch, and whether FSDP2 wins; one that cannot be tried here says what it lacks."""
+    """Each way's seconds for a micro-batch, and whether FSDP2 wins; a way that cannot be tried says what it lacks."""
     cards = torch.cuda.device_count() if is_cuda(device) else 0
     if is_cuda(device) and cards < _WORLD:
         yield {"model": shape.name, "needs": f"two cards, and there is {cards}"}
