@@ -1,7 +1,7 @@
 """What the driver costs without a model: planning, handing out, collecting, resuming and publishing many shards.
 
 python benchmarks/driver.py [--shards 1000000] [--workers 1000] [--queries 10] [--published 30 100]     (`make bench`)
-python benchmarks/driver.py --shards 0 --published     (planning query batches alone)
+python benchmarks/driver.py --shards 0 --resume-shards 0 --published     (planning query batches alone)
 
 Planning, the pool's loop, thresholds, the resume and the publication are the job's own code. In the place of Ray stand
 worker groups that pickle their task and answer at once, with as many rows as beat the thresholds they were given, were
@@ -43,22 +43,22 @@ from infscan.influence.layers import Layer
 from infscan.influence.layout import lay_out, plan_layouts
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.worker import WorkerSettings
-from infscan.queries import Query
+from infscan.queries import Part, Query
 from infscan.results.refined import unit_path, write_unit
-from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, shard_path, write_shard
+from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards, write_shard
 from infscan.results.tensor_files import tensor_bytes
+from infscan.steps.measure import MeasuredPart, measure
 from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
 from infscan.steps.queries import BroadcastQueries, read_query_batch
 from infscan.steps.refine import Refined, refine_units
+from infscan.steps.run_folder import CONFIG
 from infscan.steps.scan import Scanned, scan
 from infscan.steps.stored_queries import StoredBatch, read_spectra
-from infscan.storage import Store
+from infscan.storage import Identity, Store
 from infscan.telemetry import Telemetry
 
 RESULTS = Path(__file__).parent / "results"
-# Of a file system's links to one file there are at most 65,000 (ext4).
-_LINKS = 60_000
 
 
 @dataclass
@@ -117,7 +117,7 @@ class SimulatedGroup:
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0) -> None:
+    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0, following: Any) -> None:
         self.state, self.unit, self.running = State.busy, unit, [object()]
         sent = pickle.dumps(task, protocol=5)
         with self.away():
@@ -173,7 +173,7 @@ class SimulatedExecutor:
     """An executor over a simulated pool."""
 
     pool: SimulatedPool
-    oom_retries = 0
+    oom_retries, num_workers = 0, 1
 
     def run(self, step: Step[Any], on_done: Any, on_given_up: Any, shared: Any) -> Any:
         left = left_of(step)
@@ -186,6 +186,15 @@ class SimulatedExecutor:
         return []
 
 
+class MeasuringExecutor(SimulatedExecutor):
+    """An executor that finds every query likely."""
+
+    def run(self, step: Step[Any], on_done: Any, on_given_up: Any = None, shared: Any = ()) -> Any:
+        for unit in step.units:
+            on_done(unit, [[MeasuredPart(-1.0, 1.0)] for _ in step.task(unit).queries])
+        return {}
+
+
 def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
     """What the steps ask of a run, without a model."""
     config = Config(
@@ -194,7 +203,7 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
         scan=ScanConfig(top_k=sizes.top_k, shard_sequences=sizes.shard_sequences),
         cluster=ClusterConfig(num_workers=sizes.workers),
     )
-    asked = [Query(f"query-{index:05d}", ()) for index in range(queries)]
+    asked = tuple(Query(f"query-{index:05d}", (Part((1, 2, 3), (2,)),)) for index in range(queries))
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(sizes.layers)]
     layers = [Layer(name, 1024, 256, bias=False, input_of=name) for name in names]
     inputs = SimpleNamespace(
@@ -203,14 +212,19 @@ def simulated_run(folder: str, sizes: argparse.Namespace, queries: int) -> Any:
         device="cpu",
         dtype="float32",
         refine_dtype="float32",
-        model_identity=SimpleNamespace(revision=None),
+        model_identity=Identity("model", "simulated", "simulated", "nothing"),
         query_ids=tuple(query.id for query in asked),
         fingerprints=lambda: dict.fromkeys(("model", "corpus", "queries"), "simulated"),
     )
     return SimpleNamespace(
         config=config,
         store=Store(folder),
-        folder=SimpleNamespace(claim=lambda config: None, fence=lambda: None),
+        folder=SimpleNamespace(
+            claim=lambda config: None,
+            check_claim=lambda config: None,
+            fence=lambda: None,
+            lease=SimpleNamespace(mine=SimpleNamespace(token="simulated")),
+        ),
         queries=asked,
         telemetry=Telemetry(),
         architecture=SimpleNamespace(parameters=0),
@@ -233,34 +247,36 @@ def simulated_corpus(folder: str, sequences: int, sizes: argparse.Namespace) -> 
     )
 
 
-def link_shards(run: Any, plan: Plan, rng: np.random.Generator) -> None:
-    """A file for every shard, with 0 to 3 hits as late shards have: links to a few real ones."""
-    templates = -(-plan.num_shards // _LINKS)
-    folder = Path(run.store.uri)
-    for template in range(templates):
-        ids = np.arange(4)
+def put_shards(run: Any, plan: Plan, fingerprint: str, rng: np.random.Generator) -> None:
+    """A scan's file for every shard, with 0 to 3 hits, as late shards have."""
+    for number in range(plan.num_shards):
+        ids = plan.ids(number)[: number % 4]
         hits = ScoredRows(
-            rng.integers(0, len(run.queries), template % 4).astype(np.int32),
-            np.zeros(template % 4, np.int8),
-            ids[: template % 4],
-            rng.exponential(size=template % 4).astype(np.float32),
+            rng.integers(0, len(run.queries), len(ids)).astype(np.int32),
+            np.zeros(len(ids), np.int8),
+            ids,
+            rng.exponential(size=len(ids)).astype(np.float32),
         )
         counts = ShardCounts(plan.shard_sequences, plan.shard_sequences, 0, len(hits), len(hits))
-        put_shard(run, f"template-{template}", ids, hits, counts, 512)
-    (folder / "shards").rename(folder / "templates")
-    (folder / "shards").mkdir()
-    for number in range(plan.num_shards):
-        os.link(folder / f"templates/template-{number % templates}.parquet", folder / shard_path(shard_name(number)))
+        put_shard(run, shard_name(number), ids, hits, counts, 512, fingerprint)
 
 
-def put_shard(run: Any, name: str, ids: np.ndarray, hits: ScoredRows, counts: ShardCounts, tokens: int) -> None:
+def put_shard(
+    run: Any,
+    name: str,
+    ids: np.ndarray,
+    hits: ScoredRows,
+    counts: ShardCounts,
+    tokens: int,
+    fingerprint: str = "simulated",
+) -> None:
     made = [
         Sequence(
             n, np.random.default_rng(n).integers(0, 50_000, tokens), (Span(f"document-{n}", "web", 0, tokens),), 0, ""
         )
         for n in ids.tolist()
     ]
-    write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.inputs.query_ids, counts, "simulated")
+    write_shard(run.store, name, made, np.ones(len(ids), np.float32), hits, run.inputs.query_ids, counts, fingerprint)
 
 
 def refined_units(
@@ -294,7 +310,7 @@ def refined_units(
 
 
 def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
-    """Plan, scan with each kind of arrival, then a resume that finds every shard done."""
+    """Plan, and scan with each kind of arrival."""
     found: list[Measured] = []
     away = Away()
     run = simulated_run(folder, sizes, sizes.queries)
@@ -313,12 +329,25 @@ def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
             "turns": run.executor.pool.turns,
             "rows a query and side": scanned.counts.rows / sizes.queries / 2,
         }
-    link_shards(run, plan, np.random.default_rng(0))
-    with measured("list the finished shards", sizes.shards, "shard", away, found):
-        finished_shards(run.store)
-    with measured("resume: list and read them all", sizes.shards, "shard", away, found):
+    return found
+
+
+def resumed(sizes: argparse.Namespace, folder: str) -> list[Measured]:
+    """A resume that finds every shard done, of a scan of `resume_shards`."""
+    found: list[Measured] = []
+    away, shards = Away(), sizes.resume_shards
+    run = simulated_run(folder, sizes, sizes.queries)
+    corpus = simulated_corpus(folder, shards * sizes.shard_sequences, sizes)
+    plan, batch = make_plan(run, corpus), BroadcastQueries("simulated", None, {})
+    run.executor.pool = SimulatedPool(sizes, away, one=False)
+    run.executor.pool.wait_for_one()
+    put_shards(run, plan, scan(run, plan, corpus, batch).fingerprint, np.random.default_rng(0))
+    del run.executor.pool
+    with measured("list the finished shards", shards, "shard", away, found):
+        assert len(finished_shards(run.store)) == shards
+    with measured("resume: list and read them all", shards, "shard", away, found):
         scanned = scan(run, plan, corpus, batch)
-    assert scanned.counts.shards == sizes.shards
+    assert scanned.counts.shards == shards, "a shard's file was not taken for what it is"
     return found
 
 
@@ -329,6 +358,9 @@ def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
     corpus = simulated_corpus(folder, sizes.publish_shards * sizes.shard_sequences, sizes)
     plan = make_plan(run, corpus)
     best, refined = refined_units(run, plan, sizes, np.random.default_rng(0))
+    run.executor = MeasuringExecutor()
+    measure(run)
+    run.store.write_json(CONFIG, {})
     rows = queries * 2 * sizes.top_k
     with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
         publish(run, plan, corpus, Scanned(best, ScanCounts(), {}, "simulated"), refined)
@@ -427,6 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shards", type=int, default=20_000)
     parser.add_argument("--shard-sequences", type=int, default=4096)
+    parser.add_argument("--resume-shards", type=int, default=20_000, help="of which every file is written")
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--top-k", type=int, default=100)
@@ -441,6 +474,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
         if sizes.shards:
             steps += drive(sizes, f"{folder}/scan")
+        if sizes.resume_shards:
+            steps += resumed(sizes, f"{folder}/resume")
         for queries in sizes.batches:
             steps.append(planned_batch(f"{folder}/batch-{queries}", queries))
         for whole in (True, False) if sizes.batches else ():

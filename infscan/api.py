@@ -373,10 +373,13 @@ def run_prepare(config: Config) -> PrepareResult:
 
 
 def run_fit(config: Config) -> FitResult:
+    from infscan.sizing.reserve import use_machine
     from infscan.steps.factors import fit
+    from infscan.steps.prepare import prepare_factors_corpus
     from infscan.steps.run import open_run
 
     with open_run(config, needs_queries=False) as run:
+        use_machine(run, prepare_factors_corpus(run).sequence_length)
         factors = fit(run)
     return FitResult(str(config.factors.path), factors.fingerprint)
 

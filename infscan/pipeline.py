@@ -9,7 +9,7 @@ from infscan.config.jobs import IndexJob
 from infscan.engine.executor import Machines
 from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
-from infscan.sizing.reserve import reserve_memory
+from infscan.sizing.reserve import reserve_memory, use_machine
 from infscan.steps.ask import Indexes, candidates
 from infscan.steps.candidates import choose_candidates, full_pass
 from infscan.steps.certificate import certificate
@@ -70,6 +70,7 @@ def make_index(config: IndexJob) -> IndexManifest:
     with open_run(config, needs_queries=False) as run:
         corpus = prepare_corpora(run)
         plan = make_plan(run, corpus)
+        use_machine(run, corpus.sequence_length)
         factors = fit(run)
         # One forward and one activation-gradient backward per sequence, and two thin products per layer.
         return index(run, plan, corpus, factors, config.index)

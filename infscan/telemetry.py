@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("infscan")
 _INTERVAL_S = 10.0
+# Of a phase of fewer units a line says tenths of one; a time left is said once so much of a unit is done.
+_FEW_UNITS, _ENOUGH = 100, 0.25
 
 
 def shown(text: str) -> str:
@@ -109,6 +111,8 @@ class Phase:
     units: int
     unit_name: str
     units_done: int = 0
+    # Of the units at work, how many units' worth is done.
+    at_work: float = 0.0
     sequences: int = 0
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -127,16 +131,24 @@ class Phase:
         return max(time.monotonic() - self.began, 1e-9)
 
     def line(self) -> str:
-        """`scan  12/26 shards  310 sequences/s  21,400 tokens/s  ETA 0:00:41`"""
+        """`scan  12/26 shards  310 sequences/s  21,400 tokens/s  ETA 0:00:41`
+
+        Units at work count for what is done of them: rates and the time left do not wait for their ends.
+        """
+        done = self.units_done + min(self.at_work, self.units - self.units_done)
+        # What the finished units read, and as much in proportion of those at work.
+        more = done / self.units_done if self.units_done else 0.0
         rates = []
-        if self.sequences:
-            rates.append(f"{rate(self.sequences / self.elapsed)} sequences/s")
-        if self.tokens:
-            rates.append(f"{rate(self.tokens / self.elapsed)} tokens/s")
-        if 0 < self.units_done < self.units:
-            left = int(self.elapsed / self.units_done * (self.units - self.units_done))
+        if self.sequences and more:
+            rates.append(f"{rate(self.sequences * more / self.elapsed)} sequences/s")
+        if self.tokens and more:
+            rates.append(f"{rate(self.tokens * more / self.elapsed)} tokens/s")
+        # Of the first unit's first micro-batches nothing is foretold: a process warms up in them.
+        if self.units_done < self.units and done >= _ENOUGH:
+            left = int(self.elapsed / done * (self.units - done))
             rates.append(f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
-        return "  ".join([f"{self.units_done}/{self.units} {self.unit_name}", *rates])
+        shown = f"{done:.1f}" if done > self.units_done and self.units < _FEW_UNITS else f"{self.units_done}"
+        return "  ".join([f"{shown}/{self.units} {self.unit_name}", *rates])
 
 
 def rate(value: float) -> str:
@@ -214,7 +226,17 @@ class PhaseView:
         return None
 
     def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
+        self.phase.at_work = max(0.0, self.phase.at_work - units)
         self.phase.advance(units=units, sequences=sequences, tokens=tokens)
+        self.show()
+
+    def at_work(self, done: float) -> None:
+        """So many units' worth is done of those at work."""
+        self.phase.at_work = done
+        self.show()
+
+    def show(self) -> None:
+        """Show how far the phase is."""
 
 
 class _Live(PhaseView):
@@ -235,16 +257,15 @@ class _Live(PhaseView):
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
-        super().advance(units=units, sequences=sequences, tokens=tokens)
-        self.progress.update(self.task, completed=self.phase.units_done, line=self.phase.line())
+    def show(self) -> None:
+        done = self.phase.units_done + self.phase.at_work
+        self.progress.update(self.task, completed=done, line=self.phase.line())
 
 
 class _Lines(PhaseView):
     said = 0.0
 
-    def advance(self, *, units: int = 1, sequences: int = 0, tokens: int = 0) -> None:
-        super().advance(units=units, sequences=sequences, tokens=tokens)
+    def show(self) -> None:
         # The last one is said with the phase's seconds.
         if self.phase.units_done < self.phase.units and self.phase.elapsed - self.said >= _INTERVAL_S:
             self.said = self.phase.elapsed

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from infscan.errors import ConfigError
 from infscan.sizing.devices import Rates, calibration
+from tests.gpu.kit import sharded
 from tests.gpu.kit.forecast import targets
 from tests.gpu.kit.record import Case, Check, Record
+from tests.gpu.kit.shapes import SMALL
 
 ROOT = Path(__file__).parent.parent
 # Beside torch, transformers, safetensors, pyarrow, fsspec and numpy, and what these bring, a GPU's image may have none.
@@ -53,6 +56,9 @@ def test_the_kit_runs_on_a_cpu_without_what_a_gpu_image_lacks(tmp_path: Path) ->
     assert not found["errors"]
     assert not found["skipped"]
     assert {"checks", "ceilings", "floors", "scan", "fit", "eigh", "logra", "calibration", "targets"} <= found.keys()
+    fsdp2, zero3, losses = found["sharding"]
+    assert (fsdp2["sharding"], fsdp2["ranks"], losses["ok"]) == ("fsdp2", 2, True)
+    assert zero3["needs"] == "deepspeed, which is not installed"
     assert all(check["ok"] for check in found["checks"])
     assert len(found["checks"]) > 25
     assert [one["queries"] for one in found["scan"]] == [10, 256, 1000]
@@ -65,6 +71,24 @@ def test_the_kit_runs_on_a_cpu_without_what_a_gpu_image_lacks(tmp_path: Path) ->
     assert read.rates.model["float32"] == found["floors"][0]["flops"]
     assert found["logra"][0]["hours"] > 0
     assert None not in found["logra"][0]["parts"].values()
+
+
+def test_what_takes_two_cards_says_so_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (said,) = sharded.compared(SMALL, "cuda:0", tmp_path)
+    assert said == {"model": "small", "needs": "two cards, and there is 1"}
+
+
+@pytest.mark.slow
+def test_both_ways_to_share_a_model_give_the_whole_models_losses(tmp_path: Path) -> None:
+    *ways, first, second, told = sharded.compared(SMALL, "cpu", tmp_path)
+    assert [one["sharding"] for one in ways if isinstance(one, dict)] == list(sharded.WAYS)
+    assert isinstance(first, Check)
+    assert isinstance(second, Check)
+    assert first.ok
+    assert second.ok
+    assert isinstance(told, dict)
+    assert told["fsdp2_wins"] == (told["fsdp2_over_zero3"] < sharded.KEPT_BELOW)
 
 
 def test_the_mathematics_and_the_steps_import_without_what_a_gpu_image_lacks() -> None:

@@ -56,6 +56,39 @@ def test_a_line_says_how_far_how_fast_and_how_long(
     assert phase.line() == line
 
 
+@pytest.mark.parametrize(
+    ("done", "at_work", "seconds", "line"),
+    [
+        (0, 0.05, 10.0, "0.1/8 slices"),
+        (0, 0.5, 10.0, "0.5/8 slices  ETA 0:02:30"),
+        (2, 1.5, 35.0, "3.5/8 slices  7 sequences/s  ETA 0:00:45"),
+        (7, 3.0, 80.0, "8.0/8 slices  7 sequences/s  ETA 0:00:00"),
+        (8, 0.0, 80.0, "8/8 slices  7 sequences/s"),
+    ],
+)
+def test_what_is_done_of_the_units_at_work_counts(
+    clock: Clock, done: int, at_work: float, seconds: float, line: str
+) -> None:
+    """Eight slices of 70 sequences and 10 seconds each; the time left is what is left of the work at this pace."""
+    phase = Phase("covariance", 8, "slices", units_done=done, at_work=at_work, sequences=70 * done, began=0.0)
+    clock.now = seconds
+    assert phase.line() == line
+
+
+def test_a_long_unit_is_heard_of_before_it_ends(clock: Clock, logs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs()
+    with Telemetry().phase("covariance", 2, "slices") as view:
+        view.phase.began = 0.0
+        for second in range(5, 45, 5):
+            clock.now = float(second)
+            view.at_work(second / 40)
+        view.advance(sequences=8)
+        view.at_work(0.0)
+        view.advance(sequences=8)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[2] for line in lines] == ["0.2/2", "0.5/2", "0.8/2", "1.0/2", "2/2"]
+
+
 def test_no_time_at_all_divides_nothing_by_zero(clock: Clock) -> None:
     phase = Phase("scan", 2, "shards", began=0.0)
     phase.advance(sequences=1, tokens=1)

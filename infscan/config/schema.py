@@ -438,8 +438,9 @@ class ClusterConfig:
     """What runs the work: `ray`, or this process alone (`in_process`), for notebooks and small runs."""
     address: str | None = None
     """Address of a Ray cluster, `auto` for the one of this machine; null uses RAY_ADDRESS, else starts a local Ray."""
-    num_workers: int = 1
-    """Workers at most; those without capacity wait for it, and join when a node does."""
+    num_workers: int | None = None
+    """Workers at most; those without capacity wait for it, and join when a node does. null is as many as this machine
+    has cores (or GPUs) and memory for, and one where `address` names a cluster."""
     ranks_per_worker: int = 1
     """Ranks (processes) that hold one copy of the model between them."""
     gpus_per_rank: float | None = None

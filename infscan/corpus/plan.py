@@ -108,8 +108,13 @@ class Shard:
 
 
 def default_shard_sequences(n: int) -> int:
-    """n / 256 rounded up, between 64 and 4096: many shards on a small corpus, short retries on a large one."""
-    return min(max(-(-n // 256), 64), 4096)
+    """n / 256 rounded up, between 64 and 4096, and 16 shards of 8 or more where that would be fewer: enough for several
+    workers on a small corpus, short retries on a large one.
+
+    It does not go by the workers: a plan is the same for any number of them.
+    """
+    fewest = min(64, max(8, -(-n // 16)))
+    return min(max(-(-n // 256), fewest), 4096)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from infscan.config import ClusterConfig, Placement
 from infscan.engine.executor import RankMemory
 from infscan.errors import ConfigError
+from infscan.storage.host import cores, free_host_bytes
 
 log = logging.getLogger("infscan")
 
@@ -59,7 +60,8 @@ def _init(cluster: ClusterConfig) -> None:
             ) from None
         return
     # One CPU more than the ranks need, for the tasks between passes.
-    needed = cluster.num_workers * cluster.ranks_per_worker * cluster.cpus_per_rank + 1
+    worker = cluster.ranks_per_worker * cluster.cpus_per_rank
+    needed = (cluster.num_workers or max(1, cores() // worker)) * worker + 1
     _ask_for_token()
     # Ray gives its workers niceness 15, and on a desk they would wait for whatever else runs there.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -97,6 +99,33 @@ def _loopback_alone() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = told
+
+
+def workers_here(cluster: ClusterConfig, gpus: float, rank_bytes: int, share: int = 1) -> tuple[int, str]:
+    """How many workers this machine has room for, and what is said of it; of a cluster elsewhere, one.
+
+    rank_bytes: host memory that a rank takes at most. share: among so many is the machine divided.
+    """
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return 1, "1; cluster.num_workers=... has more of the cluster at work"
+    ranks = cluster.ranks_per_worker
+    have = ray.cluster_resources()
+    room = {"cores": min(cores(), have.get("CPU", 0.0)) / (ranks * cluster.cpus_per_rank)}
+    if gpus:
+        room["GPUs"] = have.get("GPU", 0.0) / (ranks * gpus)
+    free = free_host_bytes()
+    room["memory"] = max(0, free - _DRIVER_BYTES) * _USED / (ranks * rank_bytes)
+    count = max(1, int(min(room.values()) / share))
+    short = min(room, key=lambda kind: room[kind])
+    gib = [f"{size / 2**30:.1f} GiB" for size in (free, rank_bytes)]
+    return count, (
+        f"{count}, for which there are enough {short} here ({cores()} cores, {gib[0]} free, a rank takes {gib[1]}); "
+        "cluster.num_workers=... has as many as you like"
+    )
+
+
+# What the driver's process takes, and the share of the rest that ranks may have: other programs want some of it.
+_DRIVER_BYTES, _USED = 1 << 30, 0.75
 
 
 def gpus_per_rank(cluster: ClusterConfig) -> float:

@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from infscan.config import Backend, ClusterConfig, ModelConfig
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.facts import RankFacts
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.recovery import RecoveryLog
@@ -48,6 +49,8 @@ class Step(Generic[U]):
     is_done: Callable[[U], bool] = lambda unit: False
     # The sequences and tokens that a finished unit has read, from the unit and its result.
     progress: Callable[[U, Any], tuple[int, int]] = _nothing
+    # What a unit's task reads first: a rank reads the next unit's while it computes.
+    reads: Callable[[U], Reads | None] = lambda unit: None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,9 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_workers(self) -> int: ...
+
+    @property
     def oom_retries(self) -> int:
         """How often micro-batches were halved because memory ran out."""
         ...
@@ -190,6 +196,13 @@ class Executor(Protocol):
 
     def reserve(self, host_bytes: int) -> None:
         """Have workers that start from now on ask a shared cluster for so much host memory with each rank."""
+        ...
+
+    def fill(self, rank_bytes: int, share: int = 1) -> None:
+        """Have as many workers as this machine has room for, where `cluster.num_workers` is null.
+
+        rank_bytes: host memory that a rank takes at most. share: executors that the machine is divided among.
+        """
         ...
 
     def expect(self, needs: Mapping[str, DeviceNeed]) -> None:

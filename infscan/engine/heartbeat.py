@@ -6,9 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+
+
+class Beat(NamedTuple):
+    """What a rank says of itself beside its work."""
+
+    # Transient storage faults so far, by kind.
+    faults: dict[str, int]
+    # Of its unit's micro-batches, how many it has done.
+    share: float
 
 
 @dataclass
@@ -23,8 +32,8 @@ class _Ping:
     due: float = 0.0
     # Whether one was ever answered.
     answered: bool = False
-    # Transient storage faults so far, by kind, from the last answer.
-    faults: dict[str, int] = field(default_factory=dict)
+    # The last answer.
+    beat: Beat = field(default_factory=lambda: Beat({}, 0.0))
 
 
 class Heartbeats:
@@ -41,7 +50,17 @@ class Heartbeats:
     @property
     def faults(self) -> Counter[str]:
         """Transient faults of storage that the ranks met so far, by kind, as of their last answers."""
-        return sum((Counter(ping.faults) for ping in self.pings), Counter())
+        return sum((Counter(ping.beat.faults) for ping in self.pings), Counter())
+
+    @property
+    def share(self) -> float:
+        """How much of the group's unit was done when its first rank last answered."""
+        return self.pings[0].beat.share
+
+    def begin_unit(self) -> None:
+        """Nothing is done of what the group begins now."""
+        for ping in self.pings:
+            ping.beat = ping.beat._replace(share=0.0)
 
     def trouble(self) -> Exception | None:
         """What is wrong with a rank: its death, or a TimeoutError where it is silent; None while all is well."""
@@ -52,7 +71,7 @@ class Heartbeats:
                 if ray.wait([ping.ref], timeout=0, fetch_local=False)[0]:
                     ref, ping.ref = ping.ref, None
                     try:
-                        ping.faults = ray.get(ref)
+                        ping.beat = ray.get(ref)
                     except ray.exceptions.RayError as error:
                         return error
                     ping.answered, ping.due = True, now + self.heartbeat_s

@@ -107,6 +107,10 @@ class InProcessExecutor:
         return made
 
     @property
+    def num_workers(self) -> int:
+        return 1
+
+    @property
     def settings(self) -> WorkerSettings:
         assert self._settings is not None, "this executor was made without a model"
         return self._settings
@@ -170,7 +174,10 @@ class InProcessExecutor:
         recovery.unit_started(0)
         metrics.unit_started(0, unit, schedule.attempt(unit))
         try:
-            result = worker.attempt(step.function, retries, task, *shared)
+            following = schedule.promise(0)
+            reads = None if following is None else step.reads(following)
+            worker.tell = phase.at_work
+            result = worker.attempt(step.function, retries, task, *shared, following=reads)
         except Exception as error:
             self._failed(schedule, unit, error, on_given_up)
             return
@@ -219,6 +226,9 @@ class InProcessExecutor:
 
     def reserve(self, host_bytes: int) -> None:
         """This process has what it has."""
+
+    def fill(self, rank_bytes: int, share: int = 1) -> None:
+        """This process is its only worker."""
 
     def expect(self, needs: Mapping[str, DeviceNeed]) -> None:
         self._needs = needs

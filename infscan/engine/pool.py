@@ -11,6 +11,7 @@ from typing import Any
 from ray.exceptions import OutOfMemoryError, RayError
 
 from infscan.config import ClusterConfig
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.attempts import (
     LONGEST_BACK_OFF_S,
     NotMadeError,
@@ -21,12 +22,12 @@ from infscan.engine.attempts import (
     reason_of,
     shrunk,
 )
-from infscan.engine.cluster import missing_capacity
 from infscan.engine.executor import DeviceNeed
 from infscan.engine.facts import RankFacts
 from infscan.engine.health import STRIKES, Health, is_fault
 from infscan.engine.metrics import RunMetrics
 from infscan.engine.node_share import NodeShare
+from infscan.engine.placing import Placing
 from infscan.engine.recovery import RecoveryLog
 from infscan.engine.schedule import Schedule
 from infscan.engine.stragglers import UnitTimes
@@ -39,8 +40,6 @@ from infscan.storage.retry import RetryPolicy
 
 log = logging.getLogger(__name__)
 
-# Every start waits for its placement for a moment; one that waits longer says so.
-_ANNOUNCED_AFTER_S = 5.0
 _TICK_S = 0.5
 _RECORD_S = 1.0
 
@@ -66,10 +65,11 @@ class Pool:
         warn: Callable[[str], None] = log.warning,
     ) -> None:
         self.cluster, self.gpus, self.recovery, self.check = cluster, gpus, recovery, check
-        self.announce, self.warn, self.host_bytes = announce, warn, settings.host_bytes
+        self.warn = warn
+        self.placing = Placing(cluster, gpus, settings.host_bytes, announce)
         self.metrics = metrics or RunMetrics("")
         self.sharded = settings.sharded
-        self.groups = [self.new_group(index, settings) for index in range(cluster.num_workers)]
+        self.groups = [self.new_group(index, settings) for index in range(cluster.num_workers or 1)]
         # When all groups are looked at next.
         self._look_at = 0.0
         self.failed_starts = 0
@@ -78,8 +78,6 @@ class Pool:
         self._record_at = 0.0
         # Until when nothing is handed out, and how many attempts in a row failed of storage.
         self._back_off_until, self._storage_failures = 0.0, 0
-        # Since when no group is placed.
-        self._unplaced_since: float | None = None
         # By host: processes that its kernel had killed for memory when last heard of. By group: the unit it died with.
         self._oom_kills: dict[str, int] = {}
         self._died_with: dict[int, Any] = {}
@@ -123,9 +121,13 @@ class Pool:
         on_done: Callable[[Any, Any], None],
         *shared: Any,
         on_given_up: OnGivenUp | None = None,
+        reads: Callable[[Any], Reads | None] = lambda unit: None,
+        at_work: Callable[[float], None] | None = None,
     ) -> Mapping[Any, str]:
         """Run function(worker, task(unit), *shared) for every unit; the tasks are made when they are handed out.
 
+        reads: what a unit reads; a worker reads its next one's meanwhile.
+        at_work: told how many units' worth is done of those that run, once in `_TICK_S` at most.
         on_done(unit, result of rank 0) and on_given_up(unit, reason) are called in this process as units end.
         Returns the units given up, with reasons.
 
@@ -142,7 +144,9 @@ class Pool:
             halvings = max(schedule.oom_retries.get(unit, 0), short)
             self._halved[group.index] = halvings
             group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
-            group.submit(unit, function, task(unit), *shared, oom_retries=halvings)
+            following = schedule.promise(group.index)
+            ahead = None if following is None else reads(following)
+            group.submit(unit, function, task(unit), *shared, oom_retries=halvings, following=ahead)
             self._handed_at[group.index] = time.monotonic()
             self.recovery.unit_started(group.index)
             self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
@@ -150,7 +154,7 @@ class Pool:
         def hand_out(group: WorkerGroup) -> None:
             if group.state is not State.idle or time.monotonic() < self._back_off_until:
                 return
-            if (unit := schedule.take()) is not None:
+            if (unit := schedule.take(group.index)) is not None:
                 submit(group, unit)
 
         self._died_with.clear()
@@ -161,6 +165,8 @@ class Pool:
             for group, unit in self._late_units(schedule, times):
                 submit(group, unit)
             self._record_states(schedule)
+            if at_work is not None and time.monotonic() >= self._look_at:
+                at_work(sum(group.heartbeats.share for group in self._at_work()))
             for group in self.wait():
                 was, unit = group.state, group.unit
                 answer = group.poll()
@@ -180,7 +186,7 @@ class Pool:
                     self.recovery.unit_finished(group.index)
                     self.metrics.unit_finished(group.index, "done")
                     if schedule.copies.get(unit):
-                        self._late |= {other.index: function for other in self._at(unit) if other is not group}
+                        self._late |= {other.index: function for other in self._at_work() if other.unit == unit}
                     schedule.succeed(unit)
                     on_done(unit, result)
                 else:
@@ -203,22 +209,17 @@ class Pool:
             self.warn(need.said(name, min(free), f"a GPU of worker {group.index}"))
         return halvings
 
-    def _at(self, unit: Any) -> list[WorkerGroup]:
-        """The groups that are at a unit of this step."""
-        busy = [group for group in self.groups if group.state is State.busy and group.index not in self._late]
-        return [group for group in busy if group.unit == unit]
+    def _at_work(self) -> list[WorkerGroup]:
+        """The groups that are at units of this step."""
+        return [group for group in self.groups if group.state is State.busy and group.index not in self._late]
 
     def _late_units(self, schedule: Schedule, times: UnitTimes) -> list[tuple[WorkerGroup, Any]]:
         """Idle groups, and the units that they try as well: those that are late, the latest first, once each."""
         now, limit_s = time.monotonic(), times.late_after_s
         idle = [group for group in self.groups if group.state is State.idle]
-        if schedule.waiting or not idle or now < self._back_off_until:
+        if schedule.any_waits or not idle or now < self._back_off_until:
             return []
-        alone = [
-            group
-            for group in self.groups
-            if group.state is State.busy and group.index not in self._late and not schedule.copies.get(group.unit)
-        ]
+        alone = [group for group in self._at_work() if not schedule.copies.get(group.unit)]
         late = [group for group in alone if now - self._handed_at[group.index] > limit_s]
         late.sort(key=lambda group: self._handed_at[group.index])
         found = []
@@ -259,7 +260,7 @@ class Pool:
     def wait(self) -> list[WorkerGroup]:
         """Wait until a rank answers, a tick at most. Returns the groups to look at."""
         self.check()
-        self._check_placement()
+        self.placing.check(self.groups)
         waits = (State.starting, State.busy)
         asked = {ref: group for group in self.groups if group.state in waits for ref in group.running}
         answered = self.answers(list(asked), _TICK_S)
@@ -267,28 +268,6 @@ class Pool:
             self._look_at = time.monotonic() + _TICK_S
             return self.groups
         return list({group.index: group for group in map(asked.__getitem__, answered)}.values())
-
-    def _check_placement(self) -> None:
-        """Raise where for cluster.placement_timeout_s there was no room for a single group."""
-        used = [group for group in self.groups if group.state is not State.retired]
-        if any(group.state is not State.starting or group.is_placed() for group in used):
-            if self._unplaced_since is not None:
-                self.announce("")
-            self._unplaced_since = None
-            return
-        if self._unplaced_since is None:
-            self._unplaced_since = time.monotonic()
-        waited = time.monotonic() - self._unplaced_since
-        if waited <= _ANNOUNCED_AFTER_S:
-            return
-        missing = missing_capacity(self.cluster, self.gpus, self.host_bytes)
-        if waited <= self.cluster.placement_timeout_s:
-            self.announce(f"waiting for capacity: {missing}")
-            return
-        raise RunError(
-            f"no worker could be placed for cluster.placement_timeout_s={self.cluster.placement_timeout_s:g} s: "
-            f"{missing}. Add nodes, or free them from other jobs, and run the same command again: it goes on from here."
-        )
 
     def _started(self, group: WorkerGroup, outcome: Outcome, result: Any, schedule: Schedule | None = None) -> None:
         if outcome is Outcome.done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import ray
 
 from infscan.config import ClusterConfig, ModelConfig
-from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank
+from infscan.engine.cluster import check_capacity, connect, gpu_memory, gpus_per_rank, workers_here
 from infscan.engine.executor import (
     DeviceNeed,
     Load,
@@ -29,6 +30,8 @@ from infscan.engine.pool import Pool
 from infscan.errors import RunError
 from infscan.model.worker import WorkerSettings
 from infscan.telemetry import Telemetry
+
+log = logging.getLogger("infscan")
 
 # A process that dies under a task is replaced so often.
 _TASK_RETRIES = 3
@@ -68,6 +71,10 @@ class RayExecutor:
         self._needs: Mapping[str, DeviceNeed] = {}
 
     @property
+    def num_workers(self) -> int:
+        return self.cluster.num_workers or 1
+
+    @property
     def oom_retries(self) -> int:
         return self._ended_oom_retries + (self._pool.oom_retries if self._pool else 0)
 
@@ -75,10 +82,10 @@ class RayExecutor:
     def pool(self) -> Pool:
         """The worker groups; started when they are first asked for."""
         if self._pool is None:
-            records = self.records
-            with self.telemetry.phase("workers", self.cluster.num_workers, "workers") as phase:
+            records, count = self.records, self.num_workers
+            with self.telemetry.phase("workers", count, "workers") as phase:
                 self._pool = Pool(
-                    self.cluster,
+                    replace(self.cluster, num_workers=count),
                     self.settings,
                     self.gpus,
                     records.recovery,
@@ -108,7 +115,10 @@ class RayExecutor:
             pool, need = self.pool, self._needs.get(step.name)
             if need is not None:
                 pool.forecasts[step.function] = (step.name, need)
-            return pool.run(left, step.function, step.task, finished, *shared, on_given_up=on_given_up)
+            return pool.run(
+                left, step.function, step.task, finished, *shared,
+                on_given_up=on_given_up, reads=step.reads, at_work=phase.at_work,
+            )  # fmt: skip
 
     def map_tasks(self, tasks: TaskMap[Any], on_done: OnDone | None = None) -> None:
         """As many items at once as the cluster's cores and memory are enough for.
@@ -146,6 +156,12 @@ class RayExecutor:
 
     def reserve(self, host_bytes: int) -> None:
         self.settings = replace(self.settings, host_bytes=host_bytes)
+
+    def fill(self, rank_bytes: int, share: int = 1) -> None:
+        if self.cluster.num_workers is None:
+            count, said = workers_here(self.cluster, self.gpus, rank_bytes, share)
+            log.info("workers     %s", said)
+            self.cluster = replace(self.cluster, num_workers=count)
 
     def expect(self, needs: Mapping[str, DeviceNeed]) -> None:
         self._needs = needs

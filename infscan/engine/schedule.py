@@ -28,6 +28,8 @@ class Schedule:
     # How often micro-batches are halved for every unit that is handed out from now on.
     halvings: int = 0
     waiting: deque[Any] = field(init=False)
+    # Units that wait as well: by worker, the one that it gets next, unless another worker is idle before.
+    promised: dict[int, Any] = field(init=False, default_factory=dict)
     running: set[Any] = field(init=False, default_factory=set)
     done: set[Any] = field(init=False, default_factory=set)
     given_up: dict[Any, str] = field(init=False, default_factory=dict)
@@ -47,13 +49,26 @@ class Schedule:
 
     @property
     def finished(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.any_waits and not self.running
 
-    def take(self) -> Any | None:
-        """The next unit to run, or None while none waits."""
-        if not self.waiting:
+    @property
+    def any_waits(self) -> bool:
+        return bool(self.waiting or self.promised)
+
+    def promise(self, worker: int) -> Any | None:
+        """The unit that `take` gives this worker next, if it is not the last to be idle: it may read it already."""
+        if worker not in self.promised and self.waiting:
+            self.promised[worker] = self.waiting.popleft()
+        return self.promised.get(worker)
+
+    def take(self, worker: int = 0) -> Any | None:
+        """The next unit to run on a worker, or None while none waits: what was promised to others goes last."""
+        if not self.any_waits:
             return None
-        unit = self.waiting.popleft()
+        if worker in self.promised:
+            unit = self.promised.pop(worker)
+        else:
+            unit = self.waiting.popleft() if self.waiting else self.promised.popitem()[1]
         self.running.add(unit)
         self.tries[unit] = self.attempt(unit) + 1
         if self.halvings > self.oom_retries.get(unit, 0):
@@ -73,8 +88,9 @@ class Schedule:
     @property
     def states(self) -> dict[str, int]:
         """How many units are in each state."""
-        counted = (("waiting", self.waiting), ("running", self.running), ("done", self.done))
-        return {name: len(units) for name, units in counted} | {"given_up": len(self.given_up)}
+        counted = (("running", self.running), ("done", self.done), ("given_up", self.given_up))
+        waiting = len(self.waiting) + len(self.promised)
+        return {"waiting": waiting} | {name: len(units) for name, units in counted}
 
     def succeed(self, unit: Any) -> None:
         self.running.remove(unit)

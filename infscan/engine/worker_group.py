@@ -28,9 +28,10 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infscan.config import ClusterConfig
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.cluster import bundle_of
 from infscan.engine.facts import ProcessBytes, RankFacts, facts_of
-from infscan.engine.heartbeat import Heartbeats
+from infscan.engine.heartbeat import Beat, Heartbeats
 from infscan.engine.lease import LEASE
 from infscan.engine.node_share import NodeShare
 from infscan.errors import ConfigError
@@ -79,15 +80,18 @@ class RankActor:
         host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
         return facts_of(self._worker.model, host, node, self._before, self._loaded_bytes)
 
-    def run(self, function: Callable[..., Any], oom_retries: int, *arguments: Any) -> Any:
-        """function(worker, *arguments): one of a step's tasks, with micro-batches halved so many times."""
+    def run(
+        self, function: Callable[..., Any], oom_retries: int, *arguments: Any, following: Reads | None = None
+    ) -> Any:
+        """function(worker, *arguments): one of a step's tasks, with micro-batches halved so many times, while what
+        follows is read."""
         assert self._worker is not None
-        return self._worker.attempt(function, oom_retries, *arguments)
+        return self._worker.attempt(function, oom_retries, *arguments, following=following)
 
     @ray.method(concurrency_group="heartbeat")
-    def ping(self) -> dict[str, int]:
-        """Answers beside the work, on a thread of its own: the storage faults that the rank met so far."""
-        return storage_faults()
+    def ping(self) -> Beat:
+        """Answers beside the work, on a thread of its own."""
+        return Beat(storage_faults(), self._worker.share if self._worker else 0.0)
 
     def forget(self) -> None:
         if self._worker is not None:
@@ -217,16 +221,30 @@ class WorkerGroup:
         self._placed, self._ask_place_at = False, 0.0
         self._began(State.starting, None, self.cluster.startup_timeout_s)
 
-    def submit(self, unit: Any, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
+    def submit(
+        self,
+        unit: Any,
+        function: Callable[..., Any],
+        *arguments: Any,
+        oom_retries: int = 0,
+        following: Reads | None = None,
+    ) -> None:
         """Have every rank run function(worker, *arguments): object references among the arguments are fetched there,
-        and of a `NodeShare` it gets its node's copy."""
+        and of a `NodeShare` it gets its node's copy.
+
+        following: what the unit after this one will most likely read.
+        """
         assert self.state is State.idle
         self.refs = [
             actor.run.remote(
-                function, oom_retries, *(one.on(rank.node) if isinstance(one, NodeShare) else one for one in arguments)
+                function,
+                oom_retries,
+                *(one.on(rank.node) if isinstance(one, NodeShare) else one for one in arguments),
+                following=following,
             )
             for actor, rank in zip(self.actors, self.facts, strict=True)
         ]
+        self.heartbeats.begin_unit()
         self._began(State.busy, unit, self.unit_limit_s or self.cluster.deadline_s)
 
     def _began(self, state: State, unit: Any | None, limit_s: float) -> None:

@@ -18,6 +18,7 @@ from infscan.config import Attention, ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.batches import micro_batches, pad, pad_losses, pad_positions
+from infscan.corpus.read_ahead import ReadAhead, Reads
 from infscan.errors import ModelError
 from infscan.influence.covariance import with_ones
 from infscan.influence.layers import Layer
@@ -97,6 +98,7 @@ class ModelWorker:
         if context.device != "meta":
             check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self.ahead = ReadAhead()
         self._keeps_documents_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
         self.oom_retries = 0
@@ -104,6 +106,9 @@ class ModelWorker:
         self.spans: list[Span] | None = None
         # The micro-batch at work: sequences and padded tokens; None outside of one.
         self._at: tuple[int, int] | None = None
+        # Of the micro-batches that a unit goes over, how many are done; and who is told as one begins.
+        self.share = 0.0
+        self.tell: Callable[[float], None] = lambda share: None
 
     @property
     def device(self) -> str:
@@ -126,7 +131,8 @@ class ModelWorker:
         """
         cut = micro_batches([len(sequence) for sequence in sequences], max(1, tokens_per_batch >> self.oom_retries))
         for start in range(0, len(cut), self.context.world):
-            mine = start + self.context.rank
+            mine, self.share = start + self.context.rank, start / len(cut)
+            self.tell(self.share)
             if mine < len(cut):
                 chosen = [sequences[row] for row in cut[mine]]
                 ids, mask = pad([sequence.token_ids for sequence in chosen])
@@ -151,13 +157,17 @@ class ModelWorker:
                 yield Batch(np.empty(0, np.int64), self.to_device(ids), self.to_device(mask), scored=False)
         self._at = None
 
-    def attempt(self, function: Callable[..., T], oom_retries: int, *arguments: Any) -> T:
+    def attempt(
+        self, function: Callable[..., T], oom_retries: int, *arguments: Any, following: Reads | None = None
+    ) -> T:
         """function(self, *arguments) with micro-batches halved `oom_retries` times.
+
+        following: what the unit after this one reads, if it is known; read while this one is computed.
 
         Raises:
             RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
         """
-        self.oom_retries, self._at = oom_retries, None
+        self.oom_retries, self._at, self.share, self.ahead.next = oom_retries, None, 0.0, following
         try:
             return function(self, *arguments)
         except Exception as error:
@@ -252,7 +262,7 @@ class ModelWorker:
         if address.reading.attention is Attention.within and not self._keeps_documents_apart:
             check_document_mask(self.model)
             self._keeps_documents_apart = True
-        return self.cached("corpus", address, address.open).read(ids)
+        return self.ahead.read(Reads(address, ids), self.cached("corpus", address, address.open))
 
     def cached(self, kind: str, key: Any, make: Callable[[], T]) -> T:
         """The last object of a kind, made anew when its key changes; the old one is dropped first."""
@@ -265,4 +275,5 @@ class ModelWorker:
 
     def forget(self) -> None:
         """Drop every cached object: a phase's factors and queries are not the next one's."""
+        self.ahead.forget()
         self._cache.clear()

@@ -173,7 +173,7 @@ class Pricing:
         config, ranks = self.config, self.config.cluster.ranks_per_worker
         if ranks < 2:
             return 0.0
-        batches = work.tokens / config.tokens_per_batch / config.cluster.num_workers / ranks
+        batches = work.tokens / config.tokens_per_batch / (config.cluster.num_workers or 1) / ranks
         times = 3 if config.model.gradient_checkpointing else 2
         itemsize = 4 if self.dtypes.model == "float32" else 2
         return batches * times * self.parameters * itemsize * (ranks - 1) / ranks

@@ -217,15 +217,34 @@ def scan_memory(config: Config, architecture: Architecture, queries: int, T: int
     return _KNOWN[key]
 
 
-def with_gradients(config: Config, architecture: Architecture, queries: int, scan: PassMemory) -> dict[str, int]:
-    """Bytes of the passes that hold full-rank query gradients beside a scan's model and activations, by name: as
-    `pass_costs` finds them, without trying a backward for each."""
-    groups, layer_groups = query_groups(queries, architecture.layers, config.query_group_bytes)
-    gradients = 4 * len(groups[0]) * max(sum(layer.size for layer in group) for group in layer_groups) if queries else 0
+def other_passes(
+    config: Config, architecture: Architecture, queries: int, scan: PassMemory, *, fitting: bool = True
+) -> dict[str, int]:
+    """Bytes of the passes beside a scan on a CPU, by name: about as `pass_costs` finds them, without trying a backward
+    for each. Their activations are taken for the scan's.
+
+    fitting: whether factors are still to be fitted.
+    """
+    groups, grouped = query_groups(queries, architecture.layers, config.query_group_bytes)
+    gradients = 4 * len(groups[0]) * max(sum(layer.size for layer in group) for group in grouped) if queries else 0
     found = {"refine": scan.total - scan.queries + gradients}
     if config.scan.rank is not None and config.scan.check_sequences >= _FEWEST_CHECKED:
         found["check"] = scan.total + gradients
+    if fitting and config.factors.solver is not Solver.identity:
+        for name, (stays, sums) in _fitting_bytes(config, architecture.layers).items():
+            found[name] = scan.weights + scan.allocator + stays + max(scan.activations, 2 * sums)
     return found
+
+
+def _fitting_bytes(config: Config, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
+    """What a factors' pass holds of its largest layer group, and its sums among that, float32, by name."""
+    group, blocks = _largest_group(config, layers), config.factors.blocks
+    A_and_S = CovarianceSums(group, blocks, torch.float32, "meta").nbytes
+    Lambda = 4 * sum(layer.size for layer in group)
+    bases = 4 * sum(
+        n * n for layer in group for width in (layer.outputs, layer.inputs) for n in block_sizes(width, blocks)
+    )
+    return {"covariance": (A_and_S, A_and_S), "lambda": (bases + Lambda, Lambda)}
 
 
 # Fewer sequences are not compared (`infscan.steps.check`).
@@ -283,7 +302,7 @@ def _largest_query_group(sized: DryWorker, queries: int) -> tuple[list[range], t
 def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
     """A and S of a layer group are summed; at the end they are serialised, three copies at once, on a GPU in the host's
     memory."""
-    group, blocks = _largest_group(sized), sized.config.factors.blocks
+    group, blocks = _largest_group(sized.config, sized.layers), sized.config.factors.blocks
     sums = CovarianceSums(group, blocks, sized.worker.wide, "meta")
     sampled = sized.config.factors.labels is Labels.sampled
     seen = sized.backward(group, sums.consumer, sized.batch(masked=masked), labels=sampled)
@@ -299,7 +318,7 @@ def _eigenbasis(sized: DryWorker) -> PassCost:
 
 def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
     """Eigenbases of a layer group stay, and Lambda is summed; at the end it is serialised, as above."""
-    group, blocks = _largest_group(sized), sized.config.factors.blocks
+    group, blocks = _largest_group(sized.config, sized.layers), sized.config.factors.blocks
     bases = {layer.name: (_zeros(sized, layer.outputs, blocks), _zeros(sized, layer.inputs, blocks)) for layer in group}
     Lambda = lambda_sums(group, sized.worker.wide, "meta")
     consume = lambda_consumer(Lambda, bases)
@@ -309,10 +328,9 @@ def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
     return _cost(sized, seen, factors=held + sums, at_end=2 * sums)
 
 
-def _largest_group(sized: DryWorker) -> tuple[Layer, ...]:
-    factors = sized.config.factors
-    groups = layer_groups(sized.layers, sized.config.group_bytes, factors.blocks)
-    by_name = {layer.name: layer for layer in sized.layers}
+def _largest_group(config: Config, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    groups = layer_groups(tuple(layers), config.group_bytes, config.factors.blocks)
+    by_name = {layer.name: layer for layer in layers}
     found = [tuple(by_name[name] for name in names) for names in groups]
     return max(found, key=lambda group: sum(layer.outputs**2 + layer.inputs**2 + layer.size for layer in group))
 

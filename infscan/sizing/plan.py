@@ -92,7 +92,7 @@ def estimate(config: PlanJob) -> Estimate:
     pricing = Pricing(config, architecture.layers, costs, dtypes, architecture.parameters, shards)
     work = work_of(pricing, queries, query_tokens, scanned, fitted)
     cluster = config.cluster
-    work_timed = timed(work, _rate(config, on_device, dtypes), cluster.num_workers, cluster.ranks_per_worker)
+    work_timed = timed(work, _rate(config, on_device, dtypes), cluster.num_workers or 1, cluster.ranks_per_worker)
     factors = FactorFiles(0, 0, 0, 0)
     if fitted is not None:
         factors = factor_files(config, architecture.layers, fitted.slices, fitted.tokens)
@@ -108,7 +108,7 @@ def estimate(config: PlanJob) -> Estimate:
         factors=factors,
         bytes=scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T),
         writes=writes_of(config, architecture.layers, queries, shards, scanned.sequences, factors),
-        workers=cluster.num_workers,
+        workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,
         hosts=host_memory(config, architecture.layers, queries, scanned.T, shards, query_itemsize),
         price_per_hour=asked.price_per_hour,

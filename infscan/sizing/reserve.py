@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from infscan.config import Offload
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import PassCost, PassMemory, largest, pass_costs, scan_memory, with_gradients
+from infscan.sizing.memory import PassCost, PassMemory, largest, other_passes, pass_costs, scan_memory
+from infscan.steps.factor_files import COMPLETE
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
 from infscan.steps.volume import size
@@ -20,17 +21,18 @@ log = logging.getLogger("infscan")
 _PROCESS_BYTES = 1 << 30
 
 
-def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold at once; returns its bytes by part, or None if it is unknown."""
-    gpus = float(inputs.device == "cuda")
+def scan_and_largest(inputs: Inputs, T: int, *, fitting: bool) -> tuple[PassMemory, str, int] | None:
+    """What a rank of the scan will hold, and the pass that holds the most, by name, with its bytes; None where a family
+    does not say, which is logged."""
+    gpus, queries = float(inputs.device == "cuda"), len(inputs.queries)
     try:
-        memory = scan_memory(inputs.config, inputs.architecture, len(inputs.queries), T, gpus)
+        memory = scan_memory(inputs.config, inputs.architecture, queries, T, gpus)
     except ModelError as error:
         log.warning("memory      %s", error)
         return None
-    others = with_gradients(inputs.config, inputs.architecture, len(inputs.queries), memory)
-    log.info("memory      %s%s", memory_line(memory), larger_pass(memory, others))
-    return dict(vars(memory))
+    held = {"scan": memory.total} | other_passes(inputs.config, inputs.architecture, queries, memory, fitting=fitting)
+    name = max(held, key=lambda one: held[one])
+    return memory, name, held[name]
 
 
 def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
@@ -45,7 +47,28 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
             stage.executor.reserve(needed)
     for stage in (run, *run.later):
         _hold_against_devices(stage, T)
-    return log_scan_memory(run.inputs, T)
+    return use_machine(run, T)
+
+
+def use_machine(run: Run, T: int) -> dict[str, int] | None:
+    """Log what a rank of the scan will hold, and have as many workers as this machine has room for, where their number
+    is not given.
+
+    Returns a scanning rank's bytes by part, or None if it is unknown; then one worker is at work.
+    """
+    planned = None
+    for stage in (run, *run.later):
+        fitting = not stage.folder.factors.exists(COMPLETE)
+        found = scan_and_largest(stage.inputs, T, fitting=fitting)
+        if found is None:
+            continue
+        memory, name, held = found
+        if stage is run:
+            log.info("memory      %s%s", memory_line(memory), larger_pass(memory, name, held))
+            planned = dict(vars(memory))
+        # On a GPU the model is not in the host's memory, but for the time of its loading.
+        stage.executor.fill(_PROCESS_BYTES + held, 1 + len(run.later))
+    return planned
 
 
 def _hold_against_devices(run: Run, T: int) -> None:
@@ -102,9 +125,8 @@ def host_bytes(inputs: Inputs, T: int) -> int | None:
     return _PROCESS_BYTES + serialised + offloaded
 
 
-def larger_pass(scan: PassMemory, others: Mapping[str, int]) -> str:
+def larger_pass(scan: PassMemory, name: str, held: int) -> str:
     """`; check, the largest pass, 1.4 GiB`, where one holds more than the scan."""
-    name, held = max(others.items(), key=lambda found: found[1], default=("scan", 0))
     return f"; {name}, the largest pass, {size(held)}" if held > scan.total else ""
 
 

@@ -243,7 +243,7 @@ class _Fitting:
             return stop - start, tokens
 
         cells = [(group, index) for group in groups for index in range(len(self.plan.slices))]
-        return Step(name, "slices", cells, function, task, is_done, progress)
+        return Step(name, "slices", cells, function, task, is_done, progress, lambda cell: self._task(cell).reads)
 
     def _task(self, cell: Cell, *, draw_labels: bool = False) -> FitTask:
         return FitTask(self.store, self.corpus, self.plan, *cell, self.labels, self.seed, draw_labels)

@@ -20,6 +20,7 @@ from infscan.config import fingerprint, plain
 from infscan.config.jobs import IndexConfig
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, shard_name
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.executor import Step
 from infscan.errors import ConfigError, DamagedError, RunError
 from infscan.influence.codes import CodeSettings, LayerCode, layer_code
@@ -111,11 +112,12 @@ def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, set
         len(layers),
         size(plan.selection.size * row_bytes(by_layer)),
     )
+    address = CorpusAddress.of(corpus)
 
     def task(number: int) -> IndexTask:
         return IndexTask(
             run=run.store,
-            corpus=CorpusAddress.of(corpus),
+            corpus=address,
             shard=shard_name(number),
             sequence_ids=plan.ids(number),
             layers=layers,
@@ -134,6 +136,7 @@ def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, set
         task=task,
         is_done=lambda number: codes_path(shard_name(number)) in files,
         progress=lambda number, file: (file.rows, file.tokens),
+        reads=lambda number: Reads(address, plan.ids(number)),
     )
     run.executor.run(step, lambda number, file: files.update({codes_path(shard_name(number)): file}))
     run.executor.forget()

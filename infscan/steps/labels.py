@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infscan.config import Labels
 from infscan.corpus.addressable import CorpusAddress
+from infscan.corpus.read_ahead import Reads
 from infscan.corpus.sequences import Sequence
 from infscan.model.losses import Loss
 from infscan.model.measure import uniforms
@@ -33,9 +34,12 @@ class FitTask:
     # Whether this task draws the slice's pseudo-labels and stores them; else stored ones are read.
     draw_labels: bool = False
 
+    @property
+    def reads(self) -> Reads:
+        return Reads(self.corpus, self.plan.selection.ids(*self.plan.slices[self.slice]))
+
     def sequences(self, worker: ModelWorker) -> list[Sequence]:
-        start, stop = self.plan.slices[self.slice]
-        return worker.read(self.corpus, self.plan.selection.ids(start, stop))
+        return worker.read(self.reads.corpus, self.reads.sequence_ids)
 
 
 class Targets:

@@ -270,7 +270,7 @@ def _workers(run: Run, planned_bytes: Mapping[str, int] | None) -> dict[str, Any
     """The workers; by rank only where this process started them, those that ended for another dtype first."""
     cluster, failures = run.config.cluster, run.records.recovery.failures
     return {
-        "num_workers": cluster.num_workers,
+        "num_workers": run.executor.num_workers,
         "ranks_per_worker": cluster.ranks_per_worker,
         "parameters": run.architecture.parameters,
         "rebuilds": len(failures),

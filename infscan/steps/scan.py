@@ -19,6 +19,7 @@ from torch import Tensor
 from infscan.config import Dtype, fingerprint
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, shard_name
+from infscan.corpus.read_ahead import Reads
 from infscan.engine.executor import Pieces, Step
 from infscan.errors import DamagedError, RunError
 from infscan.influence.layers import Layer
@@ -110,11 +111,12 @@ def scan(
     _begin(run, how.store)
     tally = _Tally(run, plan, run_fingerprint, how)
     done = tally.add_finished()
+    address = CorpusAddress.of(corpus)
 
     def task(number: int) -> ScanTask:
         return ScanTask(
             run=how.store,
-            corpus=CorpusAddress.of(corpus),
+            corpus=address,
             shard=shard_name(number),
             sequence_ids=plan.ids(number),
             query_ids=run.inputs.query_ids,
@@ -140,6 +142,7 @@ def scan(
         task=task,
         is_done=lambda number: bool(done[number]),
         progress=lambda number, result: (result[1].sequences, result[1].tokens),
+        reads=lambda number: Reads(address, plan.ids(number)),
     )
     run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
     run.executor.forget()

@@ -95,3 +95,19 @@ def _text(path: str) -> str:
             return file.read()
     except OSError:
         return ""
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity's, or what its container is allowed of them."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
+    return max(1, min(mine, int(quota) // int(period))) if quota.isdecimal() and period.strip().isdecimal() else mine
+
+
+def free_host_bytes() -> int:
+    """Memory that this process and those it starts may still take: the machine's, or its container's."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    return min(free, max(0, int(limit) - int(used))) if limit.isdecimal() and used.isdecimal() else free

@@ -48,11 +48,9 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     state = Trouble()
     submit = WorkerGroup.submit
 
-    def watched(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
-    ) -> None:
+    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         def hand_out() -> None:
-            submit(self, unit, function, *arguments, oom_retries=oom_retries)
+            submit(self, unit, function, *arguments, **options)
 
         if isinstance(arguments[0], ScanTask):
             state.around(self, arguments[0], hand_out)

@@ -41,9 +41,7 @@ def main(argv: list[str]) -> int:
         progress.write(f"{time.time()} {what} {worker} {pid}\n")
         progress.flush()
 
-    def counted(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
-    ) -> None:
+    def counted(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         nonlocal handed_out
         handed_out += 1
         actor = self.actors[-1]
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int:
             unit,
             timed(function, self.index, order["pause_s"], order["spans"]),
             *arguments,
-            oom_retries=oom_retries,
+            **options,
         )
         note("handed", self.index, pids[actor])
         if handed_out == order["kill_at"]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from infscan.config import ClusterConfig, Config
+from infscan.corpus.read_ahead import ReadAhead, Reads
 from infscan.engine import pool as pool_module
 from infscan.engine.executor import MadeHere, OnDone, RunRecords, TaskMap, finish_unit
 from infscan.engine.metrics import RunMetrics
@@ -73,7 +74,7 @@ class HereGroup:
         self.running: list[object] = []
         self.facts: list[Any] = []
         # Told to those who watch, where another test has left a Ray in this process.
-        self.heartbeats = SimpleNamespace(faults=Counter[str]())
+        self.heartbeats = SimpleNamespace(faults=Counter[str](), share=0.0)
         self.start()
 
     def start(self) -> None:
@@ -87,12 +88,14 @@ class HereGroup:
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0) -> None:
+    def submit(
+        self, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0, following: Reads | None
+    ) -> None:
         assert self.state is State.idle
         self.state, self.unit, self.step = (
             State.busy,
             unit,
-            lambda: self.rank.attempt(function, oom_retries, *arguments),
+            lambda: self.rank.attempt(function, oom_retries, *arguments, following=following),
         )
 
     def poll(self) -> tuple[Outcome, Any] | None:
@@ -169,5 +172,7 @@ def without_ray() -> Iterator[None]:
         patch.setattr(run, "connect_backend", lambda cluster: HereBackend(cluster))
         patch.setattr(RunMetrics, "metrics", None)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
+        # In turn, so that storage is called in the same order each time.
+        patch.setattr(ReadAhead, "begin", lambda ahead, work: work())
         patch.setattr(pool_module.Pool, "wait", _wait_here)
         yield

@@ -172,18 +172,16 @@ def test_a_worker_that_fails_whatever_it_is_given_is_retired(
     def sick(worker: ModelWorker, *_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def handed(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
-    ) -> None:
+    def handed(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         if not isinstance(arguments[0], ScanTask):
-            submit(self, unit, function, *arguments, oom_retries=oom_retries)
+            submit(self, unit, function, *arguments, **options)
             return
         given[self.index] += 1
         if given[1] == 3:
             third.touch()
         # The other one waits at its fifth shard, until the sick one has had its third.
         chosen = sick if self.index == 1 else waits if given[0] == 5 else function
-        submit(self, unit, chosen, *arguments, oom_retries=oom_retries)
+        submit(self, unit, chosen, *arguments, **options)
 
     given: Counter[int] = Counter()
     third = tmp_path / "third"
@@ -300,7 +298,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     room, submit = Room(), WorkerGroup.submit
 
     def submit_cramped(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
+        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any
     ) -> None:
         tokens = room.tokens
 
@@ -317,7 +315,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Room:
                 del rank.backward
 
         chosen = in_little_memory if tokens and isinstance(arguments[0], ScanTask) else function
-        submit(self, unit, chosen, *arguments, oom_retries=oom_retries)
+        submit(self, unit, chosen, *arguments, **options)
 
     monkeypatch.setattr(WorkerGroup, "submit", submit_cramped)
     return room

@@ -93,9 +93,21 @@ def test_shard_names_sort_as_their_numbers_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "expected"), [(1, 64), (16_384, 64), (16_385, 65), (256_000, 1000), (10**7, 4096), (0, 64)]
+    ("n", "expected"),
+    [
+        (0, 8),
+        (1, 8),
+        (128, 8),
+        (129, 9),
+        (960, 60),
+        (1024, 64),
+        (16_384, 64),
+        (16_385, 65),
+        (256_000, 1000),
+        (10**7, 4096),
+    ],
 )
-def test_the_default_shard_size_is_a_256th_within_bounds(n: int, expected: int) -> None:
+def test_the_default_shard_size_is_a_256th_within_bounds_and_a_16th_of_a_small_corpus(n: int, expected: int) -> None:
     assert default_shard_sequences(n) == expected
 
 

@@ -277,7 +277,7 @@ def test_the_rayjob_that_the_page_has_one_try_is_taken(tmp_path: Path) -> None:
     config = compose("scan", *job["entrypoint"].split()[2:])
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     requests = group["template"]["spec"]["containers"][0]["resources"]["requests"]
-    assert (config.cluster.num_workers, group["minReplicas"], group["replicas"]) == (1, 1, 1)
+    assert (config.cluster.num_workers or 1, group["minReplicas"], group["replicas"]) == (1, 1, 1)
     assert config.cluster.cpus_per_rank < int(requests["cpu"])
 
 

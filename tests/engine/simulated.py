@@ -87,7 +87,7 @@ class Group:
             self.result = RuntimeError("CUDA error: uncorrectable ECC error encountered")
         self._ends(self.world.start_s)
 
-    def submit(self, unit: Any, function: Any, task: Any, *shared: Any, oom_retries: int = 0) -> None:
+    def submit(self, unit: Any, function: Any, task: Any, *shared: Any, oom_retries: int = 0, following: Any) -> None:
         assert self.state is State.idle
         self.state, self.unit = State.busy, unit
         self.world.handed.append((self.index, unit, oom_retries))

@@ -46,8 +46,8 @@ class World:
     def turn(self) -> list[Group]:
         """The loop is about to wait. Returns the groups to look at: those that have an answer, and others or not."""
         idle = [group.index for group in self.groups if group.state is State.idle]
-        waiting = self.schedules[-1].waiting if self.schedules else []
-        assert not (idle and waiting), f"workers {idle} are idle, and units {list(waiting)} wait"
+        waits = bool(self.schedules) and self.schedules[-1].any_waits
+        assert not (idle and waits), f"workers {idle} are idle, and units wait"
         self.now += 1
         everyone = self.draw(st.booleans())
         return [group for group in self.groups if everyone or self.now >= group.ends]
@@ -71,7 +71,7 @@ class Group:
         turns = st.integers(1, 9) if self.index == 0 else st.integers(1, 9) | st.just(NEVER)
         self._ends(self.world.draw(turns))
 
-    def submit(self, unit: int, *arguments: Any, oom_retries: int = 0) -> None:
+    def submit(self, unit: int, *arguments: Any, oom_retries: int = 0, following: object) -> None:
         assert self.state is State.idle
         self.state, self.unit = State.busy, unit
         self.outcome = self.world.draw(st.sampled_from([Outcome.done, Outcome.done, Outcome.failed, Outcome.lost]))

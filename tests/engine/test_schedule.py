@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,18 +25,30 @@ class AnyTrace(RuleBasedStateMachine):
         self.ended: set[int] = set()
         self.ran_out: set[int] = set()
         self.queue = list(units)
+        self.promised: dict[int, int] = {}
         self.copies, self.tries = (dict.fromkeys(units, 0) for _ in range(2))
         self.copied: set[int] = set()
         self.halvings = 0
         self.did_not_fit: dict[int, set[int]] = {}
 
-    @rule()
-    def take(self) -> None:
-        unit = self.queue.pop(0) if self.queue else None
-        assert self._take() == unit
+    @rule(worker=st.integers(0, 2))
+    def take(self, worker: int) -> None:
+        """What was promised to a worker is its next; nobody is sent away while a unit waits."""
+        promised, queue = self.promised, self.queue
+        if worker in promised:
+            unit = promised.pop(worker)
+        else:
+            unit = queue.pop(0) if queue else promised.popitem()[1] if promised else None
+        assert self._take(worker) == unit
 
-    def _take(self) -> int | None:
-        unit = self.schedule.take()
+    @rule(worker=st.integers(0, 2))
+    def promise(self, worker: int) -> None:
+        if worker not in self.promised and self.queue:
+            self.promised[worker] = self.queue.pop(0)
+        assert self.schedule.promise(worker) == self.promised.get(worker)
+
+    def _take(self, worker: int = -1) -> int | None:
+        unit = self.schedule.take(worker)
         if unit is not None:
             self.tries[unit] += 1
             self.oom_retries[unit] = max(self.oom_retries[unit], self.halvings)
@@ -168,7 +182,8 @@ class AnyTrace(RuleBasedStateMachine):
 
     @invariant()
     def every_unit_is_in_exactly_one_place(self) -> None:
-        places = [list(self.schedule.waiting), self.schedule.running, self.schedule.done, self.schedule.given_up]
+        places: list[Iterable[int]] = [self.schedule.waiting, self.schedule.promised.values(), self.schedule.running]
+        places += [self.schedule.done, self.schedule.given_up]
         assert sorted(unit for place in places for unit in place) == sorted(self.units)
 
     @invariant()

@@ -132,7 +132,9 @@ def test_a_process_whose_gpu_died_ends_the_step(monkeypatch: pytest.MonkeyPatch)
         raise FAULT
 
     rank: Any = SimpleNamespace(
-        context=RankContext(), device="cpu", attempt=lambda function, oom_retries, *arguments: function(*arguments)
+        context=RankContext(),
+        device="cpu",
+        attempt=lambda function, oom_retries, *arguments, following: function(*arguments),
     )
     given_up: dict[Any, str] = {}
     step = Step("work", "units", [1, 2], work, lambda unit: unit)

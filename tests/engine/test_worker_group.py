@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryErr
 from infscan.config import ClusterConfig
 from infscan.engine import heartbeat
 from infscan.engine import worker_group as module
-from infscan.engine.heartbeat import Heartbeats
+from infscan.engine.heartbeat import Beat, Heartbeats
 from infscan.engine.worker_group import Outcome, State, WorkerGroup, gpu_index
 from infscan.errors import CorpusError
 from infscan.model.out_of_memory import RankMemoryError
@@ -21,7 +21,7 @@ from infscan.model.out_of_memory import RankMemoryError
 class Answers:
     """Stands for Ray: what each rank of a step answers, or None while it runs; and the clock.
 
-    beats: what each rank answers to a heartbeat: True, an error, or None for silence.
+    beats: what each rank answers to a heartbeat: a `Beat`, an error, or None for silence.
     """
 
     exceptions = ray.exceptions
@@ -33,7 +33,7 @@ class Answers:
         self.now = 100.0
 
     def actor(self, rank: int) -> SimpleNamespace:
-        self.beats[f"beat {rank}"] = True
+        self.beats[f"beat {rank}"] = Beat({}, 0.25)
         return SimpleNamespace(ping=SimpleNamespace(remote=lambda: f"beat {rank}"))
 
     def wait(self, refs: list[Any], **_: object) -> tuple[list[Any], list[Any]]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from infscan.model.worker import ModelWorker  # noqa: E402
 from infscan.sizing.devices import DEVICES  # noqa: E402
-from tests.gpu.kit import agreement, ceilings, faults, forecast  # noqa: E402
+from tests.gpu.kit import agreement, ceilings, faults, forecast, sharded  # noqa: E402
 from tests.gpu.kit.device import environment, is_cuda, name_in_table, release  # noqa: E402
 from tests.gpu.kit.record import Case, Record  # noqa: E402
 from tests.gpu.kit.shapes import SCANS, SHAPES, SMALL, Bench, Shape  # noqa: E402
@@ -69,6 +69,10 @@ def cases(device: str, small: bool, folder: Path, record: Record) -> Iterator[Ca
     for shape in (SMALL,) if small else SHAPES:
         yield from _measuring(shape, device, folder)
     yield from _decomposing(device, small, record)
+    shape = SMALL if small else SHAPES[1]
+    yield Case(
+        "sharding", "sharding", partial(sharded.compared, shape, device, folder / "sharding"), sharded.needs(device)
+    )
     shape = SMALL if small else SHAPES[0]
     yield Case("logra", "logra", partial(forecast.logra, record.path, folder, device, shape), 2 if small else 30)
 

@@ -186,6 +186,7 @@ def small_run(tmp_path: Path, *overrides: str) -> Config:
         "scan.top_k=5",
         "scan.shard_sequences=8",
         "scan.tokens_per_batch=256",
+        "cluster.num_workers=1",
         f"output={tmp_path / 'run'}",
         *overrides,
     )

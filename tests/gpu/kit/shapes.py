@@ -86,14 +86,18 @@ class Bench:
     @cached_property
     def worker(self) -> ModelWorker:
         """A rank whose model is made on its device, not read."""
-        settings = WorkerSettings(self.config.model, self.architecture.layers, sharded=False)
-        worker = ModelWorker(settings, RankContext(device="meta"))
+        worker = self.without_model()
         worker.context = RankContext(device=self.device, threads=torch.get_num_threads())
         module = random_module(Path(self.architecture.folder), self.device, worker.model.dtype)
         size = sum(parameter.numel() for parameter in module.parameters())
         kind = {"head_is_last": True, "on_gpu": is_cuda(self.device)}
         worker.model = LoadedModel(module, worker.context, worker.model.dtype, size, size, **kind)
         return worker
+
+    def without_model(self) -> ModelWorker:
+        """A rank whose model is shapes alone."""
+        settings = WorkerSettings(self.config.model, self.architecture.layers, sharded=False)
+        return ModelWorker(settings, RankContext(device="meta"))
 
     @cached_property
     def batch(self) -> Batch:
