@@ -37,10 +37,10 @@ def answer(config: Config) -> None:
         # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
         plan = make_plan(run, corpus)
         planned_bytes = reserve_memory(run, corpus.sequence_length)
-        # Does the model know the completions? log p of each, beforehand.
-        measure(run)
-        # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
-        vectors = pull_back_queries(run)
+        # Does the model know the completions? log p of each, beforehand, and grad(-f), taken once.
+        taken = measure(run)
+        # stages: from the last stage's model brought back through the later stages; else nothing to do.
+        vectors = pull_back_queries(run, taken)
         # G ~= EK-FAC: A, S, their eigenbases and Lambda, fitted on the corpus or reused.
         factors = fit(run, vectors)
         # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
@@ -92,8 +92,7 @@ def ask(
     """
     with open_run(config, queries=queries, machines=machines) as run:
         corpus = prepare_corpora(run)
-        measure(run)
-        vectors = pull_back_queries(run)
+        vectors = pull_back_queries(run, measure(run))
         factors = solve(run, fit(run, vectors))
         # Every row of the index against every query; the best of each are the corpus of what follows.
         chosen = candidates(run, corpus, found, factors, verify=verify)

@@ -14,13 +14,13 @@ from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.factor_files import layer_groups, partial_bytes
 from infscan.steps.preconditioner import query_groups
+from infscan.steps.refine import sequences_per_unit
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
 
 # Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
 _EIGH = 9
 # Blocks of the Krylov truncation that a query's compression takes, and its columns beyond the rank.
 _KRYLOV_BLOCKS, _OVERSAMPLING = 3, 8
-_SEQUENCES_PER_UNIT = 256
 # config.yaml, plan.json, shards.parquet, queries.jsonl, approximation.json, summary.json, _SUCCESS; the four tables.
 _SMALL_FILES = 11
 
@@ -238,8 +238,13 @@ def _refining(run: Pricing, queries: int, scanned: Counted, query_groups: int, l
         layer_groups * tokens,
         forward + size * scored,
         own_flop=size * scored,
-        units=layer_groups * -(-pairs // _SEQUENCES_PER_UNIT),
+        units=layer_groups * -(-pairs // _refined_at_once(config, pairs, scanned)),
     )
+
+
+def _refined_at_once(config: Config, pairs: int, scanned: Counted) -> int:
+    """Sequences of a unit of refining."""
+    return sequences_per_unit(min(pairs, scanned.sequences), config.tokens_per_batch // scanned.T)
 
 
 def _share(counted: Counted, sequences: int) -> int:
@@ -267,12 +272,12 @@ def _query_flop(
 
 
 def writes_of(
-    config: Config, layers: Sequence[Layer], queries: int, shards: int, N: int, factors: FactorFiles
+    config: Config, layers: Sequence[Layer], queries: int, shards: int, scanned: Counted, factors: FactorFiles
 ) -> dict[str, int]:
     """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches."""
     groups, grouped = query_groups(max(1, queries), layers, config.query_group_bytes)
-    pairs = queries * len(config.sides) * min(config.candidates_of(N), N)
-    units = (-(-pairs // _SEQUENCES_PER_UNIT) + len(groups) - 1) * len(grouped) if queries else 0
+    pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
+    units = (-(-pairs // _refined_at_once(config, pairs, scanned)) + len(groups) - 1) * len(grouped) if queries else 0
     dense = shards if config.scan.scores.value == "all" else 0
     return {
         "factors": factors.files,

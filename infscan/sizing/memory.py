@@ -38,7 +38,7 @@ from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
 from infscan.model.suffix import ends_at, last_blocks
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
-from infscan.sizing.dry import Dry, dry
+from infscan.sizing.dry import Dry, Results, dry
 from infscan.steps.check import scoring_twice
 from infscan.steps.factor_files import layer_groups
 from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
@@ -107,6 +107,8 @@ class DryWorker:
         self.worker.model.on_gpu = self.device != "cpu"
         self.B, self.T = max(1, config.tokens_per_batch // T), T
         self.world = config.cluster.ranks_per_worker
+        self._head_is_last: bool | None = None
+        self._results: Results = {}
 
     @property
     def itemsize(self) -> int:
@@ -151,9 +153,11 @@ class DryWorker:
         """
         model = self.worker.model
         try:
-            with dry():
-                model.head_is_last = head_is_last(model.module, self.worker.device)
-            with dry() as seen:
+            if self._head_is_last is None:
+                with dry(self._results):
+                    self._head_is_last = head_is_last(model.module, self.worker.device)
+            model.head_is_last = self._head_is_last
+            with dry(self._results) as seen:
                 loss = batch.loss()
                 if labels:
                     loss = replace(loss, uniforms_bt=torch.zeros(self.B, self.T, dtype=torch.float64))

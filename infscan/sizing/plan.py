@@ -107,7 +107,7 @@ def estimate(config: PlanJob) -> Estimate:
         costs=costs,
         factors=factors,
         bytes=scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T),
-        writes=writes_of(config, architecture.layers, queries, shards, scanned.sequences, factors),
+        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors),
         workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,
         hosts=host_memory(config, architecture.layers, queries, scanned.T, shards, query_itemsize),

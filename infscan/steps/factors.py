@@ -55,6 +55,7 @@ from infscan.steps.factor_files import (
     store_plan,
     tokens_key,
 )
+from infscan.steps.gradients import StoredTokens
 from infscan.steps.inputs import Inputs
 from infscan.steps.labels import FitTask, Targets
 from infscan.steps.preconditioner import Preconditioner, StoredGradients
@@ -82,17 +83,22 @@ class Factors:
     iteration: dict[str, Any] | None = None
 
 
-def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
+def fit(run: Run, vectors: StoredGradients | StoredTokens | None = None) -> Factors:
     """Covariance sums, eigenbases, Lambda sums; each piece that is in storage already is kept.
 
-    vectors: with stages, what the later ones left of the queries; the inverse is applied to them.
+    vectors: what the inverse is applied to: the queries' gradients or, with stages, what the later ones left of them.
+    None has gradients taken where they are needed.
 
     Raises:
         FactorsError: where factors.path holds factors of another model, corpus or setting, naming what differs.
     """
     config, store = run.config, run.folder.factors
     settings = config.factors
-    inverse = Preconditioner(store, settings.solver, settings.damping, config.alpha, vectors, matmul=run.inputs.matmul)
+    inverse = Preconditioner(store, settings.solver, settings.damping, config.alpha, matmul=run.inputs.matmul)
+    if isinstance(vectors, StoredTokens):
+        inverse = replace(inverse, tokens=vectors)
+    else:
+        inverse = replace(inverse, vectors=vectors)
     if config.factors.solver is Solver.identity:
         return Factors(inverse, None)
     corpus = prepare_factors_corpus(run)

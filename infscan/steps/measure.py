@@ -1,12 +1,13 @@
-"""The log-probability that the model gives each completion, and the size of its gradient, before the corpus is asked.
+"""The log-probability that the model gives each completion, and its gradient, before the corpus is asked.
 
 A question that the model cannot answer has a large gradient and confident rows; these numbers say so beforehand. They
-are taken at the model that is asked: with stages, the last one's.
+are taken at the model that is asked: with stages, the last one's. The gradients are kept: the query batch, the check
+and refining read them (`infscan.steps.gradients`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,20 @@ from infscan.config import fingerprint
 from infscan.corpus.tokenizer import Tokenizer
 from infscan.engine.executor import Step
 from infscan.errors import StorageError
-from infscan.influence.layers import Layer
-from infscan.influence.routed import Routed
 from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
 from infscan.results import manifest
 from infscan.results.schema import QUERIES, damaged, read_with_footer, to_parquet
 from infscan.results.statements import UNLIKELY
-from infscan.steps.preconditioner import backward_of_part
+from infscan.results.tensor_files import write_tensors
+from infscan.steps.gradients import StoredTokens, Tokens, check_tokens, joined, kept_bytes, kept_tensors, part_tokens
+from infscan.steps.queries import is_made
 from infscan.steps.run import Run
+from infscan.storage import Store
 
 NAME = "queries/queries.parquet"
-_QUERIES_PER_UNIT = 64
+# Queries of a unit at most, and bytes of their gradients, which are serialised at once.
+_QUERIES_PER_UNIT, _BYTES_PER_UNIT = 64, 1 << 28
 # A contrast whose one gradient is this many times the other's is a question about that one alone.
 DWARFED = 10.0
 
@@ -45,32 +48,64 @@ class MeasuredPart:
 
 @dataclass(frozen=True)
 class MeasureTask:
+    """Some queries, and the file for their gradients."""
+
+    store: Store
+    name: str
     queries: tuple[Query, ...]
+    fingerprint: str
 
 
-def measure(run: Run) -> pa.Table:
-    """Measure every query at the model that is asked; written to queries/queries.parquet, and read back on a resume."""
+def measure(run: Run) -> StoredTokens:
+    """Measure every query at the model that is asked, and keep its gradient.
+
+    What was measured is written to queries/queries.parquet, gradients beside it; both are read back on a resume.
+    Returns where the gradients are.
+    """
     asked, facts = _asked(run), _facts(run)
-    if (known := _known(run, facts)) is not None:
-        return known
+    units = _units(asked, run.queries)
+    layers = [layer.name for layer in asked.inputs.layers]
+    keys = [fingerprint([facts, layers, [query.id for query in run.queries[unit.start : unit.stop]]]) for unit in units]
+    names = [f"queries/gradients-{key[:24]}.safetensors" for key in keys]
+    known = _known(run, facts)
     parts: dict[int, list[list[MeasuredPart]]] = {}
-    starts = range(0, len(run.queries), _QUERIES_PER_UNIT)
     step = Step(
         name="measure",
         unit_name="groups",
-        units=list(starts),
+        units=range(len(units)),
         function=measure_task,
-        task=lambda start: MeasureTask(run.queries[start : start + _QUERIES_PER_UNIT]),
-        progress=lambda start, found: (len(found), 0),
+        task=lambda number: MeasureTask(
+            run.store, names[number], run.queries[units[number].start : units[number].stop], keys[number]
+        ),
+        is_done=lambda number: known and is_made(run, names[number], keys[number]),
+        progress=lambda number, found: (len(found), 0),
     )
-    asked.executor.run(step, lambda start, found: parts.update({start: found}))
-    measured = [one for start in starts for one in parts[start]]
-    rows = [_row(query, one, asked.inputs.tokenizer) for query, one in zip(run.queries, measured, strict=True)]
+    asked.executor.run(step, lambda number, found: parts.update({number: found}))
+    if not known:
+        _write(run, [one for number in range(len(units)) for one in parts[number]], facts)
+    by_query = {run.queries[index].id: name for name, unit in zip(names, units, strict=True) for index in unit}
+    return StoredTokens(run.store, by_query, asked.inputs.dtype)
+
+
+def _units(asked: Run, queries: Sequence[Query]) -> list[range]:
+    """Queries that are measured by one worker, and whose gradients are in one file: it has them all at once."""
+    units: list[range] = []
+    start, used = 0, 0
+    for index, query in enumerate(queries):
+        size = kept_bytes(query, asked.inputs.layers, asked.inputs.itemsize)
+        if index > start and (index - start == _QUERIES_PER_UNIT or used + size > _BYTES_PER_UNIT):
+            units.append(range(start, index))
+            start, used = index, 0
+        used += size
+    return [*units, range(start, len(queries))]
+
+
+def _write(run: Run, measured: Sequence[Sequence[MeasuredPart]], facts: dict[str, str]) -> None:
+    tokenizer = _asked(run).inputs.tokenizer
+    rows = [_row(query, one, tokenizer) for query, one in zip(run.queries, measured, strict=True)]
     for row in rows:
         _warn(run, row)
-    table = pa.Table.from_pylist(rows, schema=QUERIES)
-    run.store.write(NAME, to_parquet(table, facts))
-    return table
+    run.store.write(NAME, to_parquet(pa.Table.from_pylist(rows, schema=QUERIES), facts))
 
 
 def measured_part(run: Run) -> manifest.Part:
@@ -95,29 +130,41 @@ def _facts(run: Run) -> dict[str, str]:
     return {"queries": fingerprint([inputs.fingerprints(), inputs.dtype])}
 
 
-def _known(run: Run, facts: dict[str, str]) -> pa.Table | None:
-    """What an earlier process measured of the same queries at the same model."""
+def _known(run: Run, facts: dict[str, str]) -> bool:
+    """Whether an earlier process measured the same queries at the same model."""
     try:
-        table, footer = read_with_footer(run.store, NAME)
+        _, footer = read_with_footer(run.store, NAME)
     except StorageError:
-        return None
-    return table if footer.get("queries") == facts["queries"] else None
+        return False
+    return bool(footer.get("queries") == facts["queries"])
 
 
 def measure_task(worker: ModelWorker, task: MeasureTask) -> list[list[MeasuredPart]]:
-    """The parts of every query, measured one by one as their gradients are taken."""
-    return [[_measured(worker, part) for part in query.parts] for query in task.queries]
+    """The parts of every query, measured one by one; rank 0 writes the file of the queries' gradients.
+
+    Raises:
+        QueryError: where a gradient is NaN or infinite.
+    """
+    measured: list[list[MeasuredPart]] = []
+    tensors: dict[str, Tensor] = {}
+    for query in task.queries:
+        parts = [part_tokens(worker, part, worker.layers) for part in query.parts]
+        measured.append(
+            [_measured(part, losses_b, found) for part, (losses_b, found) in zip(query.parts, parts, strict=True)]
+        )
+        for layer in worker.layers:
+            V = joined(layer, [found for _, found in parts], worker)
+            check_tokens(layer.name, [query], [V])
+            if worker.leads:
+                tensors |= kept_tensors(query.id, layer, V, worker.model.dtype)
+    if worker.leads:
+        write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
+    return measured
 
 
-def _measured(worker: ModelWorker, part: Part) -> MeasuredPart:
-    squares: list[Tensor] = []
-
-    def consume(_layer: Layer, s: Tensor, a: Tensor, _routed: Routed | None) -> None:
-        s_to, a_ti = s.view(-1, s.shape[-1]).to(worker.wide), a.view(-1, a.shape[-1]).to(worker.wide)
-        # |sum_t s_t a_t^T|^2 = sum over t, u of (s_t . s_u)(a_t . a_u), without forming the gradient.
-        squares.append(((s_to @ s_to.T) * (a_ti @ a_ti.T)).sum())
-
-    losses_b = backward_of_part(worker, part, worker.layers, consume)
+def _measured(part: Part, losses_b: Tensor, found: Mapping[str, Tokens]) -> MeasuredPart:
+    # |sum_t s_t a_t^T|^2 = sum over t, u of (s_t . s_u)(a_t . a_u), without forming the gradient.
+    squares = [((one.s_to @ one.s_to.T) * (one.a_ti @ one.a_ti.T)).sum() for one in found.values()]
     norm = sum(float(square) for square in squares)
     return MeasuredPart(-float(losses_b[0]) * part.sign, max(norm, 0.0) ** 0.5)
 

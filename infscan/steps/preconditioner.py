@@ -10,22 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from infscan.config import DampingConfig, Solver, fingerprint, plain
-from infscan.errors import QueryError
-from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.precision import Multiply, multiplying
-from infscan.influence.routed import Routed
-from infscan.model.losses import Loss
-from infscan.model.worker import Batch, LayerConsumer, ModelWorker
-from infscan.queries import Part, Query
+from infscan.model.worker import ModelWorker
+from infscan.queries import Query
 from infscan.results.tensor_files import read_tensor
 from infscan.steps.factor_files import read_layer_factors
+from infscan.steps.gradients import StoredTokens, Tokens, by_tokens, check_finite, query_tokens, read_tokens
 from infscan.storage import Identity, Store
 
 
@@ -54,6 +50,8 @@ class Preconditioner:
     alpha: float = 0.0
     # What a later stage left, in place of the gradients at this stage's own model.
     vectors: StoredGradients | None = None
+    # Those gradients, where they were taken before; else they are taken where they are needed.
+    tokens: StoredTokens | None = None
     # Of solver=cg and solver=astra, once they are found; they take the place of EK-FAC's.
     solutions: StoredGradients | None = None
     # How a GPU multiplies when it rotates gradients, and scores with them at full rank.
@@ -73,101 +71,32 @@ class Preconditioner:
         return fingerprint(known)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A query's gradient V = grad(-f) = sum_t s_t a_t^T, by its tokens: s_to [n, O], a_ti [n, I], float32 or wider.
-
-    Signs are in s. A query has few tokens, so this is far smaller than V, and cheaper to rotate.
-    """
-
-    s_to: Tensor
-    a_ti: Tensor
-
-    def matrix(self) -> Tensor:
-        """V, [O, I]."""
-        return self.s_to.T @ self.a_ti
-
-
-def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, list[Tokens]]:
-    """V of every query, by layer and by its tokens.
-
-    Every rank of a group computes all of them, in step; the measurement's signs are in the loss. One token sequence at
-    a time: beside others, longer or shorter, a query's gradient would round otherwise.
-
-    Raises:
-        QueryError: where a gradient is NaN or infinite.
-    """
-    found: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
-    for query in queries:
-        parts: dict[str, list[Tokens]] = {layer.name: [] for layer in layers}
-        for part in query.parts:
-
-            def consume(
-                layer: Layer, s: Tensor, a: Tensor, _: Routed | None, parts: dict[str, list[Tokens]] = parts
-            ) -> None:
-                s_to, a_ti = s.view(-1, layer.outputs), a.view(-1, layer.inputs)
-                parts[layer.name].append(Tokens(s_to.to(worker.wide), a_ti.to(worker.wide)))
-
-            backward_of_part(worker, part, layers, consume)
-        for layer in layers:
-            found[layer.name].append(_joined(layer, parts[layer.name], worker))
-    for name, mine in found.items():
-        finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in mine])
-        check_finite(name, queries, finite)
-    return found
-
-
-def _joined(layer: Layer, parts: Sequence[Tokens], worker: ModelWorker) -> Tokens:
-    """The tokens of all parts; none of an expert that no token goes to."""
-    if not parts:
-        like = torch.empty(0, dtype=worker.wide, device=worker.device)
-        return Tokens(like.new_empty(0, layer.outputs), like.new_empty(0, layer.inputs))
-    return Tokens(torch.cat([one.s_to for one in parts]), torch.cat([one.a_ti for one in parts]))
-
-
-def backward_of_part(worker: ModelWorker, part: Part, layers: Sequence[Layer], consume: LayerConsumer) -> Tensor:
-    """One part of a query forward and back through `layers`; returns its share of -f, signed, [1]."""
-    # Nothing from the last measured token on has a gradient.
-    ids = np.asarray([part.token_ids[: max(part.positions)]], np.int64)
-    targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-    at = np.asarray(part.positions)
-    # The input position t - 1 predicts token t.
-    targets[0, at - 1] = np.asarray(part.token_ids)[at]
-    weights[0, at - 1] = part.sign
-    batch = Batch(np.arange(1), worker.to_device(ids), worker.to_device(np.ones(ids.shape, np.bool_)))
-    return worker.backward(batch, layers, Loss(worker.to_device(targets), worker.to_device(weights)), consume)
-
-
-def check_finite(layer: str, queries: Sequence[Query], finite_q: Tensor) -> None:
-    """Raises QueryError with the first query whose gradient at the layer is not finite."""
-    if not bool(finite_q.all()):
-        bad = queries[int((~finite_q).nonzero()[0])].id
-        raise QueryError(
-            f"query {bad!r}: its gradient at {layer} is NaN or infinite; use model.dtype=float32, or leave it out."
-        )
-
-
 def query_gradients(worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer]) -> dict[str, Tensor]:
     """V = grad(-f) of every query, by layer: [Q, O, I] float32 or wider.
 
     Raises:
         QueryError: where a gradient is NaN or infinite.
     """
-    tokens = query_tokens(worker, queries, layers)
-    V = {}
-    for name in list(tokens):
-        V[name] = torch.stack([one.matrix() for one in tokens.pop(name)])
-        check_finite(name, queries, torch.isfinite(V[name]).flatten(1).all(dim=1))
-    return V
+    return _matrices(query_tokens(worker, queries, layers), queries)
 
 
 def gradients(
     worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
 ) -> dict[str, Tensor]:
     """What the inverse is applied to, by layer [Q, O, I]: grad(-f) at this model, or what a later stage left of it."""
-    if inverse.vectors is not None:
-        return read_vectors(worker, queries, layers, inverse.vectors)
-    return query_gradients(worker, queries, layers)
+    return _matrices(_given(worker, queries, layers, inverse), queries)
+
+
+def _matrices(given: Mapping[str, Sequence[Tokens | Tensor] | Tensor], queries: Sequence[Query]) -> dict[str, Tensor]:
+    """[Q, O, I] by layer, layer after layer."""
+    V, found = dict(given), dict[str, Tensor]()
+    for name in list(V):
+        mine = V.pop(name)
+        if not isinstance(mine, Tensor):
+            mine = torch.stack([one.matrix() if isinstance(one, Tokens) else one for one in mine])
+        check_finite(name, queries, torch.isfinite(mine).flatten(1).all(dim=1))
+        found[name] = mine
+    return found
 
 
 def layer_factors(
@@ -220,10 +149,22 @@ DampedFactors = tuple[LayerFactors, float] | None
 
 def sources(
     worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
-) -> Mapping[str, Sequence[Tokens] | Tensor]:
+) -> Mapping[str, Sequence[Tokens | Tensor] | Tensor]:
     """Of every query, by layer: the solution where there is one, what a later stage left, or the gradient's tokens."""
-    stored = inverse.solutions or inverse.vectors
-    return read_vectors(worker, queries, layers, stored) if stored else query_tokens(worker, queries, layers)
+    if inverse.solutions is not None:
+        return read_vectors(worker, queries, layers, inverse.solutions)
+    return _given(worker, queries, layers, inverse)
+
+
+def _given(
+    worker: ModelWorker, queries: Sequence[Query], layers: Sequence[Layer], inverse: Preconditioner
+) -> Mapping[str, Sequence[Tokens | Tensor] | Tensor]:
+    """`sources` without solutions. Gradients are read where they were taken before of this model in this dtype."""
+    if inverse.vectors is not None:
+        return read_vectors(worker, queries, layers, inverse.vectors)
+    if inverse.tokens is not None and inverse.tokens.has(queries, worker.model.dtype):
+        return read_tokens(worker, queries, layers, inverse.tokens)
+    return query_tokens(worker, queries, layers)
 
 
 def core(V: Tokens | Tensor, layer: Layer, known: DampedFactors, *, solved: bool = False) -> Tensor:
@@ -233,7 +174,7 @@ def core(V: Tokens | Tensor, layer: Layer, known: DampedFactors, *, solved: bool
     factors, lam = known
     if isinstance(V, Tensor):
         rotated = to_core(V, factors)
-    elif rotate_tokens_first(len(V.s_to), layer.outputs, layer.inputs):
+    elif by_tokens(len(V.s_to), layer):
         rotated = tokens_to_core(V.s_to, V.a_ti, factors)
     else:
         rotated = to_core(V.matrix(), factors)

@@ -157,7 +157,7 @@ def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
         units=[(q, g) for q in range(len(groups)) for g in range(len(layer_groups))],
         function=query_task,
         task=task,
-        is_done=lambda cell: _is_made(run, names[cell[0]][cell[1]], key),
+        is_done=lambda cell: is_made(run, names[cell[0]][cell[1]], key),
         progress=lambda cell, tokens: (len(groups[cell[0]]), tokens),
     )
     run.executor.run(step)
@@ -195,7 +195,7 @@ def _shared_bases(run: Run, factors: Factors, batch: StoredBatch, weights: np.nd
         units=list(names),
         function=shared_basis_task,
         task=task,
-        is_done=lambda number: _is_made(run, names[number], key),
+        is_done=lambda number: is_made(run, names[number], key),
     )
     run.executor.run(step, shared=[run.executor.share(batch)])
     return {plan.layers[number].name: name for number, name in names.items()}
@@ -213,8 +213,8 @@ def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
         )
 
 
-def _is_made(run: Run, name: str, key: str) -> bool:
-    """Whether a file of the query batch is there, of this key and whole; a damaged one is made again."""
+def is_made(run: Run, name: str, key: str) -> bool:
+    """Whether a file in <output>/queries is there, of this key and whole; a damaged one is made again."""
     if not run.store.exists(name):
         return False
     try:

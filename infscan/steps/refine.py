@@ -36,7 +36,8 @@ from infscan.steps.scan import Scanned
 from infscan.storage import Store
 from infscan.storage.prefetch import prefetch
 
-_SEQUENCES_PER_UNIT = 256
+# A unit is one worker's: it has so many sequences that a small run's work is shared, and no more than the last.
+_FEWEST_PER_UNIT, _UNITS_OF_A_SMALL_RUN, _MOST_PER_UNIT = 32, 64, 256
 # A unit's token scores, 4 bytes each, are in memory at once, on a rank and where they are published: 32 MiB at T = 512.
 _PAIRS_PER_UNIT = 1 << 14
 
@@ -54,7 +55,9 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     model in scan.refine_dtype."""
     inputs, config = run.inputs, run.config
     groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
-    units = refine_units(scanned.best, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    T = run.architecture.sequence_length(config.corpus.sequence_length)
+    size = sequences_per_unit(len(np.unique(scanned.best.sequence_ids)), config.tokens_per_batch // T)
+    units = refine_units(scanned.best, groups, size, _PAIRS_PER_UNIT)
     # The files of other candidates, or of the same ones cut otherwise, are elsewhere.
     cut = sha256(b"".join(array.tobytes() for unit in units for array in (unit.sequence_ids, unit.queries)))
     sizes = [(unit.group, len(unit.queries)) for unit in units]
@@ -67,13 +70,14 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     for number, layers in cells:
         paths[units[number].group][layers].append(path_of[number, layers])
     there = whole_units(run, digest)
+    gradients = full_rank_key(run, factors)
 
     def task(cell: tuple[int, int]) -> RefineTask:
         unit = units[cell[0]]
         return RefineTask(
             run=run.store,
             path=path_of[cell],
-            group=f"{unit.group}/{cell[1]}/{digest}",
+            group=f"{gradients}/{unit.group}/{cell[1]}",
             queries=tuple(run.queries[query] for query in groups[unit.group]),
             layers=layer_groups[cell[1]],
             inverse=factors.inverse,
@@ -85,6 +89,22 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
 
     score_again(run, "refine", cells, units, task, lambda cell: path_of[cell] in there)
     return Refined(groups, paths)
+
+
+def sequences_per_unit(candidates: int, per_batch: int) -> int:
+    """How many sequences a unit has at most, by the candidates alone: the same units whatever the workers.
+
+    per_batch: sequences of a micro-batch; a unit has whole ones, where it has room for one.
+    """
+    wanted = max(_FEWEST_PER_UNIT, -(-candidates // _UNITS_OF_A_SMALL_RUN))
+    per_batch = max(1, per_batch)
+    return min(_MOST_PER_UNIT, per_batch * -(-wanted // per_batch))
+
+
+def full_rank_key(run: Run, factors: Factors) -> str:
+    """What the full-rank gradients of the run's queries follow from: a rank keeps them from one step to the next."""
+    inputs = run.inputs
+    return fingerprint([inputs.fingerprints(), factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype])
 
 
 Cell = TypeVar("Cell", bound=tuple[int, ...])
@@ -165,7 +185,7 @@ class RefineTask:
     """Some candidates of a group of queries, for a group of layers.
 
     shards: shard names with the sequence_ids to take from each (their tokens lie in the shard's file).
-    wanted: sequence_id -> indices into `queries`.
+    wanted: sequence_id -> indices into `queries`. group: by which a rank keeps its gradients.
     """
 
     run: Store

@@ -20,7 +20,15 @@ from infscan.results.shard_file import GIVEN, read_candidates
 from infscan.steps.corpus_inputs import separators
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import query_groups
-from infscan.steps.refine import Context, Refined, RefineTask, refine_units, score_again, whole_units
+from infscan.steps.refine import (
+    Context,
+    Refined,
+    RefineTask,
+    full_rank_key,
+    refine_units,
+    score_again,
+    whole_units,
+)
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 
@@ -70,6 +78,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, refined: Refined, factors:
     cells = [(unit, l, c) for unit in range(len(units)) for l in range(len(layer_groups)) for c in range(len(contexts))]
     path_of = {cell: unit_path(digest, number) for number, cell in enumerate(cells)}
     there = whole_units(run, digest)
+    gradients = full_rank_key(run, factors)
 
     def task(cell: tuple[int, int, int]) -> RefineTask:
         unit, layers_, context = cell
@@ -77,7 +86,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, refined: Refined, factors:
             run=run.store,
             path=path_of[cell],
             # As refine has it, so that a rank keeps the queries' gradients.
-            group=f"{units[unit].group}/{layers_}/{digest}",
+            group=f"{gradients}/{units[unit].group}/{layers_}",
             queries=tuple(run.queries[query] for query in groups[units[unit].group]),
             layers=layer_groups[layers_],
             inverse=factors.inverse,

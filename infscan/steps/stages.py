@@ -22,6 +22,7 @@ from infscan.model.worker import ModelWorker
 from infscan.queries import Query, queries_fingerprint
 from infscan.results.tensor_files import write_tensors
 from infscan.steps.factors import Factors, fit
+from infscan.steps.gradients import StoredTokens
 from infscan.steps.preconditioner import Preconditioner, StoredGradients, preconditioned, query_groups
 from infscan.steps.run import Run
 from infscan.steps.solve import solve
@@ -30,15 +31,17 @@ from infscan.storage import Store
 FOLDER = "vectors"
 
 
-def pull_back_queries(run: Run) -> StoredGradients | None:
-    """grad(-f) at the last stage's model, brought back through every stage after the scanned one; None without stages.
+def pull_back_queries(run: Run, taken: StoredTokens | None = None) -> StoredGradients | StoredTokens | None:
+    """grad(-f) at the last stage's model, brought back through every stage after the scanned one; without stages
+    `taken`.
 
-    Vectors lie in <output>/stages/<k>/vectors; those that are there already are kept.
+    Vectors lie in <output>/stages/<k>/vectors; those that are there already are kept. taken: the gradients where
+    `infscan.steps.measure` kept them; None has them taken where they are needed.
 
     Raises:
         FactorsError: where a stage's factors.path holds factors of something else.
     """
-    vectors: StoredGradients | None = None
+    vectors: StoredGradients | StoredTokens | None = taken
     for stage in reversed(run.later):
         try:
             vectors = _through(stage, solve(stage, fit(stage, vectors)))

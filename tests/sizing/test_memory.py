@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from infscan.influence.layout import Factored, Spectrum, plan_layouts, without_c
 from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.sizing import memory
 from infscan.sizing.dry import dry
 from infscan.sizing.memory import (
     DryWorker,
@@ -77,6 +79,23 @@ def test_a_scan_is_a_forward_an_activation_gradient_and_two_thin_products(
     attention = (4 + 10) * CONTEXT * d * blocks
     scoring = sum(2 * 3 * 4 * (layer.outputs + layer.inputs) for layer in architecture.layers)
     assert found == pytest.approx(4 * multiplied + attention + scoring, rel=0.02)
+
+
+class _Forgets(dict[Any, Any]):
+    """Remembers nothing that is put into it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_operation_that_is_remembered_weighs_and_counts_as_one_that_runs(
+    models: dict[str, Architecture], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(models[family])
+    costs = pass_costs(config, models[family], 3, CONTEXT, 0.0, masked=True)
+    monkeypatch.setattr(memory, "dry", lambda _: dry(_Forgets()))
+    assert pass_costs(config, models[family], 3, CONTEXT, 0.0, masked=True) == costs
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
