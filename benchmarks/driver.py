@@ -49,6 +49,7 @@ from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards,
 from infscan.results.tensor_files import tensor_bytes
 from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
+from infscan.steps.ranking import rank
 from infscan.steps.queries import BroadcastQueries, read_query_batch
 from infscan.steps.refine import Refined, refine_units
 from infscan.steps.scan import Scanned, scan
@@ -331,7 +332,8 @@ def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
     best, refined = refined_units(run, plan, sizes, np.random.default_rng(0))
     rows = queries * 2 * sizes.top_k
     with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
-        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}, "simulated"), refined)
+        scanned = Scanned(best, ScanCounts(), {}, "simulated")
+        publish(run, plan, corpus, scanned, rank(run, scanned, refined))
     step.notes = {"margins_bytes": rows * 4 * (sizes.layers + sizes.tokens)}
     return found[0]
 

@@ -63,6 +63,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.allow_quarantined": _COUNT_OR_NONE,
     "scan.max_nonfinite": _SHARE,
     "scan.check_sequences": _COUNT_OR_NONE,
+    "scan.stability": _COUNT_OR_NONE,
+    "scan.similarity": _COUNT_OR_NONE,
     "scan.sieve": _COUNT,
     "scan.sieve_candidates": _COUNT,
     "scan.audit_sequences": _COUNT_OR_NONE,

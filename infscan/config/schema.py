@@ -393,6 +393,9 @@ class ScanConfig:
     stability: int = 0
     """The strongest rows per query and side that are scored again after other contexts (nothing, the separator, two
     other sequences' beginnings): top.score_low, score_high and sign_sure. 0 leaves it out."""
+    similarity: int | None = None
+    """The strongest rows per query and side whose hidden states are compared with the query's by a forward of each:
+    top.similarity (docs/truth.md). null compares all that are published, 0 none."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None
