@@ -46,6 +46,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "factors.num_sequences": _COUNT,
     "factors.slices": _COUNT,
     "factors.blocks": _COUNT,
+    "factors.span": _COUNT,
+    "factors.span_from": _COUNT,
     "factors.max_group_bytes": _COUNT,
     "factors.damping.relative": _ABOVE_ZERO,
     "factors.damping.absolute": _ABOVE_ZERO,

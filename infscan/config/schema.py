@@ -337,6 +337,11 @@ class FactorsConfig:
     are fitted on and each slice's partial sums are large."""
     blocks: int = 1
     """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
+    span: int = 256
+    """Eigenvectors of S that are kept of output embeddings whose S is too wide to be formed; outside of their span one
+    Lambda per input axis stands for all output directions (docs/method.md#the-head)."""
+    span_from: int = 8192
+    """Rows of output embeddings above which that is so."""
     max_group_bytes: int | None = None
     """Bytes of factors that a rank holds at once; layers beyond them take another pass. null is what a GPU has left
     beside the model, and 8 GiB on a CPU."""
