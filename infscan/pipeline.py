@@ -29,6 +29,7 @@ from infscan.steps.similarity import similarity
 from infscan.steps.solve import solve
 from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
+from infscan.steps.targets import targets
 
 
 def answer(config: Config) -> None:
@@ -65,8 +66,10 @@ def answer(config: Config) -> None:
         steadiness = stability(run, chosen.plan, scanned, ranked, factors)
         # What a reader would call relevant: hidden states of the published rows beside the query's, forward only.
         likeness = similarity(run, chosen.plan, corpus, scanned, ranked.ranking)
+        # scan.targets: what each token of the strongest rows taught as a target; else nothing.
+        taught = targets(run, chosen.plan, scanned, ranked.ranking, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, likeness)
+        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, likeness, taught)
         publish(run, chosen.plan, corpus, scanned, ranked, *aside)
 
 
@@ -110,4 +113,6 @@ def ask(
         refined = refine(run, plan, scanned, factors)
         ranked = rank(run, scanned, refined)
         likeness = similarity(run, plan, chosen, scanned, ranked.ranking)
-        publish(run, plan, chosen, scanned, ranked, None, factors.iteration, planned_bytes, likeness=likeness)
+        taught = targets(run, plan, scanned, ranked.ranking, factors)
+        aside = (None, factors.iteration, planned_bytes, None, None, likeness, taught)
+        publish(run, plan, chosen, scanned, ranked, *aside)

@@ -67,6 +67,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.check_sequences": _COUNT_OR_NONE,
     "scan.stability": _COUNT_OR_NONE,
     "scan.similarity": _COUNT_OR_NONE,
+    "scan.targets": _COUNT_OR_NONE,
     "scan.sieve": _COUNT,
     "scan.sieve_candidates": _COUNT,
     "scan.audit_sequences": _COUNT_OR_NONE,

@@ -401,6 +401,9 @@ class ScanConfig:
     similarity: int | None = None
     """The strongest rows per query and side whose hidden states are compared with the query's by a forward of each:
     top.similarity (docs/truth.md). null compares all that are published, 0 none."""
+    targets: int | None = 0
+    """The strongest rows per query and side of which tokens.targets says what every token taught as a target, by a
+    forward with a tangent of each row. null takes all that are published, 0 none."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None

@@ -212,7 +212,15 @@ QUERIES = pa.schema(
     ]
 )
 
-TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("scores", pa.list_(pa.float32()))])
+TOKENS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("sequence_id", pa.int64()),
+        ("scores", pa.list_(pa.float32())),
+        # By token: what predicting it taught; they add up to the score too. Null for rows beyond scan.targets.
+        ("targets", pa.list_(pa.float32())),
+    ]
+)
 
 
 def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:

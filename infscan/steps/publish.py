@@ -34,6 +34,7 @@ from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
 from infscan.steps.similarity import Similarities
 from infscan.steps.stability import Stability
+from infscan.steps.targets import Targets
 from infscan.storage import json_bytes, storage_faults
 
 
@@ -49,6 +50,7 @@ def publish(
     searched: Searched | None = None,
     steadiness: Stability | None = None,
     likeness: Similarities | None = None,
+    taught: Targets | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
@@ -56,8 +58,8 @@ def publish(
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
-    how they were found and what that missed. steadiness, likeness: what `infscan.steps.stability` and
-    `infscan.steps.similarity` found.
+    how they were found and what that missed. steadiness, likeness, taught: what
+    `infscan.steps.stability`, `infscan.steps.similarity` and `infscan.steps.targets` found.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -91,7 +93,8 @@ def publish(
             beside |= _steady(steadiness, ranking)
         if likeness is not None:
             beside["similarity"] = pa.array(likeness.of(ranking), from_pandas=True)
-        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside)
+        by_target = taught.of if taught is not None else None
+        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside, by_target)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
         phase.advance(sequences=len(documents))
     if scanned.counts.halved:
