@@ -119,7 +119,7 @@ def test_a_share_is_of_the_explained_tokens_and_queries_are_added_up(run: str) -
 def test_what_cannot_be_masked_is_refused(run: str) -> None:
     with pytest.raises(QueryError, match=r"nobody.*q0, q1"):
         run_masks(MasksJob(run=run, query_ids=["nobody"]))
-    with pytest.raises(RunError, match="no explanation, and .*: explain rows first, infscan explain"):
+    with pytest.raises(RunError, match=r"no explanation, and .*: explain rows first, infscan explain"):
         run_masks(MasksJob(run=run, name="other"))
     for wrong in (MasksJob(run=run, share=0.0), MasksJob(run=run, tokens=0)):
         with pytest.raises(ConfigError, match="tokens"):
