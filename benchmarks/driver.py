@@ -49,8 +49,8 @@ from infscan.results.shard_file import ScanCounts, ShardCounts, finished_shards,
 from infscan.results.tensor_files import tensor_bytes
 from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
-from infscan.steps.ranking import rank
 from infscan.steps.queries import BroadcastQueries, read_query_batch
+from infscan.steps.ranking import rank
 from infscan.steps.refine import Refined, refine_units
 from infscan.steps.scan import Scanned, scan
 from infscan.steps.stored_queries import StoredBatch, read_spectra
