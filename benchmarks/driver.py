@@ -51,6 +51,7 @@ from infscan.steps.measure import MeasuredPart, measure
 from infscan.steps.plan import make_plan
 from infscan.steps.publish import publish
 from infscan.steps.queries import BroadcastQueries, read_query_batch
+from infscan.steps.ranking import rank
 from infscan.steps.refine import Refined, refine_units
 from infscan.steps.run_folder import CONFIG
 from infscan.steps.scan import Scanned, scan
@@ -363,7 +364,8 @@ def published(sizes: argparse.Namespace, folder: str, queries: int) -> Measured:
     run.store.write_json(CONFIG, {})
     rows = queries * 2 * sizes.top_k
     with measured(f"publish, {queries} queries x {2 * sizes.top_k}", rows, "row", Away(), found) as step:
-        publish(run, plan, corpus, Scanned(best, ScanCounts(), {}, "simulated"), refined)
+        scanned = Scanned(best, ScanCounts(), {}, "simulated")
+        publish(run, plan, corpus, scanned, rank(run, scanned, refined))
     step.notes = {"margins_bytes": rows * 4 * (sizes.layers + sizes.tokens)}
     return found[0]
 

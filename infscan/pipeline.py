@@ -21,12 +21,15 @@ from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
 from infscan.steps.publish import publish
 from infscan.steps.queries import query_batch
+from infscan.steps.ranking import rank
 from infscan.steps.refine import refine
 from infscan.steps.run import open_run
 from infscan.steps.scan import scan
+from infscan.steps.similarity import similarity
 from infscan.steps.solve import solve
 from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
+from infscan.steps.targets import targets
 
 
 def answer(config: Config) -> None:
@@ -55,13 +58,19 @@ def answer(config: Config) -> None:
         scanned = scan(run, chosen.plan, corpus, batch, full_pass(run, chosen))
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, chosen.plan, scanned, factors)
+        # Of them those that are published.
+        ranked = rank(run, scanned, refined)
         # What was missed, from the audit.
         searched = certificate(run, chosen, scanned)
         # scan.stability: the strongest rows once more, after other contexts; else nothing.
-        steadiness = stability(run, chosen.plan, scanned, refined, factors)
+        steadiness = stability(run, chosen.plan, scanned, ranked, factors)
+        # What a reader would call relevant: hidden states of the published rows beside the query's, forward only.
+        likeness = similarity(run, chosen.plan, corpus, scanned, ranked.ranking)
+        # scan.targets: what each token of the strongest rows taught as a target; else nothing.
+        taught = targets(run, chosen.plan, scanned, ranked.ranking, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness)
-        publish(run, chosen.plan, corpus, scanned, refined, *aside)
+        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, likeness, taught)
+        publish(run, chosen.plan, corpus, scanned, ranked, *aside)
 
 
 def make_index(config: IndexJob) -> IndexManifest:
@@ -102,4 +111,8 @@ def ask(
         batch = query_batch(run, factors)
         scanned = scan(run, plan, chosen, batch)
         refined = refine(run, plan, scanned, factors)
-        publish(run, plan, chosen, scanned, refined, None, factors.iteration, planned_bytes)
+        ranked = rank(run, scanned, refined)
+        likeness = similarity(run, plan, chosen, scanned, ranked.ranking)
+        taught = targets(run, plan, scanned, ranked.ranking, factors)
+        aside = (None, factors.iteration, planned_bytes, None, None, likeness, taught)
+        publish(run, plan, chosen, scanned, ranked, *aside)

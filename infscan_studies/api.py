@@ -206,15 +206,18 @@ class ProveResult:
     def show(self) -> None:
         from infscan_studies.report.validation import show_effects
 
+        if self.job.plan:
+            print(self.facts["cost"])
+            return
         show_effects(self.table, self.facts, self.job)
-        print(f"\nRow by row: {self.uri}/prove.parquet")
+        print(f"\nRow by row: {self.uri}/prove.parquet. As a page to read: infscan report {self.job.run}")
 
 
 def run_prove(job: ProveJob) -> ProveResult:
     from infscan.results.schema import to_parquet
     from infscan.steps.finished import reopen
     from infscan.storage import Store
-    from infscan_studies.prove import prove
+    from infscan_studies.prove import effects_table, prove
 
     job.run = absolute(job.run)
     job.dot_product = absolute(job.dot_product) if job.dot_product else None
@@ -223,7 +226,10 @@ def run_prove(job: ProveJob) -> ProveResult:
     with reopen(job.run, job.cluster, job.query_ids) as run:
         table, facts = prove(run, job)
     store = Store(job.folder)
-    store.write("prove.parquet", to_parquet(table, {"prove": plain(job), **facts}))
+    if not job.plan:
+        footer = {"prove": plain(job), **facts}
+        store.write("effects.parquet", to_parquet(effects_table(table, job.resamples, job.seed), footer))
+        store.write("prove.parquet", to_parquet(table, footer))
     return ProveResult(store.uri, table, facts, job)
 
 

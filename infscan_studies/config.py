@@ -563,6 +563,9 @@ class ProveJob:
     """What takes the steps, from a state of its own and without weight decay."""
     steps: int = 1
     """Training steps on a sequence."""
+    also_after: list[int] = field(default_factory=list)
+    """Counts below `steps` after which the completion is measured too, on the way: the column `steps` tells them
+    apart."""
     learning_rate: float | None = None
     """Of every step; null is the smallest of 1e-8, 3.2e-8, ... at which a sequence's own loss falls by `fall`."""
     fall: float = 0.05
@@ -571,6 +574,8 @@ class ProveJob:
     """Bootstrap resamples behind an interval."""
     max_hours: float = 2.0
     """A proof that would take longer, by the time of its first steps, is refused."""
+    plan: bool = False
+    """Say what it would cost, by the time of its first steps, and stop."""
     seed: int = 0
     """Seed of the random controls and of what is resampled."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -586,6 +591,16 @@ class ProveJob:
             raise ConfigError(f"learning_rate={self.learning_rate}: give a number above 0, or null.")
         if not 0 < self.fall < 1:
             raise ConfigError(f"fall={self.fall}: a share of a loss, between 0 and 1.")
+        if any(not 0 < count < self.steps for count in self.also_after):
+            raise ConfigError(
+                f"also_after={self.also_after}: counts of steps on the way to steps={self.steps}, each from 1 to below "
+                "it; give more steps, or other counts."
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The counts of steps after which the completion is measured, ascending."""
+        return (*sorted(set(self.also_after)), self.steps)
 
     @property
     def folder(self) -> str:

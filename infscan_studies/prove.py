@@ -6,6 +6,7 @@ and after. Nothing is written to the model's folder: each worker puts its weight
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infscan.config import Dtype, Sides
@@ -30,7 +32,9 @@ from infscan.steps.run import Run
 from infscan_studies.config import ProveJob, StepOptimizer
 from infscan_studies.truth.bm25 import bm25_scores
 from infscan_studies.truth.retrain import measure_queries
-from infscan_studies.truth.steps import effects, find_learning_rate
+from infscan_studies.truth.steps import After, effects, find_learning_rate
+
+log = logging.getLogger("infscan")
 
 PROPONENT, OPPONENT, RANDOM, BM25, DOT = "proponent", "opponent", "random", "BM25", "gradient dot product"
 KINDS = (PROPONENT, OPPONENT, DOT, BM25, RANDOM)
@@ -49,6 +53,27 @@ SCHEMA = pa.schema(
         # The sequence's own loss, nats.
         ("loss_before", pa.float64()),
         ("loss_after", pa.float64()),
+        # After how many training steps.
+        ("steps", pa.int32()),
+    ]
+)
+# The page reads these two by name (infscan.report.proved).
+EFFECTS = pa.schema(
+    [
+        # Null: over all queries.
+        ("query_id", pa.string()),
+        ("steps", pa.int32()),
+        ("kind", pa.string()),
+        ("rows", pa.int32()),
+        # The mean effect in nats with its interval, over queries or over one query's rows; and the share above 0.
+        ("mean", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("raises", pa.float64()),
+        # How much more proponents raise f, over the same queries; null of one query.
+        ("lead", pa.float64()),
+        ("lead_low", pa.float64()),
+        ("lead_high", pa.float64()),
     ]
 )
 _SEQUENCES_PER_UNIT = 4
@@ -77,7 +102,7 @@ class ProveTask:
     queries: tuple[Query, ...]
     optimizer: StepOptimizer
     learning_rate: float
-    steps: int
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -110,21 +135,23 @@ def first_task(worker: ModelWorker, task: FirstTask) -> First:
     query_seconds = (time.perf_counter() - started) / len(task.queries)
     rate = task.learning_rate or find_learning_rate(worker, sequences, task.optimizer, task.fall, task.steps)
     started = time.perf_counter()
-    effects(worker, sequences[0], (), task.optimizer, rate, task.steps)
+    effects(worker, sequences[0], (), task.optimizer, rate, [task.steps])
     return First(before_q, rate, time.perf_counter() - started, query_seconds)
 
 
-def prove_task(worker: ModelWorker, task: ProveTask) -> list[tuple[list[float], float, float]]:
-    """By sequence: f of its queries after the steps, its own loss before and after."""
+def prove_task(worker: ModelWorker, task: ProveTask) -> list[tuple[float, list[After]]]:
+    """By sequence: its own loss before, and what is left after each count of steps."""
     sequences = worker.read(task.corpus, np.asarray(task.sequence_ids, np.int64))
     return [
-        effects(worker, each, [task.queries[q] for q in wanted], task.optimizer, task.learning_rate, task.steps)
+        effects(worker, each, [task.queries[q] for q in wanted], task.optimizer, task.learning_rate, task.counts)
         for each, wanted in zip(sequences, task.wanted, strict=True)
     ]
 
 
 def prove(run: Run, job: ProveJob) -> tuple[pa.Table, dict[str, Any]]:
-    """The table of `SCHEMA`, and facts: learning rate, seconds, settings. run: `reopen`ed and entered.
+    """The table of `SCHEMA`, and facts: learning rate, seconds, hours. run: `reopen`ed and entered.
+
+    With job.plan nothing is trained but for that: the table is empty, and facts["cost"] says what the rest would take.
 
     Raises:
         ConfigError: where the run's model cannot be trained in one process, or it would take longer than max_hours.
@@ -142,8 +169,13 @@ def prove(run: Run, job: ProveJob) -> tuple[pa.Table, dict[str, Any]]:
     by_sequence: dict[int, set[int]] = defaultdict(set)
     for row in chosen:
         by_sequence[row.sequence_id].add(row.query)
-    _refuse_above(job, first, by_sequence)
-    task = ProveTask(address, (), (), queries, job.optimizer, first.learning_rate, job.steps)
+    cost = Cost.of(first, by_sequence, len(job.counts))
+    facts = {"learning_rate": first.learning_rate, "seconds_a_sequence": first.step_seconds, "hours": cost.hours}
+    if job.plan:
+        return SCHEMA.empty_table(), facts | {"cost": cost.sentence}
+    cost.refuse_above(job.max_hours)
+    log.info("prove       %s", cost.sentence)
+    task = ProveTask(address, (), (), queries, job.optimizer, first.learning_rate, job.counts)
     after = _train(run, task, by_sequence)
     rows = [
         {
@@ -153,14 +185,57 @@ def prove(run: Run, job: ProveJob) -> tuple[pa.Table, dict[str, Any]]:
             "sequence_id": row.sequence_id,
             "score": row.score,
             "before": first.before_q[row.query],
-            "effect": after[row.sequence_id][0][row.query] - first.before_q[row.query],
-            "loss_before": after[row.sequence_id][1],
-            "loss_after": after[row.sequence_id][2],
+            "effect": values[row.query] - first.before_q[row.query],
+            "loss_before": after[row.sequence_id].loss_before,
+            "loss_after": loss,
+            "steps": steps,
         }
         for row in chosen
+        for steps, (values, loss) in after[row.sequence_id].by_steps.items()
     ]
-    facts = {"learning_rate": first.learning_rate, "seconds_a_sequence": first.step_seconds}
     return pa.Table.from_pylist(rows, schema=SCHEMA), facts
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a proof takes on one worker, by the time of its first steps."""
+
+    sequences: int
+    measurements: int
+    step_seconds: float
+    query_seconds: float
+
+    @staticmethod
+    def of(first: First, by_sequence: Mapping[int, set[int]], counts: int) -> Cost:
+        measured = counts * sum(map(len, by_sequence.values()))
+        return Cost(len(by_sequence), measured, first.step_seconds, first.query_seconds)
+
+    @property
+    def hours(self) -> float:
+        return (self.sequences * self.step_seconds + self.measurements * self.query_seconds) / 3600
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"{self.sequences} sequences of {self.step_seconds:.2g} s and {self.measurements} measurements of "
+            f"{self.query_seconds:.2g} s: {self.hours:.2g} hours on one worker"
+        )
+
+    def refuse_above(self, max_hours: float) -> None:
+        """Raises ConfigError where it would take longer."""
+        if self.hours > max_hours:
+            raise ConfigError(
+                f"{self.sentence}, more than max_hours={max_hours:g}; lower rows, controls, steps or query_ids, or "
+                "raise max_hours."
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A sequence's own loss before, and by count of steps f by query with its own loss then; nats."""
+
+    loss_before: float
+    by_steps: dict[int, tuple[dict[int, float], float]]
 
 
 def _check(run: Run) -> None:
@@ -262,31 +337,21 @@ def _first(run: Run, task: FirstTask) -> First:
     return found[0]
 
 
-def _refuse_above(job: ProveJob, first: First, by_sequence: Mapping[int, set[int]]) -> None:
-    measured = sum(map(len, by_sequence.values()))
-    hours = (len(by_sequence) * first.step_seconds + measured * first.query_seconds) / 3600
-    if hours > job.max_hours:
-        raise ConfigError(
-            f"{len(by_sequence)} sequences of {first.step_seconds:.1f} s and {measured} measurements of "
-            f"{first.query_seconds:.1f} s would take {hours:.2g} hours on one worker, more than "
-            f"max_hours={job.max_hours:g}; lower rows, controls, steps or query_ids, or raise max_hours."
-        )
-
-
-def _train(
-    run: Run, task: ProveTask, by_sequence: Mapping[int, set[int]]
-) -> dict[int, tuple[dict[int, float], float, float]]:
-    """By sequence: f by query after the steps, and its own loss before and after."""
+def _train(run: Run, task: ProveTask, by_sequence: Mapping[int, set[int]]) -> dict[int, Trained]:
+    """What training on each sequence left."""
     numbers = sorted(by_sequence)
     units = {
         start: numbers[start : start + _SEQUENCES_PER_UNIT] for start in range(0, len(numbers), _SEQUENCES_PER_UNIT)
     }
     wanted = {number: tuple(sorted(queries)) for number, queries in by_sequence.items()}
-    after: dict[int, tuple[dict[int, float], float, float]] = {}
+    after: dict[int, Trained] = {}
 
-    def keep(unit: int, found: list[tuple[list[float], float, float]]) -> None:
-        for number, (values, before, last) in zip(units[unit], found, strict=True):
-            after[number] = (dict(zip(wanted[number], values, strict=True)), before, last)
+    def keep(unit: int, found: list[tuple[float, list[After]]]) -> None:
+        for number, (before, points) in zip(units[unit], found, strict=True):
+            by_steps = {
+                point.steps: (dict(zip(wanted[number], point.values, strict=True)), point.loss) for point in points
+            }
+            after[number] = Trained(before, by_steps)
 
     step = Step(
         name="prove",
@@ -316,6 +381,31 @@ class KindEffect:
     high: float
     raises: float
     lead: tuple[float, float, float] | None
+
+
+def after_steps(table: pa.Table, steps: int) -> pa.Table:
+    """The rows of a proof that were measured after so many steps."""
+    return table.filter(pc.field("steps") == steps)
+
+
+def effects_table(table: pa.Table, resamples: int, seed: int) -> pa.Table:
+    """The table of `EFFECTS`: by count of steps and kind, over all queries and of each."""
+    rows: list[dict[str, Any]] = []
+    for steps in sorted(set(table["steps"].to_pylist())):
+        part = after_steps(table, steps)
+        for each in by_kind(part, resamples, seed):
+            lead = dict(zip(("lead", "lead_low", "lead_high"), each.lead or (None,) * 3, strict=True))
+            named = {name: getattr(each, name) for name in ("kind", "rows", "mean", "low", "high", "raises")}
+            rows.append({"query_id": None, "steps": steps, **named, **lead})
+        by_pair: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for row in part.to_pylist():
+            by_pair[row["query_id"], row["kind"]].append(row["effect"])
+        for (query, kind), effect in sorted(by_pair.items(), key=lambda pair: (pair[0][0], KINDS.index(pair[0][1]))):
+            values = np.asarray(effect)
+            found = dict(zip(("mean", "low", "high"), _mean(values, resamples, seed), strict=True))
+            known = {"query_id": query, "steps": steps, "kind": kind, "rows": len(values)}
+            rows.append({**known, **found, "raises": float((values > 0).mean())})
+    return pa.Table.from_pylist(rows, schema=EFFECTS)
 
 
 def by_kind(table: pa.Table, resamples: int, seed: int) -> list[KindEffect]:

@@ -247,9 +247,9 @@ class MasksJob:
     """The tokens that raise or lower queries most as what the model learns to predict, as masks of the loss."""
 
     run: str = MISSING
-    """A finished run whose rows `infscan explain` took apart: folder or URI."""
+    """A finished run whose rows `infscan explain` took apart, or the run itself (scan.targets): folder or URI."""
     name: str = "rows"
-    """Name of the explanation below <run>/explain."""
+    """Name of the explanation below <run>/explain; where there is none, the run's own tokens.targets are taken."""
     output: str | None = None
     """Parquet file to write; null is <run>/explain/<name>/masks.parquet."""
     query_ids: list[str] = field(default_factory=list)

@@ -337,6 +337,11 @@ class FactorsConfig:
     are fitted on and each slice's partial sums are large."""
     blocks: int = 1
     """Diagonal blocks that A and S are cut into (Grosse et al. 2023, appendix A: 2 for the 52B model)."""
+    span: int = 256
+    """Eigenvectors of S that are kept of output embeddings whose S is too wide to be formed; outside of their span one
+    Lambda per input axis stands for all output directions (docs/method.md#ek-fac, step 9)."""
+    span_from: int = 8192
+    """Rows of output embeddings above which that is so."""
     max_group_bytes: int | None = None
     """Bytes of factors that a rank holds at once; layers beyond them take another pass. null is what a GPU has left
     beside the model, and 8 GiB on a CPU."""
@@ -393,6 +398,12 @@ class ScanConfig:
     stability: int = 0
     """The strongest rows per query and side that are scored again after other contexts (nothing, the separator, two
     other sequences' beginnings): top.score_low, score_high and sign_sure. 0 leaves it out."""
+    similarity: int | None = None
+    """The strongest rows per query and side whose hidden states are compared with the query's by a forward of each:
+    top.similarity (docs/reading.md). null compares all that are published, 0 none."""
+    targets: int | None = 0
+    """The strongest rows per query and side of which tokens.targets says what every token taught as a target, by a
+    forward with a tangent of each row. null takes all that are published, 0 none."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None

@@ -31,6 +31,10 @@ class BlockDiagonal:
         return [len(block) for block in self.blocks]
 
     @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
     def T(self) -> BlockDiagonal:
         return BlockDiagonal(tuple(block.T for block in self.blocks))
 

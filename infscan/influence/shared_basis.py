@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.compress import clamped_roots
 from infscan.influence.layers import LayerFactors
 from infscan.influence.layout import ON_CPU, Prices, SharedBasis, multiply_adds
+from infscan.influence.span import Rotation
 
 # Shares of what may be left out that are left out on the side of outputs, and the rest on that of inputs. Without any a
 # side keeps its own coordinates, and no token is projected.
@@ -68,7 +68,7 @@ def shared_basis(
 class _Weights:
     """A factor's eigenvectors [k, k] and the roots [k] of its eigenvalues."""
 
-    Q: BlockDiagonal
+    Q: Rotation
     roots_k: Tensor
 
     def weigh(self, rows_xk: Tensor) -> Tensor:

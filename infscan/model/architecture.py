@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
@@ -30,7 +30,7 @@ from infscan.model.family import (
 from infscan.model.folder import WEIGHTS, WEIGHTS_INDEX, hub_commit, indexed_files, model_folder
 from infscan.model.gathered import largest_block
 from infscan.model.probe import run_on_shapes, runs
-from infscan.model.tracked import left_out, linear_names, tied_head, tracked_layers
+from infscan.model.tracked import head_path, left_out, linear_names, tied_head, tracked_layers
 from infscan.storage import LFS_POINTER, Store, is_lfs_pointer, look_up
 from infscan.storage.foreign import BadJsonError, parse_json
 
@@ -52,7 +52,8 @@ class Architecture:
     takes_positions: whether it takes position ids, without which documents of a sequence cannot be kept apart.
     recurrent: the class of a part that carries a state from token to token, which keeps none apart either; else empty.
     left_out: linears of the chosen kinds that the model does not run on text. tied_head: whether the output embeddings
-    are tracked, and are the input's too. block: parameters of the largest decoder block (0: unknown).
+    are tracked, and are the input's too. block: parameters of the largest decoder block (0: unknown). head: the path of
+    the output embeddings (empty: unknown).
     """
 
     folder: str
@@ -71,6 +72,17 @@ class Architecture:
     tied_head: bool = False
     revision: str | None = None
     block: int = 0
+    head: str = ""
+
+    def with_span(self, span: int, above: int) -> Architecture:
+        """The same, where the output embeddings keep so many eigenvectors of S if they have more rows than `above`."""
+        layers = tuple(
+            replace(layer, span=min(span, layer.outputs))
+            if layer.name == self.head and layer.outputs > above
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
 
     @property
     def inputs(self) -> tuple[Layer, ...]:
@@ -152,6 +164,7 @@ def describe(
         left_out=left_out(module, tracked, ran),
         tied_head=any(layer.name == tied_head(module) for layer in layers),
         block=largest_block(module),
+        head=head_path(module) or "",
     )
 
 
@@ -178,14 +191,19 @@ def check_agree(one: Architecture, other: Architecture, one_key: str, other_key:
         name = changed[0]
         first, second = (str(each.shapes.get(name, "missing")) for each in (one, other))
         difference = f"{name} is {first} and {second}, one of {len(changed)} parameters that differ"
-    elif one.layers != other.layers:
-        pairs = zip_longest(one.layers, other.layers)
+    elif (layers := _shapes(one)) != (others := _shapes(other)):
+        pairs = zip_longest(layers, others)
         difference = "the tracked layers are {} and {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
     if difference:
         raise ModelError(
             f"{one_key} ({one.folder}) and {other_key} ({other.folder}) are not of one architecture: {difference}; "
             "give checkpoints of one model's training, a LoRA adapter merged into its weights."
         )
+
+
+def _shapes(architecture: Architecture) -> list[Layer]:
+    """The tracked layers, however much is kept of their factors."""
+    return [replace(layer, span=0) for layer in architecture.layers]
 
 
 def _token_id(config: PretrainedConfig, name: str) -> int | None:

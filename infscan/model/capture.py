@@ -37,8 +37,8 @@ def capturing(
     the embedding's output (s in a backward with create_graph=True), to be differentiated again. That output is
     made to require a gradient, so parameters need none: backward costs activation gradients alone. Under gradient
     checkpointing the forward that is not recorded carries no gradient hook, so each layer is still seen once.
-    ends_at: the path of a block (`infscan.model.suffix`) whose output has that part instead of the embedding's: nothing
-    of it or below is kept for the backward, computed in it or gathered for it.
+    ends_at: the path of a block (`infscan.model.suffix`), or of the head, whose output has that part instead of the
+    embedding's: nothing of it or below is kept for the backward, computed in it or gathered for it.
 
     Raises (in the forward):
         ModelError: where a layer sees its tokens in a layout from which sequences cannot be separated.
@@ -53,6 +53,9 @@ def capturing(
         batch[:] = out.shape[:2]
         if ends_at is None:
             out.requires_grad_(True)
+        elif out.is_leaf:
+            # For gradient checkpointing transformers has it require one.
+            out.requires_grad_(False)
 
     def on_end(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
         (out if isinstance(out, Tensor) else out[0]).requires_grad_(True)

@@ -179,20 +179,10 @@ class GaussNewton:
         at_zero = {name: torch.zeros_like(matrix[0]) for name, matrix in matrices.items()}
 
         def logits(moved: dict[str, Tensor]) -> Tensor:
-            def add(layer: Layer, a: Tensor, y: Tensor) -> Tensor:
-                # The input's value without its tangent: y already carries W's product with that, and `moved` is zero.
-                D_oi = moved[layer.name]
-                value = forward_ad.unpack_dual(a).primal
-                return y + (
-                    functional.linear(value, D_oi[:, :-1], D_oi[:, -1])
-                    if layer.bias
-                    else functional.linear(value, D_oi)
-                )
-
-            with _hooked(self.worker.model.module, self.layers, add):
+            with moved_by(self.worker.model.module, self.layers, moved):
                 return self.worker.model.logits(batch.ids_bt, batch.position_ids_bt)
 
-        with _without_backward_marks(self.worker.model.module):
+        with without_backward_marks(self.worker.model.module):
             return vmap(lambda direction: jvp(logits, (at_zero,), (direction,))[1])(dict(matrices)).to(self.worker.wide)
 
     def _recorded_forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -217,6 +207,23 @@ class GaussNewton:
             handle.remove()
 
 
+@contextmanager
+def moved_by(module: PreTrainedModel, layers: Sequence[Layer], moved: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, every layer's output carries the tangent of its `moved` [O, I], which is zero itself, in
+    `torch.func.jvp`."""
+
+    def add(layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+        # The input's value without its tangent: y already carries W's product with that, and `moved` is zero.
+        D_oi = moved[layer.name]
+        value = forward_ad.unpack_dual(a).primal
+        return y + (
+            functional.linear(value, D_oi[:, :-1], D_oi[:, -1]) if layer.bias else functional.linear(value, D_oi)
+        )
+
+    with _hooked(module, layers, add):
+        yield
+
+
 class _Unmarked:
     """Takes the place of a function that only marks where backward passes."""
 
@@ -226,7 +233,7 @@ class _Unmarked:
 
 
 @contextmanager
-def _without_backward_marks(module: PreTrainedModel) -> Iterator[None]:
+def without_backward_marks(module: PreTrainedModel) -> Iterator[None]:
     """DeepSpeed marks what enters and leaves a module, so that a backward gathers its parameters, and has a linear map
     of its own for that backward. Neither has a forward-mode derivative, and a pass without a backward needs neither."""
     held = [

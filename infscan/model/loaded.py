@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infscan.model.attention import document_logits, refusal
+from infscan.model.tracked import head_path
 
 # Tokens of each of the two documents that a model is tried on.
 _TRIED = 6
@@ -57,8 +58,7 @@ class LoadedModel:
     @cached_property
     def head_name(self) -> str | None:
         """The path of the output embeddings, where the model has them as a module."""
-        head = self.module.get_output_embeddings()
-        return next((name for name, child in self.module.named_modules() if child is head), None) if head else None
+        return head_path(self.module)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def sequence_losses(
     if whole or not model.head_is_last:
         logits_btv = document_logits(module, ids_bt, position_ids_bt)
         return _PositionLosses.apply(logits_btv, _itself, loss, rows).sum(dim=1)
-    with _head(module, lambda h_btn, head: _PositionLosses.apply(h_btn, head, loss, rows)[..., None]):
+    with instead_of_head(module, lambda h_btn, head: _PositionLosses.apply(h_btn, head, loss, rows)[..., None]):
         return document_logits(module, ids_bt, position_ids_bt).squeeze(-1).sum(dim=1)
 
 
@@ -106,7 +106,7 @@ def _itself(logits_cv: Tensor) -> Tensor:
 
 
 @contextmanager
-def _head(module: PreTrainedModel, instead: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
+def instead_of_head(module: PreTrainedModel, instead: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
     """While open, the output embeddings return instead(h, their own forward)."""
     head: Any = module.get_output_embeddings()
     before = head.__dict__.get("forward")
@@ -137,7 +137,7 @@ def head_is_last(module: PreTrainedModel, device: str) -> bool:
         return out_btv
 
     ids_bt = torch.arange(1, _TRIED + 1, device=device)[None] % module.get_input_embeddings().num_embeddings
-    with _head(module, keep):
+    with instead_of_head(module, keep):
         logits_btv = document_logits(module, ids_bt)
     if len(given) != 1:
         return False

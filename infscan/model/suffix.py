@@ -56,13 +56,13 @@ def _place(name: str) -> tuple[str, int] | None:
 
 @contextmanager
 def not_checkpointed(children: Mapping[str, nn.Module], last: str | None) -> Iterator[None]:
-    """While open, blocks up to `last` are not checkpointed: nothing of them is kept anyway, and what a checkpointed
-    block gives out cannot begin to require a gradient."""
+    """While open, blocks up to `last` (all of them, where that is no block) are not checkpointed: nothing of them is
+    kept anyway, and what a checkpointed block gives out cannot begin to require a gradient."""
     changed: list[nn.Module] = []
     if last is not None:
         row, _, number = last.rpartition(".")
-        below = (children.get(f"{row}.{index}") for index in range(int(number) + 1))
-        changed = [block for block in below if block is not None and block.training]
+        paths = [f"{row}.{index}" for index in range(int(number) + 1)] if number.isdigit() else list(children)
+        changed = [block for path in paths if (block := children.get(path)) is not None and block.training]
     for block in changed:
         # Of the block alone: a checkpointed block is in training mode, and nothing in it is.
         block.training = False

@@ -72,7 +72,13 @@ def tied_head(module: PreTrainedModel) -> str | None:
     head = module.get_output_embeddings()
     if head is None or head.weight is not module.get_input_embeddings().weight:
         return None
-    return next((name for name, child in module.named_modules() if child is head), None)
+    return head_path(module)
+
+
+def head_path(module: PreTrainedModel) -> str | None:
+    """The path of the output embeddings, where the model has them as a module."""
+    head = module.get_output_embeddings()
+    return next((name for name, child in module.named_modules() if child is head), None) if head else None
 
 
 def by_block(layers: Sequence[Layer]) -> list[str]:

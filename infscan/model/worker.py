@@ -210,7 +210,8 @@ class ModelWorker:
         """Forward, the losses' sum, and the activation-gradient backward through `layers`; returns the losses, [B].
 
         Not `ones`: a bias's 1 is not appended to inputs, which then need not be copied. ends_at: the path of the block
-        above which the backward ends; None is the embedding.
+        above which the backward ends; None is the embedding. Through the head alone nothing goes back: its output's
+        gradient is the loss's own, and no activation of the blocks is kept.
 
         Raises:
             ModelError: where a layer is not reached by a backward that ends there.
@@ -223,7 +224,10 @@ class ModelWorker:
                 mask = batch.mask_bt if routed is None else routed.of(batch.mask_bt)
                 consume(layer, s, with_ones(a, mask, bias=layer.bias and ones, padded=batch.padded), routed)
 
-        whole = self.model.head_name in {layer.name for layer in layers}
+        names = {layer.name for layer in layers}
+        whole = self.model.head_name in names
+        if names == {self.model.head_name}:
+            ends_at = self.model.head_name
         with capturing(self.model.module, layers, consume_masked, ends_at=ends_at):
             with self.span("forward", tokens=batch.ids_bt.numel()):
                 losses_b = sequence_losses(self.model, batch.ids_bt, batch.position_ids_bt, loss, whole=whole)

@@ -19,6 +19,7 @@ from infscan.errors import RunError
 from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
+from infscan.report.proved import Proved, read_proved
 from infscan.report.terminal import by_id, how_good, how_much, hub_from, log_probabilities, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
@@ -102,6 +103,7 @@ def run_contents(
     sequences = _sequences(store, uri, rows)
     hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
+    proved = read_proved(store)
     spread = histograms(store, [question["id"] for question in questions])
     published = _by_query(uri)
     following = next(published, None)
@@ -122,10 +124,12 @@ def run_contents(
             head[side] = {"scores": [_digits(row["score"]) for row, _, _ in found]}
             if found:
                 head[side]["layers"] = quantised(np.mean([layers for _, layers, _ in found], axis=0))
-            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive, hub)
+            chunks = _rows(found[:rows], sequences, _Pieces(tokenizer), archive, hub, proved)
             sides[side] = {"published": len(found), "chunks": chunks}
         if question["id"] in spread:
             head["histogram"] = spread[question["id"]]
+        if effects := proved.of(question["id"]):
+            head["proved"] = effects
         known = measured.get(question["id"])
         line = _line(question, summary, asking) | {
             "known": log_probabilities(known) if known else None,
@@ -138,6 +142,7 @@ def run_contents(
         "agreement": _agreement(config, summary),
         "warnings": list(summary.get("warnings", [])) + _given_up(summary),
         "layers": layer_names,
+        "proved": proved.of(None),
         "queries": queries,
     }
 
@@ -197,6 +202,7 @@ def _rows(
     pieces: _Pieces,
     archive: Archive,
     hub: int,
+    proved: Proved,
 ) -> list[dict[str, int]]:
     """The rows of one query and side, PAGE to a chunk; pages of the same depth share a level. hub: as of `hub_from`."""
     ids = [np.asarray(sequences[row["sequence_id"]]["token_ids"], np.int64) for row, _, _ in found]
@@ -232,6 +238,10 @@ def _rows(
                 shown["document"] = [row["document_id"], row["source"] or ""]
             if row.get("z") is not None:
                 shown["z"] = float(f"{row['z']:.3g}")
+            if row.get("similarity") is not None:
+                shown["similarity"] = round(row["similarity"], 2)
+            if (effect := proved.effects.get((row["query_id"], row["sequence_id"]))) is not None:
+                shown["effect"] = _digits(effect)
             if row.get("sign_sure") is False:
                 shown["unsure"] = [_digits(row["score_low"]), _digits(row["score_high"])]
             if row.get("states_completion"):

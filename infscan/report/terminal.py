@@ -163,13 +163,14 @@ def hub_from(questions: Sequence[dict]) -> int:
 
 
 def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> Text:
-    """`+1  +83.21  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
+    """`+1  +83.21  alike 0.81  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
 
-    Rank with the side's sign, score, document, where its line begins in which file, text about the strongest token. A
-    row that does not stand out is dim. hub: as of `hub_from`.
+    Rank with the side's sign, score, similarity to the query where it is known, document, where its line begins in
+    which file, text about the strongest token. A row that does not stand out is dim. hub: as of `hub_from`.
     """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
+    similarity = row.get("similarity")
     said = {
         "sign unsure": row.get("sign_sure") is False,
         "states it": row.get("states_completion"),
@@ -183,6 +184,7 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> 
     return Text.assemble(
         f"  {sign}{row['rank']:<3}",
         score,
+        "" if similarity is None else f"  alike {similarity:5.2f}",
         f"  {one_line(row['document_id'])[:32]:<32}  {one_line(where)[-24:]:<24}  ",
         *((f"[{mark}] ", "bold") for mark in marks),
         (text, "dim"),

@@ -1,7 +1,7 @@
-"""Masks of the loss: which tokens of explained rows teach the model a completion most, as what it learns to predict.
+"""Masks of the loss: which tokens of a run's rows teach the model a completion most, as what it learns to predict.
 
 A score is linear in the weights of its sequence's token losses, so that it changes by -sum of `output` over the tokens
-whose loss is left out, exactly (infscan.model.token_influence). No torch.
+whose loss is left out, exactly (infscan.model.token_influence, infscan.model.target_influence). No torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import pyarrow as pa
 from infscan.config import Sides, plain
 from infscan.config.jobs import MasksJob
 from infscan.errors import QueryError, RunError
+from infscan.results.read import read_tokens
 from infscan.results.schema import read_parquet, to_parquet
-from infscan.storage import MissingError, Store
+from infscan.storage import Store
+
+_ROWS = "rows.parquet"
 
 MASKS = pa.schema(
     [
@@ -31,10 +34,12 @@ def write_masks(job: MasksJob) -> pa.Table:
     """The table of `MASKS`, by sequence; written to job.path. Ties go by sequence and position.
 
     Raises:
-        QueryError: for a query that the explanation does not have.
-        RunError: where rows were not explained, or not with the influence of their own tokens.
+        QueryError: for a query that the explanation, or the run, does not have.
+        RunError: where rows were not explained, or not with the influence of their own tokens, and the run did not
+            take them apart either (scan.targets).
     """
-    influence = _influence(Store(job.explained), job)
+    explained = Store(job.explained)
+    influence = _influence(explained, job) if explained.exists(_ROWS) else _published(job)
     sign = {Sides.proponents: 1.0, Sides.opponents: -1.0}.get(job.sides)
     strength = {at: abs(score) if sign is None else sign * score for at, score in influence.items()}
     count = job.tokens or max(1, round(job.share * len(influence)))
@@ -52,21 +57,35 @@ def write_masks(job: MasksJob) -> pa.Table:
     return table
 
 
+def _published(job: MasksJob) -> dict[tuple[int, int], float]:
+    """As `_influence`, of the rows that the run itself took apart."""
+    tokens = read_tokens(job.run)
+    rows = tokens.filter(tokens["targets"].is_valid()) if "targets" in tokens.column_names else tokens.slice(0, 0)
+    if not rows.num_rows:
+        raise RunError(
+            f"{job.explained} holds no explanation, and {job.run} says of no token what it taught: explain rows first, "
+            f"infscan explain {job.run} name={job.name} rows=100, or scan with scan.targets=100."
+        )
+    wanted = _wanted(job, set(rows["query_id"].to_pylist()), job.run)
+    found: dict[tuple[int, int], float] = defaultdict(float)
+    for row in rows.select(["query_id", "sequence_id", "targets"]).to_pylist():
+        if row["query_id"] in wanted:
+            for position, value in enumerate(row["targets"][1:], start=1):
+                found[row["sequence_id"], position] += value
+    return dict(found)
+
+
+def _wanted(job: MasksJob, known: set[str], where: str) -> set[str]:
+    if missing := [query for query in job.query_ids if query not in known]:
+        raise QueryError(f"query_ids={missing[0]}: {where} explains no such query; it has {', '.join(sorted(known))}.")
+    return set(job.query_ids) or known
+
+
 def _influence(store: Store, job: MasksJob) -> dict[tuple[int, int], float]:
     """By (sequence, position), the influence as a target, added up over the queries; the first token has none."""
-    try:
-        numbers = read_parquet(store, "rows.parquet", ["query_id", "item", "sequence_id"])
-        tokens = read_parquet(store, "tokens.parquet", ["query_id", "item", "position", "output"])
-    except MissingError:
-        raise RunError(
-            f"{store.uri} holds no explanation: explain rows first, infscan explain {job.run} name={job.name} rows=100."
-        ) from None
-    known = set(numbers["query_id"].to_pylist())
-    if missing := [query for query in job.query_ids if query not in known]:
-        raise QueryError(
-            f"query_ids={missing[0]}: {store.uri} explains no such query; it has {', '.join(sorted(known))}."
-        )
-    wanted = set(job.query_ids) or known
+    numbers = read_parquet(store, _ROWS, ["query_id", "item", "sequence_id"])
+    tokens = read_parquet(store, "tokens.parquet", ["query_id", "item", "position", "output"])
+    wanted = _wanted(job, set(numbers["query_id"].to_pylist()), store.uri)
     sequence_of = {row["item"]: row["sequence_id"] for row in numbers.to_pylist()}
     found: dict[tuple[int, int], float] = defaultdict(float)
     for row in tokens.to_pylist():

@@ -213,13 +213,15 @@ class Publisher:
         documents: SequenceDocuments,
         most_tokens: int,
         beside: Mapping[str, pa.Array] | None = None,
+        targets: Callable[[Ranking], Sequences[NDArray[np.float32] | None]] | None = None,
     ) -> None:
         """top, layers, tokens and documents, sorted by query_id, side and rank; and answers.
 
         margins: of some of the candidates, which the ranking's rows are. most_tokens: that a sequence has. beside:
-        columns of top by name, of the whole ranking; those of TOP that nobody gives are null.
+        columns of top by name, of the whole ranking; those of TOP that nobody gives are null. targets: of a stretch of
+        the ranking, the rows' influences by token; None where there are none.
         """
-        row_bytes = 4 * (len(self.layers) + most_tokens)
+        row_bytes = 4 * (len(self.layers) + (1 + (targets is not None)) * most_tokens)
         part = 0
         best: dict[int, Best] = {}
         for parts in _together(_row_parts(ranking, len(self.query_ids)), _MARGINS_BYTES // row_bytes):
@@ -228,7 +230,9 @@ class Publisher:
             for start, stop in parts:
                 mine = found.stretch(start - first, stop - first)
                 given = {name: column[start:stop] for name, column in (beside or {}).items()}
-                best |= self._write_part(part, ranking.stretch(start, stop), mine, documents, given)
+                stretch = ranking.stretch(start, stop)
+                taught = targets(stretch) if targets is not None else None
+                best |= self._write_part(part, stretch, mine, documents, given, taught)
                 part += 1
         self._write(
             "answers",
@@ -243,6 +247,7 @@ class Publisher:
         margins: Margins,
         documents: SequenceDocuments,
         beside: Mapping[str, pa.Array],
+        targets: Sequences[NDArray[np.float32] | None] | None,
     ) -> dict[int, Best]:
         """Returns the strongest proponents, by query."""
         sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
@@ -281,7 +286,8 @@ class Publisher:
         self._write("layers", part, pa.table(layers, schema=LAYERS))
         starts = np.cumsum([0, *map(len, margins.token_scores)], dtype=np.int32)
         values = np.concatenate([np.empty(0, np.float32), *margins.token_scores])
-        tokens = [query_ids, sequence_ids, pa.ListArray.from_arrays(starts, pa.array(values))]
+        by_target = pa.array(targets or [None] * len(ranking), pa.list_(pa.float32()))
+        tokens = [query_ids, sequence_ids, pa.ListArray.from_arrays(starts, pa.array(values)), by_target]
         self._write("tokens", part, pa.table(tokens, schema=TOKENS))
         places = pa.array(split.places)
         by_document = [

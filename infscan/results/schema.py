@@ -87,6 +87,9 @@ TOP = pa.schema(
         ("score_low", pa.float32()),
         ("score_high", pa.float32()),
         ("sign_sure", pa.bool_()),
+        # Of what the model reads in the sequence and in the query: mean over the query's tokens of the best whitened
+        # cosine of hidden states, from -1 to 1; null for rows beyond scan.similarity.
+        ("similarity", pa.float32()),
         # How many of the run's other questions have the sequence among the ten strongest of this side.
         ("hub", pa.int32()),
         ("spurious", pa.bool_()),
@@ -209,7 +212,15 @@ QUERIES = pa.schema(
     ]
 )
 
-TOKENS = pa.schema([("query_id", pa.string()), ("sequence_id", pa.int64()), ("scores", pa.list_(pa.float32()))])
+TOKENS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("sequence_id", pa.int64()),
+        ("scores", pa.list_(pa.float32())),
+        # By token: what predicting it taught; they add up to the score too. Null for rows beyond scan.targets.
+        ("targets", pa.list_(pa.float32())),
+    ]
+)
 
 
 def to_parquet(table: pa.Table, footer: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from infscan.influence.layers import Layer
 from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
-from infscan.steps.factor_files import layer_groups, partial_bytes
+from infscan.steps.factor_files import layer_groups, partial_bytes, products
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
@@ -154,10 +154,7 @@ class Pricing:
         """All layers' products of a factors' pass over those of the largest group."""
         by_name = {layer.name: layer for layer in self.layers}
 
-        def products(names: Sequence[str]) -> int:
-            return sum(by_name[n].outputs ** 2 + by_name[n].inputs ** 2 + by_name[n].size for n in names)
-
-        sizes = [products(names) for names in self.groups]
+        sizes = [sum(products(by_name[name]) for name in names) for names in self.groups]
         return sum(sizes) / max(sizes)
 
     def priced(self, work: Work) -> Work:
@@ -206,9 +203,9 @@ def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
     """The passes over the factors' corpus, once for each layer group, and what is between them."""
     config, layers = run.config, run.layers
     blocks, slices = config.factors.blocks, max(1, len(fitted.slices))
-    sizes = [layer.outputs for layer in layers]
+    sizes = [layer.outputs for layer in layers if not layer.span]
     sizes += [layer.inputs for layer in layers if layer.input_of == layer.name]
-    Lambda = 4.0 * slices * sum(layer.size for layer in layers)
+    Lambda = 4.0 * slices * sum(layer.kept_outputs * layer.inputs for layer in layers)
     moments = partial_bytes(layers, blocks, slices) - Lambda
     eigh = math.fsum(_EIGH * n**3 / blocks**2 for n in sizes)
     again = len(run.groups)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
 from infscan.errors import ModelError
-from infscan.influence.blocks import BlockDiagonal, block_sizes
+from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import BYTES_PER_ENTRY
 from infscan.influence.layers import Layer
 from infscan.influence.layout import (
@@ -29,6 +29,7 @@ from infscan.influence.layout import (
 )
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, Scratch, formed_at_once
+from infscan.influence.span import Rotation, SpannedBasis
 from infscan.model.architecture import Architecture, load_config
 from infscan.model.family import first_line
 from infscan.model.folder import model_folder
@@ -40,7 +41,7 @@ from infscan.model.suffix import ends_at, last_blocks
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry, Results, dry
 from infscan.steps.check import scoring_twice
-from infscan.steps.factor_files import layer_groups
+from infscan.steps.factor_files import layer_groups, products, widest_block
 from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
 from infscan.steps.inputs import in_dtype
 from infscan.steps.preconditioner import query_groups
@@ -244,10 +245,8 @@ def _fitting_bytes(config: Config, layers: Sequence[Layer]) -> dict[str, tuple[i
     """What a factors' pass holds of its largest layer group, and its sums among that, float32, by name."""
     group, blocks = _largest_group(config, layers), config.factors.blocks
     A_and_S = CovarianceSums(group, blocks, torch.float32, "meta").nbytes
-    Lambda = 4 * sum(layer.size for layer in group)
-    bases = 4 * sum(
-        n * n for layer in group for width in (layer.outputs, layer.inputs) for n in block_sizes(width, blocks)
-    )
+    Lambda = sum(total.nbytes for total in lambda_sums(group, torch.float32, "meta").values())
+    bases = sum(basis.nbytes for pair in _bases(group, blocks, torch.float32).values() for basis in pair)
     return {"covariance": (A_and_S, A_and_S), "lambda": (bases + Lambda, Lambda)}
 
 
@@ -316,19 +315,19 @@ def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
 def _eigenbasis(sized: DryWorker) -> PassCost:
     """The widest block is decomposed beside the model, on a GPU; on a CPU that has a process of its own."""
     blocks = sized.config.factors.blocks
-    widest = max(max(block_sizes(max(layer.outputs, layer.inputs), blocks)) for layer in sized.layers)
+    widest = max(widest_block(layer, blocks) for layer in sized.layers)
     return PassCost(PassMemory(weights=sized.weights, factors=BYTES_PER_ENTRY * widest**2), 0.0)
 
 
 def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
     """Eigenbases of a layer group stay, and Lambda is summed; at the end it is serialised, as above."""
     group, blocks = _largest_group(sized.config, sized.layers), sized.config.factors.blocks
-    bases = {layer.name: (_zeros(sized, layer.outputs, blocks), _zeros(sized, layer.inputs, blocks)) for layer in group}
+    bases = _bases(group, blocks, sized.worker.wide)
     Lambda = lambda_sums(group, sized.worker.wide, "meta")
     consume = lambda_consumer(Lambda, bases)
     seen = sized.backward(group, lambda _: consume, sized.batch(masked=masked))
     sums = sum(total.nbytes for total in Lambda.values())
-    held = sum(block.nbytes for pair in bases.values() for basis in pair for block in basis.blocks)
+    held = sum(basis.nbytes for pair in bases.values() for basis in pair)
     return _cost(sized, seen, factors=held + sums, at_end=2 * sums)
 
 
@@ -336,11 +335,23 @@ def _largest_group(config: Config, layers: Sequence[Layer]) -> tuple[Layer, ...]
     groups = layer_groups(tuple(layers), config.group_bytes, config.factors.blocks)
     by_name = {layer.name: layer for layer in layers}
     found = [tuple(by_name[name] for name in names) for names in groups]
-    return max(found, key=lambda group: sum(layer.outputs**2 + layer.inputs**2 + layer.size for layer in group))
+    return max(found, key=lambda group: sum(map(products, group)))
 
 
-def _zeros(sized: DryWorker, n: int, blocks: int) -> BlockDiagonal:
-    return BlockDiagonal.zeros(n, blocks, dtype=sized.worker.wide, device="meta")
+def _bases(group: Sequence[Layer], blocks: int, dtype: torch.dtype) -> dict[str, tuple[Rotation, Rotation]]:
+    """Q_S and Q_A of every layer, without content."""
+    return {layer.name: (_of_outputs(layer, blocks, dtype), _zeros(layer.inputs, blocks, dtype)) for layer in group}
+
+
+def _of_outputs(layer: Layer, blocks: int, dtype: torch.dtype) -> Rotation:
+    if not layer.span:
+        return _zeros(layer.outputs, blocks, dtype)
+    like = torch.empty(layer.outputs, layer.span, dtype=dtype, device="meta")
+    return SpannedBasis(like, like.new_empty(layer.span, layer.span))
+
+
+def _zeros(n: int, blocks: int, dtype: torch.dtype) -> BlockDiagonal:
+    return BlockDiagonal.zeros(n, blocks, dtype=dtype, device="meta")
 
 
 def _laid_out(sized: DryWorker, queries: int) -> dict[str, LayerQueries]:

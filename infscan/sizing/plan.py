@@ -65,7 +65,7 @@ def estimate(config: PlanJob) -> Estimate:
         weights=False,
         attention=config.model.attention_implementation,
         revision=config.model.revision,
-    )
+    ).with_span(config.factors.span, config.factors.span_from)
     if config.scan.sieve is not None:
         last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)

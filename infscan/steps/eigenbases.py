@@ -16,6 +16,7 @@ from torch import Tensor
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import check_finite, eigenbasis, threads_for
 from infscan.influence.layers import Layer
+from infscan.influence.span import spanned_eigenbasis
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes, write_tensors
 from infscan.steps.factor_files import (
     FactorsPlan,
@@ -23,7 +24,9 @@ from infscan.steps.factor_files import (
     named_blocks,
     partial_path,
     pooled_path,
+    sketch_key,
     tokens_key,
+    trace_key,
 )
 from infscan.storage import Store
 
@@ -76,6 +79,9 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer, device: str
         path = f"{kind}/{layer.name}.safetensors"
         if factors.exists(path):
             continue
+        if kind == "S" and layer.span:
+            _find_span(factors, plan, layer, path)
+            continue
         sums, tokens = _moment_sums(factors, plan, layer, (kind,))
         means = list(sums.values())
         means = _shrunk(factors, layer, sums, tokens) if layer.stack else [total / tokens for total in means]
@@ -90,6 +96,21 @@ def decompose_layer(factors: Store, plan: FactorsPlan, layer: Layer, device: str
         factors.create(path, tensor_bytes(tensors, facts, path))
 
 
+def _find_span(factors: Store, plan: FactorsPlan, layer: Layer, path: str) -> None:
+    """The leading eigenvectors of S from the sums of its sketch, on the CPU."""
+    partials, tokens = _partials(plan, layer), _tokens(factors, plan, layer)
+    sketch_oc = _sum_in_order(factors, partials, sketch_key(layer.name)) / tokens
+    trace = float(_sum_in_order(factors, partials, trace_key(layer.name))) / tokens
+    check_finite([sketch_oc, torch.tensor(trace)], f"S of {layer.name}")
+    with _with_threads(threads_for(layer.outputs)):
+        values, basis = spanned_eigenbasis(sketch_oc, trace, layer.span)
+    digest = hashlib.sha256(basis.Y_nk.contiguous().numpy().tobytes())
+    digest.update(basis.W_kk.contiguous().numpy().tobytes())
+    tensors = {"reflectors": basis.Y_nk, "weights": basis.W_kk, "eigenvalues": values}
+    facts = {"digest": digest.hexdigest(), "tokens": str(tokens)}
+    factors.create(path, tensor_bytes(tensors, facts, path))
+
+
 def has_bases(factors: Store, layer: Layer) -> bool:
     """Whether a layer's eigenbases are in storage."""
     own = [f"S/{layer.name}.safetensors"] + [f"A/{layer.name}.safetensors"] * (layer.input_of == layer.name)
@@ -100,11 +121,19 @@ def _moment_sums(
     factors: Store, plan: FactorsPlan, layer: Layer, kinds: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], int]:
     """The blocks of a layer's summed A or S by key, and the tokens that they are of."""
-    partials = [partial_path("covariance", _group_of(plan, layer), index) for index in range(len(plan.slices))]
-    counted = tokens_key(layer.name) if layer.stack else "tokens"
-    tokens = sum(int(read_tensor(factors, partial, counted)) for partial in partials)
+    partials, tokens = _partials(plan, layer), _tokens(factors, plan, layer)
     keys = [key for kind in kinds for key in block_keys(kind, plan.blocks)]
     return {key: _sum_in_order(factors, partials, f"{key}|{layer.name}") for key in keys}, tokens
+
+
+def _partials(plan: FactorsPlan, layer: Layer) -> list[str]:
+    return [partial_path("covariance", _group_of(plan, layer), index) for index in range(len(plan.slices))]
+
+
+def _tokens(factors: Store, plan: FactorsPlan, layer: Layer) -> int:
+    """The tokens that a layer's sums are of."""
+    counted = tokens_key(layer.name) if layer.stack else "tokens"
+    return sum(int(read_tensor(factors, partial, counted)) for partial in _partials(plan, layer))
 
 
 def _shrunk(factors: Store, layer: Layer, sums: dict[str, Tensor], tokens: int) -> list[Tensor]:

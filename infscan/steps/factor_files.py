@@ -10,7 +10,8 @@ Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, 
 for an expert); covariance/ has `tokens`, `A|<layer>` and `S|<layer>`, and `tokens|<layer>` for an expert; lambda/ has
 `<layer>`. A matrix in several diagonal blocks (factors.blocks) is a square tensor per block, the first under the
 matrix's own key, the others numbered: `A`, `A.1`, `A.2`, and among the partial sums `A.1|<layer>`. `eigenvalues` goes
-through the blocks in order.
+through the blocks in order. Of a layer with a span (infscan.influence.span) S/ has `eigenvalues`, `reflectors` and
+`weights`, Lambda/ a row for each of the span and one for the rest, covariance/ `sketch|<layer>` and `trace|<layer>`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.eigenbasis import check_finite
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.precision import Multiply
+from infscan.influence.span import SpannedBasis, for_all_outputs, sketch_columns
 from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensors
 from infscan.storage import Identity, MissingError, Store
 from infscan.storage.prefetch import prefetch
@@ -120,10 +122,17 @@ _SLICES, _FEWEST_SLICES, _SMALL_SLICE, _MUCH_STORAGE = 8, 2, 32, 1 << 30
 def partial_bytes(layers: Sequence[Layer], blocks: int, slices: int) -> int:
     """Bytes of all partial sums (float32) of so many slices, headers apart."""
     covariance = sum(
-        _entries(layer.outputs, blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, blocks)
+        _summed_outputs(layer, blocks) + (layer.input_of == layer.name) * _entries(layer.inputs, blocks)
         for layer in layers
     )
-    return 4 * slices * (covariance + sum(layer.size for layer in layers))
+    return 4 * slices * (covariance + sum(layer.kept_outputs * layer.inputs for layer in layers))
+
+
+def _summed_outputs(layer: Layer, blocks: int) -> int:
+    """Entries of S as it is summed: of a layer with a span, of its sketch and its trace."""
+    if layer.span:
+        return layer.outputs * sketch_columns(layer.outputs, layer.span) + 1
+    return _entries(layer.outputs, blocks)
 
 
 def _entries(n: int, blocks: int) -> int:
@@ -131,9 +140,22 @@ def _entries(n: int, blocks: int) -> int:
     return sum(size**2 for size in block_sizes(n, blocks))
 
 
+def products(layer: Layer) -> int:
+    """Multiplications per token that a layer's factors take, up to a constant."""
+    outputs = layer.outputs * sketch_columns(layer.outputs, layer.span) if layer.span else layer.outputs**2
+    return outputs + layer.inputs**2 + layer.size
+
+
+def widest_block(layer: Layer, blocks: int) -> int:
+    """Rows of the widest matrix of a layer that is decomposed."""
+    return max(block_sizes(layer.inputs if layer.span else max(layer.outputs, layer.inputs), blocks))
+
+
 def _layer_bytes(layer: Layer, blocks: int) -> int:
-    """Bytes of a layer's A, S (or Q_A, Q_S) and Lambda in float32."""
-    return 4 * (_entries(layer.inputs, blocks) + _entries(layer.outputs, blocks) + layer.size)
+    """Bytes of a layer's A, S (or Q_A, Q_S) and Lambda in float32; of a layer with a span, of its sketch and the
+    Gaussian matrix, which are more than its reflectors."""
+    outputs = 2 * _summed_outputs(layer, blocks) if layer.span else _entries(layer.outputs, blocks)
+    return 4 * (_entries(layer.inputs, blocks) + outputs + layer.kept_outputs * layer.inputs)
 
 
 def layer_groups(layers: Sequence[Layer], max_bytes: int, blocks: int = 1) -> tuple[tuple[str, ...], ...]:
@@ -295,6 +317,16 @@ def tokens_key(layer: str) -> str:
     return f"tokens|{layer}"
 
 
+def sketch_key(layer: str) -> str:
+    """Of a covariance partial: S Omega of a layer with a span."""
+    return f"sketch|{layer}"
+
+
+def trace_key(layer: str) -> str:
+    """Beside it: the trace of S."""
+    return f"trace|{layer}"
+
+
 def named_blocks(key: str, matrix: BlockDiagonal) -> dict[str, Tensor]:
     return dict(zip(block_keys(key, len(matrix.blocks)), matrix.blocks, strict=True))
 
@@ -307,6 +339,7 @@ def read_layer_factors(store: Store, layer: Layer, identity: Identity | None = N
         FactorsError: where an entry is NaN or infinite, or other factors lie there.
     """
     digests = _known_digests(store, identity)
+    O = layer.outputs
     paths = f"A/{layer.input_of}.safetensors", f"S/{layer.name}.safetensors", f"Lambda/{layer.name}.safetensors"
     A, S, Lambda = (read_tensors(store, path, digests.get(path)) for path in paths)
     mean = Lambda.pop("stack_mean", None)
@@ -314,12 +347,12 @@ def read_layer_factors(store: Store, layer: Layer, identity: Identity | None = N
         check_finite(tensors.values(), f"{kind} of {layer.name}")
     return LayerFactors(
         A=_from_blocks(A, "A"),
-        S=_from_blocks(S, "S"),
+        S=_from_blocks(S, "S") if "S" in S else None,
         Q_A=_from_blocks(A, "Q_A"),
-        Q_S=_from_blocks(S, "Q_S"),
+        Q_S=SpannedBasis(S["reflectors"], S["weights"]) if "reflectors" in S else _from_blocks(S, "Q_S"),
         A_eigenvalues=A["eigenvalues"],
-        S_eigenvalues=S["eigenvalues"],
-        Lambda=Lambda["Lambda"],
+        S_eigenvalues=for_all_outputs(S["eigenvalues"], O),
+        Lambda=for_all_outputs(Lambda["Lambda"], O),
         stack_mean=None if mean is None else float(mean),
     )
 

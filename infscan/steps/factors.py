@@ -28,6 +28,7 @@ from infscan.influence.eigenbasis import BYTES_PER_ENTRY, add_squared_gradients,
 from infscan.influence.layers import Layer
 from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
+from infscan.influence.span import Rotation, SpannedBasis, add_sketch, add_spanned_squares, sketch_matrix
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
 from infscan.steps.eigenbases import (
@@ -51,9 +52,12 @@ from infscan.steps.factor_files import (
     layer_groups,
     named_blocks,
     partial_path,
+    sketch_key,
     slice_count,
     store_plan,
     tokens_key,
+    trace_key,
+    widest_block,
 )
 from infscan.steps.gradients import StoredTokens
 from infscan.steps.inputs import Inputs
@@ -130,6 +134,8 @@ def plan_factors(inputs: Inputs, corpus: AddressableCorpus) -> FactorsPlan:
         "sample": selection.digest(),
         "seed": config.seed,
     }
+    if spans := {layer.name: layer.span for layer in layers if layer.span}:
+        fields["span"] = spans
     if inputs.matmul == "tf32":
         fields["matmul"] = inputs.matmul
     return FactorsPlan(
@@ -165,7 +171,7 @@ def fit_factors(
         _remove_partials(store)
         return
     for layer in plan.layers:
-        for kind, n in (("A", layer.inputs), ("S", layer.outputs)):
+        for kind, n in (("A", layer.inputs), ("S", 0 if layer.span else layer.outputs)):
             check_width(max(block_sizes(n, plan.blocks)), f"{kind} of {layer.name}")
     log.info(
         "factors     %d layers, %d sequences in %d slices x %d layer groups; partial sums take %.1f MiB in storage",
@@ -274,7 +280,7 @@ class _Fitting:
         executor.run(step)
 
     def _load(self, layer: Layer) -> Load:
-        widest = max(block_sizes(max(layer.outputs, layer.inputs), self.plan.blocks))
+        widest = widest_block(layer, self.plan.blocks)
         return Load(threads_for(widest), BYTES_PER_ENTRY * widest**2)
 
     def finish(self, executor: Executor) -> None:
@@ -338,6 +344,8 @@ def covariance_task(worker: ModelWorker, task: FitTask) -> int:
         for name, total in totals.items()
         for key, block in named_blocks(kind, mirror(total)).items()
     }
+    for name, (sketch_oc, trace) in sums.sketches.items():
+        blocks |= {sketch_key(name): worker.reduce(sketch_oc), trace_key(name): worker.reduce(trace)}
     blocks |= {tokens_key(name): worker.reduce(count) for name, count in sums.tokens.items()}
     targets.store()
     counted = worker.reduce(counted)
@@ -348,20 +356,29 @@ def covariance_task(worker: ModelWorker, task: FitTask) -> int:
 
 
 class CovarianceSums:
-    """A and S of some layers, upper triangles, as they are summed: A for every input, S for every layer."""
+    """A and S of some layers, upper triangles, as they are summed: A for every input, S for every layer; of one with a
+    span S's sketch and trace (`infscan.influence.span`)."""
 
     def __init__(self, layers: tuple[Layer, ...], blocks: int, dtype: torch.dtype, device: str) -> None:
         def zeros(n: int) -> BlockDiagonal:
             return BlockDiagonal.zeros(n, blocks, dtype=dtype, device=device)
 
         self.A = {layer.name: zeros(layer.inputs) for layer in layers if layer.input_of == layer.name}
-        self.S = {layer.name: zeros(layer.outputs) for layer in layers}
+        self.S = {layer.name: zeros(layer.outputs) for layer in layers if not layer.span}
+        self.Omega = {
+            layer.name: sketch_matrix(layer.outputs, layer.span, dtype, device) for layer in layers if layer.span
+        }
+        self.sketches = {
+            name: (torch.zeros_like(Omega_oc), torch.zeros(1, dtype=dtype, device=device))
+            for name, Omega_oc in self.Omega.items()
+        }
         # Of experts, the tokens that went to each; every other layer sees all.
         self.tokens = {layer.name: torch.zeros(1, dtype=torch.int64, device=device) for layer in layers if layer.stack}
 
     @property
     def nbytes(self) -> int:
-        return sum(block.nbytes for total in (*self.A.values(), *self.S.values()) for block in total.blocks)
+        moments = sum(block.nbytes for total in (*self.A.values(), *self.S.values()) for block in total.blocks)
+        return moments + sum(2 * Omega_oc.nbytes for Omega_oc in self.Omega.values())
 
     def consumer(self, batch: Batch) -> LayerConsumer:
         """Adds what a micro-batch's backward hands over."""
@@ -376,7 +393,10 @@ class CovarianceSums:
                 self.tokens[layer.name] += positions.sum()
             if masked is not None:
                 s, a = s.masked_fill(masked, 0), a.masked_fill(masked, 0)
-            add_second_moment(self.S[layer.name], s)
+            if layer.span:
+                add_sketch(*self.sketches[layer.name], s, self.Omega[layer.name])
+            else:
+                add_second_moment(self.S[layer.name], s)
             if layer.name in self.A:
                 add_second_moment(self.A[layer.name], a, positions if layer.bias else None)
 
@@ -384,7 +404,7 @@ class CovarianceSums:
 
 
 # (Q_S, Q_A) by layer.
-Bases = Mapping[str, tuple[BlockDiagonal, BlockDiagonal]]
+Bases = Mapping[str, tuple[Rotation, BlockDiagonal]]
 
 
 @multiplying("exact")
@@ -408,8 +428,8 @@ def lambda_task(worker: ModelWorker, task: FitTask) -> int:
 
 
 def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Zeros [O, I] for every layer."""
-    return {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
+    """Zeros [O, I] for every layer; of one with a span the rows that are kept."""
+    return {layer.name: torch.zeros(layer.kept_outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
 
 
 def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases, matmul: Multiply = "exact") -> LayerConsumer:
@@ -419,7 +439,11 @@ def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases, matmul: Multiply
         with multiplying(matmul):
             for mine in (slice(None),) if routed is None else (part for _, part in routed.segments()):
                 of_one = (s, a) if routed is None else (s[None, mine], a[None, mine])
-                add_squared_gradients(Lambda[layer.name], *of_one, *bases[layer.name])
+                Q_S, Q_A = bases[layer.name]
+                if isinstance(Q_S, SpannedBasis):
+                    add_spanned_squares(Lambda[layer.name], *of_one, Q_S, Q_A)
+                else:
+                    add_squared_gradients(Lambda[layer.name], *of_one, Q_S, Q_A)
 
     return consume
 
@@ -429,9 +453,14 @@ def _bases(worker: ModelWorker, task: FitTask) -> tuple[Bases, str]:
         blocks = [read_tensor(task.factors, path, name) for name in block_keys(key, task.plan.blocks)]
         return BlockDiagonal(tuple(blocks)).to(worker.device, worker.wide)
 
-    bases = {}
+    bases: dict[str, tuple[Rotation, BlockDiagonal]] = {}
     for layer in task.plan.group(task.group):
-        Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
+        Q_S: Rotation
+        if layer.span:
+            parts = (read_tensor(task.factors, f"S/{layer.name}.safetensors", key) for key in ("reflectors", "weights"))
+            Q_S = SpannedBasis(*parts).to(worker.device, worker.wide)
+        else:
+            Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
         bases[layer.name] = (Q_S, read(f"A/{layer.input_of}.safetensors", "Q_A"))
     return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
 

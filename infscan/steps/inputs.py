@@ -129,7 +129,7 @@ def open_inputs(config: Config) -> Inputs:
         config.model.tracked,
         attention=config.model.attention_implementation,
         revision=config.model.revision,
-    )
+    ).with_span(config.factors.span, config.factors.span_from)
     if config.scan.sieve is not None:
         last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)

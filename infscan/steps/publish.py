@@ -20,8 +20,7 @@ from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
 from infscan.results.manifest import Manifest, Part, commit
-from infscan.results.publish import INDEX, Publisher, Ranking, rank_rows
-from infscan.results.refined import RefinedRows
+from infscan.results.publish import INDEX, Publisher, Ranking
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
 from infscan.results.shard_file import ScanCounts
 from infscan.results.statements import Asked
@@ -29,11 +28,13 @@ from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
 from infscan.steps.provenance import computed_by
-from infscan.steps.refine import Refined
+from infscan.steps.ranking import Ranked
 from infscan.steps.run import Run
 from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
+from infscan.steps.similarity import Similarities
 from infscan.steps.stability import Stability
+from infscan.steps.targets import Targets
 from infscan.storage import json_bytes, storage_faults
 
 
@@ -42,12 +43,14 @@ def publish(
     plan: Plan,
     corpus: AddressableCorpus,
     scanned: Scanned,
-    refined: Refined,
+    ranked: Ranked,
     approximation: dict[str, Any] | None = None,
     iteration: dict[str, Any] | None = None,
     planned_bytes: Mapping[str, int] | None = None,
     searched: Searched | None = None,
     steadiness: Stability | None = None,
+    likeness: Similarities | None = None,
+    taught: Targets | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
@@ -55,7 +58,8 @@ def publish(
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
-    how they were found and what that missed. steadiness: what `infscan.steps.stability` found.
+    how they were found and what that missed. steadiness, likeness, taught: what
+    `infscan.steps.stability`, `infscan.steps.similarity` and `infscan.steps.targets` found.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -78,17 +82,19 @@ def publish(
             tokenizer.texts if tokenizer else None,
             asked(run),
         )
-        rows = RefinedRows(run.store, refined.groups, refined.paths, layers, run.inputs.query_ids, scanned.best)
+        rows, ranking = ranked.rows, ranked.ranking
         nonfinite = int((~np.isfinite(rows.scores)).sum())
         if nonfinite:
             run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
-        ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
         # Their documents first, since top says of each row which one carries it; margins later, some at a time.
         documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
         beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
         if steadiness is not None:
             beside |= _steady(steadiness, ranking)
-        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside)
+        if likeness is not None:
+            beside["similarity"] = pa.array(likeness.of(ranking), from_pandas=True)
+        by_target = taught.of if taught is not None else None
+        publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside, by_target)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
         phase.advance(sequences=len(documents))
     if scanned.counts.halved:

@@ -207,7 +207,8 @@ class RefineTask:
 def refine_task(worker: ModelWorker, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
-    sequences = _candidates(task)
+    sequences = stored_candidates(task.run, task.shards, task.fingerprint)
+    assert len(sequences) == len(task.wanted), "a candidate is missing from its shard's file"
     if task.before is not None:
         sequences = [task.before.before(sequence) for sequence in sequences]
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
@@ -287,11 +288,12 @@ def pair_scoring(
     return consume
 
 
-def _candidates(task: RefineTask) -> list[Sequence]:
-    """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
+def stored_candidates(store: Store, shards: Sequences[tuple[str, np.ndarray]], scan: str | None) -> list[Sequence]:
+    """Sequences by sequence_id, from the shard files: the corpus is not read again. shards, and scan: its
+    fingerprint: as of `RefineTask`."""
     found: list[Sequence] = []
-    for name, sequence_ids in task.shards:
-        kept = read_candidates(task.run, name, sequence_ids, columns=GIVEN, fingerprint=task.fingerprint)
+    for name, sequence_ids in shards:
+        kept = read_candidates(store, name, sequence_ids, columns=GIVEN, fingerprint=scan)
         for row in kept.to_pylist():
             mask, starts = row["loss_mask"], row["document_starts"]
             found.append(
@@ -305,7 +307,6 @@ def _candidates(task: RefineTask) -> list[Sequence]:
                     starts=None if starts is None else np.asarray(starts, np.int64),
                 )
             )
-    assert len(found) == len(task.wanted), "a candidate is missing from its shard's file"
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from infscan.config import fingerprint
 from infscan.corpus.plan import Plan
-from infscan.results.publish import Ranking, rank_rows
+from infscan.results.publish import Ranking
 from infscan.results.refined import RefinedRows, unit_path
 from infscan.results.shard_file import GIVEN, read_candidates
 from infscan.steps.corpus_inputs import separators
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import query_groups
+from infscan.steps.ranking import Ranked
 from infscan.steps.refine import (
     Context,
-    Refined,
     RefineTask,
     full_rank_key,
     refine_units,
@@ -59,14 +59,13 @@ class Stability:
         return bounds[:, 0], bounds[:, 1]
 
 
-def stability(run: Run, plan: Plan, scanned: Scanned, refined: Refined, factors: Factors) -> Stability | None:
+def stability(run: Run, plan: Plan, scanned: Scanned, ranked: Ranked, factors: Factors) -> Stability | None:
     """Score the scan.stability strongest rows of every query and side again after each context; None for 0 rows."""
     config, inputs = run.config, run.inputs
     if not config.scan.stability:
         return None
     layers = [layer.name for layer in inputs.layers]
-    scores = RefinedRows(run.store, refined.groups, refined.paths, layers, inputs.query_ids, scanned.best).scores
-    ranking = rank_rows(scanned.best, scores, config.scan.top_k)
+    scores, ranking = ranked.rows.scores, ranked.ranking
     rows = np.sort(ranking.rows[ranking.ranks <= config.scan.stability])
     tried, published = scanned.best.take(rows), scores[rows]
     contexts = _contexts(run, plan, scanned)

@@ -50,10 +50,19 @@ def factor_files(
         }
         return tensors_file_bytes(squares | {"eigenvalues": ("F32", (n,))}, facts)
 
-    sizes = [moment("S", layer.outputs) for layer in layers]
+    def spanned(layer: Layer) -> int:
+        k = layer.span
+        shapes = {
+            "reflectors": ("F32", (layer.outputs, k)),
+            "weights": ("F32", (k, k)),
+            "eigenvalues": ("F32", (layer.kept_outputs,)),
+        }
+        return tensors_file_bytes(shapes, facts)
+
+    sizes = [spanned(layer) if layer.span else moment("S", layer.outputs) for layer in layers]
     sizes += [moment("A", layer.inputs) for layer in layers if layer.input_of == layer.name]
     bases = {"eigenbases": DIGEST}
-    sizes += [tensors_file_bytes({"Lambda": ("F32", (layer.outputs, layer.inputs))}, bases) for layer in layers]
+    sizes += [tensors_file_bytes({"Lambda": ("F32", (layer.kept_outputs, layer.inputs))}, bases) for layer in layers]
     if config.factors.labels is Labels.sampled:
         sizes += [tensors_file_bytes({"labels": ("I32", slice_)}) for slice_ in slices]
     groups = layer_groups(layers, config.group_bytes, blocks)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from infscan_studies.comparison import AVERAGE, EKFAC
 from infscan_studies.config import ProveJob
-from infscan_studies.prove import PROPONENT, by_kind, words
+from infscan_studies.prove import PROPONENT, KindEffect, after_steps, by_kind, words
 
 
 def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
@@ -40,15 +40,16 @@ def show(table: pa.Table, facts: Mapping[str, Any]) -> None:
 
 
 def show_effects(table: pa.Table, facts: Mapping[str, Any], job: ProveJob) -> None:
-    """A line per kind of rows: what a step on one of them does to the completion; then what that says."""
+    """A line per kind of rows: what training on one of them does to the completion; then what that says."""
     console = Console(soft_wrap=True, highlight=False, width=120)
     shown = Table(box=None, padding=(0, 1), header_style="dim")
     shown.add_column("trained on")
     for name in ("rows", "effect, nats [95 %]", "raise it", "proponents' lead [95 %]"):
         shown.add_column(name, justify="right")
-    for each in by_kind(table, job.resamples, job.seed):
+    found = [(steps, each) for steps in job.counts for each in _kinds(table, steps, job)]
+    for steps, each in found:
         shown.add_row(
-            each.kind,
+            each.kind if len(job.counts) == 1 else f"{each.kind}, {'1 step' if steps == 1 else f'{steps} steps'}",
             f"{each.rows:,}",
             f"{each.mean:+.3g} [{each.low:+.3g}, {each.high:+.3g}]",
             f"{each.raises:.0%}",
@@ -57,8 +58,12 @@ def show_effects(table: pa.Table, facts: Mapping[str, Any], job: ProveJob) -> No
         )
     console.print(shown)
     console.print()
-    for line in words(table, facts, job):
+    for line in words(after_steps(table, job.steps), facts, job):
         console.print(line, markup=False)
+
+
+def _kinds(table: pa.Table, steps: int, job: ProveJob) -> list[KindEffect]:
+    return by_kind(after_steps(table, steps), job.resamples, job.seed)
 
 
 def show_coverage(table: pa.Table, facts: Mapping[str, Any]) -> None:

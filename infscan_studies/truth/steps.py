@@ -10,8 +10,9 @@ moves every parameter by about lr, whatever the size of its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,16 @@ def sequence_loss(worker: ModelWorker, sequence: corpus.Sequence) -> Tensor:
 
 @contextmanager
 def trained(
-    worker: ModelWorker, sequence: corpus.Sequence, optimizer: StepOptimizer, learning_rate: float, steps: int
+    worker: ModelWorker,
+    sequence: corpus.Sequence,
+    optimizer: StepOptimizer,
+    learning_rate: float,
+    steps: int,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[float, float]]:
     """The model after `steps` steps on one sequence, while open; then its weights are what they were, bit by bit.
 
-    Yields L(z) before and after, nats.
+    Yields L(z) before and after, nats. after_step: called with 1, 2, ... after each step but the last.
     """
     module = worker.model.module
     parameters = [p for p in module.parameters() if p.is_floating_point()]
@@ -53,19 +59,25 @@ def trained(
         make: type[torch.optim.Optimizer] = torch.optim.SGD if optimizer is StepOptimizer.sgd else torch.optim.AdamW
         stepper = make(parameters, lr=learning_rate, weight_decay=0.0)  # type: ignore[call-arg]
         first = None
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             loss = sequence_loss(worker, sequence)
             first = float(loss.detach()) if first is None else first
             loss.backward()
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            last = float(sequence_loss(worker, sequence))
+            if step < steps:
+                after_step(step)
         assert first is not None
-        yield first, last
+        yield first, loss_now(worker, sequence)
     finally:
         module.requires_grad_(False)
         _restore(parameters, before)
+
+
+@torch.no_grad()
+def loss_now(worker: ModelWorker, sequence: corpus.Sequence) -> float:
+    """L(z) at the model as it is, nats."""
+    return float(sequence_loss(worker, sequence))
 
 
 @torch.no_grad()
@@ -75,17 +87,38 @@ def _restore(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> No
         parameter.copy_(value)
 
 
+@dataclass(frozen=True)
+class After:
+    """What training left: f of some queries, and L(z) of the sequence that was trained on; nats."""
+
+    steps: int
+    values: list[float]
+    loss: float
+
+
 def effects(
     worker: ModelWorker,
     sequence: corpus.Sequence,
     queries: Sequence[Query],
     optimizer: StepOptimizer,
     learning_rate: float,
-    steps: int,
-) -> tuple[list[float], float, float]:
-    """f of every query after training on the sequence, and L(z) before and after, nats."""
-    with trained(worker, sequence, optimizer, learning_rate, steps) as (before, after):
-        return measure_queries(worker.model.module, queries).tolist(), before, after
+    counts: Sequence[int],
+) -> tuple[float, list[After]]:
+    """L(z) before training on a sequence, and what is left after each of these counts of steps, ascending.
+
+    One training passes through all of them: what is measured on the way changes nothing of it.
+    """
+    found: list[After] = []
+
+    def measure(steps: int) -> None:
+        if steps in counts:
+            values = measure_queries(worker.model.module, queries).tolist()
+            found.append(After(steps, values, loss_now(worker, sequence)))
+
+    last = counts[-1]
+    with trained(worker, sequence, optimizer, learning_rate, last, measure) as (before, after):
+        found.append(After(last, measure_queries(worker.model.module, queries).tolist(), after))
+    return before, found
 
 
 def find_learning_rate(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +17,27 @@ import torch
 
 from infscan.config import Backend, ClusterConfig
 from infscan.errors import ConfigError, QueryError
+from infscan.report.assemble import Archive
+from infscan.report.contents import run_contents
 from infscan.results.read import read_top
+from infscan.results.schema import to_parquet
 from infscan.steps.finished import reopen
 from infscan.steps.run import Run
+from infscan.storage import Store
 from infscan_studies.config import ProveJob, StepOptimizer
-from infscan_studies.prove import BM25, OPPONENT, PROPONENT, RANDOM, SCHEMA, agreement_of, by_kind, prove, words
+from infscan_studies.prove import (
+    BM25,
+    OPPONENT,
+    PROPONENT,
+    RANDOM,
+    SCHEMA,
+    after_steps,
+    agreement_of,
+    by_kind,
+    effects_table,
+    prove,
+    words,
+)
 from infscan_studies.truth.retrain import measure_queries
 from infscan_studies.truth.steps import effects, find_learning_rate, sequence_loss, trained
 from tests.steps.runs import answer_here, compose, text_corpus, text_queries, tiny_model
@@ -70,8 +92,9 @@ def test_a_step_of_sgd_is_the_gradient_dot_product_to_first_order_and_is_taken_b
         dots.append(-sum(float((a.double() * b.double()).sum()) for a, b in zip(f_grad, loss_grad, strict=True)))
     module.requires_grad_(False)
     rate = 1e-5
-    after, own_before, own_after = effects(worker, sequence, queries, StepOptimizer.sgd, rate, 1)
-    assert (np.asarray(after) - before) / rate == pytest.approx(dots, rel=0.02, abs=0.02 * np.abs(dots).max())
+    own_before, (after,) = effects(worker, sequence, queries, StepOptimizer.sgd, rate, [1])
+    own_after = after.loss
+    assert (np.asarray(after.values) - before) / rate == pytest.approx(dots, rel=0.02, abs=0.02 * np.abs(dots).max())
     assert own_before - own_after == pytest.approx(
         rate * sum(float((g.double() ** 2).sum()) for g in loss_grad), rel=0.02
     )
@@ -131,6 +154,64 @@ def test_every_row_and_control_is_in_the_table(run: str, found: tuple[pa.Table, 
 def test_the_same_seed_gives_the_same_table(run: str, opened: Run, found: tuple[pa.Table, dict[str, float]]) -> None:
     again, _ = prove(opened, ProveJob(run=run, rows=3, controls=2, cluster=HERE))
     assert again.equals(found[0])
+
+
+def test_what_is_measured_on_the_way_is_what_fewer_steps_give(run: str, opened: Run) -> None:
+    job = ProveJob(run=run, rows=2, controls=1, learning_rate=1e-3, cluster=HERE)
+    table, _ = prove(opened, replace(job, steps=3, also_after=[1]))
+    alone, _ = prove(opened, job)
+    assert set(table["steps"].to_pylist()) == {1, 3}
+    assert after_steps(table, 1).equals(alone)
+    assert after_steps(table, 3).select(["query_id", "kind", "rank"]).equals(alone.select(["query_id", "kind", "rank"]))
+
+
+def test_effects_by_query_and_over_all_have_intervals_around_their_means(found: tuple[pa.Table, Any]) -> None:
+    table, _ = found
+    rows = effects_table(table, 200, 0).to_pylist()
+    overall = {row["kind"]: row for row in rows if row["query_id"] is None}
+    assert set(overall) == set(table["kind"].to_pylist())
+    for row in rows:
+        mine = [
+            one["effect"]
+            for one in table.to_pylist()
+            if one["kind"] == row["kind"] and row["query_id"] in (None, one["query_id"])
+        ]
+        assert row["rows"] == len(mine)
+        assert row["low"] <= row["mean"] <= row["high"]
+        if row["query_id"]:
+            assert row["mean"] == pytest.approx(np.mean(mine))
+            assert row["lead"] is None
+    assert {kind: row["mean"] for kind, row in overall.items()} == {
+        each.kind: each.mean for each in by_kind(table, 200, 0)
+    }
+
+
+def test_what_it_would_cost_is_said_before(run: str, opened: Run) -> None:
+    table, facts = prove(opened, ProveJob(run=run, rows=3, controls=2, plan=True, max_hours=1e-9, cluster=HERE))
+    assert not table.num_rows
+    assert re.search(r"\d+ sequences of .* hours on one worker", facts["cost"])
+
+
+def test_the_page_has_the_effects_beside_the_rows(run: str, found: tuple[pa.Table, Any]) -> None:
+    table, _ = found
+    store = Store(run)
+    store.write("prove/effects.parquet", to_parquet(effects_table(table, 200, 0), {}))
+    store.write("prove/prove.parquet", to_parquet(table, {}))
+    archive = Archive(1 << 20)
+    contents = run_contents(run, "run", archive, 100, None, None)
+    chunks = {n: json.loads(zlib.decompress(base64.b64decode(text))) for n, (_, text) in archive.chunks.items()}
+    assert {kind for kind, *_ in contents["proved"]["kinds"]} == set(table["kind"].to_pylist())
+    seen = {}
+    for query in contents["queries"]:
+        assert {kind for kind, *_ in chunks[query["head"]]["proved"]["kinds"]} <= set(table["kind"].to_pylist())
+        for side in (PROPONENT, OPPONENT):
+            for chunk in query[side]["chunks"]:
+                rows = [row for row in chunks[chunk["chunk"]] if "effect" in row]
+                seen |= {(query["id"], side, row["rank"]): row["effect"] for row in rows}
+    published = [row for row in table.to_pylist() if row["kind"] in (PROPONENT, OPPONENT)]
+    assert seen.keys() == {(row["query_id"], row["kind"], row["rank"]) for row in published}
+    for row in published:
+        assert seen[row["query_id"], row["kind"], row["rank"]] == pytest.approx(row["effect"], rel=1e-5)
 
 
 def test_effects_are_averaged_by_query_and_compared_in_pairs() -> None:

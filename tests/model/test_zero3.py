@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infscan.model.architecture import describe
 from infscan.model.load import load
 from infscan.model.loaded import RankContext
 from tests.model.families import save
-from tests.model.zero3_rank import captured, settings
+from tests.model.zero3_rank import captured, layers_of, settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -23,6 +22,8 @@ pytestmark = pytest.mark.slow
 NAMES = ["gpt_neox", "llama+checkpointing", "gpt2+kept", "llama+cpu", "gpt_neox+nvme", "gpt_neox+within", "gpt2+within"]
 BLOCKS = ["gpt_neox+blocks", "llama+blocks", "llama+blocks+checkpointing", "opt+blocks", "llama+blocks+last"]
 NAMES += [*BLOCKS, "llama", "opt", "llama+blocks+cpu", "gpt_neox+blocks+nvme", "llama+last"]
+# The output embeddings among the tracked layers, tied to the input's (gpt2) or not, and alone.
+NAMES += ["llama+head", "gpt2+head", "llama+head+alone", "gpt2+head+alone"]
 WORLD = 2
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_rank_captures_what_the_whole_model_gives(folder: Path, name: str) -> None:
     chosen = settings(folder, name)
     whole = load(chosen, RankContext(), sharded=False)
-    layers = describe(chosen.path, "linear").layers
+    layers = layers_of(chosen.path, name)
     for rank in range(WORLD):
         found = load_file(folder / f"{name}-{rank}.safetensors")
         held, parameters, _ = found.pop("held").tolist()

@@ -48,13 +48,13 @@ def settings(folder: Path, name: str) -> ModelConfig:
 def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, option: str = "") -> dict[str, Tensor]:
     """Losses, logits, and a and s of every layer, on this rank's own batch (shapes differ between ranks).
 
-    last: of the last block alone, below which the backward ends. within: rank 0's sequences are of three documents that
-    do not see each other; the other ranks' of one.
+    last: of the last block alone, below which the backward ends; alone: of the head alone,
+    likewise. within: rank 0's sequences are of three documents that do not see each other; the other ranks' of one.
     """
     ids_bt = (torch.arange(2 * (6 + rank)) * 7 % 40).view(2, -1)
     positions_bt = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2) if option == "within" and rank == 0 else None
     layers = last_blocks(layers, 1) if option.endswith("last") else layers
-    end = ends_at(layers) if option.endswith("last") else None
+    end = ends_at(layers) if option.endswith("last") else layers[0].name if option.endswith("alone") else None
     found: dict[str, Tensor] = {}
 
     def consume(layer: Layer, a_bti: Tensor, s_bto: Tensor, _routed: object) -> None:
@@ -64,10 +64,16 @@ def captured(model: LoadedModel, layers: tuple[Layer, ...], rank: int, option: s
         found.clear()
         with capturing(model.module, layers, consume, ends_at=end):
             loss = Loss(*next_tokens(ids_bt, torch.ones_like(ids_bt, dtype=torch.bool)))
-            losses_b = sequence_losses(model, ids_bt, positions_bt, loss)
+            losses_b = sequence_losses(model, ids_bt, positions_bt, loss, whole=option.startswith("head"))
             backward(losses_b.sum())
     with torch.no_grad():
         return found | {"losses": losses_b.detach().clone(), "logits": model.logits(ids_bt, positions_bt).clone()}
+
+
+def layers_of(path: str, name: str) -> tuple[Layer, ...]:
+    """What is tracked: the blocks' linears, and the output embeddings where the name says so."""
+    option = name.partition("+")[2]
+    return describe(path, {"head": "linear+head", "head+alone": "head"}.get(option, "linear")).layers
 
 
 def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> None:
@@ -76,7 +82,7 @@ def main(rank: int, world: int, port: str, folder: Path, names: list[str]) -> No
             chosen = settings(folder, name)
             model = load(chosen, place, sharded=True)
             with gathers() as seen:
-                tensors = captured(model, describe(chosen.path, "linear").layers, rank, name.partition("+")[2])
+                tensors = captured(model, layers_of(chosen.path, name), rank, name.partition("+")[2])
             held = torch.tensor([model.shard_parameters, model.parameters, len(seen)])
             save_file(tensors | {"held": held}, folder / f"{name}-{rank}.safetensors")
 

@@ -24,6 +24,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.gauss_newton import GaussNewton, join
 from infscan.model.loaded import RankContext
+from infscan.model.target_influence import target_influence
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_tensors
@@ -90,8 +91,25 @@ def solutions(worker: ModelWorker, folder: Path, family: str, solver: Solver) ->
     }
 
 
+def targets(worker: ModelWorker) -> dict[str, Tensor]:
+    """What every token of some sequences taught, along a fixed direction."""
+    draw = np.random.default_rng(1)
+    sequences = [Sequence(n, draw.integers(1, VOCAB, length), (), 0, "") for n, length in enumerate(LENGTHS)]
+    P = {
+        layer.name: torch.from_numpy(draw.standard_normal((layer.outputs, layer.inputs))).to(worker.wide)
+        for layer in worker.layers
+    }
+    found = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=worker.wide)
+    for batch in worker.batches(sequences, TOKENS_PER_BATCH):
+        influence = target_influence(worker, batch, worker.layers, P, batch.loss())
+        if batch.scored:
+            found[batch.rows, : influence.shape[1]] = influence
+    return {"targets|": worker.reduce(found)}
+
+
 def found_by(worker: ModelWorker, folder: Path, family: str) -> dict[str, Tensor]:
     found = {f"product|{layer}": tensor for layer, tensor in products(worker).items()}
+    found |= targets(worker)
     for solver in (Solver.cg, Solver.astra):
         found |= {f"{solver.value}|{key}": value for key, value in solutions(worker, folder, family, solver).items()}
     return found

@@ -12,12 +12,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from infscan.model.worker import ModelWorker
+from infscan.config import Config, Dtype, ModelConfig
+from infscan.influence.layers import Layer
+from infscan.model.architecture import describe
+from infscan.model.gathered import blocks
+from infscan.model.loaded import RankContext
+from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.results.read import read_scores
 from infscan.steps import factors
-from infscan.steps.factors import _Fitting
-from tests.steps.builders import as_rank
-from tests.steps.runs import answer_here, small_run, tiny_model
+from infscan.steps.factor_files import read_factors
+from infscan.steps.factors import CovarianceSums, _Fitting
+from tests.steps.builders import as_rank, small_corpus
+from tests.steps.runs import VOCAB, answer_here, small_run, tiny_model
 
 
 def gradient(model: PreTrainedModel, ids: list[int], first: int = 1) -> Tensor:
@@ -49,6 +55,84 @@ def test_a_job_that_tracks_the_head_gives_the_gradients_of_autograd(tmp_path: Pa
         expected = (sequences @ gradient(model, query["input_ids"], query["prompt_len"])).numpy()
         found = np.asarray(ours[f"score_{query['id']}"])
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def scores(config: Config) -> np.ndarray:
+    table = read_scores(config.output).sort_by("sequence_id")
+    return np.stack([np.asarray(table[f"score_q{query}"]) for query in range(3)])
+
+
+HEAD = ("model.tracked=mlp+head", "model.dtype=float64", "scan.rank=null", "scan.scores=all", "scan.similarity=0")
+
+
+def test_a_span_of_all_outputs_gives_the_scores_of_the_whole_factors(tmp_path: Path) -> None:
+    """S of the head seen through a Gaussian matrix, slice by slice, against S itself; of half of it they are near."""
+    tiny_model(tmp_path / "model", family="llama")
+    answer_here(whole := small_run(tmp_path, *HEAD))
+    exact = scores(whole)
+    agreement = []
+    for span in (48, VOCAB):
+        config = small_run(
+            tmp_path, *HEAD, "factors.span_from=8", f"factors.span={span}", f"output={tmp_path / f'span{span}'}"
+        )
+        answer_here(config)
+        agreement.append(np.corrcoef(scores(config).ravel(), exact.ravel())[0, 1])
+        S = read_factors(str(config.factors.path))["lm_head"]
+        assert S.S is None
+        assert S.Lambda.shape == (VOCAB, 32)
+    assert scores(config) == pytest.approx(exact, rel=1e-6, abs=1e-6 * float(np.abs(exact).max()))
+    assert agreement[0] > 0.9
+    # The MLPs' factors are the same files.
+    files = [path for path in (Path(str(whole.factors.path)) / "S").iterdir() if "lm_head" not in path.name]
+    assert files
+    for path in files:
+        assert path.read_bytes() == (Path(str(config.factors.path)) / "S" / path.name).read_bytes()
+
+
+def test_two_ranks_sketches_add_up_to_one_ranks(tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    architecture = describe(str(tiny_model(tmp_path / "model", family="llama")), "head").with_span(8, 16)
+    model = ModelConfig(architecture.folder, Dtype.float64, tracked="head")
+    alone = ModelWorker(WorkerSettings(model, architecture.layers, sharded=False), RankContext())
+    sequences = corpus.read(np.arange(corpus.sequences))
+
+    def summed(worker: ModelWorker) -> Tensor:
+        sums = CovarianceSums(architecture.layers, 1, torch.float64, "cpu")
+        for batch in worker.batches(sequences, 64):
+            worker.backward(batch, architecture.layers, batch.loss(), sums.consumer(batch), ones=False)
+        ((sketch, trace),) = sums.sketches.values()
+        return torch.cat([sketch.flatten(), trace])
+
+    torch.testing.assert_close(sum(summed(as_rank(alone, number, 2)) for number in range(2)), summed(alone))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_head_alone_takes_no_backward_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:
+    """Nothing in the blocks has a graph; a and s are those that a backward through all of them gives."""
+    folder = tiny_model(tmp_path / "model", family=family)
+    both = describe(str(folder), "mlp+head").layers
+    alone = both[-1:]
+    model = ModelConfig(str(folder), Dtype.float64, tracked="mlp+head", gradient_checkpointing=checkpointing)
+    worker = ModelWorker(WorkerSettings(model, both, sharded=False), RankContext())
+    sequences = small_corpus(tmp_path, 4)
+    (batch,) = worker.batches(sequences.read(np.arange(2)), 1 << 20)
+    graphs: list[bool] = []
+    for block in blocks(worker.model.module):
+        block.register_forward_hook(
+            lambda _module, _args, out: graphs.append((out if isinstance(out, Tensor) else out[0]).requires_grad)
+        )
+
+    def seen(layers: tuple[Layer, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        worker.backward(batch, layers, batch.loss(), lambda layer, s, a, _: found.update({layer.name: (s, a)}))
+        return found
+
+    mine = seen(alone)
+    assert graphs == [False] * 2
+    theirs = seen(both)
+    for one, other in zip(mine[alone[0].name], theirs[alone[0].name], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_ranks_find_the_eigenbases_that_tasks_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

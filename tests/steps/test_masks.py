@@ -12,7 +12,8 @@ from infscan.api import run_masks
 from infscan.config import Backend, ClusterConfig, Sides
 from infscan.config.jobs import ExplainJob, MasksJob
 from infscan.errors import ConfigError, QueryError, RunError
-from infscan.results.read import read_scores
+from infscan.results.masks import write_masks
+from infscan.results.read import read_scores, read_tokens, read_top
 from infscan.steps.explain import explain
 from infscan.steps.finished import reopen
 from tests.steps.runs import EOS, answer_here, compose, tiny_model, token_corpus, token_queries, write_jsonl
@@ -53,6 +54,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     with reopen(uri, job.cluster) as opened:
         explain(opened, job)
     return uri
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.tracked=mlp+head",)])
+def test_a_run_that_takes_its_rows_apart_gives_the_masks_that_an_explanation_gives(
+    run: str, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    root = Path(run).parent
+    name = f"apart-{len(overrides)}"
+    apart = scan(root, root / "corpus.jsonl", name, "scan.targets=null", "scan.scores=top", *overrides)
+    rows = {(row["query_id"], row["sequence_id"]): row for row in read_tokens(apart).to_pylist()}
+    assert len(rows) == read_top(apart).num_rows
+    for row in read_top(apart).to_pylist():
+        targets = rows[row["query_id"], row["sequence_id"]]["targets"]
+        assert targets[0] == 0
+        assert sum(targets) == pytest.approx(row["score"], rel=1e-4)
+    if not overrides:
+        mine, theirs = MasksJob(run=apart, share=0.1), MasksJob(run=run, share=0.1)
+        found, expected = write_masks(mine), write_masks(theirs)
+        assert found.select(["sequence_id", "positions"]).equals(expected.select(["sequence_id", "positions"]))
+        for one, other in zip(found["scores"].to_pylist(), expected["scores"].to_pylist(), strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.parametrize("sides", [Sides.proponents, Sides.opponents, Sides.both])
@@ -97,7 +119,7 @@ def test_a_share_is_of_the_explained_tokens_and_queries_are_added_up(run: str) -
 def test_what_cannot_be_masked_is_refused(run: str) -> None:
     with pytest.raises(QueryError, match=r"nobody.*q0, q1"):
         run_masks(MasksJob(run=run, query_ids=["nobody"]))
-    with pytest.raises(RunError, match="no explanation: explain rows first, infscan explain"):
+    with pytest.raises(RunError, match=r"no explanation, and .*: explain rows first, infscan explain"):
         run_masks(MasksJob(run=run, name="other"))
     for wrong in (MasksJob(run=run, share=0.0), MasksJob(run=run, tokens=0)):
         with pytest.raises(ConfigError, match="tokens"):

@@ -35,7 +35,7 @@ def together(folder: Path, names: list[str], *, sharded: bool) -> None:
         expected = found_by(opened(folder, name, RankContext(), sharded=False), folder, name)
         found = load_file(folder / f"{name}.safetensors")
         assert found.keys() == expected.keys()
-        for kind in ("product", "cg", "astra"):
+        for kind in ("product", "cg", "astra", "targets"):
             ours, theirs = (
                 torch.cat([each[key].flatten().double() for key in expected if key.startswith(kind)])
                 for each in (found, expected)

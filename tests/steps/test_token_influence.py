@@ -17,6 +17,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.model.architecture import describe
 from infscan.model.experts import is_transposed
 from infscan.model.loaded import RankContext
+from infscan.model.target_influence import target_influence
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
 from infscan.steps.explain import Explained, ExplainTask, explain_task
@@ -110,6 +111,23 @@ def test_an_output_token_is_worth_what_its_loss_adds(
         dropped = [one.score - by_query[query].score for by_query in without]
         np.testing.assert_allclose(one.output_t[1:], dropped, rtol=1e-5, atol=1e-5 * np.abs(dropped).max())
         assert one.output_t[0] == 0
+
+
+def test_targets_are_the_output_tokens_in_one_forward(
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
+) -> None:
+    """Padded, in a batch, with a loss on some tokens, and with the head among the tracked layers or not."""
+    rank, corpus = opened
+    sequences = [masked(one, np.arange(len(one)) % 3 != 1) for one in sequences_of(corpus)[:3]]
+    P = preconditioned(rank, QUERIES, rank.layers, inverse)
+    (batch,) = rank.batches(sequences, 1 << 20)
+    expected = explained(rank, inverse, sequences)
+    for query in range(len(QUERIES)):
+        mine = {name: matrices[query] for name, matrices in P.items()}
+        found_bt = target_influence(rank, batch, rank.layers, mine, batch.loss()).numpy()
+        for place, row in enumerate(batch.rows.tolist()):
+            close(found_bt[place, : len(sequences[row]) - 1], expected[row][query].output_t[1:])  # type: ignore[index]
+            assert not found_bt[place, len(sequences[row]) - 1 :].any()
 
 
 @contextmanager

@@ -67,7 +67,7 @@ async function fillQuery() {
   if (turn !== state.turn) return;
   fillAsked(found);
   const layers = ['proponent', 'opponent'].filter((each) => found[each].layers).map((each) => layerPlot(`Layers, mean of ${each}s`, found[each].layers, run().layers));
-  $('plots').replaceChildren(...[tailPlot(found), histogramPlot(found), ...layers].filter(Boolean));
+  $('plots').replaceChildren(...[tailPlot(found), histogramPlot(found), ...layers, effectsTable('Trained on, for this question', found.proved), effectsTable('Trained on, over all questions', run().proved)].filter(Boolean));
   await fillRows(turn);
 }
 

@@ -112,3 +112,13 @@ function layerPlot(title, packed, names) {
   const thirds = [0, 1, 2].map((third) => sum(values.filter((_, layer) => Math.floor((3 * layer) / values.length) === third).map(Math.abs)) / size);
   return figure(title, `Largest: ${line(names[largest])} with ${number(values[largest])}. Of the sizes, the lower third of the layers holds ${percent(thirds[0])}, the middle ${percent(thirds[1])}, the upper ${percent(thirds[2])}.`, ...drawn);
 }
+
+// What training on rows and on controls did to the completion: a table, as `infscan prove` found it.
+function effectsTable(title, proved) {
+  if (!proved) return null;
+  const after = plural(proved.steps, 'training step');
+  const cells = ([kind, rows, mean, low, high, raises]) => el('tr', {}, el('th', { scope: 'row' }, line(kind)), el('td', {}, rows.toLocaleString('en')), el('td', {}, number(mean, 3)), el('td', {}, `${number(low, 3)} to ${number(high, 3)}`), el('td', {}, percent(raises)));
+  const heads = ['trained on', 'rows', 'nats', '95 %', 'raise it'].map((name) => el('th', { scope: 'col' }, name));
+  const table = el('table', { class: 'effects' }, el('thead', {}, el('tr', {}, ...heads)), el('tbody', {}, ...proved.kinds.map(cells)));
+  return el('figure', {}, el('figcaption', {}, title), table, el('p', { class: 'says' }, `Change of the completion's log-probability after ${after} on one sequence alone, on a copy of the model; the last three kinds are controls.`));
+}

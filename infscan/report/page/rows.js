@@ -96,11 +96,12 @@ function rowItem(row, run, best, wanted, copies) {
   const [document_, source] = row.document ?? row.sequence.documents[0] ?? ['', ''];
   const bar = el('span', { class: `strength ${row.score < 0 ? 'opponent' : 'proponent'}`, 'aria-hidden': 'true' }, el('span'));
   bar.firstChild.style.width = `${Math.max(1, (100 * Math.abs(row.score)) / (best || 1)).toFixed(1)}%`;
-  const name = el('h3', {}, el('span', { class: 'rank' }, `${row.rank}`), bar, el('span', { class: 'score' }, number(row.score)), el('span', { class: 'scan' }, `scan ${number(row.scan)}${row.z === undefined ? '' : `, z ${number(row.z)}`}`));
+  const name = el('h3', {}, el('span', { class: 'rank' }, `${row.rank}`), bar, el('span', { class: 'score' }, number(row.score)), el('span', { class: 'scan' }, `scan ${number(row.scan)}${row.z === undefined ? '' : `, z ${number(row.z)}`}${row.similarity === undefined ? '' : `, alike ${row.similarity.toFixed(2)}`}`));
   const from = el('p', { class: 'from' }, show(el('bdi', { class: 'document' }), line(document_, 120)));
   if (source) from.append(show(el('bdi', { class: 'source' }), line(source, 60)));
   if (row.sequence.corpus) from.append(show(el('bdi', { class: 'source' }), line(row.sequence.corpus, 60)));
   if (row.unsure) from.append(el('span', { class: 'mark' }, `sign unsure: ${number(row.unsure[0])} to ${number(row.unsure[1])} after other texts`));
+  if (row.effect !== undefined) from.append(el('span', { class: 'mark' }, `trained on: ${number(row.effect, 3)} nats`));
   if (row.states) from.append(el('span', { class: 'mark' }, 'states it'));
   if (row.hub) from.append(el('span', { class: 'mark' }, `hub: near the top of ${row.hub} other questions`));
   if (row.alike) from.append(el('span', { class: 'mark alike' }, `${{ exact: 'a copy of', near: 'nearly a copy of', document: 'of the same document as' }[row.alike[1]]} ${row.alike[0]}`));

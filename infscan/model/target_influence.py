@@ -1,0 +1,63 @@
+"""The influence of a sequence's tokens as targets, by forward-mode differentiation: one forward with a tangent.
+
+With P = (G + lambda)^-1 grad(-f) and l_t = -log p(x_t | x_<t), token t's influence as what the model learns to predict
+is <P, grad l_t> (`infscan.model.token_influence`, which takes two backward passes): the derivative of l_t along P. All
+t come at once from a forward that carries the tangent P of the tracked layers; nothing is kept for a backward, and a
+model that is cut over ranks can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.functional import cross_entropy
+
+from infscan.influence.layers import Layer
+from infscan.model.attention import document_logits
+from infscan.model.attention_blocks import TwiceDifferentiable
+from infscan.model.gauss_newton import moved_by, without_backward_marks
+from infscan.model.losses import Head, Loss, instead_of_head, rows_at_once
+from infscan.model.suffix import not_checkpointed
+from infscan.model.worker import Batch, ModelWorker
+
+
+@torch.no_grad()
+def target_influence(
+    worker: ModelWorker, batch: Batch, layers: Sequence[Layer], P: Mapping[str, Tensor], loss: Loss
+) -> Tensor:
+    """<P, grad of each position's loss>, [B, T] float32 or wider, by the position that predicts; 0 without a loss.
+
+    P: [O, I] by layer, over which they add up. All ranks of a group call it together, each with its own batch.
+    """
+    model, module = worker.model, worker.model.module
+    whole = model.head_name in {layer.name for layer in layers} or not model.head_is_last
+    rows = rows_at_once(module.config.get_text_config().vocab_size, on_gpu=model.on_gpu)
+    directions = {layer.name: P[layer.name].to(model.dtype) for layer in layers}
+    at_zero = {name: torch.zeros_like(D_oi) for name, D_oi in directions.items()}
+
+    def losses(moved: dict[str, Tensor]) -> Tensor:
+        with moved_by(module, layers, moved):
+            if whole:
+                return _losses(model.logits(batch.ids_bt, batch.position_ids_bt), _itself, loss, rows, worker.wide)
+            with instead_of_head(module, lambda h, head: _losses(h, head, loss, rows, worker.wide)[..., None]):
+                return document_logits(module, batch.ids_bt, batch.position_ids_bt).squeeze(-1)
+
+    every = dict(module.named_modules())
+    # Attention's fused kernels and checkpointed blocks have no forward-mode derivative.
+    with TwiceDifferentiable(), without_backward_marks(module), not_checkpointed(every, ""):
+        tangents_bt: Tensor = jvp(losses, (at_zero,), (directions,))[1]
+    return torch.where(loss.weights_bt.bool(), tangents_bt, 0)
+
+
+def _losses(h_btn: Tensor, head: Head, loss: Loss, rows: int, wide: torch.dtype) -> Tensor:
+    """-log p(label) of every position, [B, T], the logits of so many rows at once."""
+    parts = zip(h_btn.flatten(0, 1).split(rows), loss.labels_bt.flatten().split(rows), strict=True)
+    found = [cross_entropy(head(h_cn).to(wide), labels_c, reduction="none") for h_cn, labels_c in parts]
+    return torch.cat(found).view_as(loss.labels_bt)
+
+
+def _itself(logits_cv: Tensor) -> Tensor:
+    return logits_cv

@@ -1,0 +1,227 @@
+"""How alike published rows and their queries are in the model's own reading, beside what training does with them.
+
+Whitened cosines of hidden states of a middle block (`infscan.influence.similarity`), by a forward of every published
+sequence; the whitening is of the whole corpus, by a seeded sample. With stages, the model is the one that is scanned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infscan.config import fingerprint
+from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
+from infscan.corpus.plan import Plan, Selection
+from infscan.engine.executor import Step
+from infscan.errors import DamagedError
+from infscan.influence.similarity import StateMoments, Whitening, best_cosines
+from infscan.influence.topk_tracker import ScoredRows
+from infscan.model.hidden import hidden_states
+from infscan.model.worker import Batch, ModelWorker
+from infscan.queries import Query, queries_fingerprint
+from infscan.results.publish import Ranking
+from infscan.results.refined import RefinedRows, unit_path, write_unit
+from infscan.results.tensor_files import read_facts, read_tensor, write_tensors
+from infscan.steps.refine import pairs_of, refine_units, stored_candidates, whole_units
+from infscan.steps.run import Run
+from infscan.steps.scan import Scanned
+from infscan.storage import Store
+
+_NAME = "similarity"
+_WHITENING = "queries/whitening.safetensors"
+# Sequences that the whitening is of.
+_SAMPLED = 64
+_QUERIES_PER_GROUP, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 256, 1 << 14
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Of the rows that were compared, as columns: queries int32, sequence_ids int64, values float32."""
+
+    rows: ScoredRows
+    values: NDArray[np.float32]
+
+    def of(self, ranking: Ranking) -> NDArray[np.float32]:
+        """Of a ranking's rows; NaN for those that were not compared."""
+        pairs = zip(self.rows.queries.tolist(), self.rows.sequence_ids.tolist(), strict=True)
+        known = dict(zip(pairs, self.values.tolist(), strict=True))
+        wanted = zip(ranking.queries.tolist(), ranking.sequence_ids.tolist(), strict=True)
+        return np.asarray([known.get(pair, np.nan) for pair in wanted], np.float32)
+
+
+def similarity(
+    run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, ranking: Ranking
+) -> Similarities | None:
+    """Compare the scan.similarity strongest rows of every query and side with the query; None for 0 rows."""
+    config, inputs = run.config, run.inputs
+    most = config.scan.similarity
+    if most == 0:
+        return None
+    if not run.architecture.block:
+        run.telemetry.warn(
+            f"top.similarity is null: transformers calls no part of a {run.architecture.family} model a block, whose "
+            "hidden states would be compared"
+        )
+        return None
+    rows = np.sort(ranking.rows if most is None else ranking.rows[ranking.ranks <= most])
+    tried = scanned.best.take(rows)
+    sample = Selection.of(corpus.sequences, _SAMPLED, config.seed).ids()
+    key = fingerprint(
+        [
+            [run.architecture.fingerprint, inputs.refine_dtype, corpus.fingerprint, sample.tolist()],
+            [queries_fingerprint([query]) for query in run.queries],
+        ]
+    )
+    groups = [
+        range(start, min(start + _QUERIES_PER_GROUP, len(run.queries)))
+        for start in range(0, len(run.queries), _QUERIES_PER_GROUP)
+    ]
+    units = refine_units(tried, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    digest = fingerprint([key, scanned.fingerprint, tried.sequence_ids.tolist(), tried.queries.tolist()])
+    paths = [unit_path(digest, number) for number in range(len(units))]
+    there = whole_units(run, digest)
+
+    def task(number: int) -> SimilarityTask:
+        unit = units[number]
+        return SimilarityTask(
+            run=run.store,
+            path=paths[number],
+            group=f"{unit.group}/{key}",
+            queries=tuple(run.queries[query] for query in groups[unit.group]),
+            shards=tuple(plan.by_shard(unit.sequence_ids)),
+            wanted=unit.wanted,
+            tokens_per_batch=config.tokens_per_batch,
+            fingerprint=scanned.fingerprint,
+        )
+
+    step = Step(
+        name=_NAME,
+        unit_name="units",
+        units=range(len(units)),
+        function=similarity_task,
+        task=task,
+        is_done=lambda number: paths[number] in there,
+        progress=lambda number, tokens: (len(np.unique(units[number].sequence_ids)), tokens),
+    )
+    if not all(map(step.is_done, step.units)):
+        # As the published scores are made.
+        run.hold_model_in(config.refine_dtype)
+        whiten = WhiteningTask(run.store, CorpusAddress.of(corpus), sample, config.tokens_per_batch, key)
+        whitening = Step(
+            "whitening", "samples", [0], whitening_task, lambda _: whiten, lambda _: _is_whitened(run, key)
+        )
+        run.executor.run(whitening)
+        run.executor.run(step)
+    by_group: list[list[list[str]]] = [[[]] for _ in groups]
+    for unit, path in zip(units, paths, strict=True):
+        by_group[unit.group][0].append(path)
+    found = RefinedRows(run.store, groups, by_group, [_NAME], inputs.query_ids, tried)
+    return Similarities(tried, found.scores)
+
+
+def _is_whitened(run: Run, key: str) -> bool:
+    try:
+        return run.store.exists(_WHITENING) and read_facts(run.store, _WHITENING).get("fingerprint") == key
+    except DamagedError as error:
+        run.telemetry.warn(f"{error} It is computed again now.")
+        return False
+
+
+@dataclass(frozen=True)
+class WhiteningTask:
+    """Sequences of a corpus whose hidden states the whitening is of."""
+
+    run: Store
+    corpus: CorpusAddress
+    sequence_ids: np.ndarray
+    tokens_per_batch: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SimilarityTask:
+    """Some published rows of a group of queries; shards and wanted as of `infscan.steps.refine.RefineTask`."""
+
+    run: Store
+    path: str
+    group: str
+    queries: tuple[Query, ...]
+    shards: tuple[tuple[str, np.ndarray], ...]
+    wanted: dict[int, tuple[int, ...]]
+    tokens_per_batch: int
+    fingerprint: str | None
+
+
+def whitening_task(worker: ModelWorker, task: WhiteningTask) -> None:
+    """Sum the states of a sample's tokens and their products; rank 0 writes them, float64."""
+    sequences = worker.read(task.corpus, task.sequence_ids)
+    moments: StateMoments | None = None
+    for batch in worker.batches(sequences, task.tokens_per_batch):
+        h_btd = _states(worker, batch)
+        moments = moments or StateMoments(h_btd.shape[-1], worker.device)
+        if batch.scored:
+            moments.add(h_btd[counted(batch)])
+    assert moments is not None, "every rank of a group has as many micro-batches"
+    total_nn = worker.reduce(moments.total_nn)
+    if worker.leads:
+        write_tensors(task.run, _WHITENING, {"total": total_nn}, {"fingerprint": task.fingerprint})
+
+
+def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
+    """Similarity of every wanted pair, written by rank 0. Returns the tokens."""
+    whitening, own = worker.cached("similarity", task.group, lambda: _own(worker, task))
+    sequences = stored_candidates(task.run, task.shards, task.fingerprint)
+    wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
+    pairs = pairs_of(wanted)
+    first = np.cumsum([0, *map(len, wanted)]).tolist()
+    values_n = torch.zeros(len(pairs), dtype=torch.float64, device=worker.device)
+    for batch in worker.batches(sequences, task.tokens_per_batch):
+        h_btd = _states(worker, batch)
+        if not batch.scored:
+            continue
+        counts_bt, x_btd = counted(batch), whitening.directions(h_btd)
+        for place, row in enumerate(batch.rows.tolist()):
+            for offset, query in enumerate(wanted[row]):
+                one = slice(place, place + 1)
+                values_n[first[row] + offset] = best_cosines(own[query], x_btd[one], counts_bt[one])[0]
+    values_n = worker.reduce(values_n)
+    if worker.leads:
+        write_unit(
+            task.run,
+            task.path,
+            [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
+            values_n.float().cpu().numpy()[:, None],
+            [np.empty(0, np.float32)] * len(pairs),
+            [_NAME],
+        )
+    return sum(len(sequence) for sequence in sequences)
+
+
+def _own(worker: ModelWorker, task: SimilarityTask) -> tuple[Whitening, list[Tensor]]:
+    """The whitening, and the directions [i, d] of every query's tokens, prompt and completion."""
+    total_nn = read_tensor(task.run, _WHITENING, "total")
+    whitening = Whitening.of(total_nn).to(worker.device, worker.wide)
+    found = []
+    for query in task.queries:
+        ids = np.asarray([query.parts[0].token_ids], np.int64)
+        batch = Batch(np.arange(1), worker.to_device(ids), worker.to_device(np.ones(ids.shape, np.bool_)))
+        found.append(whitening.directions(_states(worker, batch)[counted(batch)]))
+    return whitening, found
+
+
+def _states(worker: ModelWorker, batch: Batch) -> Tensor:
+    return hidden_states(worker.model, batch.ids_bt, batch.position_ids_bt).to(worker.wide)
+
+
+def counted(batch: Batch) -> Tensor:
+    """The tokens that take part, bool [B, T]: all but padding and the first of every document that attention begins
+    anew with, whose state says nothing of the text; of a sequence that has no other, that one."""
+    positions_bt = batch.position_ids_bt
+    if positions_bt is None:
+        positions_bt = torch.arange(batch.ids_bt.shape[1], device=batch.ids_bt.device).expand_as(batch.ids_bt)
+    inner_bt = batch.mask_bt & (positions_bt > 0)
+    return torch.where(inner_bt.any(dim=1, keepdim=True), inner_bt, batch.mask_bt)

@@ -1,0 +1,145 @@
+"""The influence of each token of published rows as a target: what predicting it taught the model of the completion.
+
+They add up to a row's score, and a score changes by exactly minus their sum where tokens are left out of the loss
+(`infscan.results.masks`). By a forward with a tangent for every row and query (`infscan.model.target_influence`), which
+a model that is cut over ranks can do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infscan.config import fingerprint
+from infscan.corpus.plan import Plan
+from infscan.engine.executor import Step
+from infscan.influence.precision import multiplying
+from infscan.influence.topk_tracker import ScoredRows
+from infscan.model.target_influence import target_influence
+from infscan.model.worker import ModelWorker
+from infscan.results.publish import Ranking
+from infscan.results.refined import RefinedRows, unit_path, write_unit
+from infscan.steps.factors import Factors
+from infscan.steps.preconditioner import preconditioned, query_groups
+from infscan.steps.refine import RefineTask, refine_units, stored_candidates, whole_units
+from infscan.steps.run import Run
+from infscan.steps.scan import Scanned
+
+_SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the influences are stored. tried: the rows that have them."""
+
+    tried: ScoredRows
+    rows: RefinedRows
+
+    def of(self, ranking: Ranking) -> list[NDArray[np.float32] | None]:
+        """Of a ranking's rows, by token; None for those that were not tried."""
+        place = {
+            pair: row
+            for row, pair in enumerate(zip(self.tried.queries.tolist(), self.tried.sequence_ids.tolist(), strict=True))
+        }
+        wanted = [place.get(pair) for pair in zip(ranking.queries.tolist(), ranking.sequence_ids.tolist(), strict=True)]
+        there = [row for row in wanted if row is not None]
+        found = iter(self.rows.margins(np.asarray(there, np.intp)).token_scores)
+        return [None if row is None else next(found) for row in wanted]
+
+
+def targets(run: Run, plan: Plan, scanned: Scanned, ranking: Ranking, factors: Factors) -> Targets | None:
+    """Take apart the scan.targets strongest rows of every query and side; None for 0 rows."""
+    config, inputs = run.config, run.inputs
+    most = config.scan.targets
+    if most == 0:
+        return None
+    rows = np.sort(ranking.rows if most is None else ranking.rows[ranking.ranks <= most])
+    tried = scanned.best.take(rows)
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
+    units = refine_units(tried, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    digest = fingerprint(
+        [
+            ["targets", tried.sequence_ids.tolist(), tried.queries.tolist()],
+            [factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype, scanned.fingerprint],
+        ]
+    )
+    cells = [(unit, layers) for unit in range(len(units)) for layers in range(len(layer_groups))]
+    path_of = {cell: unit_path(digest, number) for number, cell in enumerate(cells)}
+    there = whole_units(run, digest)
+
+    def task(cell: Cell) -> RefineTask:
+        unit, layers = units[cell[0]], layer_groups[cell[1]]
+        return RefineTask(
+            run=run.store,
+            path=path_of[cell],
+            group=f"{unit.group}/{cell[1]}/{digest}",
+            queries=tuple(run.queries[query] for query in groups[unit.group]),
+            layers=layers,
+            inverse=factors.inverse,
+            shards=tuple(plan.by_shard(unit.sequence_ids)),
+            wanted=unit.wanted,
+            tokens_per_batch=config.tokens_per_batch,
+            fingerprint=scanned.fingerprint,
+        )
+
+    step = Step(
+        name="targets",
+        unit_name="units",
+        units=cells,
+        function=targets_task,
+        task=task,
+        is_done=lambda cell: path_of[cell] in there,
+        progress=lambda cell, tokens: (len(np.unique(units[cell[0]].sequence_ids)), tokens),
+    )
+    if not all(map(step.is_done, cells)):
+        # As the published scores are made.
+        run.hold_model_in(config.refine_dtype)
+        run.executor.run(step)
+    paths: list[list[list[str]]] = [[[] for _ in layer_groups] for _ in groups]
+    for unit, layers in cells:
+        paths[units[unit].group][layers].append(path_of[unit, layers])
+    names = [layer.name for layer in inputs.layers]
+    return Targets(tried, RefinedRows(run.store, groups, paths, names, inputs.query_ids, tried))
+
+
+@multiplying("exact")
+def targets_task(worker: ModelWorker, task: RefineTask) -> int:
+    """<P_q, grad l_t> of every wanted pair for a group of layers, by token, written by rank 0. Returns the tokens.
+
+    The unit's files are those of refining, with these in the place of scores by input position; by layer there is
+    nothing.
+    """
+    P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
+    sequences = stored_candidates(task.run, task.shards, task.fingerprint)
+    pairs: list[tuple[int, int]] = []
+    longest = max(len(sequence) for sequence in sequences)
+    parts = []
+    for query in range(len(task.queries)):
+        rows = [row for row, one in enumerate(sequences) if query in task.wanted[one.sequence_id]]
+        if not rows:
+            continue
+        pairs += [(row, query) for row in rows]
+        found_rt = torch.zeros(len(rows), longest, dtype=worker.wide, device=worker.device)
+        P_q = {layer.name: P[layer.name][query] for layer in task.layers}
+        for batch in worker.batches([sequences[row] for row in rows], task.tokens_per_batch):
+            influence_bt = target_influence(worker, batch, task.layers, P_q, batch.loss())
+            if batch.scored:
+                # Of token t + 1 where position t predicts it.
+                found_rt[worker.to_device(batch.rows), 1 : influence_bt.shape[1]] = influence_bt[:, :-1]
+        parts.append(found_rt)
+    by_token = worker.reduce(torch.cat(parts)).float()
+    if worker.leads:
+        values = by_token.cpu().numpy()
+        write_unit(
+            task.run,
+            task.path,
+            [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
+            np.zeros((len(pairs), len(task.layers)), np.float32),
+            [values[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
+            [layer.name for layer in task.layers],
+        )
+    return sum(len(sequences[row]) for row, _ in pairs)

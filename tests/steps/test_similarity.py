@@ -1,0 +1,79 @@
+"""Similarity of published rows to their query: as a dense computation has it, however it is cut into work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from infscan.corpus.plan import Selection
+from infscan.influence.similarity import RIDGE
+from infscan.results.read import read_top
+from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
+
+
+def states(model: torch.nn.Module, ids: list[int]) -> Tensor:
+    """Of block 2 of 3, [T, d]; the first token's left out, where there are others."""
+    with torch.no_grad():
+        found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+    return found[1:] if len(found) > 1 else found
+
+
+def table(output: Path) -> pa.Table:
+    return read_top(str(output)).select(["query_id", "side", "rank", "sequence_id", "similarity"])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("similarity")
+    tiny_model(root / "model", layers=3)
+    # More sequences than the whitening is of.
+    token_corpus(root / "corpus.jsonl", 100)
+    answer_here(small_run(root, "model.dtype=float64"))
+    return root
+
+
+def test_it_is_the_mean_over_query_tokens_of_the_best_whitened_cosine(root: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64).eval()
+    rows = [json.loads(line)["tokens"] for line in (root / "corpus.jsonl").read_text().splitlines()]
+    asked = {row["id"]: row["input_ids"] for row in map(json.loads, (root / "queries.jsonl").read_text().splitlines())}
+    sample = torch.cat([states(model, rows[number]) for number in Selection.of(len(rows), 64, 0).ids().tolist()])
+    cov = torch.cov(sample.T, correction=0)
+    values, vectors = torch.linalg.eigh(cov + RIDGE * cov.diagonal().mean() * torch.eye(len(cov)))
+    whiten = vectors / values.sqrt() @ vectors.T
+
+    def directions(ids: list[int]) -> Tensor:
+        x = (states(model, ids) - sample.mean(dim=0)) @ whiten
+        return x / x.norm(dim=1, keepdim=True)
+
+    found = table(root / "run").to_pylist()
+    assert len(found) == 3 * 2 * 5
+    for row in found:
+        expected = (directions(asked[row["query_id"]]) @ directions(rows[row["sequence_id"]]).T).amax(dim=1).mean()
+        assert row["similarity"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_it_does_not_depend_on_how_the_work_is_cut(root: Path) -> None:
+    """Nor do the rows: in another order of batches, padded otherwise, in shards of another size."""
+    other = small_run(
+        root, "model.dtype=float64", "scan.tokens_per_batch=64", "scan.shard_sequences=30", f"output={root / 'other'}"
+    )
+    answer_here(other)
+    one, two = table(root / "run"), table(root / "other")
+    assert one.drop_columns("similarity").equals(two.drop_columns("similarity"))
+    assert np.asarray(one["similarity"]) == pytest.approx(np.asarray(two["similarity"]), abs=1e-6)
+
+
+def test_it_may_be_of_the_strongest_rows_alone_or_left_out(root: Path) -> None:
+    answer_here(small_run(root, "model.dtype=float64", "scan.similarity=2", f"output={root / 'two'}"))
+    all_of_them, strongest = table(root / "run").to_pylist(), table(root / "two").to_pylist()
+    for one, two in zip(all_of_them, strongest, strict=True):
+        assert two["similarity"] == (one["similarity"] if two["rank"] <= 2 else None)
+    answer_here(small_run(root, "model.dtype=float64", "scan.similarity=0", f"output={root / 'none'}"))
+    assert table(root / "none")["similarity"].null_count == len(all_of_them)
