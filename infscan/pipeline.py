@@ -24,6 +24,7 @@ from infscan.steps.queries import query_batch
 from infscan.steps.refine import refine
 from infscan.steps.run import open_run
 from infscan.steps.scan import scan
+from infscan.steps.self_influence import self_influence
 from infscan.steps.solve import solve
 from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
@@ -59,8 +60,10 @@ def answer(config: Config) -> None:
         searched = certificate(run, chosen, scanned)
         # scan.stability: the strongest rows once more, after other contexts; else nothing.
         steadiness = stability(run, chosen.plan, scanned, refined, factors)
+        # scan.self_influence: how strongly they would act on themselves; else nothing.
+        own = self_influence(run, chosen.plan, scanned, refined, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness)
+        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, own)
         publish(run, chosen.plan, corpus, scanned, refined, *aside)
 
 

@@ -393,6 +393,9 @@ class ScanConfig:
     stability: int = 0
     """The strongest rows per query and side that are scored again after other contexts (nothing, the separator, two
     other sequences' beginnings): top.score_low, score_high and sign_sure. 0 leaves it out."""
+    self_influence: int = 0
+    """The strongest rows per query and side whose self-influence g' (G + lambda)^-1 g is computed, one forward and
+    backward for each of their sequences: top.self_influence and relatif_rank. 0 leaves it out."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None

@@ -85,3 +85,25 @@ def ranks_by_size(
     ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(len(order)) - starts + 1
     return ranks
+
+
+def relatif_ranks(
+    queries: NDArray[np.int32],
+    sides: NDArray[np.int8],
+    scores: NDArray[np.float32],
+    self_influences: NDArray[np.float64],
+    sequence_ids: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """Each row's rank by |score| / sqrt(self-influence) within its query and side, from 1; equal ones by sequence_id.
+
+    Rows whose self-influence is not a positive number take no part, and get 0.
+    """
+    known = np.isfinite(self_influences) & (self_influences > 0)
+    ranks = np.zeros(len(scores), np.int32)
+    relative = np.abs(scores[known]) / np.sqrt(self_influences[known])
+    order = np.lexsort((sequence_ids[known], -relative, sides[known], queries[known]))
+    groups = (queries[known].astype(np.int64) * 2 + sides[known])[order]
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order)) - np.searchsorted(groups, groups, side="left") + 1
+    ranks[known] = places
+    return ranks

@@ -24,7 +24,7 @@ from infscan.results.publish import INDEX, Publisher, Ranking, rank_rows
 from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
 from infscan.results.shard_file import ScanCounts
-from infscan.results.statements import Asked
+from infscan.results.statements import Asked, relatif_ranks
 from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
@@ -33,6 +33,7 @@ from infscan.steps.refine import Refined
 from infscan.steps.run import Run
 from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
+from infscan.steps.self_influence import SelfInfluence
 from infscan.steps.stability import Stability
 from infscan.storage import json_bytes, storage_faults
 
@@ -48,6 +49,7 @@ def publish(
     planned_bytes: Mapping[str, int] | None = None,
     searched: Searched | None = None,
     steadiness: Stability | None = None,
+    own: SelfInfluence | None = None,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
@@ -55,7 +57,8 @@ def publish(
 
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
-    how they were found and what that missed. steadiness: what `infscan.steps.stability` found.
+    how they were found and what that missed. steadiness, own: what `infscan.steps.stability` and
+    `infscan.steps.self_influence` found.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -88,6 +91,8 @@ def publish(
         beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
         if steadiness is not None:
             beside |= _steady(steadiness, ranking)
+        if own is not None:
+            beside |= _relative(own, ranking)
         publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
         phase.advance(sequences=len(documents))
@@ -124,6 +129,16 @@ def _steady(found: Stability, ranking: Ranking) -> dict[str, pa.Array]:
         "score_low": pa.array(low, from_pandas=True),
         "score_high": pa.array(high, from_pandas=True),
         "sign_sure": pa.array((low > 0) | (high < 0), pa.bool_(), mask=unknown),
+    }
+
+
+def _relative(found: SelfInfluence, ranking: Ranking) -> dict[str, pa.Array]:
+    values = found.of(ranking)
+    sides = ranking.candidates.sides[ranking.rows]
+    ranks = relatif_ranks(ranking.queries, sides, ranking.scores, values, ranking.sequence_ids)
+    return {
+        "self_influence": pa.array(values.astype(np.float32), from_pandas=True),
+        "relatif_rank": pa.array(ranks, mask=ranks == 0),
     }
 
 

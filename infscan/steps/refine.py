@@ -187,7 +187,7 @@ class RefineTask:
 def refine_task(worker: ModelWorker, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
-    sequences = _candidates(task)
+    sequences = candidates_of(task.run, task.shards, task.fingerprint)
     if task.before is not None:
         sequences = [task.before.before(sequence) for sequence in sequences]
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
@@ -267,11 +267,14 @@ def pair_scoring(
     return consume
 
 
-def _candidates(task: RefineTask) -> list[Sequence]:
-    """The unit's sequences by sequence_id, from the shard files: the corpus is not read again."""
+Shards = Sequences[tuple[str, np.ndarray]]
+
+
+def candidates_of(run: Store, shards: Shards, fingerprint: str | None) -> list[Sequence]:
+    """Candidates by sequence_id, from the shard files: the corpus is not read again. Arguments as of `RefineTask`."""
     found: list[Sequence] = []
-    for name, sequence_ids in task.shards:
-        kept = read_candidates(task.run, name, sequence_ids, columns=GIVEN, fingerprint=task.fingerprint)
+    for name, sequence_ids in shards:
+        kept = read_candidates(run, name, sequence_ids, columns=GIVEN, fingerprint=fingerprint)
         for row in kept.to_pylist():
             mask, starts = row["loss_mask"], row["document_starts"]
             found.append(
@@ -285,7 +288,7 @@ def _candidates(task: RefineTask) -> list[Sequence]:
                     starts=None if starts is None else np.asarray(starts, np.int64),
                 )
             )
-    assert len(found) == len(task.wanted), "a candidate is missing from its shard's file"
+    assert len(found) == sum(len(ids) for _, ids in shards), "a candidate is missing from its shard's file"
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 
 
