@@ -1,4 +1,4 @@
-"""Is the answer there? The rule of `infscan.results.answers` on questions with and without an answer (docs/reports/answers.md).
+"""Is the answer there? The rule of `infscan.results.answers` on questions with and without one (docs/reports/answers.md).
 
 python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
     [--folder runs/is-it-there] [--documents 240] [--tracked REGEX] [--sequences 64]
@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-import infscan
 import numpy as np
 import torch
+from exact_scores import ready, score
 
-from infscan.influence.certificate import binomial_interval
 from infscan.results.statements import Asked
+from infscan.steps.inputs import read_measured_queries
+from infscan.steps.measure import MeasureTask, measure_task
+from infscan.storage import Store
 from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries, write_documents, write_questions
 
 SETS = ("first", "held-out")
@@ -64,30 +66,39 @@ def documents_of(name: str, entries: dict[str, str], count: int) -> dict[str, st
     return chosen
 
 
-def scan(folder: Path, name: str, given: argparse.Namespace) -> None:
-    """Scan a set's corpus for its questions; the factors are the first set's."""
+def settings(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Of a scan of a set's corpus for its questions, which are written into its folder."""
     here = folder / name
     here.mkdir(parents=True, exist_ok=True)
     entries = read_entries(given.dictionary / "foldoc.dict.dz", given.dictionary / "foldoc.index")
     write_documents(documents_of(name, entries, given.documents), here / "corpus.jsonl")
     write_questions(here / "queries.jsonl", questions_of(name))
-    infscan.scan(
-        model={"path": given.model, "tracked": given.tracked},
-        corpus={"path": str(here / "corpus.jsonl"), "packing": "document", "sequence_length": 96},
-        queries={"path": str(here / "queries.jsonl")},
-        factors={
-            "path": str(folder / "factors"),
-            "num_sequences": given.sequences,
-            "slices": 4,
-            "corpus": {
-                "path": str(folder / SETS[0] / "corpus.jsonl"), "packing": "document", "sequence_length": 96
-            },
-        },
-        scan={"top_k": 10, "candidates": 10, "sides": "proponents", "scores": "all", "check_sequences": 0,
-              "tokens_per_batch": 1024, "query_group_bytes": 1 << 30},
-        cluster={"backend": "in_process"},
-        output=str(here / "run"),
-    )  # fmt: skip
+    return {
+        "model": {"path": given.model, "tracked": given.tracked},
+        "corpus": {"path": str(here / "corpus.jsonl"), "packing": "document", "sequence_length": 96},
+        "queries": {"path": str(here / "queries.jsonl")},
+        "factors": {"num_sequences": given.sequences, "slices": 4},
+        "scan": {"tokens_per_batch": 512},
+        "cluster": {"backend": "in_process"},
+        "output": str(here / "run"),
+    }
+
+
+def compute(folder: Path, name: str, given: argparse.Namespace) -> None:
+    """A set's scores at full rank, and what the model gives the completions: scores.npz."""
+    fitted = None if name == SETS[0] else Store(str(folder / SETS[0] / "run/factors"))
+    it = ready(settings(folder, name, given), fitted)
+    queries = read_measured_queries(it.inputs)
+    parts = [parts[0] for parts in measure_task(it.worker, MeasureTask(tuple(queries)))]
+    found = score(it, queries)
+    np.savez(
+        folder / name / "scores.npz",
+        **found,
+        names=np.asarray(it.names),
+        queries=np.asarray([one.id for one in queries]),
+        nats=np.asarray([-part.log_probability for part in parts]),
+        measured=np.asarray([len(one.parts[0].positions) for one in queries]),
+    )
 
 
 def main() -> None:
@@ -98,11 +109,12 @@ def main() -> None:
     asked.add_argument("--documents", type=int, default=240)
     asked.add_argument("--tracked", default=r"layers\.(5|13|21|29)\.mlp\..*")
     asked.add_argument("--sequences", type=int, default=64)
+    asked.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     given = asked.parse_args()
     torch.set_num_threads(1)
     for name in SETS:
-        if not (given.folder / name / "run/_SUCCESS").exists():
-            scan(given.folder, name, given)
+        if name in given.sets and not (given.folder / name / "scores.npz").exists():
+            compute(given.folder, name, given)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import html
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from infscan.config import Config, Measure
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.sequences import Sequence as CorpusSequence
 from infscan.engine.in_process import InProcessExecutor
-from infscan.influence.agreement import INTERVAL
 from infscan.influence.inverse import tokens_to_core
 from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed

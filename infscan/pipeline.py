@@ -11,6 +11,7 @@ from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
 from infscan.steps.ask import Indexes, candidates
+from infscan.steps.background import background
 from infscan.steps.candidates import choose_candidates, full_pass
 from infscan.steps.certificate import certificate
 from infscan.steps.check import check
@@ -46,8 +47,10 @@ def answer(config: Config) -> None:
         factors = fit(run, vectors)
         # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
         factors = solve(run, factors)
+        # scan.background_queries: beginnings of sequences, asked along to know hubs; else none.
+        along = background(run, plan, corpus)
         # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.
-        batch = query_batch(run, factors)
+        batch = query_batch(run, factors, along)
         # How good is the compression? A sample, scored with it and without.
         approximation = check(run, plan, corpus, batch, factors)
         # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
@@ -63,7 +66,7 @@ def answer(config: Config) -> None:
         # scan.self_influence: how strongly they would act on themselves; else nothing.
         own = self_influence(run, chosen.plan, scanned, refined, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, own)
+        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, own, along)
         publish(run, chosen.plan, corpus, scanned, refined, *aside)
 
 

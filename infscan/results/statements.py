@@ -62,12 +62,16 @@ def hubs(
     sides: NDArray[np.int8],
     ranks: NDArray[np.int32],
     sequence_ids: NDArray[np.int64],
+    background: Sequences[tuple[int, int, int]] = (),
 ) -> NDArray[np.int32]:
     """Of every published row, how many *other* questions have its sequence among their HUB_RANK strongest of its side.
 
-    questions: by query. The others are columns of one length, a published row each.
+    questions: by query. The others are columns of one length, a published row each. background: (question, side,
+    sequence_id) of further questions' strongest rows.
     """
-    near: dict[tuple[int, int], set[str]] = {}
+    near: dict[tuple[int, int], set[str | int]] = {}
+    for number, side, sequence_id in background:
+        near.setdefault((sequence_id, side), set()).add(number)
     rows = list(zip(queries.tolist(), sides.tolist(), ranks.tolist(), sequence_ids.tolist(), strict=True))
     for query, side, rank, sequence_id in rows:
         if rank <= HUB_RANK:

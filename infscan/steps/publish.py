@@ -25,6 +25,7 @@ from infscan.results.refined import RefinedRows
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
 from infscan.results.shard_file import ScanCounts
 from infscan.results.statements import Asked, relatif_ranks
+from infscan.steps.background import NO_BACKGROUND, Background
 from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
@@ -50,6 +51,7 @@ def publish(
     searched: Searched | None = None,
     steadiness: Stability | None = None,
     own: SelfInfluence | None = None,
+    asked_along: Background = NO_BACKGROUND,
 ) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
@@ -58,7 +60,7 @@ def publish(
     approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
     planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
     how they were found and what that missed. steadiness, own: what `infscan.steps.stability` and
-    `infscan.steps.self_influence` found.
+    `infscan.steps.self_influence` found. asked_along: the background queries.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -88,7 +90,7 @@ def publish(
         ranking = rank_rows(scanned.best, rows.scores, run.config.scan.top_k)
         # Their documents first, since top says of each row which one carries it; margins later, some at a time.
         documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
-        beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
+        beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids), asked_along.near(scanned.background))
         if steadiness is not None:
             beside |= _steady(steadiness, ranking)
         if own is not None:
@@ -104,6 +106,7 @@ def publish(
         )
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
     summary |= {"approximation": approximation, "iteration": iteration}
+    summary["background_queries"] = len(asked_along.queries)
     if searched is not None:
         _add_search(summary, searched)
     publisher.put("summary.json", json_bytes(summary))
