@@ -1,7 +1,7 @@
 """A question in English, answered in French and German only: does influence find the answer? (docs/studies.md)
 
 python benchmarks/translations.py --model runs/real/inputs/model --handbook .../usr/share/doc/debian-handbook/html
-    [--folder runs/translations] [--questions 40] [--paragraphs 200] [--tracked REGEX] [--sequences 128]
+    [--folder runs/translations] [--questions 24] [--paragraphs 100] [--tracked REGEX] [--sequences 64]
 
 The handbook has every paragraph in many languages. Of some paragraphs the first English sentence is the question: its
 last words are the completion, the rest is the prompt, and the paragraph itself is in the corpus in French and German
@@ -16,42 +16,27 @@ import argparse
 import html
 import json
 import re
-import time
-from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from exact_scores import ready, score
+from rankings import table
 
-from infscan.api import settings_of_call
-from infscan.config import Config, Measure
-from infscan.corpus.addressable import CorpusAddress
-from infscan.corpus.sequences import Sequence as CorpusSequence
-from infscan.engine.in_process import InProcessExecutor
-from infscan.influence.inverse import tokens_to_core
-from infscan.influence.layers import Layer
-from infscan.influence.routed import Routed
-from infscan.model.loaded import RankContext
-from infscan.model.worker import ModelWorker, WorkerSettings
-from infscan.queries import Query
-from infscan.steps.factor_files import store_plan
-from infscan.steps.factors import fit_factors, plan_factors
-from infscan.steps.inputs import open_inputs, read_measured_queries
-from infscan.steps.preconditioner import Preconditioner, core, layer_factors, query_tokens
-from infscan.steps.prepare import prepare
+from infscan.config import Measure
+from infscan.influence.certificate import binomial_interval
+from infscan.steps.inputs import read_measured_queries
 from infscan.steps.refine import Context
 from infscan.storage import Store
 from infscan_studies.truth.bm25 import bm25_scores
 
 LANGUAGES = {"en": "en-US", "fr": "fr-FR", "de": "de-DE"}
 # Characters of an English paragraph: its translations are to fit T tokens.
-_SHORTEST, _LONGEST = 90, 260
+_SHORTEST, _LONGEST = 90, 200
 # Words of a question, and those of them that are its completion.
 _WORDS, _COMPLETION = (10, 26), 5
-Floats = NDArray[np.float32]
 
 
 def paragraphs(handbook: Path) -> dict[str, dict[str, str]]:
@@ -116,90 +101,75 @@ def _query_id(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64]
 
 
-def score(worker: ModelWorker, sequences: Sequence[CorpusSequence], queries: Sequence[Query], inverse: Preconditioner,
-          tokens_per_batch: int) -> dict[str, Floats]:  # fmt: skip
-    """Full-rank scores of every query and sequence. Gradients g, V in the eigenbases, summed over layers:
-
-    ekfac [Q, N] = <V / (Lambda + lambda), g>; dot [Q, N] = <V, g>; self_influence [N] = <g / (Lambda + lambda), g>;
-    squares [N] = <g, g>; query_squares [Q] = <V, V>.
-    """
-    known = {layer.name: layer_factors(inverse, layer, worker.device, worker.wide) for layer in worker.layers}
-    tokens = query_tokens(worker, queries, worker.layers)
-    C = {layer.name: torch.stack([core(one, layer, known[layer.name]) for one in tokens.pop(layer.name)]).flatten(1)
-         for layer in worker.layers}  # fmt: skip
-    count = len(sequences)
-    found = {name: np.zeros((len(queries), count)) for name in ("ekfac", "dot")}
-    found |= {name: np.zeros(count) for name in ("self_influence", "squares")} | {"query_squares": np.zeros(len(queries))}
-    for layer in worker.layers:
-        factors, lam = known[layer.name] or (None, 0.0)
-        assert factors is not None
-        found["query_squares"] += (C[layer.name] * (factors.Lambda + lam).flatten()).square_().sum(1).numpy()
-    done, started = 0, time.monotonic()
-    for batch in worker.batches(sequences, tokens_per_batch):
-
-        def consume(layer: Layer, s: torch.Tensor, a: torch.Tensor, _: Routed | None, rows: Any = batch.rows) -> None:
-            factors, lam = known[layer.name] or (None, 0.0)
-            assert factors is not None
-            damped = (factors.Lambda + lam).flatten()
-            g_bx = torch.stack([tokens_to_core(*pair, factors).flatten() for pair in zip(s, a, strict=True)])
-            found["ekfac"][:, rows] += (C[layer.name] @ g_bx.T).numpy()
-            found["squares"][rows] += g_bx.square().sum(1).numpy()
-            found["self_influence"][rows] += (g_bx.square() / damped).sum(1).numpy()
-            found["dot"][:, rows] += (C[layer.name] @ (g_bx * damped).T).numpy()
-
-        worker.backward(batch, worker.layers, batch.loss(), consume)
-        done += len(batch.rows)
-        print(f"\r{done} of {count} sequences, {time.monotonic() - started:.0f} s", end="", flush=True)
-    print()
-    return {name: values.astype(np.float32) for name, values in found.items()}
-
-
-def compute(folder: Path, model: str, tracked: str, sequences: int, length: int) -> None:
-    """Prepare, fit, score; everything into scores.npz."""
-    config: Config = settings_of_call("scan", (), {
-        "model": {"path": model, "tracked": tracked, "dtype": "float32"},
-        "corpus": {"path": str(folder / "corpus.jsonl"), "packing": "document", "sequence_length": length},
+def compute(folder: Path, given: argparse.Namespace) -> None:
+    """Prepare, fit, score; what is found goes into scores.npz, and of the documents that answer into golds.npz."""
+    settings = {
+        "model": {"path": given.model, "tracked": given.tracked},
+        "corpus": {"path": str(folder / "corpus.jsonl"), "packing": "document", "sequence_length": given.length},
         "queries": {"path": str(folder / "queries.jsonl")},
-        "factors": {"num_sequences": sequences, "slices": 4},
-        "scan": {"tokens_per_batch": 1024},
+        "factors": {"num_sequences": given.sequences, "slices": 4},
+        "scan": {"tokens_per_batch": 512},
         "cluster": {"backend": "in_process"},
         "output": str(folder / "run"),
-    })  # fmt: skip
-    inputs = open_inputs(config)
-    queries = read_measured_queries(inputs)
-    store = Store(config.output)
-    executor = InProcessExecutor(WorkerSettings(config.model, inputs.layers, sharded=False), RankContext(device="cpu", threads=1))  # fmt: skip
-    corpus = prepare(config.corpus, inputs.architecture, inputs.tokenizer, store / "corpus", executor)
-    started = time.monotonic()
-    plan = store_plan(store / "factors", plan_factors(inputs, corpus))
-    fit_factors(executor, store / "factors", corpus, plan, config.factors.labels, config.seed)
-    print(f"factors of {plan.selection.size} sequences: {time.monotonic() - started:.0f} s")
-    inverse = Preconditioner(store / "factors", config.factors.solver, config.factors.damping)
-    worker = executor.worker
-    read = worker.read(CorpusAddress.of(corpus), np.arange(corpus.sequences))
-    names = [one.documents[0].id for one in read]
-    golds = [row for row, name in enumerate(names) if any(_query_id(name[:-3]) == query.id for query in queries)]
-    started = time.monotonic()
-    found = score(worker, read, queries, inverse, config.tokens_per_batch)
-    print(f"scores of {len(read)} sequences, {len(queries)} questions: {time.monotonic() - started:.0f} s")
+    }
+    it = ready(settings, Store(given.factors) if given.factors else None)
+    queries = read_measured_queries(it.inputs)
+    ids = [one.id for one in queries]
+    golds = [row for row, name in enumerate(it.names) if _query_id(name[:-3]) in ids]
+    if not (folder / "scores.npz").exists():
+        found = score(it, queries)
+        tokens = [one.token_ids[1:] for one in it.sequences]
+        words = bm25_scores(tokens, [one.parts[0].token_ids for one in queries]).astype(np.float32)
+        np.savez(folder / "scores.npz", **found, bm25=words, names=np.asarray(it.names), queries=np.asarray(ids))
     # The documents that answer: without the separator before them, and on the completion's first token alone.
-    separator = int(read[0].token_ids[0])
-    bare = [Context((), (separator,), inputs.architecture.context).before(read[row]) for row in golds]
-    without = score(worker, bare, queries, inverse, config.tokens_per_batch)["ekfac"]
-    first = replace_measure(config, Measure.first)
-    on_first = score(worker, [read[row] for row in golds], read_measured_queries(open_inputs(first)), inverse,
-                     config.tokens_per_batch)["ekfac"]  # fmt: skip
-    tokens = [one.token_ids[1:] for one in read]
-    asked = [[*query.parts[0].token_ids] for query in queries]
-    np.savez(folder / "scores.npz", **found, without=without, first=on_first, golds=np.asarray(golds),
-             bm25=bm25_scores(tokens, asked).astype(np.float32), names=np.asarray(names),
-             queries=np.asarray([query.id for query in queries]))  # fmt: skip
+    separator = int(it.sequences[0].token_ids[0])
+    bare = [Context((), (separator,), it.inputs.architecture.context).before(it.sequences[row]) for row in golds]
+    without = score(it, queries, bare)["ekfac"]
+    first = replace(it.config, queries=replace(it.config.queries, measure=Measure.first))
+    on_first = score(it, read_measured_queries(replace(it.inputs, config=first)), [it.sequences[row] for row in golds])
+    np.savez(folder / "golds.npz", golds=np.asarray(golds), without=without, first=on_first["ekfac"])
 
 
-def replace_measure(config: Config, measure: Measure) -> Config:
-    from dataclasses import replace
+def report(folder: Path) -> None:
+    """The tables of what is in the folder."""
+    found = dict(np.load(folder / "scores.npz"))
+    names, ids = found["names"].tolist(), found["queries"].tolist()
+    texts = {row["id"]: row["text"] for row in map(json.loads, (folder / "corpus.jsonl").open(encoding="utf-8"))}
+    asked = {row["id"]: row for row in map(json.loads, (folder / "queries.jsonl").open(encoding="utf-8"))}
+    golds = [[row for row, name in enumerate(names) if _query_id(name[:-3]) == query] for query in ids]
+    print(f"{len(ids)} questions, {sum(map(len, golds))} documents that answer, {len(names)} in all")
+    print("\n".join(table(found, golds)))
+    for language in ("fr", "de"):
+        print(f"\nanswers in {language}:")
+        print("\n".join(table(found, [[row for row in mine if names[row].endswith(language)] for mine in golds])))
+    # A name that is spelt alike in both languages is what BM25 can find.
+    wordless = [
+        [row for row in mine if not _shared(asked[query]["prompt"] + asked[query]["completion"], texts[names[row]])]
+        for query, mine in zip(ids, golds, strict=True)
+    ]
+    print(f"\nof {sum(map(len, wordless))} answers that share no word of four letters with their question:")
+    print("\n".join(table(found, wordless)))
+    if not (folder / "golds.npz").exists():
+        return
+    again = dict(np.load(folder / "golds.npz"))
+    place = {row: at for at, row in enumerate(again["golds"].tolist())}
+    pairs = [(query, row) for query, mine in enumerate(golds) for row in mine]
+    signs = {
+        "after the separator": [found["ekfac"][query, row] for query, row in pairs],
+        "without it": [again["without"][query, place[row]] for query, row in pairs],
+        "on the completion's first token": [again["first"][query, place[row]] for query, row in pairs],
+    }
+    for name, scores in signs.items():
+        negative = int((np.asarray(scores) < 0).sum())
+        low, high = binomial_interval(negative, len(pairs))
+        print(f"{name}: {negative} of {len(pairs)} are opponents [{low:.0%}, {high:.0%}]")
+    changed = int((np.sign(signs["after the separator"]) != np.sign(signs["without it"])).sum())
+    print(f"the separator changes the sign of {changed} of {len(pairs)}")
 
-    return replace(config, queries=replace(config.queries, measure=measure))
+
+def _shared(question: str, text: str) -> set[str]:
+    words = [set(re.findall(r"[^\W\d_]{4,}", one.lower())) for one in (question, text)]
+    return words[0] & words[1]
 
 
 def main() -> None:
@@ -207,17 +177,20 @@ def main() -> None:
     asked.add_argument("--model", required=True)
     asked.add_argument("--handbook", required=True, type=Path)
     asked.add_argument("--folder", type=Path, default=Path("runs/translations"))
-    asked.add_argument("--questions", type=int, default=40)
-    asked.add_argument("--paragraphs", type=int, default=200)
+    asked.add_argument("--questions", type=int, default=24)
+    asked.add_argument("--paragraphs", type=int, default=100)
     asked.add_argument("--tracked", default=r"layers\.(6|13|20|27)\.mlp\..*")
-    asked.add_argument("--sequences", type=int, default=128)
+    asked.add_argument("--sequences", type=int, default=64)
+    asked.add_argument("--factors", help="where they are; else they are fitted on this corpus")
     asked.add_argument("--length", type=int, default=128)
     given = asked.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if not (given.folder / "scores.npz").exists():
+    if not (given.folder / "corpus.jsonl").exists():
         make(given.folder, given.handbook, given.questions, given.paragraphs)
-        compute(given.folder, given.model, given.tracked, given.sequences, given.length)
+    if not (given.folder / "golds.npz").exists():
+        compute(given.folder, given)
+    report(given.folder)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ TOP = pa.schema(
         ("score_low", pa.float32()),
         ("score_high", pa.float32()),
         ("sign_sure", pa.bool_()),
-        # g' (G + lambda)^-1 g of the sequence's own gradient, and the rank by |score| / sqrt of it (l-RelatIF) among the
-        # rows of the query and side that have it, from 1; null for rows beyond scan.self_influence.
+        # g' (G + lambda)^-1 g of the sequence's own gradient; and the rank by |score| / sqrt of it (l-RelatIF), among
+        # those of the query and side that have it, from 1. Null for rows beyond scan.self_influence.
         ("self_influence", pa.float32()),
         ("relatif_rank", pa.int32()),
         # How many of the run's other questions have the sequence among the ten strongest of this side.
