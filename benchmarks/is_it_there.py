@@ -25,6 +25,7 @@ import torch
 from exact_scores import ready, score
 from rankings import table
 
+from infscan.influence.certificate import binomial_interval
 from infscan.influence.spread import ShardSpread, Spread
 from infscan.results.answers import STANDS_OUT, STANDS_OUT_STATING, Scale
 from infscan.results.statements import UNLIKELY, Asked

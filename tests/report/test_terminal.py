@@ -182,9 +182,8 @@ def test_folded_hubs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     store = a_run(tmp_path, "words")
     [name] = store.names("top")
     table = read_parquet(store, name)
-    hubs = pa.array(
-        [9 if row["rank"] == 1 and row["side"] == "proponent" else 0 for row in table.to_pylist()], pa.int32()
-    )
+    tops = [row["rank"] == 1 and row["side"] == "proponent" for row in table.to_pylist()]
+    hubs = pa.array([9 if top else 0 for top in tops], pa.int32())
     table = table.set_column(table.column_names.index("hub"), "hub", hubs)
     store.write(name, to_parquet(table.replace_schema_metadata(None), {}))
     lines = shown(store, capsys)
