@@ -258,11 +258,14 @@ class ExplainResult:
     uri: str
     tables: Mapping[str, pa.Table]
     queries: Mapping[str, Any]
+    # The explained run's.
+    run: str = ""
 
     def show(self) -> None:
         from infscan.report.explanation import show_explanation
+        from infscan.report.terminal import by_id
 
-        show_explanation(self.tables, self.queries)
+        show_explanation(self.tables, self.queries, by_id(self.run, "queries") if self.run else None)
         print(f"\nAll of it as Parquet: {self.uri}/")
 
 
@@ -454,7 +457,7 @@ def run_explain(job: ExplainJob) -> ExplainResult:
     job.run = absolute(job.run)
     job.check()
     with reopen(job.run, job.cluster, job.query_ids) as run:
-        return ExplainResult(job.folder, explain(run, job), {query.id: query for query in run.queries})
+        return ExplainResult(job.folder, explain(run, job), {query.id: query for query in run.queries}, job.run)
 
 
 def run_masks(job: MasksJob) -> MasksResult:

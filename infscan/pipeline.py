@@ -11,6 +11,7 @@ from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory, use_machine
 from infscan.steps.ask import Indexes, candidates
+from infscan.steps.background import background
 from infscan.steps.candidates import choose_candidates, full_pass
 from infscan.steps.certificate import certificate
 from infscan.steps.check import check
@@ -19,12 +20,13 @@ from infscan.steps.index import index
 from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
-from infscan.steps.publish import publish
+from infscan.steps.publish import Findings, publish
 from infscan.steps.queries import query_batch
 from infscan.steps.ranking import rank
 from infscan.steps.refine import refine
 from infscan.steps.run import open_run
 from infscan.steps.scan import scan
+from infscan.steps.self_influence import self_influence
 from infscan.steps.similarity import similarity
 from infscan.steps.solve import solve
 from infscan.steps.stability import stability
@@ -48,8 +50,10 @@ def answer(config: Config) -> None:
         factors = fit(run, vectors)
         # factors.solver=cg|astra: on from EK-FAC's solution to the true G's, query by query; else nothing.
         factors = solve(run, factors)
+        # scan.background_queries: beginnings of sequences, asked along to know hubs; else none.
+        along = background(run, plan, corpus)
         # (G + lambda)^-1 grad(-f) of every query, compressed to low rank, given to every rank.
-        batch = query_batch(run, factors)
+        batch = query_batch(run, factors, along)
         # How good is the compression? A sample, scored with it and without.
         approximation = check(run, plan, corpus, batch, factors)
         # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
@@ -64,13 +68,25 @@ def answer(config: Config) -> None:
         searched = certificate(run, chosen, scanned)
         # scan.stability: the strongest rows once more, after other contexts; else nothing.
         steadiness = stability(run, chosen.plan, scanned, ranked, factors)
+        # scan.self_influence: how strongly they would act on themselves; else nothing.
+        own = self_influence(run, chosen.plan, scanned, ranked, factors)
         # What a reader would call relevant: hidden states of the published rows beside the query's, forward only.
         likeness = similarity(run, chosen.plan, corpus, scanned, ranked.ranking)
         # scan.targets: what each token of the strongest rows taught as a target; else nothing.
         taught = targets(run, chosen.plan, scanned, ranked.ranking, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
-        aside = (approximation, factors.iteration, planned_bytes, searched, steadiness, likeness, taught)
-        publish(run, chosen.plan, corpus, scanned, ranked, *aside)
+        found = Findings(
+            approximation=approximation,
+            iteration=factors.iteration,
+            planned_bytes=planned_bytes,
+            searched=searched,
+            asked_along=along,
+            steadiness=steadiness,
+            own=own,
+            likeness=likeness,
+            taught=taught,
+        )
+        publish(run, chosen.plan, corpus, scanned, ranked, found)
 
 
 def make_index(config: IndexJob) -> IndexManifest:
@@ -114,5 +130,11 @@ def ask(
         ranked = rank(run, scanned, refined)
         likeness = similarity(run, plan, chosen, scanned, ranked.ranking)
         taught = targets(run, plan, scanned, ranked.ranking, factors)
-        aside = (None, factors.iteration, planned_bytes, None, None, likeness, taught)
-        publish(run, plan, chosen, scanned, ranked, *aside)
+        publish(
+            run,
+            plan,
+            chosen,
+            scanned,
+            ranked,
+            Findings(iteration=factors.iteration, planned_bytes=planned_bytes, likeness=likeness, taught=taught),
+        )

@@ -140,7 +140,8 @@ def page(rows: Sequence[Mapping[str, Any]], queries: Mapping[str, Query]) -> str
         lines += [f"## {kind}", ""]
         for query in dict.fromkeys(row["query"] for row in rows if row["kind"] == kind and row["query"] != ALL):
             asked = queries[query]
-            lines += [f"### {query}", "", f"{_code(asked.prompt or '')} → {_code(asked.completion or '')}", ""]
+            rather = f" rather than {_code(asked.contrast)}" if asked.contrast else ""
+            lines += [f"### {query}", "", f"{_code(asked.prompt or '')} → {_code(asked.completion or '')}{rather}", ""]
             lines += [f"| rank | {' | '.join(_code(run) for run in runs)} |", "|---" * (len(runs) + 1) + "|"]
             mine = {(row["run"], row["rank"]): row for row in rows if row["query"] == query}
             for rank in sorted({rank for _, rank in mine}):

@@ -60,12 +60,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.rank": _COUNT,
     "scan.top_k": _COUNT,
     "scan.candidates": _COUNT,
+    "scan.stability": _COUNT_OR_NONE,
+    "scan.self_influence": _COUNT_OR_NONE,
+    # More say no more.
+    "scan.background_queries": (0, 1_000),
     "scan.tokens_per_batch": _COUNT,
     "scan.shard_sequences": _COUNT,
     "scan.allow_quarantined": _COUNT_OR_NONE,
     "scan.max_nonfinite": _SHARE,
     "scan.check_sequences": _COUNT_OR_NONE,
-    "scan.stability": _COUNT_OR_NONE,
     "scan.similarity": _COUNT_OR_NONE,
     "scan.targets": _COUNT_OR_NONE,
     "scan.sieve": _COUNT,
@@ -160,6 +163,7 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
             "scan.compression out, or give scan.rank=null for exact scores."
         )
     _check_search(config)
+    _check_background(config)
     _check_queries(config.queries)
     _check_stages(config)
 
@@ -185,6 +189,23 @@ def _check_search(config: Config) -> None:
         raise ConfigError(
             f"scan.sieve_candidates={scan.sieve_candidates} is less than the {config.candidates} rows per query and "
             "side that are refined (scan.candidates, 4 x top_k where it is null); give at least as many."
+        )
+
+
+def _check_background(config: Config) -> None:
+    asked, solver = config.scan.background_queries, config.factors.solver
+    if not asked:
+        return
+    if config.searches:
+        raise ConfigError(
+            f"scan.background_queries={asked} are asked of everything that is scanned, and with scan.sieve or "
+            "scan.candidates_from candidates and the audit alone are; leave one out."
+        )
+    if config.stages or solver not in (Solver.ekfac, Solver.identity):
+        what = "stages" if config.stages else f"factors.solver={solver.value}"
+        raise ConfigError(
+            f"scan.background_queries={asked} would take as long as the run's own queries to bring through {what}; "
+            "leave it out."
         )
 
 

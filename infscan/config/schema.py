@@ -404,6 +404,12 @@ class ScanConfig:
     targets: int | None = 0
     """The strongest rows per query and side of which tokens.targets says what every token taught as a target, by a
     forward with a tangent of each row. null takes all that are published, 0 none."""
+    self_influence: int = 0
+    """The strongest rows per query and side whose self-influence g' (G + lambda)^-1 g is computed, one forward and
+    backward for each of their sequences: top.self_influence and relatif_rank. 0 leaves it out."""
+    background_queries: int = 0
+    """Questions made of the corpus's own sequences that are scanned along, so that top.hub says how near the top a row
+    is of whatever is asked; none of their rows is published. 32 tell well. 0 asks none."""
     query_dtype: Dtype | None = None
     """Dtype of query gradients and of products with them; null is model.dtype."""
     refine_dtype: Dtype | None = None

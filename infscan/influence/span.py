@@ -13,6 +13,7 @@ k = V all of this is EK-FAC with S itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,20 +130,41 @@ def spanned_eigenbasis(Y_oc: Tensor, trace: float, span: int) -> tuple[Tensor, S
 def add_spanned_squares(Lambda_ki: Tensor, s_bto: Tensor, a_bti: Tensor, Q_S: SpannedBasis, Q_A: BlockDiagonal) -> None:
     """Lambda += sum over the batch's sequences of (U^T g Q_A)^2 in the first k rows, and in one more row the sum over
     all other output directions; arguments as of `infscan.influence.eigenbasis.add_squared_gradients`.
+    """
+    for squares_ki in _spanned_squares(s_bto, a_bti, Q_S, Q_A, Lambda_ki):
+        Lambda_ki += squares_ki
+
+
+def weighted_spanned_squares(
+    weights_oi: Tensor, s_bto: Tensor, a_bti: Tensor, Q_S: SpannedBasis, Q_A: BlockDiagonal
+) -> Tensor:
+    """sum over o, i of weights (Q_S^T g Q_A)^2, of every sequence of the batch: [B]. Beyond the span all rows of the
+    weights are alike. Arguments as of `add_spanned_squares`."""
+    weights_ki = weights_oi[: Q_S.span + 1]
+    found = [(weights_ki * squares_ki).sum() for squares_ki in _spanned_squares(s_bto, a_bti, Q_S, Q_A, weights_ki)]
+    return torch.stack(found)
+
+
+def _spanned_squares(
+    s_bto: Tensor, a_bti: Tensor, Q_S: SpannedBasis, Q_A: BlockDiagonal, like_ki: Tensor
+) -> Iterator[Tensor]:
+    """Of each sequence (U^T g Q_A)^2 in the first k rows, and in one more row, where like_ki has it, the sum over all
+    other output directions, in like_ki's dtype.
 
     Outside of the span, |sum_t s_t (a_t . q_i)|^2 is b_i^T (s s^T) b_i with b = a Q_A: no gradient of all outputs is
     ever formed.
     """
-    dtype, span = Lambda_ki.dtype, Q_S.span
+    dtype, span = like_ki.dtype, Q_S.span
     for s_to, a_ti in zip(s_bto, a_bti, strict=True):
         s_to, a_ti = s_to.to(dtype), a_ti.to(dtype)
         rotated_to = s_to @ Q_S
-        b_ti = a_ti @ Q_A if a_ti.shape[-1] == Lambda_ki.shape[1] else Q_A.rotate_with_one(a_ti)
-        inside_ki = rotated_to[:, :span].T @ b_ti
-        Lambda_ki[:span].addcmul_(inside_ki, inside_ki)
-        if len(Lambda_ki) > span:
+        b_ti = a_ti @ Q_A if a_ti.shape[-1] == like_ki.shape[1] else Q_A.rotate_with_one(a_ti)
+        inside_ki = (rotated_to[:, :span].T @ b_ti).square_()
+        if len(like_ki) == span:
+            yield inside_ki
+        else:
             outside_to = rotated_to[:, span:]
-            Lambda_ki[span] += (b_ti * ((outside_to @ outside_to.T) @ b_ti)).sum(dim=0)
+            yield torch.cat([inside_ki, (b_ti * ((outside_to @ outside_to.T) @ b_ti)).sum(dim=0, keepdim=True)])
 
 
 def for_all_outputs(kept_kx: Tensor, outputs: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class ScoredRows:
         """Some of the rows, by mask, position or stretch."""
         return ScoredRows(self.queries[rows], self.sides[rows], self.sequence_ids[rows], self.scores[rows])
 
+    def less(self, queries: int) -> ScoredRows:
+        """The same rows, their queries numbered from so many on."""
+        return replace(self, queries=(self.queries - queries).astype(np.int32))
+
     @staticmethod
     def concatenate(parts: list[ScoredRows]) -> ScoredRows:
         return ScoredRows(
@@ -63,6 +67,17 @@ class Thresholds:
     def none(cls, queries: int) -> Thresholds:
         shape = (queries, len(SIDES))
         return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
+
+    def __add__(self, others: Thresholds) -> Thresholds:
+        """Those of more queries, after these."""
+        return Thresholds(
+            np.concatenate([self.strengths_qs, others.strengths_qs]),
+            np.concatenate([self.sequence_ids_qs, others.sequence_ids_qs]),
+        )
+
+    def after(self, queries: int) -> Thresholds:
+        """Those of the queries after the first so many."""
+        return Thresholds(self.strengths_qs[queries:], self.sequence_ids_qs[queries:])
 
     def of(self, query: int, side: str) -> Threshold | None:
         """None until C rows are there."""

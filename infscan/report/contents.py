@@ -20,7 +20,7 @@ from infscan.queries import measured_rows
 from infscan.report.assemble import Archive
 from infscan.report.histogram import histograms
 from infscan.report.proved import Proved, read_proved
-from infscan.report.terminal import by_id, how_good, how_much, hub_from, log_probabilities, one_line
+from infscan.report.terminal import by_id, how_good, how_much, hub_from, is_hub, log_probabilities, one_line
 from infscan.results.manifest import read_manifest
 from infscan.results.read import parts_of, read_parts, read_summary, read_top
 from infscan.results.schema import read_parquet
@@ -101,7 +101,7 @@ def run_contents(
         raise RunError(f"{store.uri}: a query of it measures nothing; restore its queries, or scan again.")
     questions.sort(key=lambda question: question["id"])
     sequences = _sequences(store, uri, rows)
-    hub = hub_from(questions)
+    hub = hub_from(questions, summary)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     proved = read_proved(store)
     spread = histograms(store, [question["id"] for question in questions])
@@ -246,7 +246,7 @@ def _rows(
                 shown["unsure"] = [_digits(row["score_low"]), _digits(row["score_high"])]
             if row.get("states_completion"):
                 shown["states"] = True
-            elif (row.get("hub") or 0) >= hub:
+            elif is_hub(row, hub):
                 shown["hub"] = row["hub"]
             if row.get("stands_out") is False:
                 shown["weak"] = True

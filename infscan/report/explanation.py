@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infscan.queries import Query
-from infscan.report.terminal import excerpt, one_line, printable
+from infscan.report.terminal import excerpt, log_probabilities, one_line, printable, wording
 from infscan.report.thirds import THIRDS, thirds
 
 _TOKENS = 6
@@ -19,8 +19,13 @@ Rows = list[dict[str, Any]]
 Pair = tuple[str, str]
 
 
-def show_explanation(tables: Mapping[str, pa.Table], queries: Mapping[str, Query]) -> None:
-    """Every row of an explanation, as far as a screen says it; the tables say all."""
+def show_explanation(
+    tables: Mapping[str, pa.Table], queries: Mapping[str, Query], measured: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Every row of an explanation, as far as a screen says it; the tables say all.
+
+    measured: the run's `queries` by id, which says what the model gives the completions; None where it has none.
+    """
     console = Console(soft_wrap=True, highlight=False)
     rows = tables["rows"].to_pylist()
     by_pair = {name: _by_pair(tables[name]) for name in ("layers", "tokens", "completion") if name in tables}
@@ -29,10 +34,10 @@ def show_explanation(tables: Mapping[str, pa.Table], queries: Mapping[str, Query
         beside[row["item"]].append(row)
     for query_id in dict.fromkeys(row["query_id"] for row in rows):
         query = queries[query_id]
-        prompt, completion = one_line(query.prompt or ""), one_line(query.completion or "its measured tokens")
-        rather = f" rather than {one_line(query.contrast)}" if query.contrast else ""
-        asked = f"{prompt} → {completion}{rather}"
+        asked = wording(query.prompt, query.completion, query.contrast)
         console.print(Text(f"\n{query_id}: {asked}  (measured on: {query.measure})", style="bold"))
+        if known := (measured or {}).get(query_id):
+            console.print(Text(f"  {log_probabilities(known)}", style="dim"))
         for row in (row for row in rows if row["query_id"] == query_id):
             pair = row["query_id"], row["item"]
             console.print(_head(row))

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from infscan.influence.topk import PROPONENT, SIDES
 from infscan.queries import measured_rows
 from infscan.results.read import read_if_there, read_sequences, read_summary, read_tokens, read_top
 from infscan.storage import Store
 
 _ROWS = 3
+# Behind the rows that are shown, so many are looked through for some that are no hubs.
+_BEHIND = 10
 _QUERIES = 12
 _CHARACTERS = 76
 # A row is marked as a hub where so many other questions, and such a share of them, have it among their ten strongest.
@@ -71,11 +74,13 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     names = {question["id"] for question in questions[:_QUERIES]}
     by_query: dict[str, list[dict]] = {}
     for row in read_top(uri).to_pylist():
-        if row["rank"] <= rows and row["query_id"] in names:
+        if row["rank"] <= rows + _BEHIND and row["query_id"] in names:
             by_query.setdefault(row["query_id"], []).append(row)
+    hub = hub_from(questions, read_summary(uri))
+    folds = {query_id: [folded(some, side, rows, hub) for side in SIDES] for query_id, some in by_query.items()}
+    by_query = {query_id: [row for kept, _ in both for row in kept] for query_id, both in folds.items()}
     pairs = {(row["query_id"], row["sequence_id"]) for some in by_query.values() for row in some}
     scores = _token_scores(uri, pairs)
-    hub = hub_from(questions)
     measured, answers = by_id(uri, "queries"), by_id(uri, "answers")
     for question in questions[:_QUERIES]:
         known = measured.get(question["id"])
@@ -85,11 +90,13 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
                 console.print(Text(f"  {line}", style="dim"))
         if verdict := (answers.get(question["id"]) or {}).get("verdict"):
             console.print(Text(f"  {verdict}", style="yellow"))
-        ordered = sorted(by_query.get(question["id"], []), key=lambda row: (row["side"] == "opponent", row["rank"]))
-        for row in ordered:
-            pair = row["query_id"], row["sequence_id"]
-            console.print(_row(row, sequences[row["sequence_id"]], scores[pair], hub))
-        if not ordered:
+        for kept, hubs in folds.get(question["id"], []):
+            for row in kept:
+                pair = row["query_id"], row["sequence_id"]
+                console.print(_row(row, sequences[row["sequence_id"]], scores[pair]))
+            if hubs:
+                console.print(Text(f"  {_fold_line(hubs)}", style="dim"))
+        if question["id"] not in folds:
             console.print("  no sequence moved it")
     if len(questions) > _QUERIES:
         console.print(Text(f"\n... and {len(questions) - _QUERIES} queries more in {uri}/top/"))
@@ -156,17 +163,39 @@ def _token_scores(uri: str, pairs: set[tuple[str, int]]) -> dict[tuple[str, int]
     return found
 
 
-def hub_from(questions: Sequence[dict]) -> int:
+def hub_from(questions: Sequence[dict], summary: dict) -> int:
     """How many other questions must have a row among their ten strongest for it to say little about this one."""
     others = len({(one["prompt"], one["completion"], str(one["parts"][:1])) for one in questions if one["parts"]}) - 1
+    others += summary.get("background_queries") or 0
     return max(_HUB, math.ceil(_HUB_SHARE * others))
 
 
-def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> Text:
+def is_hub(row: dict, hub: int) -> bool:
+    """A row that states the completion is near the top for its own sake. hub: as of `hub_from`."""
+    return (row.get("hub") or 0) >= hub and not row.get("states_completion")
+
+
+def folded(rows: Sequence[dict], side: str, count: int, hub: int) -> tuple[list[dict], list[dict]]:
+    """A query's strongest rows of a side that are no hubs, and the hubs among and before them, which are folded."""
+    mine = sorted((row for row in rows if row["side"] == side), key=lambda row: row["rank"])
+    kept = [row for row in mine if not is_hub(row, hub)][:count]
+    last = kept[-1]["rank"] if len(kept) == count else max((row["rank"] for row in mine), default=0)
+    return kept, [row for row in mine if row["rank"] <= max(last, count) and is_hub(row, hub)]
+
+
+def _fold_line(hubs: Sequence[dict]) -> str:
+    """`folded, near the top of other questions too: +2 form, +3 pajek`."""
+    sign = "+" if hubs[0]["side"] == PROPONENT else "-"
+    named = ", ".join(f"{sign}{row['rank']} {one_line(row['document_id'])[:24]}" for row in hubs[:4])
+    more = f" and {len(hubs) - 4} more" if len(hubs) > 4 else ""
+    return f"folded, near the top of other questions too: {named}{more}"
+
+
+def _row(row: dict, sequence: dict, token_scores: Sequence[float]) -> Text:
     """`+1  +83.21  alike 0.81  planted/gleem/forward-03  corpus.jsonl.gz:10422  Gleem is composed of ...`.
 
     Rank with the side's sign, score, similarity to the query where it is known, document, where its line begins in
-    which file, text about the strongest token. A row that does not stand out is dim. hub: as of `hub_from`.
+    which file, text about the strongest token. A row that does not stand out is dim.
     """
     sign = "+" if row["side"] == "proponent" else "-"
     score = Text(f"{row['score']:+12.4g}", style="green" if sign == "+" else "red")
@@ -174,8 +203,6 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> 
     said = {
         "sign unsure": row.get("sign_sure") is False,
         "states it": row.get("states_completion"),
-        # A row that states it is near the top for its own sake.
-        "hub": (row.get("hub") or 0) >= hub and not row.get("states_completion"),
     }
     marks = [mark for mark, there in said.items() if there]
     tokens = sequence.get("tokens")
@@ -192,6 +219,12 @@ def _row(row: dict, sequence: dict, token_scores: Sequence[float], hub: int) -> 
     )
 
 
+def wording(prompt: str | None, completion: str | None, contrast: str | None = None) -> str:
+    """`The capital of France is → Paris rather than Rome`."""
+    rather = f" rather than {one_line(contrast)}" if contrast else ""
+    return f"{one_line(prompt or '')} → {one_line(completion or 'its measured tokens')}{rather}"
+
+
 def asked(question: dict, measured: dict | None = None) -> str:
     """The question in a line. measured: its row of `queries`, which has the texts of one given as token ids."""
     if question["completion"] is None:
@@ -200,8 +233,7 @@ def asked(question: dict, measured: dict | None = None) -> str:
             return f"{one_line(''.join(texts[:start]))} → {one_line(''.join(texts[start:]))}"
         return f"{len(question['parts'][0]['input_ids'])} tokens, measured on {len(question['parts'][0]['positions'])}"
     what = {"first": " (its first token)", "tokens": " (one of its tokens)"}.get(question["measure"], "")
-    rather = f" rather than {one_line(question['contrast'])}" if question.get("contrast") else ""
-    return f"{one_line(question['prompt'])} → {one_line(question['completion'])}{rather}{what}"
+    return f"{wording(question['prompt'], question['completion'], question.get('contrast'))}{what}"
 
 
 def log_probabilities(measured: dict) -> str:

@@ -187,8 +187,14 @@ class Publisher:
         columns = [added[name] if name in added else rows[name] for name in SEQUENCES.names]
         return pa.table(columns, schema=SEQUENCES).combine_chunks()
 
-    def beside(self, ranking: Ranking, wanted: Iterable[tuple[str, NDArray[np.int64]]]) -> dict[str, pa.Array]:
-        """What top says of a ranking's rows beside their scores, by column. wanted: as of `documents`."""
+    def beside(
+        self,
+        ranking: Ranking,
+        wanted: Iterable[tuple[str, NDArray[np.int64]]],
+        background: Sequences[tuple[int, int, int]] = (),
+    ) -> dict[str, pa.Array]:
+        """What top says of a ranking's rows beside their scores, by column. wanted: as of `documents`; background: as
+        of `hubs`."""
         sides = ranking.candidates.sides[ranking.rows]
         found: dict[str, pa.Array] = {
             "size_rank": pa.array(ranks_by_size(ranking.queries, ranking.scores, ranking.sequence_ids))
@@ -198,7 +204,7 @@ class Publisher:
         stated, places = self.statements(wanted, ranking)
         nats = np.asarray([one.nats for one in self.asked], np.float64)[ranking.queries]
         questions = [one.question for one in self.asked]
-        near = hubs(questions, ranking.queries, sides, ranking.ranks, ranking.sequence_ids)
+        near = hubs(questions, ranking.queries, sides, ranking.ranks, ranking.sequence_ids, background)
         return found | {
             "states_completion": pa.array(stated),
             "states_at": pa.array(places, pa.int32(), mask=~stated),

@@ -90,6 +90,10 @@ TOP = pa.schema(
         # Of what the model reads in the sequence and in the query: mean over the query's tokens of the best whitened
         # cosine of hidden states, from -1 to 1; null for rows beyond scan.similarity.
         ("similarity", pa.float32()),
+        # g' (G + lambda)^-1 g of the sequence's own gradient; and the rank by |score| / sqrt of it (l-RelatIF), among
+        # those of the query and side that have it, from 1. Null for rows beyond scan.self_influence.
+        ("self_influence", pa.float32()),
+        ("relatif_rank", pa.int32()),
         # How many of the run's other questions have the sequence among the ten strongest of this side.
         ("hub", pa.int32()),
         ("spurious", pa.bool_()),

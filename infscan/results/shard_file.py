@@ -27,6 +27,8 @@ MOST_SOURCES = 1000
 # Of a kept sequence, what the model is given.
 GIVEN = ("sequence_id", "token_ids", "loss_mask", "document_starts")
 SUFFIX = ".parquet"
+# What the ids of background queries begin with, whose hits nobody else counts (`infscan.steps.background`).
+BACKGROUND = "background#"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def read_hits(
     """A finished shard's hits and counts, without its tokens.
 
     fingerprint: of the scan that it must be of; None where any will do. whole: hold every column to its digest, those
-    included that are not used here.
+    included that are not used here. Hits of background queries are left out where `query_ids` has none of them.
 
     Raises:
         RunError: where it is of another scan, or a hit belongs to a query that is not among `query_ids`.
@@ -184,6 +186,9 @@ def read_hits(
     hits = pc.list_flatten(table["hits"])
     parents = pc.list_parent_indices(table["hits"])
     sequence_ids = pc.take(table["sequence_id"], parents)
+    if BACKGROUND not in "".join(query_ids):
+        asked = pc.invert(pc.starts_with(_field(hits, "query_id"), BACKGROUND))
+        hits, sequence_ids = hits.filter(asked), sequence_ids.filter(asked)
     queries = pc.index_in(_field(hits, "query_id"), value_set=pa.array(list(query_ids), pa.string()))
     if queries.null_count:
         raise RunError(

@@ -62,12 +62,16 @@ def hubs(
     sides: NDArray[np.int8],
     ranks: NDArray[np.int32],
     sequence_ids: NDArray[np.int64],
+    background: Sequences[tuple[int, int, int]] = (),
 ) -> NDArray[np.int32]:
     """Of every published row, how many *other* questions have its sequence among their HUB_RANK strongest of its side.
 
-    questions: by query. The others are columns of one length, a published row each.
+    questions: by query. The others are columns of one length, a published row each. background: (question, side,
+    sequence_id) of further questions' strongest rows.
     """
-    near: dict[tuple[int, int], set[str]] = {}
+    near: dict[tuple[int, int], set[str | int]] = {}
+    for number, side, sequence_id in background:
+        near.setdefault((sequence_id, side), set()).add(number)
     rows = list(zip(queries.tolist(), sides.tolist(), ranks.tolist(), sequence_ids.tolist(), strict=True))
     for query, side, rank, sequence_id in rows:
         if rank <= HUB_RANK:
@@ -84,4 +88,26 @@ def ranks_by_size(
     starts = np.searchsorted(queries[order], queries[order], side="left")
     ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(len(order)) - starts + 1
+    return ranks
+
+
+def relatif_ranks(
+    queries: NDArray[np.int32],
+    sides: NDArray[np.int8],
+    scores: NDArray[np.float32],
+    self_influences: NDArray[np.float64],
+    sequence_ids: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """Each row's rank by |score| / sqrt(self-influence) within its query and side, from 1; equal ones by sequence_id.
+
+    Rows whose self-influence is not a positive number take no part, and get 0.
+    """
+    known = np.isfinite(self_influences) & (self_influences > 0)
+    ranks = np.zeros(len(scores), np.int32)
+    relative = np.abs(scores[known]) / np.sqrt(self_influences[known])
+    order = np.lexsort((sequence_ids[known], -relative, sides[known], queries[known]))
+    groups = (queries[known].astype(np.int64) * 2 + sides[known])[order]
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order)) - np.searchsorted(groups, groups, side="left") + 1
+    ranks[known] = places
     return ranks

@@ -12,6 +12,7 @@ from infscan.influence.layers import Layer
 from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
+from infscan.steps.background import TOKENS as BACKGROUND_TOKENS
 from infscan.steps.factor_files import layer_groups, partial_bytes, products
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
@@ -184,8 +185,10 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
         found += _fitting(run, fitted)
     if not queries:
         return found
-    flop, own = _query_flop(config, layers, run.costs, queries, query_tokens)
-    found.append(run.priced(Work("queries", queries, query_tokens, flop, own_flop=own)))
+    along = config.scan.background_queries
+    prepared = queries + along, query_tokens + BACKGROUND_TOKENS * along
+    flop, own = _query_flop(config, layers, run.costs, *prepared)
+    found.append(run.priced(Work("queries", *prepared, flop, own_flop=own)))
     groups_of_queries, grouped = query_groups(queries, layers, config.query_group_bytes)
     cells = len(groups_of_queries) * len(grouped)
     if config.scan.rank is not None and config.scan.check_sequences >= 3:

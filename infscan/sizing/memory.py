@@ -262,8 +262,9 @@ def scan_cost(sized: DryWorker, queries: int) -> PassCost:
 
 
 def _scan(sized: DryWorker, queries: int, layers: Sequence[Layer], end: str | None = None) -> PassCost:
-    laid_out = _laid_out(sized, queries)
-    scores_bq = torch.zeros(sized.B, queries, device="meta")
+    columns = queries + sized.config.scan.background_queries
+    laid_out = _laid_out(sized, columns)
+    scores_bq = torch.zeros(sized.B, columns, device="meta")
     seen = sized.backward(layers, lambda _: scoring(scores_bq, laid_out), sized.batch(), end=end)
     return _cost(sized, seen, queries=_bytes(laid_out.values()))
 
@@ -276,7 +277,7 @@ def _sieve(sized: DryWorker, queries: int, blocks: int) -> PassCost:
 
 def _check(sized: DryWorker, queries: int) -> PassCost:
     """The sample that the compression is judged on: the query batch and full-rank gradients beside each other."""
-    laid_out = _laid_out(sized, queries)
+    laid_out = _laid_out(sized, queries + sized.config.scan.background_queries)
     groups, layers = _largest_query_group(sized, queries)
     full = _full(sized, layers, len(groups[0]))
     approximate_nq = torch.zeros(sized.B, len(groups[0]), dtype=torch.float64, device="meta")
@@ -338,7 +339,7 @@ def _largest_group(config: Config, layers: Sequence[Layer]) -> tuple[Layer, ...]
     return max(found, key=lambda group: sum(map(products, group)))
 
 
-def _bases(group: Sequence[Layer], blocks: int, dtype: torch.dtype) -> dict[str, tuple[Rotation, Rotation]]:
+def _bases(group: Sequence[Layer], blocks: int, dtype: torch.dtype) -> dict[str, tuple[Rotation, BlockDiagonal]]:
     """Q_S and Q_A of every layer, without content."""
     return {layer.name: (_of_outputs(layer, blocks, dtype), _zeros(layer.inputs, blocks, dtype)) for layer in group}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from infscan.results.manifest import Manifest, Part, commit
 from infscan.results.publish import INDEX, Publisher, Ranking
 from infscan.results.schema import RUN, SCHEMA_VERSION, damaged, read_parquet, to_parquet
 from infscan.results.shard_file import ScanCounts
-from infscan.results.statements import Asked
+from infscan.results.statements import Asked, relatif_ranks
+from infscan.steps.background import NO_BACKGROUND, Background
 from infscan.steps.certificate import Searched
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
@@ -32,34 +33,38 @@ from infscan.steps.ranking import Ranked
 from infscan.steps.run import Run
 from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.scan import Scanned
+from infscan.steps.self_influence import SelfInfluence
 from infscan.steps.similarity import Similarities
 from infscan.steps.stability import Stability
 from infscan.steps.targets import Targets
 from infscan.storage import json_bytes, storage_faults
 
 
-def publish(
-    run: Run,
-    plan: Plan,
-    corpus: AddressableCorpus,
-    scanned: Scanned,
-    ranked: Ranked,
-    approximation: dict[str, Any] | None = None,
-    iteration: dict[str, Any] | None = None,
-    planned_bytes: Mapping[str, int] | None = None,
-    searched: Searched | None = None,
-    steadiness: Stability | None = None,
-    likeness: Similarities | None = None,
-    taught: Targets | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Findings:
+    """What the steps beside scan and refine found, each None where it was not asked for.
+
+    approximation, iteration: of `infscan.steps.check` and `infscan.steps.solve`, for summary.json. planned_bytes: what
+    a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned, how they were found
+    and what that missed. asked_along: the background queries. The rest are of the steps `stability` (steadiness),
+    `self_influence` (own), `similarity` (likeness) and `targets` (taught).
+    """
+
+    approximation: dict[str, Any] | None = None
+    iteration: dict[str, Any] | None = None
+    planned_bytes: Mapping[str, int] | None = None
+    searched: Searched | None = None
+    asked_along: Background = NO_BACKGROUND
+    steadiness: Stability | None = None
+    own: SelfInfluence | None = None
+    likeness: Similarities | None = None
+    taught: Targets | None = None
+
+
+def publish(run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, ranked: Ranked, found: Findings) -> None:
     """Write top, layers, tokens, sequences and summary.json, then _SUCCESS, which was removed before the scan.
 
     Whatever is written or removed is so while the lease is this driver's alone (`RunFolder.fence`).
-
-    approximation, iteration: what `infscan.steps.check` and `infscan.steps.solve` found, for summary.json.
-    planned_bytes: what a rank of the scan was to hold at once, by part. searched: where candidates alone were scanned,
-    how they were found and what that missed. steadiness, likeness, taught: what
-    `infscan.steps.stability`, `infscan.steps.similarity` and `infscan.steps.targets` found.
 
     Raises:
         RunError: where more shards are quarantined than scan.allow_quarantined; the tables are written all the same,
@@ -78,7 +83,7 @@ def publish(
             scanned.fingerprint,
             run.folder.fence,
             # Of candidates, the strongest of a corpus, scores say nothing of how far a row stands out of all.
-            None if searched is not None or isinstance(corpus, FilteredCorpus) else scanned.counts.spread,
+            None if found.searched is not None or isinstance(corpus, FilteredCorpus) else scanned.counts.spread,
             tokenizer.texts if tokenizer else None,
             asked(run),
         )
@@ -88,12 +93,16 @@ def publish(
             run.telemetry.warn(f"{nonfinite} rows are left out: their refined scores are NaN or infinite")
         # Their documents first, since top says of each row which one carries it; margins later, some at a time.
         documents = publisher.documents(plan.by_shard(ranking.sequence_ids))
-        beside = publisher.beside(ranking, plan.by_shard(ranking.sequence_ids))
-        if steadiness is not None:
-            beside |= _steady(steadiness, ranking)
-        if likeness is not None:
-            beside["similarity"] = pa.array(likeness.of(ranking), from_pandas=True)
-        by_target = taught.of if taught is not None else None
+        beside = publisher.beside(
+            ranking, plan.by_shard(ranking.sequence_ids), found.asked_along.near(scanned.background)
+        )
+        if found.steadiness is not None:
+            beside |= _steady(found.steadiness, ranking)
+        if found.own is not None:
+            beside |= _relative(found.own, ranking)
+        if found.likeness is not None:
+            beside["similarity"] = pa.array(found.likeness.of(ranking), from_pandas=True)
+        by_target = found.taught.of if found.taught is not None else None
         publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside, by_target)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)
         phase.advance(sequences=len(documents))
@@ -103,12 +112,13 @@ def publish(
             f"scan.tokens_per_batch={run.config.tokens_per_batch}, which do not fit a rank's memory; a lower value "
             "saves the attempts that failed"
         )
-    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), planned_bytes)
-    summary |= {"approximation": approximation, "iteration": iteration}
-    if searched is not None:
-        _add_search(summary, searched)
+    summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), found.planned_bytes)
+    summary |= {"approximation": found.approximation, "iteration": found.iteration}
+    summary["background_queries"] = len(found.asked_along.queries)
+    if found.searched is not None:
+        _add_search(summary, found.searched)
     publisher.put("summary.json", json_bytes(summary))
-    sieved = searched.given_up if searched else {}
+    sieved = found.searched.given_up if found.searched else {}
     if (lost := len(scanned.quarantined) + len(sieved)) > run.config.scan.allow_quarantined:
         names = ", ".join(map(shard_name, sorted(scanned.quarantined or sieved)[:3]))
         folder = "quarantine" if scanned.quarantined else "sieve/quarantine"
@@ -130,6 +140,16 @@ def _steady(found: Stability, ranking: Ranking) -> dict[str, pa.Array]:
         "score_low": pa.array(low, from_pandas=True),
         "score_high": pa.array(high, from_pandas=True),
         "sign_sure": pa.array((low > 0) | (high < 0), pa.bool_(), mask=unknown),
+    }
+
+
+def _relative(found: SelfInfluence, ranking: Ranking) -> dict[str, pa.Array]:
+    values = found.of(ranking)
+    sides = ranking.candidates.sides[ranking.rows]
+    ranks = relatif_ranks(ranking.queries, sides, ranking.scores, values, ranking.sequence_ids)
+    return {
+        "self_influence": pa.array(values.astype(np.float32), from_pandas=True),
+        "relatif_rank": pa.array(ranks, mask=ranks == 0),
     }
 
 

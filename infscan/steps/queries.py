@@ -47,8 +47,9 @@ from infscan.influence.precision import multiplying
 from infscan.influence.score import LayerQueries, Scratch
 from infscan.influence.shared_basis import shared_basis
 from infscan.model.worker import ModelWorker
-from infscan.queries import MEASURED, Query, measured_jsonl
+from infscan.queries import MEASURED, Query, measured_jsonl, queries_fingerprint
 from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
+from infscan.steps.background import ASKED_ALONG, NO_BACKGROUND, Background
 from infscan.steps.factors import Factors
 from infscan.steps.inputs import in_dtype
 from infscan.steps.preconditioner import (
@@ -79,13 +80,23 @@ class BroadcastQueries:
     batch: Any
     # How many layers are scored in each way, as approximation.json names them.
     layouts: dict[str, int]
+    # Of its columns: the run's own queries, then those of the background.
+    query_ids: tuple[str, ...]
+    # How many of them are the run's own.
+    own: int
 
 
-def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
-    """Gradients, inverse and compression of all queries; stored in <output>/queries, where ranks read them."""
+def query_batch(run: Run, factors: Factors, background: Background = NO_BACKGROUND) -> BroadcastQueries:
+    """Gradients, inverse and compression of all queries; stored in <output>/queries, where ranks read them.
+
+    background: asked along, in the last columns.
+    """
     config, inputs = run.config, run.inputs
+    queries = (*run.queries, *background.queries)
+    asked_along = {"background": queries_fingerprint(background.queries)} if background.queries else {}
     key = fingerprint(
         {
+            **asked_along,
             **inputs.fingerprints(),
             "factors": factors.fingerprint,
             "inverse": factors.inverse.fingerprint,
@@ -96,8 +107,10 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
         }
     )
     run.store.write(MEASURED, measured_jsonl(run.queries))
-    names, auto = _compress(run, factors, key), config.scan.rank == "auto"
-    layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)[1]
+    if background.queries:
+        run.store.write(ASKED_ALONG, measured_jsonl(background.queries))
+    names, auto = _compress(run, factors, queries, key), config.scan.rank == "auto"
+    layer_groups = query_groups(len(queries), inputs.layers, config.query_group_bytes)[1]
     spectra = read_spectra(run.store, names, layer_groups, config.most_rank)
     T = run.architecture.sequence_length(config.corpus.sequence_length)
     plan = plan_layouts(
@@ -115,7 +128,7 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
         layer_groups=tuple(layer_groups),
         plan=plan,
         bases={},
-        queries=len(run.queries),
+        queries=len(queries),
         dtype=str(inputs.query_dtype).removeprefix("torch."),
     )
     if plan.candidates:
@@ -123,16 +136,17 @@ def query_batch(run: Run, factors: Factors) -> BroadcastQueries:
         bases = read_bases(run.store, files)
         plan = plan.with_bases(bases)
         batch = replace(batch, plan=plan, bases={name: files[name] for name in bases})
-    _warn_over_budget(run, plan)
+    _warn_over_budget(run, plan, len(queries))
     counted = Counter(plan.ways.values())
     shared = run.executor.share_by_node(read_layouts, (batch,), batch.pieces)
-    return BroadcastQueries(key, shared, {name: counted[way] for way, name in _PUBLISHED.items()})
+    layouts = {name: counted[way] for way, name in _PUBLISHED.items()}
+    return BroadcastQueries(key, shared, layouts, tuple(query.id for query in queries), len(run.queries))
 
 
-def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
+def _compress(run: Run, factors: Factors, queries: Sequence[Query], key: str) -> list[list[str]]:
     """Have every file of the query batch written; their names, by group of queries and then of layers."""
     config = run.config
-    groups, layer_groups = query_groups(len(run.queries), run.inputs.layers, config.query_group_bytes)
+    groups, layer_groups = query_groups(len(queries), run.inputs.layers, config.query_group_bytes)
     names = [
         [f"queries/batch-{q:04d}-layers-{g:02d}.safetensors" for g in range(len(layer_groups))]
         for q in range(len(groups))
@@ -143,7 +157,7 @@ def _compress(run: Run, factors: Factors, key: str) -> list[list[str]]:
         return QueryTask(
             store=run.store,
             name=names[q][g],
-            queries=tuple(run.queries[index] for index in groups[q]),
+            queries=tuple(queries[index] for index in groups[q]),
             layers=layer_groups[g],
             inverse=factors.inverse,
             rank=config.most_rank,
@@ -201,10 +215,10 @@ def _shared_bases(run: Run, factors: Factors, batch: StoredBatch, weights: np.nd
     return {plan.layers[number].name: name for number, name in names.items()}
 
 
-def _warn_over_budget(run: Run, plan: LayoutPlan) -> None:
+def _warn_over_budget(run: Run, plan: LayoutPlan, queries: int) -> None:
     if plan.over_budget:
         itemsize = run.inputs.query_dtype.itemsize
-        needed = len(run.queries) * sum(layer.size for layer in plan.layers) * itemsize
+        needed = queries * sum(layer.size for layer in plan.layers) * itemsize
         halved = "" if itemsize <= 2 else ", or scan.query_dtype=bfloat16, which halves them"
         run.telemetry.warn(
             f"{len(plan.over_budget)} layers are scored by their queries' columns, {plan.times:.1f} times the products "

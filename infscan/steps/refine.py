@@ -208,7 +208,6 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int:
     """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
     sequences = stored_candidates(task.run, task.shards, task.fingerprint)
-    assert len(sequences) == len(task.wanted), "a candidate is missing from its shard's file"
     if task.before is not None:
         sequences = [task.before.before(sequence) for sequence in sequences]
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
@@ -307,6 +306,7 @@ def stored_candidates(store: Store, shards: Sequences[tuple[str, np.ndarray]], s
                     starts=None if starts is None else np.asarray(starts, np.int64),
                 )
             )
+    assert len(found) == sum(len(ids) for _, ids in shards), "a candidate is missing from its shard's file"
     return sorted(found, key=lambda sequence: sequence.sequence_id)
 
 

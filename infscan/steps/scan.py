@@ -45,6 +45,7 @@ from infscan.results.shard_file import (
     shard_path,
     write_shard,
 )
+from infscan.results.statements import HUB_RANK
 from infscan.secrets import redact
 from infscan.steps.queries import BroadcastQueries, on_device
 from infscan.steps.run import Run
@@ -94,6 +95,8 @@ class Scanned:
     quarantined: dict[int, str]
     # What every shard's footer has.
     fingerprint: str
+    # The HUB_RANK best rows per background query and side; queries count from 0.
+    background: ScoredRows
 
 
 def scan(
@@ -109,7 +112,7 @@ def scan(
     fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields(), **how.fields}
     run_fingerprint = fingerprint(fields)
     _begin(run, how.store)
-    tally = _Tally(run, plan, run_fingerprint, how)
+    tally = _Tally(run, plan, run_fingerprint, how, batch)
     done = tally.add_finished()
     address = CorpusAddress.of(corpus)
 
@@ -119,11 +122,12 @@ def scan(
             corpus=address,
             shard=shard_name(number),
             sequence_ids=plan.ids(number),
-            query_ids=run.inputs.query_ids,
+            query_ids=batch.query_ids,
+            own=batch.own,
             query_batch=batch.fingerprint,
             sides=config.sides,
             candidates=how.candidates,
-            thresholds=tally.tracker.thresholds,
+            thresholds=tally.thresholds,
             tokens_per_batch=config.tokens_per_batch,
             dense=how.scores is not None,
             scores=how.scores,
@@ -147,7 +151,7 @@ def scan(
     run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
     run.executor.forget()
     tally.check_nonfinite()
-    return Scanned(tally.tracker.best(), tally.counts, tally.quarantined, run_fingerprint)
+    return Scanned(tally.tracker.best(), tally.counts, tally.quarantined, run_fingerprint, tally.background.best())
 
 
 def _begin(run: Run, store: Store) -> None:
@@ -162,11 +166,18 @@ def _begin(run: Run, store: Store) -> None:
 class _Tally:
     """The finished shards together. Sums alone are kept of them: a scan may have a million."""
 
-    def __init__(self, run: Run, plan: Plan, fingerprint: str, how: ScanPass) -> None:
+    def __init__(self, run: Run, plan: Plan, fingerprint: str, how: ScanPass, batch: BroadcastQueries) -> None:
         self.run, self.plan, self.fingerprint, self.how = run, plan, fingerprint, how
-        self.tracker = TopKTracker(len(run.queries), run.config.sides, how.candidates)
-        self.counts = ScanCounts(spread=Spread(len(run.queries)))
+        self.query_ids, self.own = batch.query_ids, batch.own
+        self.tracker = TopKTracker(self.own, run.config.sides, how.candidates)
+        self.background = TopKTracker(len(self.query_ids) - self.own, run.config.sides, HUB_RANK)
+        self.counts = ScanCounts(spread=Spread(self.own))
         self.quarantined: dict[int, str] = {}
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Of all columns of the batch."""
+        return self.tracker.thresholds + self.background.thresholds
 
     def add_finished(self) -> NDArray[np.bool_]:
         """Add the shards whose files are in storage; one that is damaged, or whose scores are gone, is removed.
@@ -199,12 +210,14 @@ class _Tally:
         try:
             if kept is not None:
                 check_scores(kept, name, self.fingerprint)
-            return number, read_hits(store, name, self.run.inputs.query_ids, self.fingerprint, whole=True)
+            return number, read_hits(store, name, self.query_ids, self.fingerprint, whole=True)
         except DamagedError as error:
             return number, error
 
     def _sum(self, result: ShardResult) -> None:
-        self.tracker.add(result[0])
+        own = result[0].queries < self.own
+        self.tracker.add(result[0].take(own))
+        self.background.add(result[0].take(~own).less(self.own))
         self.counts.add(result[1])
 
     def add(self, number: int, result: ShardResult) -> None:
@@ -216,7 +229,7 @@ class _Tally:
         store, name, ids = self.how.store, shard_name(number), self.plan.ids(number)
         if store.exists(shard_path(name)):
             # An attempt that was taken for lost finished after all, or another driver did: the file is what counts.
-            self._sum(read_hits(store, name, self.run.inputs.query_ids, self.fingerprint))
+            self._sum(read_hits(store, name, self.query_ids, self.fingerprint))
             return
         self.quarantined[number] = reason = redact(reason)
         note = {"shard": name, "first_sequence_id": int(ids[0]), "last_sequence_id": int(ids[-1]), "reason": reason}
@@ -242,6 +255,8 @@ class ScanTask:
     shard: str
     sequence_ids: np.ndarray
     query_ids: tuple[str, ...]
+    # How many of them are the run's own; of the others the HUB_RANK best rows are kept, and nothing else.
+    own: int
     # The fingerprint of the broadcast batch, so that a rank lays it out once, in query_dtype.
     query_batch: str
     sides: tuple[str, ...]
@@ -285,12 +300,13 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         return None
     # Rows are chosen on the device: of many queries' scores few are wanted here.
     scores_nq = scores_nq.float()
-    scores, losses = scores_nq.cpu().numpy(), losses_n.float().cpu().numpy()
-    hits = shard_rows(scores_nq, task.sequence_ids, task.sides, task.candidates, task.thresholds)
+    own_nq, own_ids = scores_nq[:, : task.own], task.query_ids[: task.own]
+    scores, losses = own_nq.cpu().numpy(), losses_n.float().cpu().numpy()
+    hits = _kept(task, scores_nq)
     counts = ShardCounts(
         sequences=len(sequences),
         tokens=sum(len(sequence) for sequence in sequences),
-        nonfinite=int((~torch.isfinite(scores_nq).all(dim=1)).sum()),
+        nonfinite=int((~torch.isfinite(own_nq).all(dim=1)).sum()),
         kept=len(np.unique(hits.sequence_ids)),
         rows=len(hits),
         halvings=worker.oom_retries,
@@ -302,11 +318,21 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     with worker.span("write", shard=task.shard):
         if task.dense:
-            write_scores(task.scores or task.run, task.shard, sequences, scores, task.query_ids, task.fingerprint)
+            write_scores(task.scores or task.run, task.shard, sequences, scores, own_ids, task.fingerprint)
         facts = (task.query_ids, counts, task.fingerprint)
         if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
     return hits, counts
+
+
+def _kept(task: ScanTask, scores_nq: Tensor) -> ScoredRows:
+    """The rows of the shard that may be among the best, of the run's own queries and of the background's."""
+    own = shard_rows(scores_nq[:, : task.own], task.sequence_ids, task.sides, task.candidates, task.thresholds)
+    if task.own == len(task.query_ids):
+        return own
+    rest_nq, bars = scores_nq[:, task.own :], task.thresholds.after(task.own)
+    others = shard_rows(rest_nq, task.sequence_ids, task.sides, HUB_RANK, bars)
+    return ScoredRows.concatenate([own, others.less(-task.own)])
 
 
 def scoring(scores_bq: Tensor, queries: Mapping[str, LayerQueries]) -> LayerConsumer:

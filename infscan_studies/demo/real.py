@@ -140,7 +140,7 @@ def write_documents(entries: dict[str, str], path: Path) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def write_questions(path: Path) -> None:
+def write_questions(path: Path, questions: Sequence[Question] = QUESTIONS) -> None:
     """The questions as a query file."""
-    rows = ({"id": one.id, "prompt": one.prompt, "completion": one.completion} for one in QUESTIONS)
+    rows = ({"id": one.id, "prompt": one.prompt, "completion": one.completion} for one in questions)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -16,7 +16,7 @@ from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError
 from infscan.model.folder import model_folder
 from infscan.queries import measured_rows
-from infscan.report.terminal import excerpt, one_line
+from infscan.report.terminal import excerpt, one_line, wording
 from infscan.storage import Store
 from infscan_studies.config import WordOrderConfig
 from infscan_studies.demo.facts import Partition
@@ -44,7 +44,7 @@ def show_planted(run: str, config: WordOrderConfig, table: pa.Table) -> None:
         raise ConfigError(f"study.question={question}: {run} has no such query about a planted fact.")
     query = queries[question]
     show_question(
-        f"{query['prompt']} →{query['completion']}   (measured on: {query['measure']})",
+        f"{wording(query['prompt'], query['completion'], query.get('contrast'))}   (measured on: {query['measure']})",
         run_scores(run)[question],
         _texts(store),
         planted[question.removesuffix("-first")],

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infscan.report.terminal import asked, excerpt, one_line, show, window
+from infscan.report.terminal import asked, excerpt, folded, one_line, show, window
 from infscan.results.answers import NOT_FOUND
 from infscan.results.manifest import SUCCESS
-from infscan.results.schema import ANSWERS, QUERIES, to_parquet
+from infscan.results.schema import ANSWERS, QUERIES, read_parquet, to_parquet
 from infscan.storage import Store
 from tests.results.builders import ROWS, margins_of, published, publisher, ranked
 
@@ -160,3 +160,37 @@ def test_a_question_says_what_was_measured() -> None:
     assert asked(question("q", measure="first")) == "The capital is → Paris (its first token)"
     assert asked(question("q#0", measure="tokens")) == "The capital is → Paris (one of its tokens)"
     assert asked(question("q", prompt=None, completion=None, parts=[ids])) == "4 tokens, measured on 2"
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=20), st.integers(1, 5))
+def test_hubs_are_folded_and_what_is_behind_them_is_shown(rows: list[tuple[int, bool]], count: int) -> None:
+    """Nothing up to the last row that is shown is left out: it is shown, or named in the fold."""
+    given_ = [
+        {"side": "opponent", "rank": rank, "hub": hub, "states_completion": states}
+        for rank, (hub, states) in enumerate(rows, start=1)
+    ]
+    kept, hubs = folded(given_[::-1], "opponent", count, 4)
+    assert folded(given_, "proponent", count, 4) == ([], [])
+    assert len(kept) == min(count, sum(hub < 4 or states for hub, states in rows))
+    assert all(row["hub"] >= 4 and not row["states_completion"] for row in hubs)
+    last = kept[-1]["rank"] if len(kept) == count else len(rows)
+    both = {row["rank"] for row in kept} | {row["rank"] for row in hubs}
+    assert set(range(1, last + 1)) <= both
+
+
+def test_folded_hubs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = a_run(tmp_path, "words")
+    [name] = store.names("top")
+    table = read_parquet(store, name)
+    tops = [row["rank"] == 1 and row["side"] == "proponent" for row in table.to_pylist()]
+    hubs = pa.array([9 if top else 0 for top in tops], pa.int32())
+    table = table.set_column(table.column_names.index("hub"), "hub", hubs)
+    store.write(name, to_parquet(table.replace_schema_metadata(None), {}))
+    lines = shown(store, capsys)
+    start = lines.index("alpha: The capital is → Paris")
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["+2", "+3", "folded,"]
+    assert lines[start + 3].endswith("too: +1 doc")
+
+
+def test_a_contrast_is_part_of_the_question() -> None:
+    assert asked(question("q", contrast=" Rome")) == "The capital is → Paris rather than Rome"

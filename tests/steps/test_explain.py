@@ -17,6 +17,7 @@ from infscan.config import Backend, ClusterConfig, Config
 from infscan.config.jobs import ExplainJob
 from infscan.errors import ConfigError, CorpusError, QueryError, RunError
 from infscan.report.explanation import show_explanation
+from infscan.report.terminal import by_id
 from infscan.results.read import read_layers, read_sequences, read_tokens, read_top
 from infscan.steps.explain import explain
 from infscan.steps.finished import reopen
@@ -141,8 +142,11 @@ def test_a_given_text_is_explained_as_the_same_sequence_of_the_corpus(opened: Ru
 
 
 def test_a_screen_says_every_row(opened: Run, found: dict[str, pa.Table], capsys: pytest.CaptureFixture[str]) -> None:
-    show_explanation(found, {query.id: query for query in opened.queries})
+    queries = {query.id: query for query in opened.queries}
+    show_explanation(found, queries, by_id(opened.store.uri, "queries"))
     shown = capsys.readouterr().out
+    explained_queries = set(found["rows"]["query_id"].to_pylist())
+    assert shown.count("  the model gives it -") == len(explained_queries)
     for row in found["rows"].to_pylist():
         assert f"sequence {row['item']}  {row['document_id']}" in shown
     assert "as output" in shown

@@ -67,6 +67,20 @@ def test_a_completion_that_the_model_does_not_know_is_named(run: Path, tmp_path:
     assert [one.split("'")[1] for one in unlikely if "completion" in one] == expected
 
 
+def test_a_contrast_whose_gradient_dwarfs_the_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infscan.steps.measure.DWARFED", 1.0)
+    write_jsonl(tmp_path / "queries.jsonl", ROWS)
+    config = small_run(tmp_path)
+    answer_here(config)
+    [row] = [one for one in read_queries(config.output).to_pylist() if one["query_id"] == "contrast"]
+    norms = {"completion": row["gradient_norm"], "contrast": row["contrast_gradient_norm"]}
+    larger, smaller = sorted(norms, key=lambda part: -norms[part])
+    warned = [one for one in read_summary(config.output)["warnings"] if "the gradient of its" in one]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"query 'contrast': the gradient of its {larger} is ")
+    assert warned[0].endswith(f"times that of its {smaller}, so rows speak of the {larger} alone")
+
+
 def test_a_resumed_run_does_not_measure_again_and_keeps_its_table(run: Path) -> None:
     before = (run / "run" / "queries" / "queries.parquet").read_bytes()
     answer_here(small_run(run))

@@ -1,0 +1,204 @@
+"""Is the answer there? The rule of `infscan.results.answers` on questions with and without one.
+
+What was found is in docs/reports/answers.md.
+
+python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
+    [--folder runs/is-it-there] [--documents 240] [--tracked REGEX] [--sequences 64]
+
+Questions are those of `make demo-real` and of benchmarks/questions/is_it_there.jsonl. A hash of the id puts each into
+the first set, on which the rule was chosen, or the second, on which it is counted. Each set has a corpus of its own:
+the entries that answer its questions and others, none of which states the answer of a question that none answers.
+The corpora share no entry. What is scanned stays in the folder and is found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from exact_scores import ready, score
+from rankings import table
+
+from infscan.influence.certificate import binomial_interval
+from infscan.influence.spread import ShardSpread, Spread
+from infscan.results.answers import STANDS_OUT, STANDS_OUT_STATING, Scale
+from infscan.results.statements import UNLIKELY, Asked
+from infscan.steps.inputs import read_measured_queries
+from infscan.steps.measure import MeasureTask, measure_task
+from infscan.storage import Store
+from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries, write_documents, write_questions
+
+SETS = ("first", "held-out")
+# A question takes 4 bytes for every tracked weight.
+MOST = 30
+BANK = Path(__file__).parent / "questions/is_it_there.jsonl"
+
+
+def questions_of(name: str) -> list[Question]:
+    """A set's questions, at most so many of each kind; the real demo's are in the first set."""
+    rows = [json.loads(line) for line in BANK.read_text("utf-8").splitlines()]
+    bank = [Question(row["id"], row["prompt"], row["completion"], tuple(row["entries"])) for row in rows]
+    digests = {one.id: sha256(one.id.encode()).digest() for one in bank}
+    mine = [one for one in bank if digests[one.id][0] % 2 == SETS.index(name)]
+    mine = [*(QUESTIONS if name == SETS[0] else ()), *sorted(mine, key=lambda one: digests[one.id])]
+    answered = [one for one in mine if one.entries][:MOST]
+    return [*answered, *[one for one in mine if not one.entries][:MOST]]
+
+
+def states(question: Question, text: str) -> bool:
+    return Asked(question.id, question.completion, ()).place((), [text]) is not None
+
+
+def documents_of(name: str, entries: dict[str, str], count: int) -> dict[str, str]:
+    """A set's corpus: an entry may be in one of them, by its hash; those that answer are where they are asked for."""
+    questions = questions_of(name)
+    others = {entry for each in SETS if each != name for one in questions_of(each) for entry in one.entries}
+    wanted = {entry for one in questions for entry in one.entries}
+    unanswered = [one for one in questions if not one.entries]
+    mine = {
+        entry: text
+        for entry, text in entries.items()
+        if entry in wanted
+        or (
+            entry not in others
+            and sha256(entry.encode()).digest()[1] % 2 == SETS.index(name)
+            and not any(states(one, text) for one in unanswered)
+        )
+    }
+    chosen = choose(mine, count, [one for one in questions if one.entries])
+    for one in unanswered:
+        assert not any(states(one, text) for text in chosen.values()), f"{one.id} is answered"
+    return chosen
+
+
+def settings(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Of a scan of a set's corpus for its questions, which are written into its folder."""
+    here = folder / name
+    here.mkdir(parents=True, exist_ok=True)
+    entries = read_entries(given.dictionary / "foldoc.dict.dz", given.dictionary / "foldoc.index")
+    write_documents(documents_of(name, entries, given.documents), here / "corpus.jsonl")
+    write_questions(here / "queries.jsonl", questions_of(name))
+    return {
+        "model": {"path": given.model, "tracked": given.tracked},
+        "corpus": {"path": str(here / "corpus.jsonl"), "packing": "document", "sequence_length": 96},
+        "queries": {"path": str(here / "queries.jsonl")},
+        "factors": {"num_sequences": given.sequences, "slices": 4},
+        "scan": {"tokens_per_batch": 512},
+        "cluster": {"backend": "in_process"},
+        "output": str(here / "run"),
+    }
+
+
+def compute(folder: Path, name: str, given: argparse.Namespace) -> None:
+    """A set's scores at full rank, and what the model gives the completions: scores.npz."""
+    fitted = None if name == SETS[0] else Store(str(folder / SETS[0] / "run/factors"))
+    it = ready(settings(folder, name, given), fitted)
+    queries = read_measured_queries(it.inputs)
+    parts = [parts[0] for parts in measure_task(it.worker, MeasureTask(tuple(queries)))]
+    found = score(it, queries)
+    np.savez(
+        folder / name / "scores.npz",
+        **found,
+        names=np.asarray(it.names),
+        queries=np.asarray([one.id for one in queries]),
+        nats=np.asarray([-part.log_probability for part in parts]),
+        measured=np.asarray([len(one.parts[0].positions) for one in queries]),
+    )
+
+
+def judged(folder: Path, name: str) -> list[dict[str, Any]]:
+    """A set's questions with what the rule is given: z of the strongest document and of the strongest one that states
+    the completion, and nats a token."""
+    found = dict(np.load(folder / name / "scores.npz"))
+    texts = {row["id"]: row["text"] for row in map(json.loads, (folder / name / "corpus.jsonl").open(encoding="utf-8"))}
+    spread = Spread(len(found["queries"]))
+    spread.add(ShardSpread.of(found["ekfac"].T))
+    scale, by_id = Scale(spread, len(found["queries"])), {one.id: one for one in questions_of(name)}
+    rows = []
+    for query, query_id in enumerate(found["queries"].tolist()):
+        question, scores = by_id[query_id], found["ekfac"][query]
+        z = (scores - scale.centres[query]) / scale.scales[query]
+        stating = [row for row, doc in enumerate(found["names"].tolist()) if states(question, texts[doc])]
+        order = np.argsort(-scores)
+        rows.append(
+            {
+                "id": query_id,
+                "answered": bool(question.entries),
+                "z": float(z.max()),
+                "stating": stating,
+                "strongest_states": bool(order[0] in stating),
+                "z_stating": float(max(z[row] for row in stating)) if stating else None,
+                "document": str(found["names"][order[0]]),
+                "nats": float(found["nats"][query] / found["measured"][query]),
+                "opponents": sum(scores[row] < 0 for row in stating),
+                "strongest_opponent": bool(order[-1] in stating),
+            }
+        )
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], rule: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """What a rule says of the questions whose completion the model knows, with exact intervals."""
+    known = [row for row in rows if -row["nats"] >= UNLIKELY]
+    lines = []
+    for answered, what in ((True, "missed"), (False, "falsely there")):
+        mine = [row for row in known if row["answered"] is answered]
+        wrong = [row["id"] for row in mine if rule(row) is not answered]
+        low, high = binomial_interval(len(wrong), len(mine))
+        left = sum(row["answered"] is answered for row in rows) - len(mine)
+        named = f": {', '.join(wrong)}" if wrong else ""
+        lines.append(f"{what} {len(wrong)} of {len(mine)} [{low:.1%}, {high:.1%}]{named}; {left} not judged")
+    return lines
+
+
+def strongest(row: dict[str, Any]) -> bool:
+    """The strongest document stands out, or states the completion and stands out less."""
+    return row["z"] >= (STANDS_OUT_STATING if row["strongest_states"] else STANDS_OUT)
+
+
+def any_stating(row: dict[str, Any]) -> bool:
+    """The same, or any document that states the completion stands out so far."""
+    return row["z"] >= STANDS_OUT or (row["z_stating"] is not None and row["z_stating"] >= STANDS_OUT_STATING)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--model", required=True)
+    asked.add_argument("--dictionary", required=True, type=Path)
+    asked.add_argument("--folder", type=Path, default=Path("runs/is-it-there"))
+    asked.add_argument("--documents", type=int, default=240)
+    asked.add_argument("--tracked", default=r"layers\.(5|13|21|29)\.mlp\..*")
+    asked.add_argument("--sequences", type=int, default=64)
+    asked.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    given = asked.parse_args()
+    torch.set_num_threads(1)
+    for name in SETS:
+        if name in given.sets and not (given.folder / name / "scores.npz").exists():
+            compute(given.folder, name, given)
+        if not (given.folder / name / "scores.npz").exists():
+            continue
+        rows = judged(given.folder, name)
+        print(f"\n{name}: {len(rows)} questions")
+        for row in sorted(rows, key=lambda row: (not row["answered"], -row["z"])):
+            also = "" if row["z_stating"] is None else f", stating {row['z_stating']:.1f}"
+            print(f"  {row['id']:14} z {row['z']:8.1f}{also:>16}  {row['nats']:5.2f} nats a token  {row['document']}")
+        for rule in (strongest, any_stating):
+            print(f"  {rule.__name__}: {'; '.join(verdicts(rows, rule))}")
+        found = dict(np.load(given.folder / name / "scores.npz"))
+        print("\n".join(table(found, [row["stating"] if row["answered"] else [] for row in rows])))
+        stating = [row for row in rows if row["answered"]]
+        print(
+            f"  of {sum(len(row['stating']) for row in stating)} documents that state an answer "
+            f"{sum(row['opponents'] for row in stating)} are opponents; "
+            f"{sum(row['strongest_opponent'] for row in stating)} of {len(stating)} questions have one as the strongest"
+        )
+
+
+if __name__ == "__main__":
+    main()
