@@ -168,7 +168,7 @@ def recall(exact: Floats, found: NDArray[np.bool_], top: int) -> float:
 def certificates(exact: Floats, found: NDArray[np.bool_], audited: int, top: int, draws: int) -> dict[str, Any]:
     """Audits drawn anew: how often a limit is above the truth, and its median; of one query and of all together."""
     Q, N = exact.shape
-    audit, truth = Audit.uniform(N, audited), [recall(exact[q : q + 1], found[q : q + 1], top) for q in range(Q)]
+    audit, truth = Audit(N, audited), [recall(exact[q : q + 1], found[q : q + 1], top) for q in range(Q)]
     alone, together = [], []
     for draw in range(draws):
         rows = np.random.default_rng(draw).choice(N, audited, replace=False)

@@ -67,7 +67,7 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     """By query and side, and of all together, from the scores of what was scanned in full."""
     assert chosen.found is not None
     assert chosen.audited is not None
-    config, audit = run.config, Audit.uniform(chosen.planned.selection.size, len(chosen.audited))
+    config, audit = run.config, Audit(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
     for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
         names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
@@ -78,7 +78,7 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     together = certify_together(list(evidence.values()), audit, config.scan.top_k)
     queries: dict[str, dict[str, Any]] = {}
     for (name, side), mine in evidence.items():
-        queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k))
+        queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k, len(evidence)))
     return {
         "confidence": CONFIDENCE,
         "audited": len(chosen.audited),
