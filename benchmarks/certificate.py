@@ -1,4 +1,4 @@
-"""Whether the certificate of recall holds, and says enough: simulated searches with a known truth (docs/reports/sieve.md).
+"""Whether the certificate holds, and says enough: simulated searches whose truth is known (docs/reports/sieve.md).
 
 python benchmarks/certificate.py [--runs 200] [--rows 20000] [--queries 10] [--audited 1000 2000 4000] ...
 
@@ -97,7 +97,9 @@ def run(rng: np.random.Generator, options: argparse.Namespace, **kind: Any) -> d
     for size in options.audited:
         rows, audit = rng.choice(options.rows, size, replace=False), Audit(options.rows, size)
         evidence = [Evidence(scores[found], found, scores[rows], is_found[rows]) for scores in exact]
-        results[f"one query, {size} audited"] = judged(truth[0], certify(evidence[0], audit, options.top, options.queries))
+        results[f"one query, {size} audited"] = judged(
+            truth[0], certify(evidence[0], audit, options.top, options.queries)
+        )
         together = certify_together(evidence, audit, options.top)
         results[f"{options.queries} queries together, {size} audited"] = judged(truth.mean(), together)
     return results

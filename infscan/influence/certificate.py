@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 # By how much detection is expected to be worse where as many candidates lie further out as a query and side has of its
-# own: between 0.1 and 0.2 in simulated searches (docs/reports/sieve.md). It chooses the level, and no limit rests on it.
+# own: between 0.1 and 0.2 in simulated searches (docs/reports/sieve.md). It chooses the level; no limit rests on it.
 _HARDER = 0.12
 # So many missed rows tell for how many queries and sides one counts.
 _ENOUGH = 5
