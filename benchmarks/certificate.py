@@ -28,7 +28,7 @@ from infscan.influence.certificate import Audit, Certificate, Evidence, certify,
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = 8
-TAILS, DEPTHS = ("normal", "t", "lognormal"), (1, 2, 4, 6)
+TAILS = ("normal", "t", "lognormal")
 ADVERSE = ("blind in the tail", "blind further in", "lower layers")
 Floats = NDArray[np.float32]
 
@@ -156,16 +156,20 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=300, help="of every query")
     parser.add_argument("--audited", type=int, nargs="+", default=[1_000, 2_000, 4_000])
     parser.add_argument("--top", type=int, default=100)
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 6], help="layers that the sieve sees, of 8")
+    parser.add_argument("--worlds", choices=("honest", "adverse", "both"), default="both")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
     kinds = [
         {"tails": tails, "depth": depth, "clustered": clustered, "adverse": ""}
-        for tails, clustered, depth in itertools.product(TAILS, (False, True), DEPTHS)
+        for tails, clustered, depth in itertools.product(TAILS, (False, True), options.depths)
+        if options.worlds != "adverse"
     ]
     kinds += [
         {"tails": tails, "depth": 4, "clustered": False, "adverse": adverse}
         for adverse, tails in itertools.product(ADVERSE, TAILS)
+        if options.worlds != "honest"
     ]
     found: dict[str, list[dict[str, Any]]] = {}
     for number, kind in enumerate(kinds):
@@ -182,13 +186,17 @@ def main() -> None:
     for of, rows in found.items():
         show(of, rows)
         honest = [row for row in rows if not row["adverse"]]
+        if not honest:
+            continue
         wrong = [row["wrong"] for row in honest]
         below = [row["below"] for row in honest if row["truth"] >= 0.95 and row["below"] is not None]
         print(f"{of}: above the truth in {np.mean(wrong):.2%} of the runs, {max(wrong):.2%} in the worst world")
         if below:
             print(f"where the truth is 0.95 or more, below it by {np.median(below):.3f}, at most {max(below):.3f}")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "certificate.json").write_text(json.dumps({"settings": vars(options), **found}, indent=2) + "\n")
+    (RESULTS / f"certificate-{options.worlds}.json").write_text(
+        json.dumps({"settings": vars(options), **found}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":
