@@ -164,7 +164,7 @@ def _ranks(top: int, most: int) -> list[int]:
 def _counted(columns: Sequence[Evidence], rank: int) -> _Counted:
     ranks = [min(rank, len(one.scores)) for one in columns]
     pairs = list(zip(columns, ranks, strict=True))
-    missed_n = np.sum([one.missed(mine) for one, mine in pairs], axis=0, dtype=np.intp)
+    missed_n = np.stack([one.missed(mine) for one, mine in pairs]).sum(axis=0)
     distinct = len(np.unique(np.concatenate([one.sequence_ids[:mine] for one, mine in pairs])))
     return _Counted(rank, sum(ranks), missed_n, sum(ranks) / distinct)
 

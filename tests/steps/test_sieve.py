@@ -128,6 +128,20 @@ def test_screen_and_page_say_it_too(sieved: Config, capsys: pytest.CaptureFixtur
     assert said in page["agreement"]
 
 
+def test_an_audit_says_how_far_a_row_stands_out(inputs: Path, full: Config, sieved: Config) -> None:
+    everything = settings(inputs, "audited", "scan.sieve=1", "scan.sieve_candidates=20", f"scan.audit_sequences={N}")
+    answer_here(everything)
+    known, mine, all_audited = (
+        pq.read_table(Path(config.output) / "answers").to_pylist() for config in (full, sieved, everything)
+    )
+    for row, some, every in zip(known, mine, all_audited, strict=True):
+        assert (some["sequences"], every["sequences"]) == (30, N)
+        # Fewer than 32 are too few; all are what a full scan has.
+        assert some["z"] is None
+        for column in ("z", "median", "scale", "positive", "negative", "share"):
+            assert every[column] == pytest.approx(row[column], rel=1e-4)
+
+
 def settings_row(config: Config) -> dict:
     return pq.read_table(Path(config.output) / "run.parquet").to_pylist()[0]
 
