@@ -12,6 +12,7 @@ from infscan.influence.layers import Layer
 from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
+from infscan.steps.check import compared
 from infscan.steps.factor_files import layer_groups, partial_bytes
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.suffix_choice import measured
@@ -191,9 +192,9 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     flop, own = _query_flop(config, layers, run.costs, queries, query_tokens)
     found.append(run.priced(Work("queries", queries, query_tokens, flop, own_flop=own)))
     groups_of_queries, grouped = query_groups(queries, layers, config.query_group_bytes)
-    cells = len(groups_of_queries) * len(grouped)
     if config.scan.rank is not None and config.scan.check_sequences >= 3:
         checked = min(config.scan.check_sequences, scanned.sequences)
+        cells = len(compared(groups_of_queries, config.seed)) * len(grouped)
         found.append(work("check", checked, _share(scanned, checked), cells))
     if isinstance(config.scan.sieve, str):
         tried = measured(scanned.sequences, config.audited(scanned.sequences, queries))
