@@ -127,7 +127,8 @@ def how_good(approximation: dict) -> str:
     return (
         f"\nCompression: published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
         f"random sequences these correlate with full rank by {mean:.5f} on average, and by {row['pearson']:.5f} "
-        f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query{among}, {worst}. {_found_again(approximation['recall'])}"
+        f"[{row['low']:.5f}, {row['high']:.5f}]\n"
+        f"for the worst query{among}, {worst}. {_found_again(approximation['recall'])}"
         "\nNot measured here: whether EK-FAC is right, and whether the model knows the completion."
     )
 

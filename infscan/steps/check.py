@@ -49,8 +49,9 @@ def check(
     """Agreement of the scan's scores with full-rank ones over a uniform sample of the planned sequences, per query.
 
     Of queries whose full-rank gradients do not fit a rank together, _COMPARED or a few more are compared; the others'
-    figures are null. None where the scan is at full rank already (scan.rank=null), with scan.check_sequences=0, or (with a warning) where
-    the sample cannot be read. A report that an earlier process wrote for the same query batch is read back.
+    figures are null. None where the scan is at full rank already (scan.rank=null), with scan.check_sequences=0, or
+    (with a warning) where the sample cannot be read. A report that an earlier process wrote for the same query batch is
+    read back.
     """
     config = run.config
     wanted = min(config.scan.check_sequences, plan.selection.size)

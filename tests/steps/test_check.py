@@ -57,4 +57,4 @@ def test_queries_in_many_groups_are_a_sample() -> None:
     one_by_one = [range(query, query + 1) for query in range(100)]
     assert len(set(compared(one_by_one, 0))) == 8
     assert compared(one_by_one, 0) == compared(one_by_one, 0) != compared(one_by_one, 1)
-    assert len(compared([range(0, 5), range(5, 10), range(10, 12)], 0)) in (2, 3)
+    assert len(compared([range(5), range(5, 10), range(10, 12)], 0)) in (2, 3)
