@@ -1,13 +1,14 @@
-"""What cheaper passes find of a scan's strongest rows, at what cost, and what the certificate says (docs/scanning.md).
+"""What cheaper passes find of a scan's strongest rows, at what cost, and what is certified (docs/reports/sieve.md).
 
 python benchmarks/sieve.py [--folder runs/sieve] [--model infscan://demo/model] [--documents N] [--draws 200] ...
 
-One pass over a corpus keeps every sequence's score of every block (rank 32), so that all suffixes of blocks come from
-it, and what other sieves make of the same sequences: whitened hidden states of a middle block (cosine, the best
-sequence token for every measured query token) and TF-IDF. A sieve's candidates are its best rows by query; the truth is
-the strongest rows of all blocks together. Costs are CPU seconds of single passes in turns, over those of a plain
-forward and activation-gradient backward. Then audits are drawn from the stored scores and certified. Without --model a
-GPT-NeoX is trained first.
+One pass over a corpus keeps every sequence's score of every block and of the output head (rank 32), so that all
+suffixes of blocks come from it, and what other sieves make of the same sequences: whitened hidden states of middle
+blocks (cosine, the best sequence token for every measured query token) and TF-IDF. A sieve's candidates are its best
+rows by query; the truth is the strongest rows of all blocks together. Costs are CPU seconds of single passes in turns,
+over those of a plain forward and activation-gradient backward. Then audits are drawn from the stored scores and
+certified, with all queries' candidates together, as in a scan. Scores stay in the folder. Without --model a GPT-NeoX is
+trained first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +35,7 @@ from infscan.corpus.tfidf import document_frequencies
 from infscan.influence.certificate import Audit, Evidence, certify, certify_together
 from infscan.influence.layers import Layer
 from infscan.influence.score import score_layer
+from infscan.model.architecture import describe
 from infscan.model.suffix import ends_at, last_blocks
 from infscan.steps.preconditioner import layer_factors
 from infscan.steps.queries import on_device
@@ -57,24 +60,35 @@ class FoundModel(Bench):
 class Sieves:
     """Every sequence's scores by block [B, Q, N], and those of the other sieves [Q, N]."""
 
-    def __init__(self, fitted: Fitted, middle: int) -> None:
-        self.fitted, self.rank, self.layers = fitted, fitted.rank, fitted.plan.layers
+    def __init__(self, fitted: Fitted) -> None:
+        self.fitted, self.rank = fitted, fitted.rank
+        self.layers = tuple(layer for layer in fitted.plan.layers if block_of(layer) is not None)
+        self.heads = tuple(layer for layer in fitted.plan.layers if block_of(layer) is None)
         self.queries = on_device(fitted.rank, fitted.query_batch(32))
-        self.blocks = len({layer.name.split(".")[2] for layer in self.layers})
+        self.blocks = 1 + max(block_of(layer) or 0 for layer in self.layers)
+        self.row = self.layers[0].name.partition(".layers.")[0] + ".layers"
         self.sequences = fitted.bench.corpus.read(np.arange(fitted.bench.corpus.sequences))
-        inside = [layer for layer in self.layers if int(layer.name.split(".")[2]) == middle]
-        self.hidden_layer = inside[0]
-        known = layer_factors(fitted.inverse, self.hidden_layer, "cpu", torch.float32)
-        assert known is not None
-        A = known[0].A.dense()[: self.hidden_layer.inputs - self.hidden_layer.bias]
-        values, vectors = torch.linalg.eigh(A[:, : len(A)].double())
-        self.whiten = (vectors * values.clamp_min(1e-6 * float(values.mean())).rsqrt()).float()
+        # By the block whose MLP reads them: the states that the block before has given out, and its attention's.
+        self.hidden = {
+            next(layer for layer in self.layers if block_of(layer) == block): f"hidden states of block {block}"
+            for block in sorted({self.blocks // 4, self.blocks // 2, 2 * self.blocks // 3})
+        }
+        self.whiten = {layer: self._whitening(layer) for layer in self.hidden}
+        self.states = self.query_states()
 
-    def scored(self) -> tuple[Floats, Floats]:
-        """By block, and by hidden states."""
+    def _whitening(self, layer: Layer) -> Tensor:
+        known = layer_factors(self.fitted.inverse, layer, "cpu", torch.float32)
+        assert known is not None
+        A = known[0].A.dense()[: layer.inputs - layer.bias]
+        values, vectors = torch.linalg.eigh(A[:, : len(A)].double())
+        return (vectors * values.clamp_min(1e-6 * float(values.mean())).rsqrt()).float()
+
+    def scored(self) -> dict[str, Floats]:
+        """By block, by the head, and by hidden states."""
         Q, N = len(self.fitted.bench.queries), len(self.sequences)
-        by_block, hidden = np.zeros((self.blocks, Q, N), np.float32), np.zeros((Q, N), np.float32)
-        asked = self.query_states()
+        by_block = np.zeros((self.blocks, Q, N), np.float32)
+        others = {name: np.zeros((Q, N), np.float32) for name in ("head", *self.hidden.values())}
+        asked = self.states
         began = time.perf_counter()
         for number, batch in enumerate(self.rank.batches(self.sequences, self.fitted.options.tokens_per_batch)):
             rows = batch.rows
@@ -82,36 +96,37 @@ class Sieves:
             def consume(
                 layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows, mask: Any = batch.mask_bt
             ) -> None:
-                by_block[int(layer.name.split(".")[2])][:, rows] += score_layer(
-                    s, a, self.queries[layer.name]
-                ).T.numpy()
-                if layer == self.hidden_layer:
-                    states = torch.nn.functional.normalize(a @ self.whiten, dim=-1)
-                    for query, h_pi in enumerate(asked):
+                block, found = block_of(layer), score_layer(s, a, self.queries[layer.name]).T.numpy()
+                if block is None:
+                    others["head"][:, rows] += found
+                else:
+                    by_block[block][:, rows] += found
+                if layer in self.hidden:
+                    states = torch.nn.functional.normalize(a @ self.whiten[layer], dim=-1)
+                    for query, h_pi in enumerate(asked[layer]):
                         cosines = (states @ h_pi.T).masked_fill(~mask[..., None], -1)
-                        hidden[query, rows] = cosines.amax(dim=1).sum(dim=1).numpy()
+                        others[self.hidden[layer]][query, rows] = cosines.amax(dim=1).sum(dim=1).numpy()
 
-            self.rank.backward(batch, self.layers, batch.loss(), consume, ones=False)
+            self.rank.backward(batch, (*self.layers, *self.heads), batch.loss(), consume, ones=False)
             if number % 20 == 19:
                 say(f"{number + 1} batches in {time.perf_counter() - began:.0f} s")
-        return by_block, hidden
+        return {"by block": by_block, **others}
 
-    def query_states(self) -> list[Tensor]:
+    def query_states(self) -> dict[Layer, list[Tensor]]:
         """Of every query, its whitened states where a measured token is predicted, [P, I]."""
-        found = []
+        found: dict[Layer, list[Tensor]] = {layer: [] for layer in self.hidden}
         for query in self.fitted.bench.queries:
             part = query.parts[0]
             one = corpus.Sequence(0, np.asarray(part.token_ids), (), 0, "")
             (batch,) = self.rank.batches([one], 1 << 20)
-            states: list[Tensor] = []
+            at = torch.tensor([position - 1 for position in part.positions])
 
-            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, states: Any = states) -> None:
-                if layer == self.hidden_layer:
-                    states.append(a[0])
+            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, at: Tensor = at) -> None:
+                if layer in self.hidden:
+                    states = torch.nn.functional.normalize(a[0][at] @ self.whiten[layer], dim=-1)
+                    found[layer].append(states)
 
             self.rank.backward(batch, self.layers, batch.loss(), consume, ones=False)
-            at = torch.tensor([position - 1 for position in part.positions])
-            found.append(torch.nn.functional.normalize(states[0][at] @ self.whiten, dim=-1))
         return found
 
     def tfidf(self) -> Floats:
@@ -129,9 +144,13 @@ class Sieves:
         """CPU seconds of a pass over some sequences, in plain floors measured in turn; medians."""
         some = self.sequences[: 4 * self.fitted.options.tokens_per_batch // self.fitted.options.length]
         passes: dict[str, Callable[[], None]] = {"every block": lambda: self._pass(some, self.layers, None)}
-        for blocks in range(1, self.blocks):
+        for blocks in suffixes(self.blocks):
             layers = last_blocks(self.layers, blocks)
             passes[f"last {blocks}"] = lambda layers=layers: self._pass(some, layers, ends_at(layers))
+        last = f"{self.row}.{self.blocks - 1}"
+        passes["head"] = lambda: self._pass(some, self.heads, last)
+        for layer, name in self.hidden.items():
+            passes[name] = lambda layer=layer: self._forward(some, layer)
         ratios: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(repeats):
             for name, run in passes.items():
@@ -143,6 +162,32 @@ class Sieves:
         for batch in self.rank.batches(some, self.fitted.options.tokens_per_batch):
             scores_bq = torch.zeros(len(batch.rows), len(self.fitted.bench.queries))
             self.rank.backward(batch, layers, batch.loss(), scoring(scores_bq, self.queries), ones=False, ends_at=end)
+
+    def _forward(self, some: Sequence[corpus.Sequence], layer: Layer) -> None:
+        """Forward to a layer's inputs, and no further."""
+        module = self.rank.model.module.get_submodule(layer.name)
+        asked = torch.cat(self.states[layer])
+
+        def look(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            states = torch.nn.functional.normalize(inputs[0] @ self.whiten[layer], dim=-1)
+            (states @ asked.T).amax(dim=1)
+            raise StopIteration
+
+        with module.register_forward_pre_hook(look), torch.no_grad():
+            for batch in self.rank.batches(some, self.fitted.options.tokens_per_batch):
+                with suppress(StopIteration):
+                    self.rank.model.module(batch.ids_bt)
+
+
+def block_of(layer: Layer) -> int | None:
+    """The number of the block that a layer is in; None of the head."""
+    parts = layer.name.split(".")
+    return int(parts[2]) if len(parts) > 2 else None
+
+
+def suffixes(blocks: int) -> list[int]:
+    """How many last blocks are tried: all numbers of a few, else about every eighth part."""
+    return sorted({max(1, round(blocks * part / 8)) for part in range(1, 8)})
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -168,16 +213,20 @@ def recall(exact: Floats, found: NDArray[np.bool_], top: int) -> float:
 def certificates(exact: Floats, found: NDArray[np.bool_], audited: int, top: int, draws: int) -> dict[str, Any]:
     """Audits drawn anew: how often a limit is above the truth, and its median; of one query and of all together."""
     Q, N = exact.shape
-    audit, truth = Audit.uniform(N, audited), [recall(exact[q : q + 1], found[q : q + 1], top) for q in range(Q)]
+    ids = np.flatnonzero(found.any(axis=0))
+    known = np.isin(np.arange(N), ids)
+    found = np.broadcast_to(known, exact.shape)
+    audit, truth = Audit(N, audited), [recall(exact[q : q + 1], found[q : q + 1], top) for q in range(Q)]
     alone, together = [], []
     for draw in range(draws):
         rows = np.random.default_rng(draw).choice(N, audited, replace=False)
-        evidence = [Evidence(e[f], np.flatnonzero(f), e[rows], f[rows]) for e, f in zip(exact, found, strict=True)]
+        evidence = [Evidence(scores[ids], ids, scores[rows], known[rows]) for scores in exact]
         together.append(certify_together(evidence, audit, top).recall)
-        alone.append((certify(evidence[draw % Q], audit, top).recall, truth[draw % Q]))
+        alone.append((certify(evidence[draw % Q], audit, top, Q).recall, truth[draw % Q]))
     stated = [one for one in together if one is not None]
     mean = float(np.mean(truth))
     return {
+        "audited": audited,
         "truth": mean,
         "together": {
             "stated": len(stated) / draws,
@@ -191,44 +240,52 @@ def certificates(exact: Floats, found: NDArray[np.bool_], audited: int, top: int
     }
 
 
+def all_scores(sieves: Sieves, path: Path) -> dict[str, Floats]:
+    """Of the folder where they are there, else made and kept."""
+    if not path.exists():
+        np.savez(path, **sieves.scored(), **{"TF-IDF": sieves.tfidf()})
+    return dict(np.load(path))
+
+
 def main() -> None:
     parser = options_parser(__doc__)
     parser.set_defaults(folder=HERE.parent / "runs" / "sieve")
     parser.add_argument("--model", help="a model's folder, in place of one that is trained")
-    parser.add_argument("--audited", type=float, default=0.02, help="share of the sequences")
+    parser.add_argument("--audited", type=float, default=0.1, help="share of the sequences")
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = FoundModel(options) if options.model else Bench(options)
-    sieves = Sieves(Fitted(bench, Dtype.float32, 0), middle=options.layers // 2)
+    bench.architecture = describe(str(bench.folder / "model"), "mlp+head")
+    sieves = Sieves(Fitted(bench, Dtype.float32, 0))
+    scores = all_scores(sieves, bench.folder / "sieves.npz")
     costs = sieves.costs(options.repeats)
-    by_block, hidden = sieves.scored()
+    by_block = scores.pop("by block")
     exact, Q, N = by_block.sum(axis=0), len(bench.queries), len(sieves.sequences)
-    tfidf = sieves.tfidf()
-    suffixes = {f"last {k}": by_block[-k:].sum(axis=0) for k in range(1, len(by_block))}
-    tried: dict[str, list[Floats]] = {name: [scores] for name, scores in suffixes.items()}
-    tried |= {"hidden states": [hidden], "TF-IDF": [tfidf]}
-    tried |= {f"{name} + hidden states": [scores, hidden] for name, scores in suffixes.items()}
-    tried |= {f"{name} + TF-IDF": [scores, tfidf] for name, scores in suffixes.items()}
+    ends = {f"last {k}": by_block[-k:].sum(axis=0) for k in suffixes(len(by_block))}
+    tried: dict[str, list[Floats]] = {name: [mine] for name, mine in (ends | scores).items()}
+    halves = [f"last {k}" for k in suffixes(len(by_block)) if 2 * k <= len(by_block)]
+    tried |= {f"{end} + {name}": [ends[end], mine] for end in halves for name, mine in scores.items()}
     rows = []
     table = Table(title=f"{N} sequences, {Q} queries, proponents: recall of the top k among a share of the sequences")
-    for column in ("sieve", "floors", *(f"{top} in {share:.1%}" for top, share in SHARES), "certified 100 in 5%"):
+    for column in ("sieve", "floors", *(f"{top} in {share:.1%}" for top, share in SHARES), "certified 100 in 2%"):
         table.add_column(column)
     for name, parts in tried.items():
         recalls = [recall(exact, found_by(parts, round(share * N)), top) for top, share in SHARES]
-        found = certificates(exact, found_by(parts, round(0.05 * N)), round(options.audited * N), 100, options.draws)
+        found = certificates(exact, found_by(parts, round(0.02 * N)), round(options.audited * N), 100, options.draws)
         rows.append({"sieve": name, "floors": costs.get(name), "recall": recalls, "certificate": found})
         limit = found["together"]["median"]
-        said = f"{'-' if limit is None else f'{limit:.2f}'} (wrong {found['together']['wrong']:.0%})"
+        said = f"{'-' if limit is None else f'{limit:.3f}'} of {found['truth']:.3f}"
+        said += f" (above it {found['together']['wrong']:.1%})"
         cost = f"{costs[name]:.2f}" if name in costs else "-"
         table.add_row(name, cost, *(f"{value:.3f}" for value in recalls), said)
-    Console(width=150).print(table)
+    Console(width=170).print(table)
     say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
     (HERE / "results").mkdir(exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items()}
     result = {"settings": settings, "sequences": N, "queries": Q, "costs": costs, "shares": SHARES, "sieves": rows}
-    (HERE / "results" / "sieve.json").write_text(json.dumps(result, indent=2) + "\n")
+    (HERE / "results" / f"sieve-{options.layers}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

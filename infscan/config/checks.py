@@ -122,6 +122,8 @@ def check(config: Config, unused: tuple[str, ...] = ()) -> None:
     _check_corpora(config)
     if isinstance(config.scan.rank, str) and config.scan.rank != "auto":
         raise ConfigError(f"scan.rank={_said(config.scan.rank)}: give a number, auto, or null for full rank.")
+    if isinstance(config.scan.sieve, str) and config.scan.sieve != "auto":
+        raise ConfigError(f"scan.sieve={_said(config.scan.sieve)}: give a number of blocks, auto, or null for none.")
     if not 0 < config.scan.energy <= 1:
         raise ConfigError(f"scan.energy={config.scan.energy}: a share, above 0 and up to 1.")
     if config.scan.candidates is not None and config.scan.candidates < config.scan.top_k:

@@ -6,6 +6,7 @@ Hydra is not imported here; `infscan.config.compose` hands these classes to it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -356,8 +357,10 @@ ON_A_CPU = {
     "scan.query_group_bytes": 4 << 30,
     "scan.tokens_per_batch": 4096,
 }
-# Of the planned sequences, what a sieve leaves per query and side, and what is audited.
-_SIEVED, _AUDITED, _LEAST_AUDIT = 0.01, 0.01, 256
+# Of the planned sequences, what a sieve leaves per query and side, and what is audited: at least, and at most.
+_SIEVED, _AUDITED, _LEAST_AUDIT, _MOST_AUDITED = 0.01, 0.01, 256, 0.1
+# Strongest rows of all queries and sides that an audit is to hit: with none of them missed, about 0.975 is certified.
+_AUDITED_TAIL_ROWS = 160
 # scan.rank=auto: every query and layer may have ranks up to this one.
 MOST_RANK = 32
 
@@ -428,9 +431,10 @@ class ScanConfig:
     """Shards that may be given up without the run failing."""
     max_nonfinite: float = 0.001
     """Share of sequences whose scores may be NaN or infinite."""
-    sieve: int | None = None
+    sieve: int | str | None = None
     """Find candidates by the last so many blocks' layers alone, whose backward is short; then those and an audit are
-    scanned with all tracked layers (docs/scanning.md#a-sieve). null scans everything with all of them."""
+    scanned with all tracked layers (docs/scanning.md#a-sieve). `auto` measures how many suffice, and scans everything
+    where none does for less; null scans everything with all of them."""
     sieve_candidates: int | None = None
     """With a sieve: sequences that it leaves per query and side; null is 1 % of those planned, and scan.candidates at
     the least."""
@@ -439,7 +443,8 @@ class ScanConfig:
     the output of infscan tfidf, or of a finished run, whose published sequences they then are."""
     audit_sequences: int | None = None
     """With a sieve or candidates_from: sequences of the audit, a uniform sample that is scanned too, and says what was
-    missed; null is 1 % of those planned, and 256 at the least."""
+    missed; null is what certifies about 0.975 of the strongest rows where none of them is missed, but at least 1 % of
+    those planned and 256, and at most 10 %."""
     check_sequences: int = 256
     """Sequences of the sample on which compressed scores are compared with full-rank ones; below 3 skips the check."""
     query_group_bytes: int | None = None
@@ -591,10 +596,21 @@ class Config:
         """Sequences that a sieve leaves per query and side, of so many planned ones."""
         return self.scan.sieve_candidates or max(self.candidates, round(_SIEVED * planned))
 
-    def audited(self, planned: int) -> int:
-        """Sequences of the audit, of so many planned ones."""
+    def audited(self, planned: int, queries: int) -> int:
+        """Sequences of the audit, of so many planned ones and for so many queries."""
         asked = self.scan.audit_sequences
-        return min(planned, max(_LEAST_AUDIT, round(_AUDITED * planned)) if asked is None else asked)
+        if asked is not None:
+            return min(planned, asked)
+        enough = math.ceil(_AUDITED_TAIL_ROWS / max(1e-9, self.audited_tail_rows(planned, queries, 1)))
+        least = max(_LEAST_AUDIT, round(_AUDITED * planned))
+        return min(planned, max(least, min(enough, round(_MOST_AUDITED * planned))))
+
+    def audited_tail_rows(self, planned: int, queries: int, audited: int) -> float:
+        """How many of the strongest rows, of all queries and sides, an audit is expected to hit: of each as many as are
+        published, or an eighth of what a sieve leaves, where that is more."""
+        left = self.sieve_candidates(planned) // 8 if self.scan.sieve is not None else 0
+        rank = min(planned, max(self.scan.top_k, left))
+        return audited * queries * len(self.sides) * rank / max(1, planned)
 
     @property
     def sides(self) -> tuple[str, ...]:

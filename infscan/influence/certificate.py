@@ -6,11 +6,12 @@ the audit, is scored exactly too, candidate or not. Both together say how detect
     D(x) = C(x) / (C(x) + M(x)),    C(x): candidates that score x or more, all of them known;
                                     M(x): rows that do and are no candidates, known from the audit
 
-M(x) has an exact upper limit, since how many of them a uniform sample finds is hypergeometric, whatever the scores are
+The scores are fixed and the sample is random, so what an audit finds of the M(x) bounds them, whatever the scores are
 and however alike rows are. D at the k-th published row is the recall of the published k, but no sample that is cheap
 says much of so few rows. So one assumption: **detection gets no harder the further out a row lies** (D does not fall
-with x). Then D's lower limit at any x further in, where there are enough rows, is one of the recall. The assumption is
-tested by the same sample; where the test fails nothing is claimed. The limit without it is given beside
+with x). Then the rate at which rows are missed further in, where there are enough of them, is at least that of the
+strongest. The level is chosen before the audit is looked at; the assumption is tested by the same sample, and where the
+test fails nothing is claimed. The limit without it is given beside
 (docs/method.md#what-a-search-missed).
 """
 
@@ -25,8 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-# Detection is looked at where so many shares of the candidates lie further out: the limits share what may go wrong.
-_SHARES = (16, 8, 4, 2)
+# By how much detection is expected to be worse where as many candidates lie further out as a query and side has of its
+# own: between 0.1 and 0.2 in simulated searches (docs/reports/sieve.md). It chooses the level; no limit rests on it.
+_HARDER = 0.12
+# So many missed rows tell for how many queries and sides one counts.
+_ENOUGH = 5
 # A limit below this says nothing that one would act on.
 _USEFUL = 0.5
 _WITHDRAWN_AT = 0.05
@@ -34,37 +38,10 @@ _WITHDRAWN_AT = 0.05
 
 @dataclass(frozen=True)
 class Audit:
-    """A sample drawn of all rows, uniformly within each stratum and without replacement.
+    """A sample drawn of all rows, candidates included, uniformly and without replacement."""
 
-    sizes: rows of every stratum, candidates included. stratum_n: int, the stratum of each audited row.
-    """
-
-    sizes: tuple[int, ...]
-    stratum_n: NDArray[np.intp]
-
-    @staticmethod
-    def uniform(rows: int, audited: int) -> Audit:
-        """One stratum."""
-        return Audit((rows,), np.zeros(audited, np.intp))
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
-
-    def counted(self, chosen_n: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """How many of some audited rows are in each stratum: [H]."""
-        return np.bincount(self.stratum_n[chosen_n], minlength=len(self.sizes))
-
-    def estimate(self, chosen_n: NDArray[np.bool_]) -> float:
-        """How many such rows there are, unbiased: every audited one stands for size / sampled of its stratum."""
-        sampled = np.maximum(self.counted(np.ones(len(self.stratum_n), np.bool_)), 1)
-        return float((self.counted(chosen_n) * np.asarray(self.sizes) / sampled).sum())
-
-    def at_most(self, chosen_n: NDArray[np.bool_], alpha: float) -> int:
-        """How many such rows there are at most, at confidence 1 - alpha, which strata share equally."""
-        sampled = self.counted(np.ones(len(self.stratum_n), np.bool_))
-        each = zip(self.sizes, sampled.tolist(), self.counted(chosen_n).tolist(), strict=True)
-        return sum(hypergeometric_upper(size, n, x, alpha / len(self.sizes)) for size, n, x in each)
+    rows: int
+    audited: int
 
 
 @dataclass(frozen=True)
@@ -95,15 +72,16 @@ class Evidence:
 class Level:
     """The detection curve at one exact score.
 
-    candidates: C(x). missed: audited rows among M(x). tail_fraction: (C + M) / rows, M estimated, of a query and side
-    on average. detected: D, estimated. low: its lower limit, at a confidence that leaves room for the other levels.
+    rank: of a query's and side's candidates, the last that scores so much. candidates: C(x), of all queries and sides
+    together, as all that follows. missed: audited among M(x). tail_fraction: (C + M) / rows, M estimated, of a query
+    and side on average. detected: D, estimated.
     """
 
+    rank: int
     candidates: int
     missed: int
     tail_fraction: float
     detected: float
-    low: float
 
 
 @dataclass(frozen=True)
@@ -130,67 +108,104 @@ class Certificate:
         return None if self.recall is None else math.ceil(self.recall * self.top - 1e-9)
 
 
-def certify(evidence: Evidence, audit: Audit, top: int) -> Certificate:
-    """The certificate of one query and side, for its `top` strongest rows."""
-    return certify_together([evidence], audit, top)
+def certify(evidence: Evidence, audit: Audit, top: int, sought: int = 1) -> Certificate:
+    """The certificate of one query and side, for its `top` strongest rows; candidates were sought for so many."""
+    return certify_together([evidence], audit, top, sought)
 
 
-def certify_together(evidence: Sequence[Evidence], audit: Audit, top: int) -> Certificate:
+def certify_together(evidence: Sequence[Evidence], audit: Audit, top: int, sought: int = 0) -> Certificate:
     """The certificate of several queries and sides: for the `top` strongest of each, together.
 
-    All are scored on one sample, so audited rows that are missed anywhere are counted, each for as many queries and
-    sides as a candidate that lies as far out counts for, size-biased: sum y^2 / sum y.
+    All are scored on one sample. An audited row that is missed for several queries and sides counts for each; that it
+    does so at once is what `_most_missed` allows for. sought: queries and sides whose candidates all are; these, where
+    it is less.
     """
     columns = [found for found in (one.strongest_first() for one in evidence) if len(found.scores)]
-    wanted, audited = sum(min(top, len(one.scores)) for one in columns), len(audit.stratum_n)
-    if not columns or not audited:
-        return Certificate(0, audited, None, 0.0, None, (), 1.0, "there is nothing to certify")
-    points = _points(columns, top)
-    alpha = 1 - CONFIDENCE
-    curve = tuple(_level(point, audit, alpha / len(points), len(columns)) for point in points)
+    wanted = sum(min(top, len(one.scores)) for one in columns)
+    if not columns or not audit.audited:
+        return Certificate(0, audit.audited, None, 0.0, None, (), 1.0, "there is nothing to certify")
+    own = len(np.unique(np.concatenate([one.sequence_ids for one in columns]))) / max(sought, len(columns))
+    points = [_counted(columns, rank) for rank in _ranks(top, int(own))]
+    curve = tuple(_level(point, audit, len(columns)) for point in points)
+    best = min(range(len(points)), key=lambda place: _expected(points[place], audit, own))
+    recall = wanted / (wanted + _most_missed(points[best], points[-1], audit, wanted))
     # Without an assumption a row may be missed for all of them.
-    published = _counted(columns, [min(top, len(one.scores)) for one in columns])
-    without = max(0.0, 1 - len(columns) * audit.at_most(published.missed_n, alpha) / wanted)
-    p = _p_monotone([*points, _counted(columns, [len(one.scores) for one in columns])])
-    best = max(curve, key=lambda level: level.low)
-    recall, reason = max(best.low, without), ""
+    hidden = hypergeometric_upper(audit.rows, audit.audited, int((points[0].missed_n > 0).sum()), 1 - CONFIDENCE)
+    without = max(0.0, 1 - len(columns) * hidden / wanted)
+    p, reason = _p_monotone([*points, _counted(columns, max(len(one.scores) for one in columns))]), ""
     if p < _WITHDRAWN_AT:
         reason = "strong rows are missed more often than weaker ones, which the certificate takes to be otherwise"
     elif recall < _USEFUL:
-        reason = f"{audited} audited rows of {audit.rows} are too few"
-    return Certificate(wanted, audited, None if reason else recall, without, best, curve, p, reason)
+        reason = f"{audit.audited} audited rows of {audit.rows} are too few"
+    return Certificate(wanted, audit.audited, None if reason else recall, without, curve[best], curve, p, reason)
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """One level. candidates: that lie further out, over queries and sides. missed_n: bool [n], the audited rows that
-    do for any of them and were missed. multiplicity: queries and sides that a row counts for."""
+    """One level. candidates: that lie further out, over queries and sides. missed_n: for how many of these each audited
+    row was missed, [n]. multiplicity: for how many a candidate counts, on average."""
 
+    rank: int
     candidates: int
-    missed_n: NDArray[np.bool_]
+    missed_n: NDArray[np.intp]
     multiplicity: float
 
-
-def _points(columns: Sequence[Evidence], top: int) -> list[_Counted]:
-    """The curve's levels, the furthest out first."""
-    ranks = [[min(len(one.scores), max(top, len(one.scores) // share)) for one in columns] for share in _SHARES]
-    return [_counted(columns, list(some)) for some in sorted(set(map(tuple, ranks)))]
+    @property
+    def missed(self) -> int:
+        return int(self.missed_n.sum())
 
 
-def _counted(columns: Sequence[Evidence], ranks: Sequence[int]) -> _Counted:
-    missed_n = np.logical_or.reduce([one.missed(rank) for one, rank in zip(columns, ranks, strict=True)])
-    ids = np.concatenate([one.sequence_ids[:rank] for one, rank in zip(columns, ranks, strict=True)])
-    _, counts = np.unique(ids, return_counts=True)
-    return _Counted(sum(ranks), missed_n, float((counts**2).sum() / counts.sum()))
+def _ranks(top: int, most: int) -> list[int]:
+    """The curve's levels, the furthest out first: top, twice that, ... up to a query's and side's share of what was
+    found."""
+    return [top << step for step in range(max(1, (most // max(1, top)).bit_length()))]
 
 
-def _level(point: _Counted, audit: Audit, alpha: float, columns: int) -> Level:
-    C = point.candidates
-    estimate = audit.estimate(point.missed_n) * point.multiplicity
-    most = audit.at_most(point.missed_n, alpha) * point.multiplicity
-    return Level(
-        C, int(point.missed_n.sum()), (C + estimate) / audit.rows / columns, C / (C + estimate), C / (C + most)
-    )
+def _counted(columns: Sequence[Evidence], rank: int) -> _Counted:
+    ranks = [min(rank, len(one.scores)) for one in columns]
+    pairs = list(zip(columns, ranks, strict=True))
+    missed_n = np.stack([one.missed(mine) for one, mine in pairs]).sum(axis=0)
+    distinct = len(np.unique(np.concatenate([one.sequence_ids[:mine] for one, mine in pairs])))
+    return _Counted(rank, sum(ranks), missed_n, sum(ranks) / distinct)
+
+
+def _level(point: _Counted, audit: Audit, columns: int) -> Level:
+    C, M = point.candidates, point.missed * audit.rows / audit.audited
+    return Level(point.rank, C, point.missed, (C + M) / audit.rows / columns, C / (C + M))
+
+
+def _expected(point: _Counted, audit: Audit, own: float) -> float:
+    """What the limit is expected to leave open at a level, by which one is chosen.
+
+    Three missed rows are not excluded where none was seen, of as many as the audit has there (none, where it has all);
+    and detection is worse further in, by _HARDER where rank is `own`, a query's and side's share of what was found. Of
+    candidates alone, so that the choice knows nothing of which rows the audit drew, and the limit holds whatever is
+    chosen.
+    """
+    share = audit.audited / audit.rows
+    return 3 * point.multiplicity * (1 - share) / share / point.candidates + _HARDER * point.rank / own
+
+
+def _most_missed(point: _Counted, further_in: _Counted, audit: Audit, wanted: int) -> float:
+    """Of the strongest rows, how many were missed at most: a prediction at CONFIDENCE.
+
+    The audit missed x = sum y at this level, a row counting y. With w for a row that it did not see, the expected
+    number in so large a sample has the gamma distribution with mean x + w and variance sum y^2 + w^2 (Fay and Feuer,
+    Statistics in Medicine 16, 1997: for w = y = 1 its quantile is the exact limit of a Poisson mean). What a further
+    sample misses, w at a time, is then negative binomial; without rows that count for several this is Nelson's exact
+    prediction. At the level of the strongest rows themselves that sample is all rows not audited; further in, as many
+    as the strongest are, at the rate found there. w: what a missed row counts for at the curve's last level, where
+    there are more of them and each counts for more, size-biased (sum y^2 / sum y); what candidates count for, where
+    fewer than _ENOUGH were seen.
+    """
+    x, squares, rest = point.missed, float((point.missed_n**2).sum()), audit.rows / audit.audited
+    w = point.multiplicity
+    if int((further_in.missed_n > 0).sum()) >= _ENOUGH:
+        w = float((further_in.missed_n**2).sum()) / further_in.missed
+    mean, variance = x + w, squares + w * w
+    if point.candidates == wanted:
+        return x + w * _negative_binomial_upper(mean**2 / variance, mean * (rest - 1) / w, 1 - CONFIDENCE)
+    return w * _negative_binomial_upper(mean**2 / variance, mean * rest * wanted / point.candidates / w, 1 - CONFIDENCE)
 
 
 def _p_monotone(points: Sequence[_Counted]) -> float:
@@ -202,9 +217,21 @@ def _p_monotone(points: Sequence[_Counted]) -> float:
     found = []
     for inner, inside in enumerate(points):
         for outside in points[:inner]:
-            x, n = int(outside.missed_n.sum()), int(inside.missed_n.sum())
+            x, n = int((outside.missed_n > 0).sum()), int((inside.missed_n > 0).sum())
             found.append(_binomial_at_least(x, n, outside.candidates / inside.candidates))
     return min([1.0, *(p * len(found) for p in found)])
+
+
+def _negative_binomial_upper(shape: float, mean: float, alpha: float) -> int:
+    """The smallest y that a Poisson number whose mean is gamma distributed (shape, mean) exceeds with a chance of at
+    most alpha."""
+    if mean <= 0:
+        return 0
+    most = mean + 20 * math.sqrt(mean + mean**2 / shape) + 20
+    y = torch.arange(int(most) + 1, dtype=torch.float64)
+    ways = torch.lgamma(y + shape) - torch.lgamma(y + 1) - math.lgamma(shape)
+    log_p = ways + y * math.log(mean / (mean + shape)) - shape * math.log1p(mean / shape)
+    return int((log_p.exp().cumsum(0) < 1 - alpha).sum())
 
 
 def hypergeometric_upper(rows: int, sampled: int, x: int, alpha: float) -> int:

@@ -99,9 +99,13 @@ class ShardSpread:
 
 
 class Spread:
-    """All shards' together: 13 kB a query. Every shard is to be added once."""
+    """All shards' together: 13 kB a query. Every shard is to be added once.
 
-    def __init__(self, queries: int) -> None:
+    share: of the sequences that sums are to be of, how many are counted, at random; sums are then estimates.
+    """
+
+    def __init__(self, queries: int, share: float = 1.0) -> None:
+        self.share = share
         self.counts_qb = np.zeros((queries, BINS), np.int64)
         self._sums = [[0, 0] for _ in range(queries)]
 
@@ -116,7 +120,8 @@ class Spread:
     @property
     def sums_qs(self) -> NDArray[np.float64]:
         """Of each query, the sums of the positive and of the negative scores: float64 [Q, 2]."""
-        return np.asarray([[one / (1 << _UNIT) for one in mine] for mine in self._sums], np.float64).reshape(-1, 2)
+        sums = np.asarray([[one / (1 << _UNIT) for one in mine] for mine in self._sums], np.float64).reshape(-1, 2)
+        return sums / self.share
 
     @property
     def centres_q(self) -> NDArray[np.float64]:

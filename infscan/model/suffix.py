@@ -38,6 +38,16 @@ def last_blocks(layers: Sequence[Layer], blocks: int) -> tuple[Layer, ...]:
     return tuple(layer for layer in layers if (place := numbers[layer.name]) is None or place[1] >= first)
 
 
+def suffixes(layers: Sequence[Layer]) -> list[int]:
+    """How many last blocks scan.sieve=auto tries: every eighth part of those with tracked layers, but not all; none
+    where blocks do not form one row."""
+    places = [place for place in (_place(layer.name) for layer in layers) if place]
+    blocks = len({number for _, number in places})
+    if len({row for row, _ in places}) != 1:
+        return []
+    return sorted({round(blocks * part / 8) for part in range(1, 8)} - {0, blocks})
+
+
 def ends_at(layers: Sequence[Layer]) -> str | None:
     """The block below the lowest that these layers are in: a backward through them need go no further.
 

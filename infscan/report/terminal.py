@@ -130,10 +130,12 @@ def how_good(approximation: dict) -> str:
     worst = min(queries, key=lambda name: queries[name]["pearson"])
     row, mean = queries[worst], approximation["pearson"]["mean"]
     rank, sampled = approximation["rank"], approximation["sequences"]
+    among = "" if len(queries) == len(approximation["queries"]) else f" of {len(queries)} compared"
     return (
         f"\nCompression: published scores are at full rank. Scan scores at rank {rank} chose them: over {sampled}\n"
         f"random sequences these correlate with full rank by {mean:.5f} on average, and by {row['pearson']:.5f} "
-        f"[{row['low']:.5f}, {row['high']:.5f}]\nfor the worst query, {worst}. {_found_again(approximation['recall'])}"
+        f"[{row['low']:.5f}, {row['high']:.5f}]\n"
+        f"for the worst query{among}, {worst}. {_found_again(approximation['recall'])}"
         "\nNot measured here: whether EK-FAC is right, and whether the model knows the completion."
     )
 

@@ -13,9 +13,11 @@ from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.background import TOKENS as BACKGROUND_TOKENS
+from infscan.steps.check import compared
 from infscan.steps.factor_files import layer_groups, partial_bytes, products
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
+from infscan.steps.suffix_choice import measured
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
 
 # Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
@@ -190,11 +192,14 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     flop, own = _query_flop(config, layers, run.costs, *prepared)
     found.append(run.priced(Work("queries", *prepared, flop, own_flop=own)))
     groups_of_queries, grouped = query_groups(queries, layers, config.query_group_bytes)
-    cells = len(groups_of_queries) * len(grouped)
     if config.scan.rank is not None and config.scan.check_sequences >= 3:
         checked = min(config.scan.check_sequences, scanned.sequences)
+        cells = len(compared(groups_of_queries, config.seed)) * len(grouped)
         found.append(work("check", checked, _share(scanned, checked), cells))
-    if config.scan.sieve is not None:
+    if isinstance(config.scan.sieve, str):
+        tried = measured(scanned.sequences, config.audited(scanned.sequences, queries))
+        found.append(replace(work("scan", tried, _share(scanned, tried)), name="suffix"))
+    if "sieve" in run.costs:
         found.append(replace(work("sieve", scanned.sequences, scanned.tokens), units=run.shards))
     full = scanned_in_full(config, queries, scanned.sequences)
     found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))

@@ -37,7 +37,7 @@ from infscan.model.gathered import GatherLimits
 from infscan.model.load import resolve_dtype
 from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
-from infscan.model.suffix import ends_at, last_blocks
+from infscan.model.suffix import ends_at, last_blocks, suffixes
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry, Results, dry
 from infscan.steps.check import scoring_twice
@@ -205,7 +205,10 @@ def pass_costs(
     if queries:
         costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
         if config.scan.sieve is not None:
-            costs["sieve"] = _sieve(sized, queries, config.scan.sieve)
+            # scan.sieve=auto: the longest that it tries.
+            blocks = max(suffixes(sized.layers), default=0) if isinstance(config.scan.sieve, str) else config.scan.sieve
+            if blocks:
+                costs["sieve"] = _sieve(sized, queries, blocks)
         again = replace(config, model=replace(config.model, dtype=config.refine_dtype))
         if again.model != config.model:
             sized = DryWorker(again, architecture, T, gpus)

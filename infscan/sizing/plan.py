@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from infscan.config import CorpusConfig, fingerprint, plain
+from infscan.config import Config, CorpusConfig, fingerprint, plain
 from infscan.config.jobs import PlanJob
 from infscan.corpus.addressable import AddressableCorpus, is_prepared, open_corpus
 from infscan.corpus.describe import describe as describe_arrays
@@ -66,7 +66,7 @@ def estimate(config: PlanJob) -> Estimate:
         attention=config.model.attention_implementation,
         revision=config.model.revision,
     ).with_span(config.factors.span, config.factors.span_from)
-    if config.scan.sieve is not None:
+    if isinstance(config.scan.sieve, int):
         last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)
     notes: list[str] = []
@@ -82,6 +82,8 @@ def estimate(config: PlanJob) -> Estimate:
     gpus = float(on_device is not None) if gpus is None else gpus
     memory = on_device.memory if on_device else None
     config = _settled(config, architecture, queries, gpus, memory)
+    if config.searches and queries:
+        notes.append(_audit(config, scanned.sequences, queries))
     costs = pass_costs(config, architecture, queries, scanned.T, gpus)
     if memory and (said := over_memory(costs, memory)):
         notes.append(said)
@@ -220,6 +222,18 @@ def _count(
         else:
             how = "exact but for the tokens of the sample"
     return Counted(selection.size, tokens, T, how, prepared_bytes=seen.prepared_bytes), seen
+
+
+def _audit(config: Config, planned: int, queries: int) -> str:
+    """What a search's audit can say at best."""
+    audited = config.audited(planned, queries)
+    rows = config.audited_tail_rows(planned, queries, audited)
+    # Of a share of which none was seen missing in so many, 3 / rows may be, at 95 % confidence; a row may count twice.
+    said = f"certify {1 - 4 / rows:.1%} of them at best" if rows > 8 else "certify nothing"
+    return (
+        f"the audit of {audited:,} sequences ({audited / max(1, planned):.2%}) is expected to hit {rows:,.0f} of the "
+        f"strongest rows of all queries and sides, which {said} (scan.audit_sequences)"
+    )
 
 
 def _look(

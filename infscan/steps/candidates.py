@@ -23,6 +23,7 @@ from infscan.results.shard_file import FOLDER as SHARDS
 from infscan.steps.queries import BroadcastQueries
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned, ScanPass, scan, whole
+from infscan.steps.suffix_choice import choose_suffix
 from infscan.storage import MissingError, Store
 
 log = logging.getLogger("infscan")
@@ -59,11 +60,16 @@ def choose_candidates(run: Run, plan: Plan, corpus: AddressableCorpus, batch: Br
         return Chosen(plan, plan)
     parts: list[Ids] = []
     sieved = None
-    if config.scan.sieve is not None:
-        sieved = scan(run, plan, corpus, batch, sieve_pass(run, plan.selection.size))
+    blocks = config.scan.sieve
+    if isinstance(blocks, str):
+        blocks = choose_suffix(run, plan, corpus, batch)
+    if blocks is not None:
+        sieved = scan(run, plan, corpus, batch, sieve_pass(run, plan.selection.size, blocks))
         parts.append(sieved.best.sequence_ids)
     if config.scan.candidates_from is not None:
         parts.append(listed(config.scan.candidates_from, plan))
+    if not parts:
+        return Chosen(plan, plan)
     return chosen(run, plan, np.unique(np.concatenate(parts)), sieved)
 
 
@@ -73,7 +79,7 @@ def chosen(run: Run, plan: Plan, found: Ids, sieve: Scanned | None = None) -> Ch
     Shard files of other candidates (a sieve's shard that was given up before and is there now) are removed.
     """
     selection = plan.selection
-    audit = Selection.of(selection.size, run.config.audited(selection.size), run.config.seed + 1)
+    audit = Selection.of(selection.size, run.config.audited(selection.size, len(run.queries)), run.config.seed + 1)
     audited = selection.at(audit.ids())
     ids = np.union1d(found, audited)
     shard_sequences = min(plan.shard_sequences, default_shard_sequences(len(ids)))
@@ -85,11 +91,9 @@ def chosen(run: Run, plan: Plan, found: Ids, sieve: Scanned | None = None) -> Ch
     return Chosen(made, plan, found, audited, sieve)
 
 
-def sieve_pass(run: Run, planned: int) -> ScanPass:
-    """The last scan.sieve blocks alone, of which no tokens are kept: what is left is read again where it lies."""
-    config = run.config
-    assert config.scan.sieve is not None
-    layers = last_blocks(run.inputs.layers, config.scan.sieve)
+def sieve_pass(run: Run, planned: int, blocks: int) -> ScanPass:
+    """The last so many blocks alone, of which no tokens are kept: what is left is read again where it lies."""
+    config, layers = run.config, last_blocks(run.inputs.layers, blocks)
     return ScanPass(
         name="sieve",
         store=run.store / FOLDER,

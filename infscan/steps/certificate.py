@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infscan.corpus.plan import Plan, shard_name
 from infscan.influence.certificate import CONFIDENCE, Audit, Certificate, Evidence, certify, certify_together
+from infscan.influence.spread import ShardSpread, Spread
 from infscan.influence.topk import strength
 from infscan.results.dense import score_column, scores_path
 from infscan.results.schema import read_parquet
@@ -30,7 +31,8 @@ class Searched:
     """What summary.json says of a run that scanned candidates alone.
 
     planned: what the run is of. candidates, audited: how many. sieve: what the sieve's pass counted, and the
-    shards that it gave up; None without one. certificate: None without an audit.
+    shards that it gave up; None without one. certificate: None without an audit. spread: of all planned sequences'
+    scores, as the audit has them; None where it is no uniform sample.
     """
 
     planned: Plan
@@ -39,6 +41,7 @@ class Searched:
     sieve: ScanCounts | None
     given_up: Mapping[int, str]
     certificate: dict[str, Any] | None
+    spread: Spread | None
 
 
 def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
@@ -46,15 +49,15 @@ def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
     if chosen.found is None or chosen.audited is None:
         return None
     given_up = dict(chosen.sieve.quarantined) if chosen.sieve else {}
-    found = None
+    found, spread = None, None
     if len(chosen.audited):
         if given_up or scanned.quarantined:
             found = unknown(chosen, "shards were given up, so that the audit is no uniform sample")
         else:
-            found = certified(run, chosen)
+            found, spread = certified(run, chosen)
         found["sentence"] = sentence(found)
     counts = chosen.sieve.counts if chosen.sieve else None
-    return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found)
+    return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found, spread)
 
 
 def unknown(chosen: Chosen, reason: str) -> dict[str, Any]:
@@ -63,29 +66,35 @@ def unknown(chosen: Chosen, reason: str) -> dict[str, Any]:
     return {"confidence": CONFIDENCE, "audited": len(chosen.audited), "together": None, "reason": reason, "queries": {}}
 
 
-def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
-    """By query and side, and of all together, from the scores of what was scanned in full."""
+def certified(run: Run, chosen: Chosen) -> tuple[dict[str, Any], Spread]:
+    """By query and side, and of all together, from the scores of what was scanned in full; and how the audit's are
+    spread."""
     assert chosen.found is not None
     assert chosen.audited is not None
-    config, audit = run.config, Audit.uniform(chosen.planned.selection.size, len(chosen.audited))
+    config, audit = run.config, Audit(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
+    audited: list[NDArray[np.float32]] = []
     for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
         names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
         ids, scores_nq = read_scores(run, chosen.plan, names)
+        audited.append(scores_nq[np.searchsorted(ids, chosen.audited)])
         for name, scores in zip(names, scores_nq.T, strict=True):
             for side in config.sides:
                 evidence[name, side] = evidence_of(ids, strength(scores, side), chosen.found, chosen.audited)
     together = certify_together(list(evidence.values()), audit, config.scan.top_k)
     queries: dict[str, dict[str, Any]] = {}
     for (name, side), mine in evidence.items():
-        queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k))
-    return {
+        queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k, len(evidence)))
+    spread = Spread(len(run.queries), audit.audited / audit.rows)
+    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
+    found = {
         "confidence": CONFIDENCE,
         "audited": len(chosen.audited),
         "together": stated(together),
         "reason": together.reason,
         "queries": queries,
     }
+    return found, spread
 
 
 def evidence_of(

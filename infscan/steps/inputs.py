@@ -130,7 +130,7 @@ def open_inputs(config: Config) -> Inputs:
         attention=config.model.attention_implementation,
         revision=config.model.revision,
     ).with_span(config.factors.span, config.factors.span_from)
-    if config.scan.sieve is not None:
+    if isinstance(config.scan.sieve, int):
         last_blocks(architecture.layers, config.scan.sieve)
     tokenizer = load_tokenizer(architecture.folder)
     for corpus in (config.corpus, config.factors.corpus):

@@ -16,6 +16,7 @@ from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
+from infscan.influence.spread import Spread
 from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
@@ -82,8 +83,7 @@ def publish(run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, r
             partial(label_of, corpus),
             scanned.fingerprint,
             run.folder.fence,
-            # Of candidates, the strongest of a corpus, scores say nothing of how far a row stands out of all.
-            None if found.searched is not None or isinstance(corpus, FilteredCorpus) else scanned.counts.spread,
+            _spread(corpus, scanned, found.searched),
             tokenizer.texts if tokenizer else None,
             asked(run),
         )
@@ -259,6 +259,14 @@ def _summary(
         "storage_faults": _storage_faults(run, workers),
         "phases": run.telemetry.phases,
     }
+
+
+def _spread(corpus: AddressableCorpus, scanned: Scanned, searched: Searched | None) -> Spread | None:
+    """Of all planned sequences' scores: of candidates, the strongest of a corpus, they say nothing of how far a row
+    stands out of all, and an audit's do."""
+    if isinstance(corpus, FilteredCorpus):
+        return None
+    return scanned.counts.spread if searched is None else searched.spread
 
 
 def _add_search(summary: dict[str, Any], searched: Searched) -> None:

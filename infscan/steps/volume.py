@@ -100,7 +100,7 @@ def scanned_in_full(config: Config, queries: int, planned: int) -> int:
     if not config.searches:
         return planned
     found = queries * len(config.sides) * config.sieve_candidates(planned) if config.scan.sieve is not None else 0
-    return min(planned, found + config.audited(planned))
+    return min(planned, found + config.audited(planned, queries))
 
 
 def scan_bytes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infscan.steps.check import judged
+from infscan.steps.check import compared, judged
 
 
 def scores(Q: int, N: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,3 +50,11 @@ def test_a_query_that_does_not_vary_has_null_and_leaves_the_average_alone() -> N
     assert set(report["queries"]["b"].values()) == {None}
     assert report["pearson"]["mean"] == report["queries"]["a"]["pearson"] == report["pearson"]["min"]
     assert judged(["a"], exact[:1], np.zeros((1, 2000)), seed=0)["pearson"]["mean"] is None
+
+
+def test_queries_in_many_groups_are_a_sample() -> None:
+    assert compared([range(500)], 0) == [0]
+    one_by_one = [range(query, query + 1) for query in range(100)]
+    assert len(set(compared(one_by_one, 0))) == 8
+    assert compared(one_by_one, 0) == compared(one_by_one, 0) != compared(one_by_one, 1)
+    assert len(compared([range(5), range(5, 10), range(10, 12)], 0)) in (2, 3)

@@ -24,7 +24,13 @@ from infscan.results.read import read_scores, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import scan as scanning
+from infscan.steps import suffix_choice
 from infscan.steps.candidates import listed
+from infscan.steps.factors import fit
+from infscan.steps.plan import make_plan
+from infscan.steps.prepare import prepare_corpora
+from infscan.steps.queries import query_batch
+from infscan.steps.run import open_run
 from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
 
@@ -120,6 +126,20 @@ def test_screen_and_page_say_it_too(sieved: Config, capsys: pytest.CaptureFixtur
     assert f"in full, 30 of them as an audit, of {N}." in shown
     page = run_contents(sieved.output, "sieved", Archive(1 << 20), 10, None, None)
     assert said in page["agreement"]
+
+
+def test_an_audit_says_how_far_a_row_stands_out(inputs: Path, full: Config, sieved: Config) -> None:
+    everything = settings(inputs, "audited", "scan.sieve=1", "scan.sieve_candidates=20", f"scan.audit_sequences={N}")
+    answer_here(everything)
+    known, mine, all_audited = (
+        pq.read_table(Path(config.output) / "answers").to_pylist() for config in (full, sieved, everything)
+    )
+    for row, some, every in zip(known, mine, all_audited, strict=True):
+        assert (some["sequences"], every["sequences"]) == (30, N)
+        # Fewer than 32 are too few; all are what a full scan has.
+        assert some["z"] is None
+        for column in ("z", "median", "scale", "positive", "negative", "share"):
+            assert every[column] == pytest.approx(row[column], rel=1e-4)
 
 
 def settings_row(config: Config) -> dict:
@@ -276,3 +296,54 @@ def test_a_shard_that_the_sieve_gave_up_leaves_the_certificate_unknown(
     summary = read_summary(config.output)
     assert summary["counts"]["quarantined"] == {"shards": 0, "sequences": 0}
     assert summary["certificate"]["together"] is not None
+
+
+def auto(inputs: Path, name: str, *overrides: str) -> Config:
+    config = settings(inputs, name, "scan.sieve=auto", *overrides)
+    answer_here(config)
+    return config
+
+
+def test_a_suffix_is_chosen_by_what_it_finds_and_kept(
+    inputs: Path, full: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suffix_choice, "_SUFFICES", 0.0)
+    few = ("scan.top_k=2", "scan.candidates=2", "scan.sieve_candidates=2", "scan.sides=proponents")
+    config = auto(inputs, "auto", *few, "scan.audit_sequences=10")
+    record = read_record(config)
+    # The cheapest of those that suffice, and all do.
+    assert record["blocks"] == 1
+    assert record["recall"].keys() == record["floors"].keys() == {"1", "2", "3"}
+    assert list(record["floors"].values()) == sorted(record["floors"].values())
+    assert read_summary(config.output)["counts"]["sieve"]["sequences"] == N
+    # What was chosen is kept by whoever goes on.
+    monkeypatch.setattr(suffix_choice, "_SUFFICES", 2.0)
+    (Path(config.output) / "_SUCCESS").unlink()
+    answer_here(config)
+    assert read_record(config) == record
+
+
+def test_where_no_suffix_suffices_everything_is_scanned(inputs: Path, full: Config) -> None:
+    # Twenty candidates per query and side of 120 are more than a sieve saves.
+    config = auto(inputs, "none", "scan.sieve_candidates=20", "scan.audit_sequences=60")
+    assert read_record(config)["blocks"] is None
+    assert rows(config) == rows(full)
+    summary = read_summary(config.output)
+    assert "certificate" not in summary
+    assert summary["counts"]["scanned"]["sequences"] == N
+
+
+def test_suffixes_are_scored_as_a_scan_scores_their_layers(inputs: Path, full: Config) -> None:
+    with open_run(settings(inputs, "curve", "scan.sieve=auto", f"scan.audit_sequences={N}")) as run:
+        corpus = prepare_corpora(run)
+        plan, factors = make_plan(run, corpus), fit(run)
+        scores_snq = suffix_choice._measured(run, plan, corpus, query_batch(run, factors), [1, 3])
+    assert scores_snq is not None
+    known = read_scores(full.output)
+    for query in range(3):
+        assert scores_snq[-1, :, query] == pytest.approx(known[f"score_q{query}"].to_numpy(), rel=1e-4, abs=1e-4)
+    assert not np.allclose(scores_snq[0], scores_snq[1])
+
+
+def read_record(config: Config) -> dict:
+    return Store(config.output).read_json(suffix_choice.RECORD)
