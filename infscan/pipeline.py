@@ -10,8 +10,8 @@ from infscan.engine.executor import Machines
 from infscan.queries import Query
 from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
-from infscan.steps.ask import Indexes, candidates
-from infscan.steps.candidates import choose_candidates, full_pass
+from infscan.steps.ask import Indexes, candidates, indexed
+from infscan.steps.candidates import choose_candidates, chosen, full_pass
 from infscan.steps.certificate import certificate
 from infscan.steps.check import check
 from infscan.steps.factors import fit
@@ -50,18 +50,18 @@ def answer(config: Config) -> None:
         # How good is the compression? A sample, scored with it and without.
         approximation = check(run, plan, corpus, batch, factors)
         # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
-        chosen = choose_candidates(run, plan, corpus, batch)
+        some = choose_candidates(run, plan, corpus, batch)
         # One forward and one activation-gradient backward per sequence scores it against all queries.
-        scanned = scan(run, chosen.plan, corpus, batch, full_pass(run, chosen))
+        scanned = scan(run, some.plan, corpus, batch, full_pass(run, some))
         # The best candidates again, with full-rank query gradients, by layer and by token.
-        refined = refine(run, chosen.plan, scanned, factors)
+        refined = refine(run, some.plan, scanned, factors)
         # What was missed, from the audit.
-        searched = certificate(run, chosen, scanned)
+        searched = certificate(run, some, scanned)
         # scan.stability: the strongest rows once more, after other contexts; else nothing.
-        steadiness = stability(run, chosen.plan, scanned, refined, factors)
+        steadiness = stability(run, some.plan, scanned, refined, factors)
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
         aside = (approximation, factors.iteration, planned_bytes, searched, steadiness)
-        publish(run, chosen.plan, corpus, scanned, refined, *aside)
+        publish(run, some.plan, corpus, scanned, refined, *aside)
 
 
 def make_index(config: IndexJob) -> IndexManifest:
@@ -94,12 +94,15 @@ def ask(
         measure(run)
         vectors = pull_back_queries(run)
         factors = solve(run, fit(run, vectors))
-        # Every row of the index against every query; the best of each are the corpus of what follows.
-        chosen = candidates(run, corpus, found, factors, verify=verify)
+        corpus = indexed(run, corpus, found, factors)
+        plan = make_plan(run, corpus)
+        # Every row of the index against every query. The best of each are scanned in full, with an audit.
+        best = candidates(run, corpus, found, factors, verify=verify)
         on_found()
-        plan = make_plan(run, chosen)
-        planned_bytes = reserve_memory(run, chosen.sequence_length)
+        planned_bytes = reserve_memory(run, corpus.sequence_length)
         batch = query_batch(run, factors)
-        scanned = scan(run, plan, chosen, batch)
-        refined = refine(run, plan, scanned, factors)
-        publish(run, plan, chosen, scanned, refined, None, factors.iteration, planned_bytes)
+        some = chosen(run, plan, best)
+        scanned = scan(run, some.plan, corpus, batch, full_pass(run, some))
+        refined = refine(run, some.plan, scanned, factors)
+        searched = certificate(run, some, scanned)
+        publish(run, some.plan, corpus, scanned, refined, None, factors.iteration, planned_bytes, searched)

@@ -91,6 +91,9 @@ class AskJob:
     """Published rows per query and side."""
     candidates: int | None = None
     """Rows per query and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    audit_sequences: int | None = 256
+    """Sequences drawn at random that are scored exactly too: they say how far rows stand out, and what the index
+    missed; 0 leaves it out, and null is 1 % of the index."""
     sides: Sides = Sides.both
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     model: str | None = None
@@ -124,6 +127,8 @@ class ServeJob:
     """Published rows per question and side."""
     candidates: int | None = None
     """Rows per question and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    audit_sequences: int | None = 256
+    """Sequences drawn at random that are scored exactly too, as of `infscan ask`."""
     sides: Sides = Sides.both
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     at_once: int = 64
@@ -161,7 +166,7 @@ class ServeJob:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0.")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port={self.port}: a port from 0 to 65535.")
-        shared = ("index", "top_k", "candidates", "sides", "model", "corpus", "factors", "output")
+        shared = ("index", "top_k", "candidates", "audit_sequences", "sides", "model", "corpus", "factors", "output")
         cluster = ClusterConfig(backend=Backend.in_process, cpus_per_rank=self.threads)
         return AskJob(**{name: getattr(self, name) for name in shared}, cluster=cluster)
 

@@ -99,10 +99,14 @@ class ShardSpread:
 
 
 class Spread:
-    """All shards' together: 13 kB a query. Every shard is to be added once."""
+    """All shards' together: 13 kB a query. Every shard is to be added once.
 
-    def __init__(self, queries: int) -> None:
+    sampled: whether what is added is a uniform sample of all scores, of which sums say nothing: tails are heavy.
+    """
+
+    def __init__(self, queries: int, *, sampled: bool = False) -> None:
         self.counts_qb = np.zeros((queries, BINS), np.int64)
+        self.sampled = sampled
         self._sums = [[0, 0] for _ in range(queries)]
 
     def add(self, shard: ShardSpread) -> None:
@@ -115,7 +119,9 @@ class Spread:
 
     @property
     def sums_qs(self) -> NDArray[np.float64]:
-        """Of each query, the sums of the positive and of the negative scores: float64 [Q, 2]."""
+        """Of each query, the sums of the positive and of the negative scores: float64 [Q, 2]; NaN of a sample."""
+        if self.sampled:
+            return np.full((len(self._sums), 2), np.nan)
         return np.asarray([[one / (1 << _UNIT) for one in mine] for mine in self._sums], np.float64).reshape(-1, 2)
 
     @property

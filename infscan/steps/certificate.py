@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infscan.corpus.plan import Plan, shard_name
 from infscan.influence.certificate import CONFIDENCE, Audit, Certificate, Evidence, certify, certify_together
+from infscan.influence.spread import ShardSpread, Spread
 from infscan.influence.topk import strength
 from infscan.results.dense import score_column, scores_path
 from infscan.results.schema import read_parquet
@@ -30,7 +31,8 @@ class Searched:
     """What summary.json says of a run that scanned candidates alone.
 
     planned: what the run is of. candidates, audited: how many. sieve: what the sieve's pass counted, and the
-    shards that it gave up; None without one. certificate: None without an audit.
+    shards that it gave up; None without one. certificate, spread: what the audit says of what was missed, and of how
+    all scores are spread; None without one.
     """
 
     planned: Plan
@@ -39,6 +41,7 @@ class Searched:
     sieve: ScanCounts | None
     given_up: Mapping[int, str]
     certificate: dict[str, Any] | None
+    spread: Spread | None
 
 
 def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
@@ -46,15 +49,15 @@ def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
     if chosen.found is None or chosen.audited is None:
         return None
     given_up = dict(chosen.sieve.quarantined) if chosen.sieve else {}
-    found = None
+    found, spread = None, None
     if len(chosen.audited):
         if given_up or scanned.quarantined:
             found = unknown(chosen, "shards were given up, so that the audit is no uniform sample")
         else:
-            found = certified(run, chosen)
+            found, spread = certified(run, chosen), audit_spread(run, chosen)
         found["sentence"] = sentence(found)
     counts = chosen.sieve.counts if chosen.sieve else None
-    return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found)
+    return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found, spread)
 
 
 def unknown(chosen: Chosen, reason: str) -> dict[str, Any]:
@@ -69,9 +72,7 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     assert chosen.audited is not None
     config, audit = run.config, Audit.uniform(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
-    for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
-        names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
-        ids, scores_nq = read_scores(run, chosen.plan, names)
+    for names, ids, scores_nq in _scores(run, chosen.plan):
         for name, scores in zip(names, scores_nq.T, strict=True):
             for side in config.sides:
                 evidence[name, side] = evidence_of(ids, strength(scores, side), chosen.found, chosen.audited)
@@ -86,6 +87,22 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
         "reason": together.reason,
         "queries": queries,
     }
+
+
+def audit_spread(run: Run, chosen: Chosen) -> Spread:
+    """How all planned scores are spread, by the audit's: a uniform sample of them."""
+    assert chosen.audited is not None
+    spread = Spread(len(run.queries), sampled=True)
+    audited = [scores_nq[np.searchsorted(ids, chosen.audited)] for _, ids, scores_nq in _scores(run, chosen.plan)]
+    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
+    return spread
+
+
+def _scores(run: Run, plan: Plan) -> Iterator[tuple[list[str], NDArray[np.int64], NDArray[np.float32]]]:
+    """Names, sequence ids and scan scores [n, Q] of some queries at a time."""
+    for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
+        names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
+        yield names, *read_scores(run, plan, names)
 
 
 def evidence_of(

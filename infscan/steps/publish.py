@@ -16,6 +16,7 @@ from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Plan, shard_name
 from infscan.errors import RunError
+from infscan.influence.spread import Spread
 from infscan.queries import MEASURED, measured_jsonl
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
@@ -73,8 +74,7 @@ def publish(
             partial(label_of, corpus),
             scanned.fingerprint,
             run.folder.fence,
-            # Of candidates, the strongest of a corpus, scores say nothing of how far a row stands out of all.
-            None if searched is not None or isinstance(corpus, FilteredCorpus) else scanned.counts.spread,
+            _spread(corpus, scanned, searched),
             tokenizer.texts if tokenizer else None,
             asked(run),
         )
@@ -115,6 +115,14 @@ def publish(
     # Before the commit: without _SUCCESS they are nobody's, and once it is there a glob sees the committed parts alone.
     publisher.remove_stale()
     commit(run.store, _manifest(run, plan, scanned, publisher, summary), run.folder.fence)
+
+
+def _spread(corpus: AddressableCorpus, scanned: Scanned, searched: Searched | None) -> Spread | None:
+    """How all scores are spread. Those of a filter's or a search's candidates, the strongest of a corpus, do not say;
+    a search has its audit's."""
+    if isinstance(corpus, FilteredCorpus):
+        return None
+    return scanned.counts.spread if searched is None else searched.spread
 
 
 def _steady(found: Stability, ranking: Ranking) -> dict[str, pa.Array]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -49,7 +50,9 @@ def make(tmp_path: Path, **settings: Any) -> tuple[Config, Path]:
 
 
 def ask(tmp_path: Path, where: Path, **settings: Any) -> Path:
+    """An answer; without an audit, which of so small an index would be everything."""
     known = {"index": str(where), "queries": str(tmp_path / "queries.jsonl"), "cluster": HERE, "top_k": 5}
+    known["audit_sequences"] = 0
     run_ask(AskJob(**known | {"output": str(tmp_path / "answer")} | settings))
     return Path(settings.get("output", tmp_path / "answer"))
 
@@ -89,9 +92,30 @@ def test_an_answer_publishes_what_the_index_ranks_highest(made: tuple[Path, Conf
         assert mine["rank"].to_pylist() == [1, 2, 3, 4, 5]
         assert mine["index_score"].to_pylist() == sorted(mine["index_score"].to_pylist())
     assert {row[2] for row in rows_of(answer)} <= set(listed["sequence_id"].to_pylist())
-    summary = read_run(str(answer)).summary
-    assert summary["counts"]["planned"]["sequences"] == len(set(listed["sequence_id"].to_pylist()))
-    assert summary["counts"]["scanned"]["sequences"] == summary["counts"]["planned"]["sequences"]
+    counts = read_run(str(answer)).summary["counts"]
+    found = len(set(listed["sequence_id"].to_pylist()))
+    assert (counts["planned"]["sequences"], counts["candidates"]) == (40, {"sequences": found, "audited": 0})
+    assert counts["scanned"]["sequences"] == found < 40
+
+
+def test_an_audit_says_what_was_missed_and_how_far_rows_stand_out(made: tuple[Path, Config, Path]) -> None:
+    """z by a scan of everything and by an audit of everything is the same; of a part it is near."""
+    folder, config, index = made
+    whole = ask(folder, index, audit_sequences=40, output=str(folder / "audited"))
+    wanted, found = (read_run(run).answers() for run in (config.output, str(whole)))
+    names = ["query_id", "found", "verdict", "sequences", "document_id"]
+    assert found.select(names).equals(wanted.select(names))
+    np.testing.assert_allclose(found["z"].to_numpy(), wanted["z"].to_numpy(), rtol=1e-3)
+    # What all positive scores sum to, a sample does not say.
+    assert (found["share"].null_count, found["positive"].null_count) == (3, 3)
+    part = ask(folder, index, audit_sequences=35, output=str(folder / "partly"))
+    np.testing.assert_allclose(read_run(str(part)).answers()["scale"], wanted["scale"], rtol=0.5)
+    for run in (whole, part):
+        said = read_run(str(run)).summary["certificate"]
+        assert said["queries"].keys() == {"q0", "q1", "q2"}
+        assert said["sentence"] == pq.read_table(run / "run.parquet")["certificate"].to_pylist()[0]
+    # Everything was scored, so that nothing is missing from the table.
+    assert rows_of(whole).keys() == rows_of(Path(config.output)).keys()
 
 
 def test_every_sequence_has_one_row_whose_scores_are_the_scan_s(made: tuple[Path, Config, Path]) -> None:
