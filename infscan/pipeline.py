@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from infscan.config import Config
-from infscan.config.jobs import IndexJob
+from infscan.config.jobs import IndexConfig, IndexJob
 from infscan.engine.executor import Machines
 from infscan.queries import Query
-from infscan.results.index_file import IndexManifest
 from infscan.sizing.reserve import reserve_memory
 from infscan.steps.ask import Indexes, candidates, indexed
 from infscan.steps.candidates import choose_candidates, chosen, full_pass
 from infscan.steps.certificate import certificate
 from infscan.steps.check import check
 from infscan.steps.factors import fit
-from infscan.steps.index import index
+from infscan.steps.index import finish_index, index, index_pass
 from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
@@ -29,8 +28,11 @@ from infscan.steps.stability import stability
 from infscan.steps.stages import pull_back_queries
 
 
-def answer(config: Config) -> None:
-    """Scan a corpus for the sequences that most raised or lowered each query's completion, and publish the tables."""
+def answer(config: Config, index: IndexConfig | None = None) -> None:
+    """Scan a corpus for the sequences that most raised or lowered each query's completion, and publish the tables.
+
+    index: of a code of every sequence, which the scan writes in the same pass.
+    """
     with open_run(config) as run:
         # Documents -> tokens -> numbered sequences, in <output>/corpus; nothing to do where that exists.
         corpus = prepare_corpora(run)
@@ -49,10 +51,12 @@ def answer(config: Config) -> None:
         batch = query_batch(run, factors)
         # How good is the compression? A sample, scored with it and without.
         approximation = check(run, plan, corpus, batch, factors)
+        # An index of the same plan, from the scan's own forward and backward; else nothing.
+        beside = None if index is None else index_pass(run, plan, corpus, factors, index)
         # scan.sieve: what a cheaper pass leaves, and an audit; else all that is planned.
         some = choose_candidates(run, plan, corpus, batch)
         # One forward and one activation-gradient backward per sequence scores it against all queries.
-        scanned = scan(run, some.plan, corpus, batch, full_pass(run, some))
+        scanned = scan(run, some.plan, corpus, batch, full_pass(run, some), beside)
         # The best candidates again, with full-rank query gradients, by layer and by token.
         refined = refine(run, some.plan, scanned, factors)
         # What was missed, from the audit.
@@ -62,17 +66,23 @@ def answer(config: Config) -> None:
         # top, sequences, layers, tokens as Parquet; summary.json; _SUCCESS last.
         aside = (approximation, factors.iteration, planned_bytes, searched, steadiness)
         publish(run, some.plan, corpus, scanned, refined, *aside)
+        if beside is not None:
+            finish_index(run, plan, beside)
 
 
-def make_index(config: IndexJob) -> IndexManifest:
-    """Keep a code of every sequence's whitened gradient, for any number of later questions."""
-    config.index.check()
+def make_index(config: IndexJob) -> None:
+    """Keep a code of every sequence's whitened gradient, for any number of later questions; where there are queries, in
+    the pass that answers them."""
+    config.check_index()
+    if config.asks:
+        answer(config, config.index)
+        return
     with open_run(config, needs_queries=False) as run:
         corpus = prepare_corpora(run)
         plan = make_plan(run, corpus)
         factors = fit(run)
         # One forward and one activation-gradient backward per sequence, and two thin products per layer.
-        return index(run, plan, corpus, factors, config.index)
+        index(run, plan, corpus, index_pass(run, plan, corpus, factors, config.index))
 
 
 def ask(

@@ -69,6 +69,22 @@ class IndexJob(Config):
 
     index: IndexConfig = field(default_factory=IndexConfig)
 
+    @property
+    def asks(self) -> bool:
+        """Whether there are queries too, which the same pass answers."""
+        return self.queries.path not in ("", MISSING) or self.queries.prompt is not None
+
+    def check_index(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        self.index.check()
+        if self.asks and self.searches:
+            raise ConfigError(
+                "scan.sieve and scan.candidates_from scan some sequences in full, and an index is of all; leave them "
+                "out, or leave the queries out and ask the index."
+            )
+        if self.stages and self.asks:
+            raise ConfigError("stages: an index with queries is of one stage of training; leave the queries out.")
+
 
 @dataclass
 class AskJob:
