@@ -8,6 +8,7 @@ from infscan.config import Config
 from infscan.config.jobs import IndexConfig, IndexJob
 from infscan.engine.executor import Machines
 from infscan.queries import Query
+from infscan.sizing.memory import Codes
 from infscan.sizing.reserve import reserve_memory
 from infscan.steps.ask import Indexes, candidates, indexed
 from infscan.steps.candidates import choose_candidates, chosen, full_pass
@@ -38,7 +39,8 @@ def answer(config: Config, index: IndexConfig | None = None) -> None:
         corpus = prepare_corpora(run)
         # Which sequences, in which shards: fixed once, so that any process can go on where one stopped.
         plan = make_plan(run, corpus)
-        planned_bytes = reserve_memory(run, corpus.sequence_length)
+        codes = None if index is None else Codes.of(index, run.inputs.layers, plan.shard_sequences)
+        planned_bytes = reserve_memory(run, corpus.sequence_length, codes)
         # Does the model know the completions? log p of each, beforehand.
         measure(run)
         # stages: grad(-f) at the last stage's model, brought back through the later stages; else nothing to do.
@@ -80,6 +82,7 @@ def make_index(config: IndexJob) -> None:
     with open_run(config, needs_queries=False) as run:
         corpus = prepare_corpora(run)
         plan = make_plan(run, corpus)
+        reserve_memory(run, corpus.sequence_length, Codes.of(config.index, run.inputs.layers, plan.shard_sequences))
         factors = fit(run)
         # One forward and one activation-gradient backward per sequence, and two thin products per layer.
         index(run, plan, corpus, index_pass(run, plan, corpus, factors, config.index))

@@ -205,6 +205,8 @@ class PlanConfig:
     """Sequences of a corpus that is not there yet."""
     queries: int | None = None
     """Number of queries that are not written yet."""
+    index: bool = False
+    """Plan `infscan index` with these arguments, beside a scan where there are queries."""
     sample_bytes: int = 16 << 20
     """Bytes that are read of a corpus that is not prepared."""
     json: bool = False
@@ -212,8 +214,8 @@ class PlanConfig:
 
 
 @dataclass
-class PlanJob(Config):
-    """A run's settings, and what turns work into hours and money."""
+class PlanJob(IndexJob):
+    """A run's or an index's settings, and what turns work into hours and money."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 

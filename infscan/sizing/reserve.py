@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from infscan.config import Offload
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import PassCost, PassMemory, largest, pass_costs, scan_memory, with_gradients
+from infscan.sizing.memory import Codes, PassCost, PassMemory, largest, pass_costs, scan_memory, with_gradients
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
 from infscan.steps.volume import size
@@ -20,10 +20,18 @@ log = logging.getLogger("infscan")
 _PROCESS_BYTES = 1 << 30
 
 
-def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
-    """Log what a rank of the scan will hold at once; returns its bytes by part, or None if it is unknown."""
+def log_scan_memory(inputs: Inputs, T: int, codes: Codes | None = None) -> dict[str, int] | None:
+    """Log what a rank of the scan will hold at once; returns its bytes by part, or None if it is unknown.
+
+    codes: of an index, beside the scan or, without queries, in its place.
+    """
     gpus = float(inputs.device == "cuda")
     try:
+        if codes is not None:
+            costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, gpus, codes=codes)
+            name = "scan" if inputs.queries else "index"
+            log.info("memory      %s", memory_line(costs[name].memory, name))
+            return dict(vars(costs[name].memory))
         memory = scan_memory(inputs.config, inputs.architecture, len(inputs.queries), T, gpus)
     except ModelError as error:
         log.warning("memory      %s", error)
@@ -33,7 +41,7 @@ def log_scan_memory(inputs: Inputs, T: int) -> dict[str, int] | None:
     return dict(vars(memory))
 
 
-def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
+def reserve_memory(run: Run, T: int, codes: Codes | None = None) -> dict[str, int] | None:
     """Log what a rank of the scan will hold, warn where a pass needs more than the device has, and have workers ask a
     shared cluster for the host memory that they need.
 
@@ -41,20 +49,20 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     """
     shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
     for stage in (run, *run.later) if shared else ():
-        if (needed := host_bytes(stage.inputs, T)) is not None:
+        if (needed := host_bytes(stage.inputs, T, codes if stage is run else None)) is not None:
             stage.executor.reserve(needed)
     for stage in (run, *run.later):
-        _hold_against_devices(stage, T)
-    return log_scan_memory(run.inputs, T)
+        _hold_against_devices(stage, T, codes if stage is run else None)
+    return log_scan_memory(run.inputs, T, codes)
 
 
-def _hold_against_devices(run: Run, T: int) -> None:
+def _hold_against_devices(run: Run, T: int, codes: Codes | None) -> None:
     """Say what a GPU of the cluster's kind has no room for; what each has free is seen when its rank is there."""
     inputs = run.inputs
     if inputs.device != "cuda":
         return
     try:
-        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
+        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0, codes=codes)
     except ModelError:
         return
     if inputs.memory is not None and (said := over_memory(costs, inputs.memory.device)):
@@ -84,7 +92,7 @@ def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
     )
 
 
-def host_bytes(inputs: Inputs, T: int) -> int | None:
+def host_bytes(inputs: Inputs, T: int, codes: Codes | None = None) -> int | None:
     """Host memory that a rank needs at most, over all steps, its process included; None if it is unknown.
 
     On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights and from a
@@ -92,7 +100,7 @@ def host_bytes(inputs: Inputs, T: int) -> int | None:
     """
     config, gpus = inputs.config, float(inputs.device == "cuda")
     try:
-        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
+        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus, codes=codes)
     except ModelError:
         return None
     if not gpus:
@@ -108,7 +116,7 @@ def larger_pass(scan: PassMemory, others: Mapping[str, int]) -> str:
     return f"; {name}, the largest pass, {size(held)}" if held > scan.total else ""
 
 
-def memory_line(memory: PassMemory) -> str:
+def memory_line(memory: PassMemory, name: str = "scan") -> str:
     """`a rank of the scan holds at most 1.2 GiB: weights 88 MiB + queries 38 MiB + activations 969 MiB`"""
     parts = " + ".join(f"{name} {size(part)}" for name, part in vars(memory).items() if part)
-    return f"a rank of the scan holds at most {size(memory.total)}: {parts}"
+    return f"a rank of the {name} holds at most {size(memory.total)}: {parts}"

@@ -124,15 +124,16 @@ def index_pass(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors
     run.store.remove(MANIFEST)
     made = IndexPass(run.store, fields, by_layer, layers, factors.inverse, code, settings.gradient_norm, key)
     left = plan.selection.size - sum(file.rows for file in finished(run, plan, made).values())
-    check_disk_for_index(left, row_bytes(by_layer, gradient_norm=settings.gradient_norm), run.store)
+    row = row_bytes(by_layer, gradient_norm=settings.gradient_norm)
+    check_disk_for_index(left, row, run.store)
     log.info(
         "index       %d rows of %d bytes (%d coordinates of %d bits in %d layers): %s",
         plan.selection.size,
-        row_bytes(by_layer),
+        row,
         sum(code.coordinates(layer) for layer in layers),
         code.bits,
         len(layers),
-        size(plan.selection.size * row_bytes(by_layer)),
+        size(plan.selection.size * row),
     )
     return made
 

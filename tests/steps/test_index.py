@@ -58,7 +58,12 @@ def unasked(config: Config) -> Config:
 
 def ask(tmp_path: Path, where: Path, **settings: Any) -> Path:
     """An answer; without an audit, which of so small an index would be everything."""
-    known: dict[str, Any] = {"index": str(where), "queries": str(tmp_path / "queries.jsonl"), "cluster": HERE, "top_k": 5}
+    known: dict[str, Any] = {
+        "index": str(where),
+        "queries": str(tmp_path / "queries.jsonl"),
+        "cluster": HERE,
+        "top_k": 5,
+    }
     known["audit_sequences"] = 0
     run_ask(AskJob(**known | {"output": str(tmp_path / "answer")} | settings))
     return Path(settings.get("output", tmp_path / "answer"))
