@@ -32,8 +32,8 @@ from infscan.influence.topk import SIDES
 from infscan.influence.topk_tracker import ScoredRows, TopKTracker
 from infscan.model.worker import ModelWorker
 from infscan.queries import Query
-from infscan.results.index_file import IndexManifest, read_manifest
-from infscan.results.schema import read_with_footer, to_parquet
+from infscan.results.index_file import IndexManifest, read_columns, read_manifest
+from infscan.results.schema import read_parquet, read_with_footer, to_parquet
 from infscan.steps.factors import Factors
 from infscan.steps.finished import read_what_was_prepared
 from infscan.steps.index import code_settings, index_fields, indexed_layers, layer_codes
@@ -212,9 +212,32 @@ def candidates(
     best = search(run, of_parts, codes, verify=verify)
     if not len(best):
         raise RunError(f"{found[0].store.uri} has no row with a score above zero on the sides asked for.")
+    self_influence = self_influences(of_parts, np.unique(best.sequence_ids))
     run.folder.fence()
-    run.store.write(CANDIDATES, to_parquet(candidates_table(run.inputs.query_ids, best), {"fingerprint": key}))
+    listed = candidates_table(run.inputs.query_ids, best, self_influence)
+    run.store.write(CANDIDATES, to_parquet(listed, {"fingerprint": key}))
     return np.unique(best.sequence_ids)
+
+
+def self_influences(of_parts: Sequence[tuple[OpenIndex, int]], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the indexes say of the self-influence of some sequences (ascending). Files that have none are not read."""
+    found = np.full(len(ids), np.nan, np.float32)
+    ends = [first for _, first in of_parts[1:]] + [np.iinfo(np.int64).max]
+    for (one, first_id), end in zip(of_parts, ends, strict=True):
+        mine = slice(*np.searchsorted(ids, [first_id, end]))
+        for name in _files_of(one, ids[mine] - first_id):
+            columns = read_columns(one.store, name, ["sequence_id", "self_influence"], one.manifest.files[name].seal)
+            place = np.searchsorted(ids, columns["sequence_id"] + first_id)
+            known = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == columns["sequence_id"] + first_id)
+            found[place[known]] = columns["self_influence"][known]
+    return found
+
+
+def _files_of(one: OpenIndex, ids: NDArray[np.int64]) -> list[str]:
+    """The files that some of an index's sequences may be in: they are in the order of its sequences."""
+    names = sorted(one.manifest.files)
+    shards = read_parquet(one.store, "shards.parquet", ["first_sequence_id"])["first_sequence_id"].to_numpy()
+    return [names[place] for place in np.unique(np.searchsorted(shards, ids, side="right") - 1).tolist()]
 
 
 def _chosen_before(run: Run, key: str) -> NDArray[np.int64] | None:
@@ -229,8 +252,15 @@ def _chosen_before(run: Run, key: str) -> NDArray[np.int64] | None:
     return np.unique(table["sequence_id"].to_numpy()) if footer["fingerprint"] == key else None
 
 
-def candidates_table(query_ids: Sequence[str], best: ScoredRows) -> pa.Table:
-    """What the index found: query_id, side, rank (1 = strongest by the index), sequence_id, index_score."""
+def candidates_table(query_ids: Sequence[str], best: ScoredRows, self_influence: NDArray[np.float32]) -> pa.Table:
+    """What the index found: query_id, side, rank (1 = strongest by the index), sequence_id, index_score, and
+    relative_score, which is index_score / sqrt(self-influence) (l-RelatIF; Barshan, Brunet and Dziugaite 2020).
+
+    self_influence: of the sequences, ascending.
+    """
+    places = np.searchsorted(np.unique(best.sequence_ids), best.sequence_ids)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = best.scores / np.sqrt(self_influence[places])
     keys = best.queries.astype(np.int64) * len(SIDES) + best.sides
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     ranks = np.arange(len(best)) - np.repeat(starts, np.diff([*starts.tolist(), len(best)]))
@@ -241,6 +271,7 @@ def candidates_table(query_ids: Sequence[str], best: ScoredRows) -> pa.Table:
             "rank": pa.array(ranks + 1, pa.int32()),
             "sequence_id": best.sequence_ids,
             "index_score": best.scores,
+            "relative_score": pa.array(relative.astype(np.float32), from_pandas=True),
         }
     )
 

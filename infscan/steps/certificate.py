@@ -80,12 +80,22 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     queries: dict[str, dict[str, Any]] = {}
     for (name, side), mine in evidence.items():
         queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k))
+    # Where questions that have nothing to do with each other were asked together, each has its own.
+    sentences = {}
+    for name in queries if len(queries) > 1 else ():
+        of_sides = [evidence[name, side] for side in config.sides]
+        mine_alone = certify_together(of_sides, audit, config.scan.top_k)
+        sentences[name] = sentence(_said(chosen, mine_alone), "this query's sides")
+    return _said(chosen, together) | {"queries": queries, "sentences": sentences}
+
+
+def _said(chosen: Chosen, together: Certificate) -> dict[str, Any]:
+    assert chosen.audited is not None
     return {
         "confidence": CONFIDENCE,
         "audited": len(chosen.audited),
         "together": stated(together),
         "reason": together.reason,
-        "queries": queries,
     }
 
 
@@ -144,14 +154,14 @@ def stated(found: Certificate) -> dict[str, Any]:
     }
 
 
-def sentence(found: Mapping[str, Any]) -> str:
+def sentence(found: Mapping[str, Any], over: str = "all queries and sides") -> str:
     """A certificate in one sentence, which the screen, the page and run.parquet have."""
     mine = found["together"]
     if mine is None or mine["at_least"] is None:
         return f"How many of the strongest sequences were missed is not known: {found['reason']}."
     without = int(mine["without_assumption"] * mine["top"])
     return (
-        f"At least {mine['at_least']:,} of the {mine['top']:,} strongest rows, over all queries and sides, are in this "
+        f"At least {mine['at_least']:,} of the {mine['top']:,} strongest rows, over {over}, are in this "
         f"table ({found['confidence']:.0%} confidence; from {found['audited']:,} sequences drawn at random and scanned "
         f"in full, if rows further out than the top {mine['tail_fraction']:.2g} of the corpus are found no less often "
         f"than those there; without that, at least {without:,}). Strongest is by the scan's score over all tracked "

@@ -95,7 +95,12 @@ def test_an_answer_publishes_what_the_index_ranks_highest(made: tuple[Path, Conf
     folder, _, index = made
     answer = ask(folder, index, candidates=5, output=str(folder / "few"))
     listed = read_parquet(Store(str(answer)), "candidates.parquet")
-    assert listed.column_names == ["query_id", "side", "rank", "sequence_id", "index_score"]
+    assert listed.column_names == ["query_id", "side", "rank", "sequence_id", "index_score", "relative_score"]
+    known = [read_columns(Store(str(index)), name, ["sequence_id", "self_influence"]) for name in
+             read_manifest(Store(str(index))).files]  # fmt: skip
+    of = {int(i): float(x) for one in known for i, x in zip(one["sequence_id"], one["self_influence"], strict=True)}
+    for row in listed.to_pylist():
+        assert row["relative_score"] == pytest.approx(row["index_score"] / of[row["sequence_id"]] ** 0.5, rel=1e-5)
     assert {
         tuple(row) for row in zip(*(listed[name].to_pylist() for name in listed.column_names[:2]), strict=True)
     } == {(f"q{query}", side) for query in range(3) for side in ("proponent", "opponent")}
