@@ -3,10 +3,12 @@
 python benchmarks/index.py codes [--folder runs/index-codes] [--model infscan://demo/model] [--documents N] ...
 python benchmarks/index.py search [--folder runs/index-search] [--rows 1000000] [--queries 1 100] [--threads 2]
 
-codes: one pass over a corpus scores every sequence at full rank and keeps the widest codes of both kinds in float32;
-narrower ones are parts of them (the leading columns of a frame are a frame; cells of a sketch are folded). Each is
-quantised as `infscan index` does, and searched as `infscan ask` does. Without --model a GPT-NeoX is trained on the
-corpus beside this file. search: an index of random rows on the local disk, and questions to all of it.
+codes: one pass over a corpus scores every sequence at full rank and makes the widest codes of both kinds in float32;
+narrower ones are parts of them (the leading columns of a frame are a frame; cells of a sketch are folded, 45^2 to
+2,048). Each is quantised as `infscan index` does, and searched as `infscan ask` does. --components: principal
+components of the sketches too, as a code, as many in every layer or those of the largest variance over all layers.
+Without --model a GPT-NeoX is trained on the corpus beside this file.
+search: an index of random rows on the local disk, and questions to all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +30,18 @@ from torch import Tensor
 
 from infscan.config import Dtype
 from infscan.influence.agreement import pearson
-from infscan.influence.codes import CodeSettings, layer_code
+from infscan.influence.codes import CodeSettings, Kind, layer_code
 from infscan.influence.layers import Layer
 from infscan.influence.packed import Bits, QueryCodes, inner_products, store
 from infscan.influence.score import LayerQueries, score_layer
-from infscan.results.index_file import codes_bytes, codes_path, column_of, row_bytes
+from infscan.results.index_file import codes_bytes, codes_path, column_of
 from infscan.steps.preconditioner import core, layer_factors, sources
 from infscan.steps.search import FileGroup, Search, search_files
 from infscan.storage import Store
 
 HERE = Path(__file__).parent
 WIDEST = 128
+KINDS: tuple[Kind, ...] = ("projected", "sketched")
 SHARES = ((10, 0.005), (10, 0.01), (50, 0.02), (100, 0.02), (100, 0.05))
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -52,67 +58,107 @@ class FoundModel(Bench):
         return {}
 
 
-def float_codes(options: argparse.Namespace) -> dict[str, Any]:
-    """Exact scores [N, Q] and, by kind and layer, u [N, D] (half precision, as a file has it) and v [Q, D]."""
-    torch.set_num_threads(options.threads)
-    bench = FoundModel(options) if options.model else Bench(options)
-    fitted = Fitted(bench, Dtype.float32, 0)
-    rank, layers = fitted.rank, fitted.plan.layers
-    N, Q = bench.corpus.sequences, len(bench.queries)
-    say(f"{N} sequences, {bench.corpus.tokens} tokens, {Q} queries, {len(layers)} layers")
-    known = {layer.name: layer_factors(fitted.inverse, layer, "cpu", torch.float32) for layer in layers}
-    V = sources(rank, bench.queries, layers, fitted.inverse)
-    C = {layer.name: torch.stack([core(one, layer, known[layer.name]) for one in V[layer.name]]) for layer in layers}
-    exact: dict[str, LayerQueries] = {}
-    for layer in layers:
-        factors = known[layer.name]
-        assert factors is not None
-        exact[layer.name] = LayerQueries.dense(factors[0].Q_S @ C[layer.name] @ factors[0].Q_A.T, bias=layer.bias)
-    kinds = ("projected", "sketched")
-    maps = {
-        (kind, layer.name): layer_code(CodeSettings(kind, WIDEST), layer, known[layer.name], "cpu", torch.float32)
-        for kind in kinds
-        for layer in layers
-    }
-    scores = np.zeros((N, Q), np.float32)
-    u = {
-        (kind, layer.name): np.zeros((N, CodeSettings(kind, WIDEST).coordinates(layer)), np.float16)
-        for kind, layer in ((kind, layer) for kind in kinds for layer in layers)
-    }
-    spent = dict.fromkeys(("score", *kinds), 0.0)
-    began = time.perf_counter()
-    sequences = bench.corpus.read(np.arange(N))
-    for number, batch in enumerate(rank.batches(sequences, options.tokens_per_batch)):
-        rows = batch.rows
+class Fits:
+    """The model, its factors, and both sides of the widest codes of both kinds."""
 
-        def consume(layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows) -> None:
-            now = time.perf_counter()
-            scores[rows] += score_layer(s, a, exact[layer.name]).numpy()
-            spent["score"] += time.perf_counter() - now
-            for kind in kinds:
-                now = time.perf_counter()
-                found = maps[kind, layer.name].of_tokens(s, a)
-                spent[kind] += time.perf_counter() - now
-                u[kind, layer.name][rows] = found.numpy()
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self.bench = FoundModel(options) if options.model else Bench(options)
+        fitted = Fitted(self.bench, Dtype.float32, 0)
+        self.rank, self.layers = fitted.rank, list(fitted.plan.layers)
+        self.known = {layer.name: layer_factors(fitted.inverse, layer, "cpu", torch.float32) for layer in self.layers}
+        V = sources(self.rank, self.bench.queries, self.layers, fitted.inverse)
+        self.exact: dict[str, LayerQueries] = {}
+        self.maps = {
+            (kind, layer.name): layer_code(
+                CodeSettings(kind, WIDEST), layer, self.known[layer.name], "cpu", torch.float32
+            )
+            for kind in KINDS
+            for layer in self.layers
+        }
+        self.v: dict[tuple[str, str], Floats] = {}
+        for layer in self.layers:
+            factors = self.known[layer.name]
+            assert factors is not None
+            C = torch.stack([core(one, layer, factors) for one in V[layer.name]])
+            self.exact[layer.name] = LayerQueries.dense(factors[0].Q_S @ C @ factors[0].Q_A.T, bias=layer.bias)
+            for kind in KINDS:
+                self.v[kind, layer.name] = self.maps[kind, layer.name].of_query(C).numpy()
 
-        rank.backward(batch, layers, batch.loss(), consume, ones=False)
-        if number % 20 == 19:
-            say(f"{number + 1} batches in {time.perf_counter() - began:.0f} s")
-    seconds = time.perf_counter() - began
-    return {
-        "scores": scores,
-        "u": u,
-        "v": {key: maps[key].of_query(C[key[1]]).numpy() for key in u},
-        "layers": layers,
-        "seconds": {"pass": seconds, **spent, "floor": seconds - sum(spent.values())},
-    }
+    def sketches(self, ids: np.ndarray[Any, Any], tokens_per_batch: int) -> dict[str, Floats]:
+        """The widest sketches of some sequences, by layer: [n, D]."""
+        found = {
+            layer.name: np.zeros((len(ids), CodeSettings("sketched", WIDEST).coordinates(layer)), np.float32)
+            for layer in self.layers
+        }
+        for batch in self.rank.batches(self.bench.corpus.read(ids), tokens_per_batch):
+
+            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = batch.rows) -> None:
+                found[layer.name][rows] = self.maps["sketched", layer.name].of_tokens(s, a).numpy()
+
+            self.rank.backward(batch, self.layers, batch.loss(), consume, ones=False)
+        return found
+
+
+@dataclass
+class Code:
+    """A code under test, and its scores so far, [N, Q]. layers: that it keeps."""
+
+    name: str
+    kind: str
+    layers: list[Layer]
+    bits: Bits
+    width: int
+    scores: Floats
+    bytes: int
+
+    def of(self, layer: Layer, values: Floats) -> Floats:
+        return narrowed(self.kind, layer, values, self.width)
+
+    def queries(self, fits: Fits) -> dict[str, QueryCodes]:
+        return {
+            layer.name: QueryCodes.of(self.of(layer, fits.v[self.kind, layer.name]), self.bits) for layer in self.layers
+        }
+
+
+@dataclass
+class Components(Code):
+    """The leading principal components of sketches, so many of each layer; with one bit, each sign stands for its
+    standard deviation."""
+
+    axes: dict[str, Floats] = field(default_factory=dict)
+    deviations: dict[str, Floats] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def of(self, layer: Layer, values: Floats) -> Floats:
+        """In units of each component's deviation, where signs are kept."""
+        count = self.counts[layer.name]
+        found = values @ self.axes[layer.name][:, :count]
+        return found / self.deviations[layer.name][:count] if self.bits == 1 else found
+
+    def queries(self, fits: Fits) -> dict[str, QueryCodes]:
+        found = {}
+        for layer in self.layers:
+            count = self.counts[layer.name]
+            v = fits.v["sketched", layer.name] @ self.axes[layer.name][:, :count]
+            weights = self.deviations[layer.name][:count] if self.bits == 1 else 1
+            found[layer.name] = QueryCodes.of((v * weights).astype(np.float32), self.bits)
+        return found
+
+
+def principal(sketches_nd: Floats, count: int) -> tuple[Floats, Floats]:
+    """Leading axes, [D, count], and the root mean squares along them, [count]."""
+    squares, U = np.linalg.eigh(sketches_nd @ sketches_nd.T)
+    squares, U = squares[::-1][:count], U[:, ::-1][:, :count]
+    roots = np.sqrt(np.maximum(squares, 1e-12))
+    return (sketches_nd.T @ (U / roots)).astype(np.float32), (roots / np.sqrt(len(sketches_nd))).astype(np.float32)
 
 
 def narrowed(kind: str, layer: Layer, values: Floats, width: int) -> Floats:
-    """Codes of a narrower width, from the widest ones: [n, D]."""
+    """Codes of a narrower width, from the widest ones: [n, D]. A sketch is folded to the next power of two."""
     if kind == "sketched":
-        folds = values.shape[1] // min(width**2, values.shape[1])
-        return values.reshape(len(values), folds, -1).sum(axis=1)
+        cells = 1 << (min(width**2, values.shape[1]) - 1).bit_length()
+        return values.reshape(len(values), values.shape[1] // cells, cells).sum(axis=1)
     m, n = min(WIDEST, layer.outputs), min(WIDEST, layer.inputs)
     part = values.reshape(len(values), m, n)[:, :width, :width]
     # A frame's columns have the length sqrt(n / m).
@@ -120,25 +166,99 @@ def narrowed(kind: str, layer: Layer, values: Floats, width: int) -> Floats:
     return np.ascontiguousarray((part * np.float32(scale)).reshape(len(values), -1))
 
 
-def row_of(known: dict[str, Any], kind: str, width: int, bits: Bits, chosen: list[Layer], name: str) -> dict[str, Any]:
-    """How the scores of one code agree with exact ones."""
-    exact = known["scores"]
-    found = np.zeros_like(exact)
-    for layer in chosen:
-        u = narrowed(kind, layer, known["u"][kind, layer.name].astype(np.float32), width)
-        v = narrowed(kind, layer, known["v"][kind, layer.name], width)
-        kept = store(u, bits, layer.size)
-        found += inner_products(kept.codes, kept.scales, QueryCodes.of(v, bits))
-    bytes_of = {layer.name: CodeSettings(kind, width, bits).code_bytes(layer) for layer in chosen}  # type: ignore[arg-type]
-    r = pearson(exact.T, found.T)
+def codes_under_test(fits: Fits, options: argparse.Namespace) -> list[Code]:
+    """Both kinds at several widths, one and eight bits, with all blocks and with some; and principal components."""
+    N, Q = fits.bench.corpus.sequences, len(fits.bench.queries)
+
+    def block(layer: Layer) -> int:
+        return int(layer.name.split("layers.")[1].split(".")[0])
+
+    parts = {"": fits.layers, ", every other block": [layer for layer in fits.layers if block(layer) % 2 == 1]}
+    found: list[Code] = []
+
+    def add(kind: str, width: int, bits: Bits, part: str = "") -> None:
+        layers = parts[part]
+        cells = {layer.name: narrowed(kind, layer, np.zeros_like(fits.v[kind, layer.name][:1]), width).shape[1]
+                 for layer in layers}  # fmt: skip
+        size = sum(-(-D * bits // 8) for D in cells.values())
+        found.append(Code(f"{kind} {width}, {bits} bit{part}", kind, layers, bits, width, scores(), size))
+
+    def scores() -> Floats:
+        return np.zeros((N, Q), np.float32)
+
+    for kind in KINDS:
+        for width in (16, 32, 45, 64, 91, 128):
+            if kind == "projected" or width != 91:
+                add(kind, width, 1)
+        for width in (16, 45, 128):
+            add(kind, width, 8)
+        for width in (64, 128):
+            add(kind, width, 1, ", every other block")
+    if options.components:
+        ids = np.sort(np.random.default_rng(1).choice(N, min(N, options.component_sequences), replace=False))
+        began, sketches = time.perf_counter(), fits.sketches(ids, options.tokens_per_batch)
+        axes = {name: principal(some, options.components) for name, some in sketches.items()}
+        del sketches
+        say(f"principal components of {len(ids)} sequences: {time.perf_counter() - began:.0f} s")
+        found += list(components_under_test(fits, axes, options.components))
+    return found
+
+
+def components_under_test(fits: Fits, found: dict[str, tuple[Floats, Floats]], most: int) -> Iterator[Components]:
+    """Equal counts of every layer, and counts by variance."""
+    N, Q, L = fits.bench.corpus.sequences, len(fits.bench.queries), len(fits.layers)
+    axes = {name: one[0] for name, one in found.items()}
+    deviations = {name: one[1] for name, one in found.items()}
+    strongest = np.sort(np.concatenate(list(deviations.values())))[::-1]
+    for count, bits in ((256, 1), (512, 1), (1024, 1), (256, 8)):
+        if count > most:
+            continue
+        allotted = {name: int((one >= strongest[L * count - 1]).sum()) for name, one in deviations.items()}
+        for how, counts in (("each", dict.fromkeys(axes, count)), ("by variance", allotted)):
+            if how == "by variance" and count == most:
+                continue
+            name = f"{L * count} components, {how}, {bits} bit"
+            layers = [layer for layer in fits.layers if counts[layer.name]]
+            scores = np.zeros((N, Q), np.float32)
+            size = L * count * bits // 8
+            yield Components(
+                name, "sketched", layers, 1 if bits == 1 else 8, count, scores, size, axes, deviations, counts
+            )
+
+
+def row_of(code: Code, exact: Floats, n: int) -> dict[str, Any]:
+    """How the scores of a code agree with exact ones, over the first n sequences."""
+    r = pearson(exact[:n].T, code.scores[:n].T)
     return {
-        "code": name,
-        "bytes": sum(bytes_of.values()),
-        "row_bytes": row_bytes(bytes_of),
+        "code": code.name,
+        "bytes": code.bytes,
         "pearson": float(np.mean(r)),
         "pearson_min": float(np.min(r)),
-        **{f"top {k} in {share:.1%}": recall(exact, found, k, share) for k, share in SHARES},
+        **{f"top {k} in {share:.1%}": recall(exact[:n], code.scores[:n], k, share) for k, share in SHARES},
     }
+
+
+def cascades(tested: list[Code], exact: Floats, n: int) -> list[dict[str, Any]]:
+    """Half of the blocks' codes of every row, then the others' of the best 2, 5 and 10 % alone. bytes: of a row read,
+    on average."""
+    by_name, found = {code.name: code for code in tested}, []
+    for name, first in by_name.items():
+        whole = by_name.get(name.removesuffix(", every other block"))
+        if whole is None or whole is first:
+            continue
+        for share in (0.02, 0.05, 0.1):
+            kept = np.zeros((n, exact.shape[1]), bool)
+            for q, column in enumerate(first.scores[:n].T):
+                kept[np.argsort(-column)[: round(share * n)], q] = True
+            scores = np.where(kept, whole.scores[:n], -np.inf)
+            found.append(
+                {
+                    "code": f"{whole.name}: half of the blocks, the rest of {share:.0%}",
+                    "bytes": round(first.bytes + share * (whole.bytes - first.bytes)),
+                    **{f"top {k} in {one:.1%}": recall(exact[:n], scores, k, one) for k, one in SHARES},
+                }
+            )
+    return found
 
 
 def recall(exact: Floats, found: Floats, k: int, share: float) -> float:
@@ -150,23 +270,54 @@ def recall(exact: Floats, found: Floats, k: int, share: float) -> float:
 
 
 def codes(options: argparse.Namespace) -> dict[str, Any]:
-    known = float_codes(options)
-    layers = list(known["layers"])
-    thirds = [layer for layer in layers if int(layer.name.split("layers.")[1].split(".")[0]) % 2 == 1]
-    rows = []
-    for kind in ("projected", "sketched"):
-        for width in (16, 32, 45, 64, 91, 128):
-            if kind == "sketched" and width in (45, 91):
-                continue
-            for bits in (1, 8):
-                rows.append(row_of(known, kind, width, bits, layers, f"{kind} {width}, {bits} bit"))  # type: ignore[arg-type]
-    for width in (32, 64):
-        rows.append(row_of(known, "projected", width, 1, thirds, f"projected {width}, 1 bit, every other block"))
-    for row in sorted(rows, key=lambda row: row["bytes"]):
-        shown = "  ".join(f"{row[key]:.3f}" for key in row if key not in ("code", "bytes", "row_bytes"))
+    fits = Fits(options)
+    bench, N = fits.bench, fits.bench.corpus.sequences
+    say(f"{N} sequences, {bench.corpus.tokens} tokens, {len(bench.queries)} queries, {len(fits.layers)} layers")
+    exact = np.zeros((N, len(bench.queries)), np.float32)
+    tested = codes_under_test(fits, options)
+    queries = {code.name: code.queries(fits) for code in tested}
+    spent = dict.fromkeys(("score", *KINDS, "quantise and multiply"), 0.0)
+    result: dict[str, Any] = {}
+    began = time.process_time()
+    for first in range(0, N, options.at_once):
+        sequences = bench.corpus.read(np.arange(first, min(N, first + options.at_once)))
+        for batch in fits.rank.batches(sequences, options.tokens_per_batch):
+            rows = first + batch.rows
+
+            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows) -> None:
+                with clocked(spent, "score"):
+                    exact[rows] += score_layer(s, a, fits.exact[layer.name]).numpy()
+                u: dict[str, Floats] = {}
+                for kind in KINDS:
+                    with clocked(spent, kind):
+                        u[kind] = fits.maps[kind, layer.name].of_tokens(s, a).numpy()
+                with clocked(spent, "quantise and multiply"):
+                    for code in tested:
+                        if layer.name in queries[code.name]:
+                            kept = store(code.of(layer, u[code.kind]), code.bits, layer.size)
+                            code.scores[rows] += inner_products(kept.codes, kept.scales, queries[code.name][layer.name])
+
+            fits.rank.backward(batch, fits.layers, batch.loss(), consume, ones=False)
+        done = first + len(sequences)
+        seconds = time.process_time() - began
+        say(f"{done} sequences in {seconds:.0f} s of a core")
+        rows_now = sorted((row_of(code, exact, done) for code in tested), key=lambda row: row["bytes"])
+        rows_now += cascades(tested, exact, done)
+        result = {"rows": rows_now, "sequences": done, "queries": exact.shape[1],
+                  "seconds": {"pass": seconds, **spent, "floor": seconds - sum(spent.values())}}  # fmt: skip
+        written("codes", result)
+    for row in result["rows"]:
+        shown = "  ".join(f"{row[key]:.3f}" for key in row if key not in ("code", "bytes"))
         say(f"{row['code']:44s} {row['bytes']:8d} {shown}")
-    return {"rows": rows, "seconds": known["seconds"], "sequences": len(known["scores"]),
-            "queries": known["scores"].shape[1]}  # fmt: skip
+    return result
+
+
+@contextmanager
+def clocked(spent: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a core that its body takes."""
+    began = time.process_time()
+    yield
+    spent[name] += time.process_time() - began
 
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
@@ -215,6 +366,9 @@ def main() -> None:
     base = options_parser(None)
     of_codes = parts.add_parser("codes", parents=[base], add_help=False, conflict_handler="resolve")
     of_codes.add_argument("--model", help="a model that is there, in place of training one")
+    of_codes.add_argument("--components", type=int, default=1024, help="principal components of each layer; 0: none")
+    of_codes.add_argument("--component-sequences", type=int, default=2048, help="that they are found on")
+    of_codes.add_argument("--at-once", type=int, default=2048, help="sequences between two reports")
     of_search = parts.add_parser("search")
     of_search.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "index-search")
     of_search.add_argument("--rows", type=int, default=1_000_000)
@@ -223,11 +377,13 @@ def main() -> None:
     of_search.add_argument("--queries", type=int, nargs="+", default=[1, 10, 100])
     of_search.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    result = codes(options) if options.part == "codes" else search(options)
-    path = HERE / "results" / f"index-{options.part}.json"
+    written(options.part, codes(options) if options.part == "codes" else search(options))
+
+
+def written(part: str, result: dict[str, Any]) -> None:
+    path = HERE / "results" / f"index-{part}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": platform.processor(), **result}, indent=1) + "\n")
-    say(f"written to {path}")
 
 
 if __name__ == "__main__":

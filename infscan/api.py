@@ -249,6 +249,8 @@ class IndexResult:
             f"index       {self.uri}: {manifest.rows} rows of {manifest.row_bytes} bytes, {len(manifest.files)} files"
         )
         print(f"to ask      infscan ask index={self.uri} queries=<JSONL file> output=<folder>")
+        if self._opened.made_with.asks:
+            print(f"to read     infscan report {self.uri}")
 
 
 @dataclass(frozen=True)

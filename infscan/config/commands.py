@@ -115,7 +115,7 @@ _CORE = (
     ),
     Command(
         name="plan",
-        summary="Say what a scan would cost (work, hours, memory, bytes, money) before anything runs.",
+        summary="Say what a scan or an index would cost (work, hours, memory, bytes, money) before anything runs.",
         settings=f"{_JOBS}:PlanJob",
         run=f"{_API}:run_plan",
         groups=_RUN_GROUPS,
@@ -123,6 +123,7 @@ _CORE = (
         unused=("corpus.path", "factors.corpus.path", "queries.path"),
         examples=(
             "model=pythia-1b corpus.path=s3://bucket/pile/ queries.path=queries.jsonl plan.device=h100",
+            "model=pythia-1b corpus.path=s3://bucket/pile/ plan.index=true index.width=64 plan.device=h100",
             "model=shape-52b plan.sequences=10000000 plan.queries=100 plan.device=h100 cluster.ranks_per_worker=8",
         ),
     ),
@@ -166,22 +167,23 @@ _CORE = (
         summary="Keep a code of every sequence's gradient, so that later questions need no scan (docs/index-ask.md).",
         settings=f"{_JOBS}:IndexJob",
         run=f"{_API}:run_index",
-        groups=("model", "corpus", "factors", "scan", "cluster"),
+        groups=("model", "corpus", "queries", "factors", "scan", "cluster"),
         values={"output": "runs/index"},
         unused=("queries.path",),
         shows=(
             "model.",
             "corpus.",
+            "queries.",
             "factors.",
             "index.",
-            "scan.tokens_per_batch",
-            "scan.shard_sequences",
+            "scan.",
             "cluster.",
             "output",
             "seed",
         ),
         examples=(
             "model=demo corpus=demo output=runs/index",
+            "model=demo corpus=demo queries=demo output=runs/both",
             "model.path=path/to/hf-model corpus.path=s3://bucket/corpus factors.path=s3://bucket/factors "
             "output=s3://bucket/index",
         ),

@@ -69,6 +69,22 @@ class IndexJob(Config):
 
     index: IndexConfig = field(default_factory=IndexConfig)
 
+    @property
+    def asks(self) -> bool:
+        """Whether there are queries too, which the same pass answers."""
+        return self.queries.path not in ("", MISSING) or self.queries.prompt is not None
+
+    def check_index(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        self.index.check()
+        if self.asks and self.searches:
+            raise ConfigError(
+                "scan.sieve and scan.candidates_from scan some sequences in full, and an index is of all; leave them "
+                "out, or leave the queries out and ask the index."
+            )
+        if self.stages and self.asks:
+            raise ConfigError("stages: an index with queries is of one stage of training; leave the queries out.")
+
 
 @dataclass
 class AskJob:
@@ -91,6 +107,9 @@ class AskJob:
     """Published rows per query and side."""
     candidates: int | None = None
     """Rows per query and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    audit_sequences: int | None = 256
+    """Sequences drawn at random that are scored exactly too: they say how far rows stand out, and what the index
+    missed; 0 leaves it out, and null is 1 % of the index."""
     sides: Sides = Sides.both
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     model: str | None = None
@@ -124,6 +143,8 @@ class ServeJob:
     """Published rows per question and side."""
     candidates: int | None = None
     """Rows per question and side that the index chooses, to be scored exactly; null is 4 x top_k."""
+    audit_sequences: int | None = 256
+    """Sequences drawn at random that are scored exactly too, as of `infscan ask`."""
     sides: Sides = Sides.both
     """Sides that are kept: `proponents` raise the completion's probability, `opponents` lower it."""
     at_once: int = 64
@@ -161,7 +182,7 @@ class ServeJob:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be greater than 0.")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port={self.port}: a port from 0 to 65535.")
-        shared = ("index", "top_k", "candidates", "sides", "model", "corpus", "factors", "output")
+        shared = ("index", "top_k", "candidates", "audit_sequences", "sides", "model", "corpus", "factors", "output")
         cluster = ClusterConfig(backend=Backend.in_process, cpus_per_rank=self.threads)
         return AskJob(**{name: getattr(self, name) for name in shared}, cluster=cluster)
 
@@ -184,6 +205,8 @@ class PlanConfig:
     """Sequences of a corpus that is not there yet."""
     queries: int | None = None
     """Number of queries that are not written yet."""
+    index: bool = False
+    """Plan `infscan index` with these arguments, beside a scan where there are queries."""
     sample_bytes: int = 16 << 20
     """Bytes that are read of a corpus that is not prepared."""
     json: bool = False
@@ -191,8 +214,8 @@ class PlanConfig:
 
 
 @dataclass
-class PlanJob(Config):
-    """A run's settings, and what turns work into hours and money."""
+class PlanJob(IndexJob):
+    """A run's or an index's settings, and what turns work into hours and money."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 

@@ -55,6 +55,11 @@ class CodeSettings:
 class LayerCode(Protocol):
     """The linear map of one layer. Both sides are float32 or wider, on one device."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it keeps of the layer."""
+        ...
+
     def of_tokens(self, s_bto: Tensor, a_bti: Tensor, routed: Routed | None = None) -> Tensor:
         """u of every sequence of a micro-batch: [B, D].
 
@@ -71,7 +76,10 @@ class LayerCode(Protocol):
 def layer_code(
     settings: CodeSettings, layer: Layer, known: DampedFactors, device: str, dtype: torch.dtype
 ) -> LayerCode:
-    """The map of one layer. known: its factors and damping on the device, in `dtype`; None: nothing is whitened."""
+    """The map of one layer. known: its factors and damping on the device, in `dtype`; None: nothing is whitened.
+
+    On the device `meta` it has its shapes alone.
+    """
     if settings.kind == "sketched":
         return _Sketched(settings, layer, known, device, dtype)
     return _Projected(settings, layer, known, device, dtype)
@@ -119,6 +127,8 @@ class _Projected:
         self, settings: CodeSettings, layer: Layer, known: DampedFactors, device: str, dtype: torch.dtype
     ) -> None:
         def frame(n: int, side: str) -> Tensor:
+            if device == "meta":
+                return torch.empty(n, min(settings.width, n), device=device, dtype=dtype)
             key = f"{settings.seed}|{layer.name}|{side}"
             return torch.from_numpy(random_frame(n, min(settings.width, n), key)).to(device, dtype)
 
@@ -131,6 +141,10 @@ class _Projected:
         x_o, y_i = kronecker_whitening(factors.Lambda, lam)
         self.M_om, self.N_in = factors.Q_S @ (x_o[:, None] * R_om), factors.Q_A @ (y_i[:, None] * R_in)
         self.V_om, self.W_in = R_om / x_o[:, None], R_in / y_i[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in (self.M_om, self.N_in, self.V_om, self.W_in))
 
     def of_tokens(self, s_bto: Tensor, a_bti: Tensor, routed: Routed | None = None) -> Tensor:
         wide = self.M_om.dtype
@@ -157,13 +171,26 @@ class _Sketched:
         self, settings: CodeSettings, layer: Layer, known: DampedFactors, device: str, dtype: torch.dtype
     ) -> None:
         self.known, self.inputs, self.D = known, layer.inputs, settings.coordinates(layer)
+        self.root_oi = None if known is None else (known[0].Lambda + known[1]).sqrt()
+        if device == "meta":
+            self.cells_x = torch.empty(layer.size, device=device, dtype=torch.int64)
+            self.signs_x = torch.empty(layer.size, device=device, dtype=dtype)
+            return
         key = f"{settings.seed}|{layer.name}"
         cells = np.arange(layer.size)
         if layer.size > self.D:
             cells = (_generator(f"{key}|cells").random_raw(layer.size) % np.uint64(self.D)).astype(np.int64)
         self.cells_x = torch.from_numpy(cells).to(device)
         self.signs_x = torch.from_numpy(_signs(layer.size, f"{key}|signs")).to(device, dtype)
-        self.root_oi = None if known is None else (known[0].Lambda + known[1]).sqrt()
+
+    @property
+    def nbytes(self) -> int:
+        held = self.cells_x.nbytes + self.signs_x.nbytes
+        if self.known is None or self.root_oi is None:
+            return held
+        factors = self.known[0]
+        bases = (one.nbytes for one in (factors.A, factors.S, factors.Q_A, factors.Q_S) if one is not None)
+        return held + self.root_oi.nbytes + factors.Lambda.nbytes + sum(bases)
 
     def of_tokens(self, s_bto: Tensor, a_bti: Tensor, routed: Routed | None = None) -> Tensor:
         wide = self.signs_x.dtype

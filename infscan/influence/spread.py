@@ -101,12 +101,12 @@ class ShardSpread:
 class Spread:
     """All shards' together: 13 kB a query. Every shard is to be added once.
 
-    share: of the sequences that sums are to be of, how many are counted, at random; sums are then estimates.
+    sampled: whether what is added is a uniform sample of all scores, of which sums say nothing: tails are heavy.
     """
 
-    def __init__(self, queries: int, share: float = 1.0) -> None:
-        self.share = share
+    def __init__(self, queries: int, *, sampled: bool = False) -> None:
         self.counts_qb = np.zeros((queries, BINS), np.int64)
+        self.sampled = sampled
         self._sums = [[0, 0] for _ in range(queries)]
 
     def add(self, shard: ShardSpread) -> None:
@@ -119,9 +119,10 @@ class Spread:
 
     @property
     def sums_qs(self) -> NDArray[np.float64]:
-        """Of each query, the sums of the positive and of the negative scores: float64 [Q, 2]."""
-        sums = np.asarray([[one / (1 << _UNIT) for one in mine] for mine in self._sums], np.float64).reshape(-1, 2)
-        return sums / self.share
+        """Of each query, the sums of the positive and of the negative scores: float64 [Q, 2]; NaN of a sample."""
+        if self.sampled:
+            return np.full((len(self._sums), 2), np.nan)
+        return np.asarray([[one / (1 << _UNIT) for one in mine] for mine in self._sums], np.float64).reshape(-1, 2)
 
     @property
     def centres_q(self) -> NDArray[np.float64]:

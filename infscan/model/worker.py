@@ -237,7 +237,7 @@ class ModelWorker:
         if missed:
             raise ModelError(
                 f"{missed[0]} is not reached by a backward that ends at {ends_at or 'the embeddings'}: this family's "
-                "blocks do not follow one another; leave out scan.sieve."
+                "blocks do not follow one another; leave out scan.sieve or index.layers."
             )
         return losses_b.detach()
 

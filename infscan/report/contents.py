@@ -139,7 +139,7 @@ def run_contents(
     return {
         "name": name,
         "facts": _facts(config, summary),
-        "agreement": _agreement(config, summary),
+        "agreement": _agreement(config, summary, only),
         "warnings": list(summary.get("warnings", [])) + _given_up(summary),
         "layers": layer_names,
         "proved": proved.of(None),
@@ -331,7 +331,7 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
     return facts
 
 
-def _agreement(config: dict[str, Any], summary: dict[str, Any]) -> str:
+def _agreement(config: dict[str, Any], summary: dict[str, Any], only: str | None) -> str:
     if summary.get("approximation"):
         found = one_line(how_good(summary["approximation"])).removeprefix("Compression: ")
     elif config["scan"]["rank"] is None:
@@ -340,8 +340,8 @@ def _agreement(config: dict[str, Any], summary: dict[str, Any]) -> str:
         found = (
             "Published scores are at full rank. How well the scan's low-rank scores agree with them was not measured."
         )
-    if summary.get("certificate"):
-        found = f"{summary['certificate']['sentence']} {found}"
+    if known := summary.get("certificate"):
+        found = f"{known.get('sentences', {}).get(only) or known['sentence']} {found}"
     iteration = summary.get("iteration")
     if iteration:
         found += f" Iterated solutions: {one_line(json.dumps(iteration))[:300]}."

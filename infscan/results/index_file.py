@@ -217,9 +217,9 @@ class IndexManifest:
         return with_checksum({"schema_version": SCHEMA_VERSION, **asdict(self)})
 
 
-def row_bytes(layers: Mapping[str, int]) -> int:
-    """Bytes of a row of an index, from the bytes of its codes by layer; a gradient norm takes 4 more."""
-    of_sequence, of_layer = 8 + 4 + 4 + 4, 4 + 2 + 2
+def row_bytes(layers: Mapping[str, int], *, gradient_norm: bool = False) -> int:
+    """Bytes of a row of an index, from the bytes of its codes by layer."""
+    of_sequence, of_layer = 8 + 4 + 4 + 4 + 4 * gradient_norm, 4 + 2 + 2
     return of_sequence + sum(layers.values()) + of_layer * len(layers)
 
 

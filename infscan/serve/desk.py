@@ -26,7 +26,7 @@ from infscan.pipeline import ask
 from infscan.queries import Query
 from infscan.report.write import report_page
 from infscan.results.manifest import SUCCESS
-from infscan.results.read import read_sequences, read_top
+from infscan.results.read import read_answers, read_sequences, read_summary, read_top
 from infscan.results.schema import read_parquet
 from infscan.steps.ask import CANDIDATES, Indexes
 from infscan.steps.inputs import Inputs, open_inputs, read_measured_queries
@@ -221,7 +221,12 @@ class Desk:
             sequences = read_sequences(uri)
             texts = dict(zip(sequences["sequence_id"].to_pylist(), sequences["text"].to_pylist(), strict=True))
             rows = [row | {"text": (texts[row["sequence_id"]] or "")[:_MOST_TEXT]} for row in top.to_pylist()]
-            return seen | {"run": run, "rows": rows}
+            (answer,) = read_answers(uri).filter(pc.field("query_id") == seen["id"]).to_pylist()
+            certificate = read_summary(uri)["certificate"] or {}
+            sentences = certificate.get("sentences", {})
+            # Of its own rows; where it was asked alone that is all of them.
+            said = sentences.get(seen["id"], "" if sentences else certificate.get("sentence", ""))
+            return seen | {"run": run, "rows": rows, "certificate": said, "verdict": answer["verdict"] or ""}
         return seen
 
     def page(self, question_id: str) -> bytes | None:

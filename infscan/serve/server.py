@@ -3,7 +3,7 @@
 GET  /                      the page
 GET  /api/index             what is asked: model, corpus, sequences
 POST /api/questions         {"prompt", "completion", "contrast"?, "measure"?} -> 202 {"id", "state"}
-GET  /api/questions/<id>    {"state": waiting | asking | found | done | failed, "rows": [...], ...}
+GET  /api/questions/<id>    {"state": waiting | asking | found | done | failed, "rows": [...], "certificate", ...}
 GET  /answers/<id>          the report of a finished question
 POST /api/login             {"token"} -> a cookie, where the server has a token
 

@@ -185,6 +185,8 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     found: list[Work] = []
     if fitted is not None and config.factors.solver is not Solver.identity:
         found += _fitting(run, fitted)
+    if "index" in run.costs:
+        found.append(replace(work("index", scanned.sequences, scanned.tokens), units=run.shards))
     if not queries:
         return found
     along = config.scan.background_queries

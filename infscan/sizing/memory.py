@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from infscan.config import Config, Dtype, Labels, Solver, fingerprint, plain
+from infscan.config.jobs import IndexConfig
 from infscan.errors import ModelError
 from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.codes import CodeSettings, LayerCode, layer_code
 from infscan.influence.eigenbasis import BYTES_PER_ENTRY
-from infscan.influence.layers import Layer
+from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.layout import (
     Spectrum,
     on_device,
@@ -39,14 +41,16 @@ from infscan.model.loaded import RankContext
 from infscan.model.losses import head_is_last
 from infscan.model.suffix import ends_at, last_blocks, suffixes
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
+from infscan.results.index_file import row_bytes
 from infscan.sizing.dry import Dry, Results, dry
 from infscan.steps.check import scoring_twice
 from infscan.steps.factor_files import layer_groups, products, widest_block
 from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
+from infscan.steps.index import code_settings, indexed_layers, squared_norms
 from infscan.steps.inputs import in_dtype
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import pair_scoring
-from infscan.steps.scan import scoring
+from infscan.steps.scan import both, scoring
 
 # glibc's heap keeps freed buffers, and they leave holes: so many buffers of the widest layer's width, for every token
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one
@@ -62,7 +66,7 @@ class PassMemory:
     weights: int
     # The query batch as it is laid out for scoring.
     queries: int = 0
-    # Sums, eigenbases and Lambda of a layer group.
+    # Sums, eigenbases and Lambda of a layer group; an index's maps, which are made of them, and a shard's codes.
     factors: int = 0
     # Full-rank query gradients of a query group.
     gradients: int = 0
@@ -187,12 +191,19 @@ def run_dtype(config: Config, architecture: Architecture, gpus: float, *, refini
 
 
 def pass_costs(
-    config: Config, architecture: Architecture, queries: int, T: int, gpus: float, *, masked: bool = False
+    config: Config,
+    architecture: Architecture,
+    queries: int,
+    T: int,
+    gpus: float,
+    *,
+    masked: bool = False,
+    codes: Codes | None = None,
 ) -> dict[str, PassCost]:
     """Every step of a run by name: covariance, on a GPU eigenbasis, and lambda (not with solver=identity), check, scan,
-    refine; and the sieve where there is one.
+    refine; the sieve where there is one; and the index, where nothing is scanned beside it.
 
-    masked: whether the factors' corpus has a loss mask.
+    masked: whether the factors' corpus has a loss mask. codes: of an index.
     """
     sized = DryWorker(config, architecture, T, gpus)
     costs: dict[str, PassCost] = {}
@@ -202,8 +213,10 @@ def pass_costs(
         if gpus:
             costs["eigenbasis"] = _eigenbasis(sized)
         costs["lambda"] = _lambda(sized, masked=masked)
+    if codes is not None and not queries:
+        costs["index"] = _index(sized, codes)
     if queries:
-        costs |= {"check": _check(sized, queries), "scan": scan_cost(sized, queries)}
+        costs |= {"check": _check(sized, queries), "scan": _scan(sized, queries, sized.layers, codes=codes)}
         if config.scan.sieve is not None:
             # scan.sieve=auto: the longest that it tries.
             blocks = max(suffixes(sized.layers), default=0) if isinstance(config.scan.sieve, str) else config.scan.sieve
@@ -264,12 +277,83 @@ def scan_cost(sized: DryWorker, queries: int) -> PassCost:
     return _scan(sized, queries, sized.layers)
 
 
-def _scan(sized: DryWorker, queries: int, layers: Sequence[Layer], end: str | None = None) -> PassCost:
+def _scan(
+    sized: DryWorker, queries: int, layers: Sequence[Layer], end: str | None = None, codes: Codes | None = None
+) -> PassCost:
     columns = queries + sized.config.scan.background_queries
     laid_out = _laid_out(sized, columns)
     scores_bq = torch.zeros(sized.B, columns, device="meta")
-    seen = sized.backward(layers, lambda _: scoring(scores_bq, laid_out), sized.batch(), end=end)
-    return _cost(sized, seen, queries=_bytes(laid_out.values()))
+    consume, maps = scoring(scores_bq, laid_out), None
+    if codes is not None:
+        maps = _maps(sized, codes)
+        consume = both(consume, encoding(maps, codes))
+    seen = sized.backward(layers, lambda _: consume, sized.batch(), end=end)
+    cost = _cost(sized, seen, queries=_bytes(laid_out.values()))
+    return cost if codes is None or maps is None else _with_codes(sized, cost, codes, maps)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What an index keeps, as far as a rank's memory goes: the layers, and how many sequences a shard has."""
+
+    code: CodeSettings
+    layers: tuple[Layer, ...]
+    gradient_norm: bool
+    shard_sequences: int
+
+    @staticmethod
+    def of(settings: IndexConfig, layers: Sequence[Layer], shard_sequences: int) -> Codes:
+        """Of some tracked layers, those that are indexed."""
+        some = indexed_layers(layers, settings.layers)
+        return Codes(code_settings(settings), some, settings.gradient_norm, shard_sequences)
+
+    @property
+    def row_bytes(self) -> int:
+        by_layer = {layer.name: self.code.code_bytes(layer) for layer in self.layers}
+        return row_bytes(by_layer, gradient_norm=self.gradient_norm)
+
+
+def _index(sized: DryWorker, codes: Codes) -> PassCost:
+    """The maps of all indexed layers stay, and the codes of a shard; each layer is encoded as it comes."""
+    maps = _maps(sized, codes)
+    seen = sized.backward(codes.layers, lambda _: encoding(maps, codes), sized.batch(), end=ends_at(codes.layers))
+    return _with_codes(sized, _cost(sized, seen), codes, maps)
+
+
+def _maps(sized: DryWorker, codes: Codes) -> dict[str, LayerCode]:
+    wide, blocks = sized.worker.wide, sized.config.factors.blocks
+
+    def one(layer: Layer) -> LayerCode:
+        A, Q_S = _zeros(layer.inputs, blocks, wide), _of_outputs(layer, blocks, wide)
+        S = None if isinstance(Q_S, SpannedBasis) else Q_S
+        a, s = (torch.empty(n, device="meta", dtype=wide) for n in (layer.inputs, layer.outputs))
+        Lambda = torch.empty(layer.outputs, layer.inputs, device="meta", dtype=wide)
+        whitened = sized.config.factors.solver is not Solver.identity
+        known = (LayerFactors(A, S, A, Q_S, a, s, Lambda), 1.0) if whitened else None
+        return layer_code(codes.code, layer, known, "meta", wide)
+
+    return {layer.name: one(layer) for layer in codes.layers}
+
+
+def encoding(maps: Mapping[str, LayerCode], codes: Codes) -> LayerConsumer:
+    """What an index does with a layer of a micro-batch, on shapes alone."""
+
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        if layer.name in maps:
+            u_bd = maps[layer.name].of_tokens(s, a, routed).float()
+            # Quantised on the host from two copies.
+            torch.stack([u_bd, u_bd])
+            if codes.gradient_norm:
+                squared_norms(layer, s, a, routed)
+
+    return consume
+
+
+def _with_codes(sized: DryWorker, cost: PassCost, codes: Codes, maps: Mapping[str, LayerCode]) -> PassCost:
+    """With maps and a shard's codes; on a CPU the file is made beside them, of two copies."""
+    shard = codes.shard_sequences * codes.row_bytes
+    held = sum(one.nbytes for one in maps.values()) + shard * (1 if sized.device == "cuda" else 3)
+    return replace(cost, memory=replace(cost.memory, factors=cost.memory.factors + held))
 
 
 def _sieve(sized: DryWorker, queries: int, blocks: int) -> PassCost:

@@ -32,7 +32,7 @@ from infscan.sizing.devices import Device, Rates, calibration, device
 from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
 from infscan.sizing.hosts import host_memory
 from infscan.sizing.hours import Rate, rates_of, timed
-from infscan.sizing.memory import pass_costs, run_dtype
+from infscan.sizing.memory import Codes, pass_costs, run_dtype
 from infscan.sizing.reserve import over_memory
 from infscan.steps.corpus_inputs import bos_of, settings_for, with_array_settings
 from infscan.steps.factor_files import COMPLETE, slice_count
@@ -40,7 +40,7 @@ from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
 from infscan.steps.prepare import prepare_pieces
 from infscan.steps.sizes import settled
-from infscan.steps.volume import FactorFiles, factor_files, scan_bytes
+from infscan.steps.volume import FactorFiles, factor_files, no_room, scan_bytes
 from infscan.storage import Store
 
 # Of a corpus that is too large to be read, so many pieces are, spread evenly.
@@ -52,13 +52,16 @@ _QUERY_TOKENS = 64
 
 
 def estimate(config: PlanJob) -> Estimate:
-    """The cost of `infscan scan` with the same arguments.
+    """The cost of `infscan scan` with the same arguments; with plan.index, of `infscan index`.
 
     Raises:
         InfscanError: for a model, corpus or queries that the run itself would refuse.
-        ConfigError: where there is neither a corpus nor plan.sequences, or neither queries nor plan.queries.
+        ConfigError: where there is neither a corpus nor plan.sequences, or, of a scan, neither queries nor
+            plan.queries.
     """
     asked = config.plan
+    if asked.index:
+        config.check_index()
     architecture = describe(
         config.model.path,
         config.model.tracked,
@@ -84,10 +87,26 @@ def estimate(config: PlanJob) -> Estimate:
     config = _settled(config, architecture, queries, gpus, memory)
     if config.searches and queries:
         notes.append(_audit(config, scanned.sequences, queries))
-    costs = pass_costs(config, architecture, queries, scanned.T, gpus)
+    shard_sequences = config.scan.shard_sequences or default_shard_sequences(scanned.sequences)
+    codes = (
+        Codes.of(config.index, architecture.layers, min(shard_sequences, scanned.sequences)) if asked.index else None
+    )
+    costs = pass_costs(config, architecture, queries, scanned.T, gpus, codes=codes)
+    written = (
+        scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T)
+        if queries or codes is None
+        else {}
+    )
+    if codes is not None:
+        written["codes"] = scanned.sequences * codes.row_bytes
+        notes.append(
+            f"index: {codes.row_bytes:,} bytes a sequence, of {len(codes.layers)} layers, {codes.code.bits} bits a "
+            "coordinate"
+        )
+    if said := no_room(f"output={config.output}", written, Store(config.output).free_bytes()):
+        notes.append(said)
     if memory and (said := over_memory(costs, memory)):
         notes.append(said)
-    shard_sequences = config.scan.shard_sequences or default_shard_sequences(scanned.sequences)
     shards = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences).num_shards
     dtypes = _dtypes(config, architecture, gpus)
     query_itemsize = in_dtype(config.scan.query_dtype, run_dtype(config, architecture, gpus)).itemsize
@@ -108,8 +127,9 @@ def estimate(config: PlanJob) -> Estimate:
         work=work_timed,
         costs=costs,
         factors=factors,
-        bytes=scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T),
-        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors),
+        bytes=written,
+        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors)
+        | ({"codes": shards} if codes is not None else {}),
         workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,
         hosts=host_memory(config, architecture.layers, queries, scanned.T, shards, query_itemsize),
@@ -157,6 +177,8 @@ def _queries(config: PlanJob, architecture: Architecture, tokenizer: Tokenizer |
     """How many queries there are, and their tokens in all."""
     if config.plan.queries is not None:
         return config.plan.queries, config.plan.queries * _QUERY_TOKENS
+    if config.plan.index and not config.asks:
+        return 0, 0
     if not config.queries.path:
         raise ConfigError("queries.path: no value given. Add queries.path=..., or plan.queries=<how many>.")
     found = read_queries(

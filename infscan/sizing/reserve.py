@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from infscan.config import Offload
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import PassCost, PassMemory, largest, other_passes, pass_costs, scan_memory
+from infscan.sizing.memory import Codes, PassCost, PassMemory, largest, other_passes, pass_costs, scan_memory
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
@@ -21,21 +21,30 @@ log = logging.getLogger("infscan")
 _PROCESS_BYTES = 1 << 30
 
 
-def scan_and_largest(inputs: Inputs, T: int, *, fitting: bool) -> tuple[PassMemory, str, int] | None:
-    """What a rank of the scan will hold, and the pass that holds the most, by name, with its bytes; None where a family
-    does not say, which is logged."""
+def main_and_largest(
+    inputs: Inputs, T: int, *, fitting: bool, codes: Codes | None = None
+) -> tuple[str, PassMemory, str, int] | None:
+    """The name of the scan and what a rank of it will hold; the pass that holds the most, by name, with its bytes. None
+    where a family does not say, which is logged.
+
+    codes: of an index, beside the scan or, without queries, in its place.
+    """
     gpus, queries = float(inputs.device == "cuda"), len(inputs.queries)
+    main = "index" if codes is not None and not queries else "scan"
     try:
-        memory = scan_memory(inputs.config, inputs.architecture, queries, T, gpus)
+        if codes is None:
+            memory = scan_memory(inputs.config, inputs.architecture, queries, T, gpus)
+        else:
+            memory = pass_costs(inputs.config, inputs.architecture, queries, T, gpus, codes=codes)[main].memory
     except ModelError as error:
         log.warning("memory      %s", error)
         return None
-    held = {"scan": memory.total} | other_passes(inputs.config, inputs.architecture, queries, memory, fitting=fitting)
+    held = {main: memory.total} | other_passes(inputs.config, inputs.architecture, queries, memory, fitting=fitting)
     name = max(held, key=lambda one: held[one])
-    return memory, name, held[name]
+    return main, memory, name, held[name]
 
 
-def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
+def reserve_memory(run: Run, T: int, codes: Codes | None = None) -> dict[str, int] | None:
     """Log what a rank of the scan will hold, warn where a pass needs more than the device has, and have workers ask a
     shared cluster for the host memory that they need.
 
@@ -43,14 +52,14 @@ def reserve_memory(run: Run, T: int) -> dict[str, int] | None:
     """
     shared = run.config.cluster.address or os.environ.get("RAY_ADDRESS")
     for stage in (run, *run.later) if shared else ():
-        if (needed := host_bytes(stage.inputs, T)) is not None:
+        if (needed := host_bytes(stage.inputs, T, codes if stage is run else None)) is not None:
             stage.executor.reserve(needed)
     for stage in (run, *run.later):
-        _hold_against_devices(stage, T)
-    return use_machine(run, T)
+        _hold_against_devices(stage, T, codes if stage is run else None)
+    return use_machine(run, T, codes)
 
 
-def use_machine(run: Run, T: int) -> dict[str, int] | None:
+def use_machine(run: Run, T: int, codes: Codes | None = None) -> dict[str, int] | None:
     """Log what a rank of the scan will hold, and have as many workers as this machine has room for, where their number
     is not given.
 
@@ -59,25 +68,25 @@ def use_machine(run: Run, T: int) -> dict[str, int] | None:
     planned = None
     for stage in (run, *run.later):
         fitting = not stage.folder.factors.exists(COMPLETE)
-        found = scan_and_largest(stage.inputs, T, fitting=fitting)
+        found = main_and_largest(stage.inputs, T, fitting=fitting, codes=codes if stage is run else None)
         if found is None:
             continue
-        memory, name, held = found
+        main, memory, name, held = found
         if stage is run:
-            log.info("memory      %s%s", memory_line(memory), larger_pass(memory, name, held))
+            log.info("memory      %s%s", memory_line(memory, main), larger_pass(memory, name, held))
             planned = dict(vars(memory))
         # On a GPU the model is not in the host's memory, but for the time of its loading.
         stage.executor.fill(_PROCESS_BYTES + held, 1 + len(run.later))
     return planned
 
 
-def _hold_against_devices(run: Run, T: int) -> None:
+def _hold_against_devices(run: Run, T: int, codes: Codes | None) -> None:
     """Say what a GPU of the cluster's kind has no room for; what each has free is seen when its rank is there."""
     inputs = run.inputs
     if inputs.device != "cuda":
         return
     try:
-        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0)
+        costs = pass_costs(inputs.config, inputs.architecture, len(inputs.queries), T, 1.0, codes=codes)
     except ModelError:
         return
     if inputs.memory is not None and (said := over_memory(costs, inputs.memory.device)):
@@ -107,7 +116,7 @@ def over_memory(costs: Mapping[str, PassCost], memory: int) -> str | None:
     )
 
 
-def host_bytes(inputs: Inputs, T: int) -> int | None:
+def host_bytes(inputs: Inputs, T: int, codes: Codes | None = None) -> int | None:
     """Host memory that a rank needs at most, over all steps, its process included; None if it is unknown.
 
     On a GPU the model and what is computed with it are not in host memory, apart from offloaded weights and from a
@@ -115,7 +124,7 @@ def host_bytes(inputs: Inputs, T: int) -> int | None:
     """
     config, gpus = inputs.config, float(inputs.device == "cuda")
     try:
-        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus)
+        costs = pass_costs(config, inputs.architecture, len(inputs.queries), T, gpus, codes=codes)
     except ModelError:
         return None
     if not gpus:
@@ -130,7 +139,7 @@ def larger_pass(scan: PassMemory, name: str, held: int) -> str:
     return f"; {name}, the largest pass, {size(held)}" if held > scan.total else ""
 
 
-def memory_line(memory: PassMemory) -> str:
+def memory_line(memory: PassMemory, name: str = "scan") -> str:
     """`a rank of the scan holds at most 1.2 GiB: weights 88 MiB + queries 38 MiB + activations 969 MiB`"""
     parts = " + ".join(f"{name} {size(part)}" for name, part in vars(memory).items() if part)
-    return f"a rank of the scan holds at most {size(memory.total)}: {parts}"
+    return f"a rank of the {name} holds at most {size(memory.total)}: {parts}"

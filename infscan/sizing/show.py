@@ -90,9 +90,10 @@ def _storage(found: Estimate) -> Table:
         ("dense scores", "dense scores"),
         ("refined rows", "refined units, at most"),
         ("tables", "tables and records"),
+        ("codes", "codes"),
     ):
         if name in found.bytes:
-            exact = "" if name == "query batch" else "at most "
+            exact = "" if name in ("query batch", "codes") else "at most "
             table.add_row(name, f"{exact}{size(found.bytes[name])}", f"{writes.get(key, 0):,}")
     return table
 

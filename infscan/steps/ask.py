@@ -1,7 +1,7 @@
 """Answer questions from an index: it finds candidates, which alone get the full pass of a scan (docs/index-ask.md).
 
-What follows the search is a scan of a filtered corpus, with a plan, shards, refining and tables of its own: an answer
-is a run like any other, exact in what it publishes.
+What follows the search is what follows a sieve (`infscan.steps.candidates`): candidates and an audit are scanned in
+full. An answer is a run like any other, exact in what it publishes, with a certificate of what it missed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
-from infscan.config import Backend, Config, QueriesConfig, absolute, check, fingerprint, stored_config
+from infscan.config import Backend, Config, QueriesConfig, Scores, absolute, check, fingerprint, stored_config
 from infscan.config.jobs import AskJob, IndexConfig, IndexJob
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
-from infscan.corpus.filtered import describe_filtered
+from infscan.corpus.filtered import FilteredCorpus, describe_filtered
 from infscan.corpus.joined import JoinedCorpus
+from infscan.corpus.plan import Plan
 from infscan.engine.executor import Step, TaskMap
 from infscan.errors import ConfigError, DamagedError, RunError
 from infscan.influence.codes import CodeSettings
@@ -30,21 +32,21 @@ from infscan.influence.topk import SIDES
 from infscan.influence.topk_tracker import ScoredRows, TopKTracker
 from infscan.model.worker import ModelWorker
 from infscan.queries import Query
-from infscan.results.index_file import IndexManifest, read_manifest
-from infscan.results.schema import read_with_footer, to_parquet
+from infscan.results.index_file import IndexManifest, read_columns, read_manifest
+from infscan.results.schema import read_parquet, read_with_footer, to_parquet
 from infscan.steps.factors import Factors
 from infscan.steps.finished import read_what_was_prepared
 from infscan.steps.index import code_settings, index_fields, indexed_layers, layer_codes
 from infscan.steps.preconditioner import Preconditioner, core, layer_factors, query_groups, sources
 from infscan.steps.run import Run
-from infscan.steps.run_folder import CONFIG
+from infscan.steps.run_folder import CONFIG, PLAN
 from infscan.steps.search import Search, cores, file_groups, search_files
 from infscan.storage import Store
 
 log = logging.getLogger("infscan")
 
-# What the index found, and the corpus of these rows alone; both in the answer's folder.
-CANDIDATES, CHOSEN = "candidates.parquet", "candidates"
+# What the index found, in the answer's folder; and the corpus of what several indexes have, where not all of it is.
+CANDIDATES, INDEXED = "candidates.parquet", "indexed"
 # Items of work that a search is cut into, at most, on a cluster.
 _GROUPS = 256
 
@@ -125,16 +127,16 @@ def ask_config(found: Indexes, job: AskJob) -> Config:
         completion=job.completion,
         contrast=job.contrast,
     )
+    named = ", ".join(one.store.uri for one in found)
     config = replace(
         config,
         output=absolute(job.output),
         queries=asked,
         scan=replace(
             config.scan, top_k=job.top_k, candidates=job.candidates, sides=job.sides, shard_sequences=None,
-            check_sequences=0,
+            check_sequences=0, scores=Scores.top, sieve=None, sieve_candidates=None, candidates_from=named,
+            audit_sequences=job.audit_sequences,
         ),
-        # A sample was taken when the index was made.
-        corpus=replace(config.corpus, max_sequences=None, sample=None),
         cluster=job.cluster,
     )  # fmt: skip
     if len(found) > 1:
@@ -143,7 +145,8 @@ def ask_config(found: Indexes, job: AskJob) -> Config:
         if job.corpus is not None:
             raise ConfigError("corpus= says where one corpus is now; with several indexes leave it out.")
         paths = {f"part-{number:03d}": one.made_with.corpus.path for number, one in enumerate(found)}
-        config = replace(config, corpus=replace(config.corpus, path="", paths=paths))
+        # What each of them took a sample of is in its own plan.
+        config = replace(config, corpus=replace(config.corpus, path="", paths=paths, max_sequences=None, sample=None))
     if job.model is not None:
         config = replace(config, model=replace(config.model, path=absolute(job.model, only_existing=True)))
     if job.factors is not None:
@@ -157,41 +160,87 @@ def ask_config(found: Indexes, job: AskJob) -> Config:
     return config
 
 
+def indexed(run: Run, corpus: AddressableCorpus, found: Indexes, factors: Factors) -> AddressableCorpus:
+    """The corpus whose sequences the indexes have, all of them planned.
+
+    Raises:
+        RunError: where an index is of another model, corpus or factors, by name.
+    """
+    parts = _parts(corpus, found)
+    for part, one in zip(parts, found, strict=True):
+        check_fields(run, part, one, factors)
+    if len(found) == 1 or all(one.manifest.rows == part.sequences for part, one in zip(parts, found, strict=True)):
+        return corpus
+    plans = [Plan.from_json(one.store.read_json(PLAN), part.chosen) for part, one in zip(parts, found, strict=True)]
+    ids = [plan.selection.ids() + first for plan, first in zip(plans, _first_ids(parts), strict=True)]
+    describe_filtered(run.store / INDEXED, corpus, np.concatenate(ids))
+    return open_corpus(run.store / INDEXED, corpus.reading)
+
+
+def _parts(corpus: AddressableCorpus, found: Indexes) -> Sequence[AddressableCorpus]:
+    """The corpus of every index."""
+    base = corpus.base if isinstance(corpus, FilteredCorpus) and len(found) > 1 else corpus
+    return base.parts if isinstance(base, JoinedCorpus) and len(found) > 1 else [base]
+
+
+def _first_ids(parts: Sequence[AddressableCorpus]) -> list[int]:
+    """The number of the first sequence of each."""
+    return np.cumsum([0, *(part.sequences for part in parts[:-1])]).tolist()
+
+
 def candidates(
     run: Run, corpus: AddressableCorpus, found: Indexes, factors: Factors, *, verify: bool = True
-) -> AddressableCorpus:
-    """The sequences that the index chooses for any query, as a filtered corpus in the answer's folder.
+) -> NDArray[np.int64]:
+    """The sequences that the index chooses for any query, ascending.
 
     Of every query and side the C = scan.candidates best rows by the index, which candidates.parquet lists. An answer
     that goes on takes those that it has.
 
     Raises:
-        RunError: where an index is of another model, corpus or factors, by name; where nothing is found.
-        DamagedError: where a file of it does not hold what was written.
+        RunError: where nothing is found.
+        DamagedError: where a file of an index does not hold what was written.
     """
-    parts = corpus.parts if isinstance(corpus, JoinedCorpus) and len(found) > 1 else [corpus]
-    for part, one in zip(parts, found, strict=True):
-        check_fields(run, part, one, factors)
     config = run.config
     of_index = [one.manifest.fingerprint for one in found]
     of_queries = [run.inputs.fingerprints(), factors.inverse.fingerprint]
     key = fingerprint([of_index, of_queries, config.candidates, config.sides])
-    chosen = _chosen_before(run, key)
-    if chosen is None:
-        first_ids = np.cumsum([0, *(part.sequences for part in parts)]).tolist()
-        codes = query_codes(run, found[0], factors)
-        best = search(run, list(zip(found, first_ids, strict=False)), codes, verify=verify)
-        if not len(best):
-            raise RunError(f"{found[0].store.uri} has no row with a score above zero on the sides asked for.")
-        run.folder.fence()
-        run.store.write(CANDIDATES, to_parquet(candidates_table(run.inputs.query_ids, best), {"fingerprint": key}))
-        chosen = np.unique(best.sequence_ids)
-    describe_filtered(run.store / CHOSEN, corpus, chosen)
-    log.info("candidates  %d of %d sequences are scored in full", len(chosen), sum(one.manifest.rows for one in found))
-    return open_corpus(run.store / CHOSEN, corpus.reading)
+    before = _chosen_before(run, key)
+    if before is not None:
+        return before
+    codes = query_codes(run, found[0], factors)
+    of_parts = list(zip(found, _first_ids(_parts(corpus, found)), strict=True))
+    best = search(run, of_parts, codes, verify=verify)
+    if not len(best):
+        raise RunError(f"{found[0].store.uri} has no row with a score above zero on the sides asked for.")
+    self_influence = self_influences(of_parts, np.unique(best.sequence_ids))
+    run.folder.fence()
+    listed = candidates_table(run.inputs.query_ids, best, self_influence)
+    run.store.write(CANDIDATES, to_parquet(listed, {"fingerprint": key}))
+    return np.unique(best.sequence_ids)
 
 
-def _chosen_before(run: Run, key: str) -> np.ndarray | None:
+def self_influences(of_parts: Sequence[tuple[OpenIndex, int]], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the indexes say of the self-influence of some sequences (ascending). Files that have none are not read."""
+    found = np.full(len(ids), np.nan, np.float32)
+    ends = [first for _, first in of_parts[1:]] + [np.iinfo(np.int64).max]
+    for (one, first_id), end in zip(of_parts, ends, strict=True):
+        mine = slice(*np.searchsorted(ids, [first_id, end]))
+        for name in _files_of(one, ids[mine] - first_id):
+            columns = read_columns(one.store, name, ["sequence_id", "self_influence"], one.manifest.files[name].seal)
+            place = np.searchsorted(ids, columns["sequence_id"] + first_id)
+            known = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == columns["sequence_id"] + first_id)
+            found[place[known]] = columns["self_influence"][known]
+    return found
+
+
+def _files_of(one: OpenIndex, ids: NDArray[np.int64]) -> list[str]:
+    """The files that some of an index's sequences may be in: they are in the order of its sequences."""
+    names = sorted(one.manifest.files)
+    shards = read_parquet(one.store, "shards.parquet", ["first_sequence_id"])["first_sequence_id"].to_numpy()
+    return [names[place] for place in np.unique(np.searchsorted(shards, ids, side="right") - 1).tolist()]
+
+
+def _chosen_before(run: Run, key: str) -> NDArray[np.int64] | None:
     """What an earlier process chose of the same index for the same questions; None where it did not."""
     if not run.store.exists(CANDIDATES):
         return None
@@ -203,8 +252,15 @@ def _chosen_before(run: Run, key: str) -> np.ndarray | None:
     return np.unique(table["sequence_id"].to_numpy()) if footer["fingerprint"] == key else None
 
 
-def candidates_table(query_ids: Sequence[str], best: ScoredRows) -> pa.Table:
-    """What the index found: query_id, side, rank (1 = strongest by the index), sequence_id, index_score."""
+def candidates_table(query_ids: Sequence[str], best: ScoredRows, self_influence: NDArray[np.float32]) -> pa.Table:
+    """What the index found: query_id, side, rank (1 = strongest by the index), sequence_id, index_score, and
+    relative_score, which is index_score / sqrt(self-influence) (l-RelatIF; Barshan, Brunet and Dziugaite 2020).
+
+    self_influence: of the sequences, ascending.
+    """
+    places = np.searchsorted(np.unique(best.sequence_ids), best.sequence_ids)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = best.scores / np.sqrt(self_influence[places])
     keys = best.queries.astype(np.int64) * len(SIDES) + best.sides
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     ranks = np.arange(len(best)) - np.repeat(starts, np.diff([*starts.tolist(), len(best)]))
@@ -215,6 +271,7 @@ def candidates_table(query_ids: Sequence[str], best: ScoredRows) -> pa.Table:
             "rank": pa.array(ranks + 1, pa.int32()),
             "sequence_id": best.sequence_ids,
             "index_score": best.scores,
+            "relative_score": pa.array(relative.astype(np.float32), from_pandas=True),
         }
     )
 

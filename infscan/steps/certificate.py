@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ class Searched:
     """What summary.json says of a run that scanned candidates alone.
 
     planned: what the run is of. candidates, audited: how many. sieve: what the sieve's pass counted, and the
-    shards that it gave up; None without one. certificate: None without an audit. spread: of all planned sequences'
-    scores, as the audit has them; None where it is no uniform sample.
+    shards that it gave up; None without one. certificate, spread: what the audit says of what was missed, and of how
+    all scores are spread; None without one.
     """
 
     planned: Plan
@@ -54,7 +54,7 @@ def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
         if given_up or scanned.quarantined:
             found = unknown(chosen, "shards were given up, so that the audit is no uniform sample")
         else:
-            found, spread = certified(run, chosen)
+            found, spread = certified(run, chosen), audit_spread(run, chosen)
         found["sentence"] = sentence(found)
     counts = chosen.sieve.counts if chosen.sieve else None
     return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found, spread)
@@ -66,18 +66,13 @@ def unknown(chosen: Chosen, reason: str) -> dict[str, Any]:
     return {"confidence": CONFIDENCE, "audited": len(chosen.audited), "together": None, "reason": reason, "queries": {}}
 
 
-def certified(run: Run, chosen: Chosen) -> tuple[dict[str, Any], Spread]:
-    """By query and side, and of all together, from the scores of what was scanned in full; and how the audit's are
-    spread."""
+def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
+    """By query and side, and of all together, from the scores of what was scanned in full."""
     assert chosen.found is not None
     assert chosen.audited is not None
     config, audit = run.config, Audit(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
-    audited: list[NDArray[np.float32]] = []
-    for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
-        names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
-        ids, scores_nq = read_scores(run, chosen.plan, names)
-        audited.append(scores_nq[np.searchsorted(ids, chosen.audited)])
+    for names, ids, scores_nq in _scores(run, chosen.plan):
         for name, scores in zip(names, scores_nq.T, strict=True):
             for side in config.sides:
                 evidence[name, side] = evidence_of(ids, strength(scores, side), chosen.found, chosen.audited)
@@ -85,16 +80,39 @@ def certified(run: Run, chosen: Chosen) -> tuple[dict[str, Any], Spread]:
     queries: dict[str, dict[str, Any]] = {}
     for (name, side), mine in evidence.items():
         queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k, len(evidence)))
-    spread = Spread(len(run.queries), audit.audited / audit.rows)
-    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
-    found = {
+    # Where questions that have nothing to do with each other were asked together, each has its own.
+    sentences = {}
+    for name in queries if len(queries) > 1 else ():
+        of_sides = [evidence[name, side] for side in config.sides]
+        mine_alone = certify_together(of_sides, audit, config.scan.top_k)
+        sentences[name] = sentence(_said(chosen, mine_alone), "this query's sides")
+    return _said(chosen, together) | {"queries": queries, "sentences": sentences}
+
+
+def _said(chosen: Chosen, together: Certificate) -> dict[str, Any]:
+    assert chosen.audited is not None
+    return {
         "confidence": CONFIDENCE,
         "audited": len(chosen.audited),
         "together": stated(together),
         "reason": together.reason,
-        "queries": queries,
     }
-    return found, spread
+
+
+def audit_spread(run: Run, chosen: Chosen) -> Spread:
+    """How all planned scores are spread, by the audit's: a uniform sample of them."""
+    assert chosen.audited is not None
+    spread = Spread(len(run.queries), sampled=True)
+    audited = [scores_nq[np.searchsorted(ids, chosen.audited)] for _, ids, scores_nq in _scores(run, chosen.plan)]
+    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
+    return spread
+
+
+def _scores(run: Run, plan: Plan) -> Iterator[tuple[list[str], NDArray[np.int64], NDArray[np.float32]]]:
+    """Names, sequence ids and scan scores [n, Q] of some queries at a time."""
+    for first in range(0, len(run.queries), _QUERIES_AT_ONCE):
+        names = [query.id for query in run.queries[first : first + _QUERIES_AT_ONCE]]
+        yield names, *read_scores(run, plan, names)
 
 
 def evidence_of(
@@ -136,14 +154,14 @@ def stated(found: Certificate) -> dict[str, Any]:
     }
 
 
-def sentence(found: Mapping[str, Any]) -> str:
+def sentence(found: Mapping[str, Any], over: str = "all queries and sides") -> str:
     """A certificate in one sentence, which the screen, the page and run.parquet have."""
     mine = found["together"]
     if mine is None or mine["at_least"] is None:
         return f"How many of the strongest sequences were missed is not known: {found['reason']}."
     without = int(mine["without_assumption"] * mine["top"])
     return (
-        f"At least {mine['at_least']:,} of the {mine['top']:,} strongest rows, over all queries and sides, are in this "
+        f"At least {mine['at_least']:,} of the {mine['top']:,} strongest rows, over {over}, are in this "
         f"table ({found['confidence']:.0%} confidence; from {found['audited']:,} sequences drawn at random and scanned "
         f"in full, if rows further out than the top {mine['tail_fraction']:.2g} of the corpus are found no less often "
         f"than those there; without that, at least {without:,}). Strongest is by the scan's score over all tracked "

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from infscan.config import ClusterConfig, Config, CorpusConfig, Solver, addresses, stage_output, stored_config
+from infscan.config import (
+    ClusterConfig,
+    Config,
+    CorpusConfig,
+    Solver,
+    addresses,
+    from_yaml,
+    stage_output,
+    stored_config,
+)
+from infscan.config.jobs import IndexJob
 from infscan.corpus.addressable import AddressableCorpus, is_prepared
 from infscan.corpus.tokenizer import is_hub_id
 from infscan.errors import ConfigError, RunError
@@ -53,8 +63,10 @@ def finished_config(uri: str) -> Config:
     read_summary(uri)
     _check_committed(store)
     data = store.read(CONFIG)
+    text = data.decode(errors="replace")
     try:
-        config: Config = stored_config(data.decode(errors="replace"), store.uri)
+        # A run may be an index too.
+        config: Config = stored_config(text, store.uri, IndexJob if "index" in from_yaml(text) else Config)
     except ConfigError as error:
         raise RunError(f"{store.uri}/{CONFIG} is damaged ({error}); restore it.") from None
     _check_addresses(store, data, config, of_corpora=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infscan.config import fingerprint, plain
 from infscan.config.jobs import IndexConfig
+from infscan.corpus import sequences as corpus_of
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, shard_name
 from infscan.corpus.read_ahead import Reads
@@ -28,7 +29,8 @@ from infscan.influence.layers import Layer
 from infscan.influence.packed import Stored, store
 from infscan.influence.precision import multiplying
 from infscan.influence.routed import Routed
-from infscan.model.worker import LayerConsumer, ModelWorker
+from infscan.model.suffix import ends_at
+from infscan.model.worker import ModelWorker
 from infscan.results.index_file import (
     FOLDER,
     MANIFEST,
@@ -87,12 +89,33 @@ def index_fields(inputs: Inputs, corpus: AddressableCorpus, factors: Factors, se
     }
 
 
-def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, settings: IndexConfig) -> IndexManifest:
-    """Write the codes of every shard whose file is not there yet, and index.json.
+@dataclass(frozen=True)
+class IndexPass:
+    """What indexing a plan is: by a pass of its own (`index`), or beside a scan of the plan (`infscan.steps.scan`).
+
+    fields, by_layer: as of `IndexManifest`. fingerprint: what every file's header has.
+    """
+
+    store: Store
+    fields: dict[str, Any]
+    by_layer: dict[str, int]
+    layers: tuple[Layer, ...]
+    inverse: Preconditioner
+    code: CodeSettings
+    gradient_norm: bool
+    fingerprint: str
+
+    def codes(self, shard: str) -> CodesTask:
+        """A shard's part."""
+        return CodesTask(self.store, shard, self.layers, self.inverse, self.code, self.gradient_norm, self.fingerprint)
+
+
+def index_pass(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, settings: IndexConfig) -> IndexPass:
+    """Begin an index, or go on with it: from here on it is not finished.
 
     Raises:
-        RunError: where a shard is given up: an index has all its rows, or is not finished.
-        StorageError: where a local disk has no space for them.
+        RunError: for files of another index.
+        StorageError: where a local disk has no space for what is missing.
     """
     code, layers = code_settings(settings), indexed_layers(run.inputs.layers, settings.layers)
     fields = index_fields(run.inputs, corpus, factors, settings)
@@ -100,32 +123,38 @@ def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, set
     by_layer = {layer.name: code.code_bytes(layer) for layer in layers}
     run.folder.fence()
     run.store.remove(MANIFEST)
-    files = _finished(run, plan, key)
-    left = plan.selection.size - sum(file.rows for file in files.values())
-    check_disk_for_index(left, row_bytes(by_layer), run.store)
+    made = IndexPass(run.store, fields, by_layer, layers, factors.inverse, code, settings.gradient_norm, key)
+    left = plan.selection.size - sum(file.rows for file in finished(run, plan, made).values())
+    row = row_bytes(by_layer, gradient_norm=settings.gradient_norm)
+    check_disk_for_index(left, row, run.store)
     log.info(
         "index       %d rows of %d bytes (%d coordinates of %d bits in %d layers): %s",
         plan.selection.size,
-        row_bytes(by_layer),
+        row,
         sum(code.coordinates(layer) for layer in layers),
         code.bits,
         len(layers),
-        size(plan.selection.size * row_bytes(by_layer)),
+        size(plan.selection.size * row),
     )
+    return made
+
+
+def index(run: Run, plan: Plan, corpus: AddressableCorpus, made: IndexPass) -> IndexManifest:
+    """Write the codes of every shard whose file is not there yet, and index.json.
+
+    Raises:
+        RunError: where a shard is given up: an index has all its rows, or is not finished.
+    """
+    files = finished(run, plan, made)
+
     address = CorpusAddress.of(corpus)
 
     def task(number: int) -> IndexTask:
         return IndexTask(
-            run=run.store,
             corpus=address,
-            shard=shard_name(number),
             sequence_ids=plan.ids(number),
-            layers=layers,
-            inverse=factors.inverse,
-            code=code,
-            gradient_norm=settings.gradient_norm,
             tokens_per_batch=run.config.tokens_per_batch,
-            fingerprint=key,
+            codes=made.codes(shard_name(number)),
         )
 
     step = Step(
@@ -138,11 +167,23 @@ def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, set
         progress=lambda number, file: (file.rows, file.tokens),
         reads=lambda number: Reads(address, plan.ids(number)),
     )
-    run.executor.run(step, lambda number, file: files.update({codes_path(shard_name(number)): file}))
+    run.executor.run(step)
     run.executor.forget()
-    manifest = IndexManifest(fields, by_layer, dict(sorted(files.items())))
+    return finish_index(run, plan, made)
+
+
+def finish_index(run: Run, plan: Plan, made: IndexPass) -> IndexManifest:
+    """Write index.json, of the files that are there.
+
+    Raises:
+        RunError: where not all shards' are: an index has all its rows, or is not finished.
+    """
+    manifest = IndexManifest(made.fields, made.by_layer, dict(sorted(finished(run, plan, made).items())))
     if manifest.rows != plan.selection.size:
-        raise RunError(f"{run.store.uri} has {manifest.rows} rows where {plan.selection.size} were planned.")
+        raise RunError(
+            f"{run.store.uri} has codes of {manifest.rows} sequences where {plan.selection.size} are planned, so that "
+            "the index is not finished; run the same command again."
+        )
     if manifest.nonfinite:
         run.telemetry.warn(
             f"{manifest.nonfinite} sequences have gradients that are NaN or infinite: no query finds them"
@@ -152,7 +193,7 @@ def index(run: Run, plan: Plan, corpus: AddressableCorpus, factors: Factors, set
     return manifest
 
 
-def _finished(run: Run, plan: Plan, key: str) -> dict[str, CodesFile]:
+def finished(run: Run, plan: Plan, made: IndexPass) -> dict[str, CodesFile]:
     """The files that are there, by name; one that is damaged is removed, to be made again.
 
     Raises:
@@ -161,7 +202,7 @@ def _finished(run: Run, plan: Plan, key: str) -> dict[str, CodesFile]:
 
     def look(name: str) -> tuple[str, CodesFile | DamagedError]:
         try:
-            return name, read_header(run.store, name, key)
+            return name, read_header(run.store, name, made.fingerprint)
         except DamagedError as error:
             return name, error
 
@@ -179,45 +220,41 @@ def _finished(run: Run, plan: Plan, key: str) -> dict[str, CodesFile]:
 
 
 @dataclass(frozen=True)
-class IndexTask:
-    """One shard of an index."""
+class CodesTask:
+    """The codes of a shard: what is kept of each sequence, and where."""
 
     run: Store
-    corpus: CorpusAddress
     shard: str
-    sequence_ids: np.ndarray
     layers: tuple[Layer, ...]
     inverse: Preconditioner
     code: CodeSettings
     gradient_norm: bool
-    tokens_per_batch: int
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """One shard of an index that has a pass of its own."""
+
+    corpus: CorpusAddress
+    sequence_ids: np.ndarray
+    tokens_per_batch: int
+    codes: CodesTask
 
 
 @multiplying("exact")
 def index_task(worker: ModelWorker, task: IndexTask) -> CodesFile | None:
     """Write the codes of a shard's sequences in one atomic put; returns what index.json says of it, on rank 0."""
-    codes = worker.cached("codes", task.fingerprint, lambda: layer_codes(worker, task.code, task.layers, task.inverse))
-    with worker.span("read", shard=task.shard):
+    with worker.span("read", shard=task.codes.shard):
         sequences = worker.read(task.corpus, task.sequence_ids)
-    rows = _Rows(worker, task, len(sequences))
+    layers = task.codes.layers
+    codes, end = ShardCodes(worker, task.codes, len(sequences)), ends_at(layers)
     for batch in worker.batches(sequences, task.tokens_per_batch):
-        rows.begin(worker.to_device(batch.rows))
-        losses_b = worker.backward(batch, task.layers, batch.loss(), rows.encoding(codes), ones=False)
+        codes.begin(worker.to_device(batch.rows))
+        losses_b = worker.backward(batch, layers, batch.loss(), codes.consume, ones=False, ends_at=end)
         if batch.scored:
-            rows.losses_n[rows.now] = losses_b
-    columns = rows.columns([len(sequence) for sequence in sequences])
-    if not worker.leads:
-        return None
-    path = codes_path(task.shard)
-    nonfinite = int((columns.pop("finite") == 0).sum())
-    counts = {"rows": len(sequences), "tokens": int(columns["tokens"].sum()), "nonfinite": nonfinite}
-    with worker.span("write", shard=task.shard):
-        data, seal = codes_bytes(path, columns, task.fingerprint, counts)
-        if not task.run.create(path, data):
-            # Another attempt was first: its file is the one that counts, also where kernels round differently.
-            return read_header(task.run, path, task.fingerprint)
-    return CodesFile(len(data), counts["rows"], counts["tokens"], nonfinite, seal)
+            codes.losses_n[codes.now] = losses_b
+    return codes.write(sequences, task.sequence_ids)
 
 
 def layer_codes(
@@ -232,11 +269,17 @@ def layer_codes(
     return {layer.name: one(layer) for layer in layers}
 
 
-class _Rows:
-    """What is known of a shard's sequences, row by row, on the device; each rank fills in its micro-batches'."""
+class ShardCodes:
+    """What is known of a shard's sequences, row by row, on the device; each rank fills in its micro-batches'.
 
-    def __init__(self, worker: ModelWorker, task: IndexTask, n: int) -> None:
+    now: the micro-batch's rows. losses_n: of all rows, which whoever goes back through the model fills in.
+    """
+
+    def __init__(self, worker: ModelWorker, task: CodesTask, n: int) -> None:
         self.worker, self.task = worker, task
+        self.maps = worker.cached(
+            "codes", task.fingerprint, lambda: layer_codes(worker, task.code, task.layers, task.inverse)
+        )
         self.now = torch.zeros(0, dtype=torch.int64)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -252,15 +295,31 @@ class _Rows:
         """A micro-batch's rows."""
         self.now = rows
 
-    def encoding(self, codes: dict[str, LayerCode]) -> LayerConsumer:
-        def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
-            u_bd = codes[layer.name].of_tokens(s, a, routed).float()
-            self.bad_n[self.now] |= (~torch.isfinite(u_bd).all(dim=1)).to(torch.int32)
-            self._keep(layer, store(u_bd.cpu().numpy(), self.task.code.bits, layer.size))
-            if self.task.gradient_norm:
-                self.norms_n[self.now] += squared_norms(layer, s, a, routed)
+    def consume(self, layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        """Encode a layer of the micro-batch; a layer that is not indexed passes by."""
+        if layer.name not in self.maps:
+            return
+        u_bd = self.maps[layer.name].of_tokens(s, a, routed).float()
+        self.bad_n[self.now] |= (~torch.isfinite(u_bd).all(dim=1)).to(torch.int32)
+        self._keep(layer, store(u_bd.cpu().numpy(), self.task.code.bits, layer.size))
+        if self.task.gradient_norm:
+            self.norms_n[self.now] += squared_norms(layer, s, a, routed)
 
-        return consume
+    def write(self, sequences: Sequence[corpus_of.Sequence], ids: np.ndarray) -> CodesFile | None:
+        """Write the file in one atomic put; returns what index.json says of it, on rank 0."""
+        task = self.task
+        columns = self._columns([len(sequence) for sequence in sequences], ids)
+        if not self.worker.leads:
+            return None
+        path = codes_path(task.shard)
+        nonfinite = int((columns.pop("finite") == 0).sum())
+        counts = {"rows": len(sequences), "tokens": int(columns["tokens"].sum()), "nonfinite": nonfinite}
+        with self.worker.span("write", shard=task.shard):
+            data, seal = codes_bytes(path, columns, task.fingerprint, counts)
+            if not task.run.create(path, data):
+                # Another attempt was first: its file is the one that counts, also where kernels round differently.
+                return read_header(task.run, path, task.fingerprint)
+        return CodesFile(len(data), counts["rows"], counts["tokens"], nonfinite, seal)
 
     def _keep(self, layer: Layer, kept: Stored) -> None:
         to = self.worker.to_device
@@ -268,11 +327,11 @@ class _Rows:
         for kind, values in (("scale", kept.scales), ("rms", kept.rms), ("left_out", kept.left_out)):
             self.norms[kind, layer.name][self.now] = to(values.astype(np.float32))
 
-    def columns(self, lengths: Sequence[int]) -> dict[str, Any]:
+    def _columns(self, lengths: Sequence[int], ids: np.ndarray) -> dict[str, Any]:
         """The file's columns, and `finite`, on rank 0."""
         task, reduce = self.task, self.worker.reduce
         found: dict[str, Any] = {
-            "sequence_id": np.asarray(task.sequence_ids, np.int64),
+            "sequence_id": np.asarray(ids, np.int64),
             "tokens": np.asarray(lengths, np.int32),
             "loss": reduce(self.losses_n).float().cpu().numpy(),
         }

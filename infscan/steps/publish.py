@@ -133,6 +133,14 @@ def publish(run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, r
     commit(run.store, _manifest(run, plan, scanned, publisher, summary), run.folder.fence)
 
 
+def _spread(corpus: AddressableCorpus, scanned: Scanned, searched: Searched | None) -> Spread | None:
+    """How all scores are spread. Those of a filter's or a search's candidates, the strongest of a corpus, do not say;
+    a search has its audit's."""
+    if isinstance(corpus, FilteredCorpus):
+        return None
+    return scanned.counts.spread if searched is None else searched.spread
+
+
 def _steady(found: Stability, ranking: Ranking) -> dict[str, pa.Array]:
     low, high = found.of(ranking)
     unknown = np.isnan(low)
@@ -259,14 +267,6 @@ def _summary(
         "storage_faults": _storage_faults(run, workers),
         "phases": run.telemetry.phases,
     }
-
-
-def _spread(corpus: AddressableCorpus, scanned: Scanned, searched: Searched | None) -> Spread | None:
-    """Of all planned sequences' scores: of candidates, the strongest of a corpus, they say nothing of how far a row
-    stands out of all, and an audit's do."""
-    if isinstance(corpus, FilteredCorpus):
-        return None
-    return scanned.counts.spread if searched is None else searched.spread
 
 
 def _add_search(summary: dict[str, Any], searched: Searched) -> None:

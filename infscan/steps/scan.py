@@ -33,6 +33,7 @@ from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.model.worker import LayerConsumer, ModelWorker
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import check_scores, scores_path, write_scores
+from infscan.results.index_file import codes_path
 from infscan.results.manifest import SUCCESS
 from infscan.results.schema import damaged
 from infscan.results.shard_file import (
@@ -47,6 +48,7 @@ from infscan.results.shard_file import (
 )
 from infscan.results.statements import HUB_RANK
 from infscan.secrets import redact
+from infscan.steps.index import CodesTask, IndexPass, ShardCodes, finished
 from infscan.steps.queries import BroadcastQueries, on_device
 from infscan.steps.run import Run
 from infscan.storage import Store
@@ -100,10 +102,15 @@ class Scanned:
 
 
 def scan(
-    run: Run, plan: Plan, corpus: AddressableCorpus, batch: BroadcastQueries, how: ScanPass | None = None
+    run: Run,
+    plan: Plan,
+    corpus: AddressableCorpus,
+    batch: BroadcastQueries,
+    how: ScanPass | None = None,
+    beside: IndexPass | None = None,
 ) -> Scanned:
     """Scan every shard whose file is not there yet; thresholds come from the files that are. how: `whole` where it is
-    not given.
+    not given. beside: an index of the same plan, whose codes are written in the same pass.
 
     Raises:
         RunError: where more sequences than scan.max_nonfinite allows have scores that are NaN or infinite.
@@ -112,8 +119,9 @@ def scan(
     fields = {"plan": plan.to_json(), "queries": batch.fingerprint, **corpus.reading.fields(), **how.fields}
     run_fingerprint = fingerprint(fields)
     _begin(run, how.store)
+    coded = None if beside is None else set(finished(run, plan, beside))
     tally = _Tally(run, plan, run_fingerprint, how, batch)
-    done = tally.add_finished()
+    done = tally.add_finished(coded)
     address = CorpusAddress.of(corpus)
 
     def task(number: int) -> ScanTask:
@@ -136,6 +144,7 @@ def scan(
             layers=how.layers,
             ends_at=how.ends_at,
             tokens=how.tokens,
+            codes=None if beside is None else beside.codes(shard_name(number)),
         )
 
     step = Step(
@@ -179,8 +188,11 @@ class _Tally:
         """Of all columns of the batch."""
         return self.tracker.thresholds + self.background.thresholds
 
-    def add_finished(self) -> NDArray[np.bool_]:
+    def add_finished(self, coded: Set[str] | None = None) -> NDArray[np.bool_]:
         """Add the shards whose files are in storage; one that is damaged, or whose scores are gone, is removed.
+
+        coded: the files of codes that are there; None where there is no index beside. A shard without its codes is
+        done again, and its own file stays the one that counts.
 
         Returns which are done.
 
@@ -197,8 +209,10 @@ class _Tally:
                 self.run.folder.fence()
                 store.remove(shard_path(shard_name(number)))
                 done[number] = False
-            else:
+            elif coded is None or codes_path(shard_name(number)) in coded:
                 self._sum(found)
+            else:
+                done[number] = False
         return done
 
     def _read(self, number: int, scored: Set[str] | None) -> tuple[int, ShardResult | DamagedError]:
@@ -274,13 +288,16 @@ class ScanTask:
     tokens: bool = True
     # Where dense scores go; None: where the shard's file does.
     scores: Store | None = None
+    # Of an index beside.
+    codes: CodesTask | None = None
 
 
 @multiplying("exact")
 def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBatch) -> ShardResult | None:
     """Score every sequence of the shard and write its file; returns what was written, on rank 0.
 
-    score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores go before the shard's file.
+    score[n, q] = sum over layers and tokens of s_t^T P_q a_t, float32. Dense scores and an index's codes go before the
+    shard's file.
     """
     queries = worker.cached("queries", task.query_batch, lambda: on_device(worker, query_batch, task.query_dtype))
     with worker.span("read", shard=task.shard):
@@ -288,13 +305,21 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
     layers = worker.layers if task.layers is None else task.layers
     scores_nq = torch.zeros(len(sequences), len(task.query_ids), dtype=worker.wide, device=worker.device)
     losses_n = torch.zeros(len(sequences), dtype=worker.wide, device=worker.device)
+    codes = None if task.codes is None else ShardCodes(worker, task.codes, len(sequences))
     for batch in worker.batches(sequences, task.tokens_per_batch):
         rows = worker.to_device(batch.rows)
         partial_bq = torch.zeros(len(batch.rows), len(task.query_ids), dtype=worker.wide, device=worker.device)
         consume = scoring(partial_bq, queries)
+        if codes is not None:
+            codes.begin(rows)
+            consume = both(consume, codes.consume)
         losses_b = worker.backward(batch, layers, batch.loss(), consume, ones=False, ends_at=task.ends_at)
         if batch.scored:
             scores_nq[rows], losses_n[rows] = partial_bq, losses_b
+    if codes is not None:
+        # Ranks sum into what they reduce.
+        codes.losses_n.copy_(losses_n)
+        codes.write(sequences, task.sequence_ids)
     scores_nq, losses_n = worker.reduce(scores_nq), worker.reduce(losses_n)
     if not worker.leads:
         return None
@@ -333,6 +358,16 @@ def _kept(task: ScanTask, scores_nq: Tensor) -> ScoredRows:
     rest_nq, bars = scores_nq[:, task.own :], task.thresholds.after(task.own)
     others = shard_rows(rest_nq, task.sequence_ids, task.sides, HUB_RANK, bars)
     return ScoredRows.concatenate([own, others.less(-task.own)])
+
+
+def both(one: LayerConsumer, other: LayerConsumer) -> LayerConsumer:
+    """Two consumers of one backward."""
+
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        one(layer, s, a, routed)
+        other(layer, s, a, routed)
+
+    return consume
 
 
 def scoring(scores_bq: Tensor, queries: Mapping[str, LayerQueries]) -> LayerConsumer:

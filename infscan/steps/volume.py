@@ -163,12 +163,15 @@ def check_disk_for_index(rows: int, row_bytes: int, store: Store) -> None:
 
 
 def _refuse(place: str, parts: Mapping[str, int], free: int | None, remedy: str) -> None:
+    if said := no_room(place, parts, free):
+        raise StorageError(f"{said}; free some space, choose a folder on another disk, or give {remedy}.")
+
+
+def no_room(place: str, parts: Mapping[str, int], free: int | None) -> str | None:
+    """What is said where these bytes will not fit; free: None of an object store."""
     total = sum(parts.values())
     if free is None or total <= free:
-        return
+        return None
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     written = ", ".join(f"{name} {size(parts[name])}" for name in largest)
-    raise StorageError(
-        f"{place}: about {size(total)} will be written ({written}), and the disk has {size(free)} free; free some "
-        f"space, choose a folder on another disk, or give {remedy}."
-    )
+    return f"{place}: about {size(total)} will be written ({written}), and the disk has {size(free)} free"

@@ -54,11 +54,11 @@ def test_median_and_scale_are_near_the_exact_ones() -> None:
     assert (np.abs(spread.centres_q - median) < 0.05 * mad).all()
 
 
-def test_sums_of_a_share_stand_for_all() -> None:
-    scores = drawn()
-    half = Spread(3, share=0.5)
-    half.add(ShardSpread.of(scores))
-    np.testing.assert_allclose(half.sums_qs, 2 * whole([scores]).sums_qs)
+def test_sums_of_a_sample_are_not_known() -> None:
+    sample = Spread(3, sampled=True)
+    sample.add(ShardSpread.of(drawn()))
+    assert np.isnan(sample.sums_qs).all()
+    np.testing.assert_array_equal(sample.centres_q, whole([drawn()]).centres_q)
 
 
 def test_what_is_not_finite_takes_no_part() -> None:

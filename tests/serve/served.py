@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from infscan import pipeline
-from infscan.config import Backend, ClusterConfig
+from infscan.config import Backend, ClusterConfig, QueriesConfig
 from infscan.config.jobs import IndexConfig, IndexJob, ServeJob
 from tests.report.finished import write_hostile
 from tests.steps.runs import in_process, small_run, tiny_model
@@ -23,7 +23,8 @@ def text_index(folder: Path) -> Path:
     tiny_model(folder / "model", tokenizer=True, context=128)
     write_hostile(folder)
     config = small_run(folder, "corpus.tokens_field=null", "corpus.sequence_length=128")
-    job = IndexJob(**vars(in_process(config)) | {"output": str(folder / "index")}, index=IndexConfig(bits=8))
+    made = vars(in_process(config)) | {"output": str(folder / "index"), "queries": QueriesConfig(path="")}
+    job = IndexJob(**made, index=IndexConfig(bits=8))
     pipeline.make_index(job)
     return folder / "index"
 

@@ -48,6 +48,8 @@ def test_an_answer_is_the_row_of_a_run(index: Path, server: Server) -> None:
     assert [[row[name] for name in names] for row in seen["rows"]] == [[row[name] for name in names] for row in wanted]
     texts = dict(zip(*(read_run(uri).sequences()[name].to_pylist() for name in ("sequence_id", "text")), strict=True))
     assert all(row["text"] == texts[row["sequence_id"]] for row in seen["rows"])
+    summary, (answer,) = read_run(uri).summary, read_run(uri).answers().to_pylist()
+    assert (seen["certificate"], seen["verdict"]) == (summary["certificate"]["sentence"], answer["verdict"] or "")
     # The run folder is as checkable as a scan's.
     assert read_run(str(Path(server.desk.store.uri) / seen["run"])).summary["counts"]["published"]["rows"] == 10
 
@@ -61,6 +63,8 @@ def test_clients_at_once_lose_nothing_and_get_their_own_answers(server: Server, 
         assert status == 202
         seen = answered(server.uri, asked["id"])
         assert seen["id"] == asked["id"]
+        # Of its own rows, whatever it was asked with.
+        assert ("over all queries" in seen["certificate"]) <= (seen["together"] == 1)
         rows = [(row["side"], row["sequence_id"], row["score"]) for row in seen["rows"]]
         return number % 3, rows, call(server.uri, f"/answers/{asked['id']}")[1]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from infscan.config import Config
-from infscan.config.jobs import PlanConfig, PlanJob
+from infscan.config import Config, QueriesConfig
+from infscan.config.jobs import IndexConfig, IndexJob, PlanConfig, PlanJob
 from infscan.errors import ConfigError
-from infscan.pipeline import answer
+from infscan.pipeline import answer, make_index
 from infscan.results.read import read_summary
 from infscan.results.tensor_files import read_tensors
 from infscan.sizing.devices import DEVICES, Rates
+from infscan.sizing.estimate import Estimate
 from infscan.sizing.hours import Rate, Work, timed
 from infscan.sizing.plan import estimate
 from infscan.steps.factor_files import check_files
 from infscan.storage import Store
 from tests.chaos.one_process import without_ray
-from tests.steps.runs import compose, small_run, text_corpus, text_queries, tiny_model, token_queries
+from tests.steps.runs import compose, in_process, small_run, text_corpus, text_queries, tiny_model, token_queries
 
 
 def job(config: Config, **asked: object) -> PlanJob:
@@ -100,6 +102,43 @@ def test_a_sieve_is_a_pass_of_its_own_and_spares_the_blocks_below_it(tmp_path: P
 
 
 @pytest.mark.slow
+def test_an_index_s_bytes_and_passes_are_planned(tmp_path: Path) -> None:
+    """Bytes to within the files' headers; of a selection of layers less is computed; beside a scan the pass is one."""
+    config = small_run(tmp_path)
+    settings = IndexConfig(width=16, gradient_norm=True)
+    alone = replace(config, queries=QueriesConfig(path=""))
+
+    def planned(of: Config, index: IndexConfig) -> Estimate:
+        return estimate(PlanJob(**vars(of), index=index, plan=PlanConfig(index=True)))
+
+    before = planned(alone, settings)
+    made = vars(in_process(alone)) | {"output": str(tmp_path / "index")}
+    make_index(IndexJob(**made, index=settings))
+    store = Store(str(tmp_path / "index"))
+    files = [entry.size for entry in store.list("codes")]
+    assert before.writes["codes"] == len(files) == 5
+    assert before.bytes == {"codes": 40 * (20 + 4 + 4 * (32 + 8))}
+    assert before.bytes["codes"] <= sum(files) <= before.bytes["codes"] + len(files) * 16_384
+    assert any("184 bytes" in note for note in before.notes)
+    works = {work.name: work for work in before.work}
+    assert works.keys() == {"covariance", "eigenbasis", "lambda", "index"}
+    suffix = {work.name: work for work in planned(alone, replace(settings, layers="layers.1")).work}
+    assert suffix["index"].flop < works["index"].flop
+    beside = planned(config, settings)
+    scan = {work.name: work for work in estimate(job(config)).work}["scan"]
+    both = {work.name: work for work in beside.work}
+    assert "index" not in both
+    assert both["scan"].flop - scan.flop == pytest.approx(works["index"].own_flop)
+    assert beside.costs["scan"].memory.factors == before.costs["index"].memory.factors > 0
+
+
+def test_an_index_that_the_disk_does_not_take_is_said_before(tmp_path: Path) -> None:
+    config = replace(small_run(tmp_path), queries=QueriesConfig(path=""))
+    asked = PlanConfig(index=True, sequences=10**14)
+    (note,) = [note for note in estimate(PlanJob(**vars(config), plan=asked)).notes if "the disk has" in note]
+    assert f"output={config.output}" in note
+
+
 def test_a_large_corpus_is_estimated_from_all_over_it(tmp_path: Path) -> None:
     config = small_run(tmp_path, *texts(tmp_path))
     exact = estimate(job(config))

@@ -9,20 +9,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from infscan import pipeline
-from infscan.api import open_index, read_run, run_ask, run_fit, run_verify
-from infscan.config import Backend, ClusterConfig, Config, Scores, with_checksum, without_checksum
-from infscan.config.jobs import AskJob, IndexConfig, IndexJob, VerifyJob
+from infscan.api import open_index, read_run, run_ask, run_explain, run_fit, run_verify
+from infscan.config import Backend, ClusterConfig, Config, QueriesConfig, Scores, with_checksum, without_checksum
+from infscan.config.jobs import AskJob, ExplainJob, IndexConfig, IndexJob, VerifyJob
 from infscan.errors import ConfigError, DamagedError, FactorsError, RunError
 from infscan.influence.layers import Layer
 from infscan.influence.packed import QueryCodes
 from infscan.influence.routed import Routed
 from infscan.influence.topk_tracker import TopKTracker
 from infscan.results.index_file import MANIFEST, column_of, read_columns, read_header, read_manifest
+from infscan.results.manifest import TABLES
 from infscan.results.schema import read_parquet
+from infscan.steps import scan as scanning
 from infscan.steps.ask import ask_config, query_codes, read_index
 from infscan.steps.factors import fit
 from infscan.steps.index import squared_norms
@@ -36,7 +39,7 @@ HERE = ClusterConfig(backend=Backend.in_process)
 
 
 def index_job(config: Config, output: Path, **settings: Any) -> IndexJob:
-    """A run's settings as an index's, in this process."""
+    """A run's settings as an index's, in this process; its queries are answered in the same pass."""
     made = vars(in_process(config)) | {"output": str(output)}
     return IndexJob(**made, index=IndexConfig(**settings))
 
@@ -44,12 +47,24 @@ def index_job(config: Config, output: Path, **settings: Any) -> IndexJob:
 def make(tmp_path: Path, **settings: Any) -> tuple[Config, Path]:
     """A scan's settings, and an index of its corpus with the scan's factors to be."""
     config = small_run(tmp_path, f"factors.path={tmp_path / 'factors'}")
-    pipeline.make_index(index_job(config, tmp_path / "index", **settings))
+    pipeline.make_index(index_job(unasked(config), tmp_path / "index", **settings))
     return config, tmp_path / "index"
 
 
+def unasked(config: Config) -> Config:
+    """The same settings without queries."""
+    return replace(config, queries=QueriesConfig(path=""))
+
+
 def ask(tmp_path: Path, where: Path, **settings: Any) -> Path:
-    known = {"index": str(where), "queries": str(tmp_path / "queries.jsonl"), "cluster": HERE, "top_k": 5}
+    """An answer; without an audit, which of so small an index would be everything."""
+    known: dict[str, Any] = {
+        "index": str(where),
+        "queries": str(tmp_path / "queries.jsonl"),
+        "cluster": HERE,
+        "top_k": 5,
+    }
+    known["audit_sequences"] = 0
     run_ask(AskJob(**known | {"output": str(tmp_path / "answer")} | settings))
     return Path(settings.get("output", tmp_path / "answer"))
 
@@ -80,7 +95,12 @@ def test_an_answer_publishes_what_the_index_ranks_highest(made: tuple[Path, Conf
     folder, _, index = made
     answer = ask(folder, index, candidates=5, output=str(folder / "few"))
     listed = read_parquet(Store(str(answer)), "candidates.parquet")
-    assert listed.column_names == ["query_id", "side", "rank", "sequence_id", "index_score"]
+    assert listed.column_names == ["query_id", "side", "rank", "sequence_id", "index_score", "relative_score"]
+    known = [read_columns(Store(str(index)), name, ["sequence_id", "self_influence"]) for name in
+             read_manifest(Store(str(index))).files]  # fmt: skip
+    of = {int(i): float(x) for one in known for i, x in zip(one["sequence_id"], one["self_influence"], strict=True)}
+    for row in listed.to_pylist():
+        assert row["relative_score"] == pytest.approx(row["index_score"] / of[row["sequence_id"]] ** 0.5, rel=1e-5)
     assert {
         tuple(row) for row in zip(*(listed[name].to_pylist() for name in listed.column_names[:2]), strict=True)
     } == {(f"q{query}", side) for query in range(3) for side in ("proponent", "opponent")}
@@ -89,9 +109,30 @@ def test_an_answer_publishes_what_the_index_ranks_highest(made: tuple[Path, Conf
         assert mine["rank"].to_pylist() == [1, 2, 3, 4, 5]
         assert mine["index_score"].to_pylist() == sorted(mine["index_score"].to_pylist())
     assert {row[2] for row in rows_of(answer)} <= set(listed["sequence_id"].to_pylist())
-    summary = read_run(str(answer)).summary
-    assert summary["counts"]["planned"]["sequences"] == len(set(listed["sequence_id"].to_pylist()))
-    assert summary["counts"]["scanned"]["sequences"] == summary["counts"]["planned"]["sequences"]
+    counts = read_run(str(answer)).summary["counts"]
+    found = len(set(listed["sequence_id"].to_pylist()))
+    assert (counts["planned"]["sequences"], counts["candidates"]) == (40, {"sequences": found, "audited": 0})
+    assert counts["scanned"]["sequences"] == found < 40
+
+
+def test_an_audit_says_what_was_missed_and_how_far_rows_stand_out(made: tuple[Path, Config, Path]) -> None:
+    """z by a scan of everything and by an audit of everything is the same; of a part it is near."""
+    folder, config, index = made
+    whole = ask(folder, index, audit_sequences=40, output=str(folder / "audited"))
+    wanted, found = (read_run(run).answers() for run in (config.output, str(whole)))
+    names = ["query_id", "found", "verdict", "sequences", "document_id"]
+    assert found.select(names).equals(wanted.select(names))
+    np.testing.assert_allclose(found["z"].to_numpy(), wanted["z"].to_numpy(), rtol=1e-3)
+    # What all positive scores sum to, a sample does not say.
+    assert (found["share"].null_count, found["positive"].null_count) == (3, 3)
+    part = ask(folder, index, audit_sequences=35, output=str(folder / "partly"))
+    np.testing.assert_allclose(read_run(str(part)).answers()["scale"], wanted["scale"], rtol=0.5)
+    for run in (whole, part):
+        said = read_run(str(run)).summary["certificate"]
+        assert said["queries"].keys() == {"q0", "q1", "q2"}
+        assert said["sentence"] == pq.read_table(run / "run.parquet")["certificate"].to_pylist()[0]
+    # Everything was scored, so that nothing is missing from the table.
+    assert rows_of(whole).keys() == rows_of(Path(config.output)).keys()
 
 
 def test_every_sequence_has_one_row_whose_scores_are_the_scan_s(made: tuple[Path, Config, Path]) -> None:
@@ -151,24 +192,65 @@ def test_an_index_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -
     store.write(gone[1], before[gone[1]][:-20])
     with pytest.raises(RunError, match=r"no index.json.*infscan index"):
         read_manifest(store)
-    pipeline.make_index(index_job(config, index))
+    pipeline.make_index(index_job(unasked(config), index))
     assert {name: store.read(name) for name in before} == before
     assert (index / sorted(read_manifest(store).files)[0]).stat().st_ino == kept
+
+
+def test_an_index_beside_a_scan_is_the_bytes_of_each_alone(tmp_path: Path, made: tuple[Path, Config, Path]) -> None:
+    """One pass, both consumers; also where it dies between a shard's codes and its rows, and where codes are gone."""
+    folder, config, _ = made
+    for name, settings in (("whole", {"bits": 8, "gradient_norm": True}), ("suffix", {"layers": "layers.1"})):
+        alone, both = tmp_path / f"{name}-index", tmp_path / f"{name}-both"
+        pipeline.make_index(index_job(unasked(config), alone, **settings))
+        job = index_job(config, both, **settings)
+        if name == "suffix":
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(scanning, "write_shard", _dies)
+                with pytest.raises(KeyboardInterrupt):
+                    pipeline.make_index(job)
+        pipeline.make_index(job)
+        stores = [Store(str(alone)), Store(str(both))]
+        if name == "suffix":
+            for gone in sorted(read_manifest(stores[1]).files)[:2]:
+                stores[1].remove(gone)
+            pipeline.make_index(job)
+        files = [MANIFEST, *read_manifest(stores[0]).files]
+        assert [stores[0].read(file) for file in files] == [stores[1].read(file) for file in files]
+        tables = [file for file in Store(config.output).names() if file.startswith(TABLES)]
+        assert len(tables) >= 4
+        for table in tables:
+            assert stores[1].read(table) == Store(config.output).read(table)
+        # A run and an index, of which either is asked.
+        assert rows_of(both) == rows_of(Path(config.output))
+        explained = run_explain(ExplainJob(run=str(both), rows=1, query_ids=["q0"], cluster=HERE))
+        assert explained.tables["tokens"].num_rows
+        ask(folder, both, output=str(tmp_path / f"{name}-answer"))
+
+
+def _dies(*args: Any, **kwargs: Any) -> bool:
+    raise KeyboardInterrupt
+
+
+def test_an_index_with_queries_is_of_everything(made: tuple[Path, Config, Path], tmp_path: Path) -> None:
+    _, config, _ = made
+    with pytest.raises(ConfigError, match="an index is of all"):
+        pipeline.make_index(index_job(replace(config, scan=replace(config.scan, sieve=1)), tmp_path / "sieved"))
 
 
 def test_another_index_is_not_mixed_in(tmp_path: Path) -> None:
     config, index = make(tmp_path)
     with pytest.raises(RunError, match=r"other settings \(index.width: 64 -> 32"):
-        pipeline.make_index(index_job(config, index, width=32))
+        pipeline.make_index(index_job(unasked(config), index, width=32))
     stranger = tmp_path / "other"
-    pipeline.make_index(index_job(config, stranger, seed=1))
+    pipeline.make_index(index_job(unasked(config), stranger, seed=1))
     name = sorted(read_manifest(Store(str(index))).files)[0]
     (index / name).write_bytes((stranger / name).read_bytes())
     with pytest.raises(DamagedError, match="another file than the one that was indexed"):
         ask(tmp_path, index)
     Store(str(index)).remove(MANIFEST)
     with pytest.raises(RunError, match="made of other inputs or settings"):
-        pipeline.make_index(index_job(config, index))
+        pipeline.make_index(index_job(unasked(config), index))
 
 
 def test_an_index_of_other_inputs_is_refused_by_field(tmp_path: Path) -> None:
@@ -267,7 +349,7 @@ def test_indexes_of_a_grown_corpus_are_asked_as_one(tmp_path: Path) -> None:
     token_corpus(tmp_path / "more.jsonl", 24, seed=5)
     grown = replace(in_process(config), corpus=replace(config.corpus, path=str(tmp_path / "more.jsonl")))
     grown = replace(grown, factors=replace(config.factors, corpus=replace(config.corpus, path=str(index / "corpus"))))
-    pipeline.make_index(index_job(grown, tmp_path / "added", bits=8))
+    pipeline.make_index(index_job(unasked(grown), tmp_path / "added", bits=8))
     answer = ask(tmp_path, index, index=[str(index), str(tmp_path / "added")])
     found = read_run(str(answer)).top()
     assert set(found["corpus"].to_pylist()) == {"part-000", "part-001"}
@@ -276,7 +358,7 @@ def test_indexes_of_a_grown_corpus_are_asked_as_one(tmp_path: Path) -> None:
     assert shared
     np.testing.assert_allclose(list(shared.values()), [old[row] for row in shared], rtol=1e-5)
     assert max(row[2] for row in rows_of(answer)) >= 40
-    pipeline.make_index(index_job(grown, tmp_path / "narrow", width=16))
+    pipeline.make_index(index_job(unasked(grown), tmp_path / "narrow", width=16))
     with pytest.raises(RunError, match="index of another code than"):
         ask(tmp_path, index, index=[str(index), str(tmp_path / "narrow")])
 

@@ -17,7 +17,7 @@ from infscan.engine.cluster import connect
 from infscan.results.index_file import read_columns, read_manifest
 from infscan.storage import Store
 from tests.steps.runs import small_run
-from tests.steps.test_index import HERE, make
+from tests.steps.test_index import HERE, make, unasked
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def local_ray() -> Iterator[None]:
 def test_two_ranks_of_a_worker_write_the_codes_of_one_process(tmp_path: Path) -> None:
     _, alone = make(tmp_path)
     config = small_run(tmp_path, f"factors.path={tmp_path / 'factors'}", "cluster.ranks_per_worker=2")
-    job = IndexJob(**vars(config) | {"output": str(tmp_path / "cut")}, index=IndexConfig())
+    job = IndexJob(**vars(unasked(config)) | {"output": str(tmp_path / "cut")}, index=IndexConfig())
     pipeline.make_index(job)
     stores = [Store(str(alone)), Store(str(tmp_path / "cut"))]
     files = [read_manifest(store).files for store in stores]

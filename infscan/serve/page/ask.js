@@ -43,6 +43,8 @@ function show(seen) {
   $('answer').dataset.state = seen.state;
   $('answer-title').textContent = exact ? 'The sequences that taught it most' : 'First, by the index (exact scores are on their way)';
   showRows(seen.rows, exact);
+  $('verdict').textContent = exact ? seen.verdict : '';
+  $('certificate').textContent = exact ? seen.certificate : '';
   $('links').replaceChildren();
   $('report').hidden = !exact;
   if (!exact) return;
