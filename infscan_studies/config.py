@@ -6,6 +6,7 @@ the groups `study` and `truth` are presets: `study=layers` chooses `LayersConfig
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
@@ -435,10 +436,19 @@ class Reduction(StrEnum):
     sum = "sum"
 
 
+class TrainingOptimizer(StrEnum):
+    """What trains a model: `adamw`, or `sgd` with the momentum beta1."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
 @dataclass
 class TrainingSettings:
-    """Optimiser (AdamW), schedule and order of a training run."""
+    """Optimizer, schedule and order of a training run."""
 
+    optimizer: TrainingOptimizer = TrainingOptimizer.adamw
+    """`adamw`, or `sgd` with the momentum `beta1`; either decays weights by learning rate x weight_decay a step."""
     epochs: int = 6
     """Passes over the sequences."""
     batch_sequences: int = 16
@@ -450,13 +460,13 @@ class TrainingSettings:
     final_fraction: float = 0.05
     """Share of the peak that the learning rate falls to, along a cosine."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW's decay of the first moment, or SGD's momentum."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
     epsilon: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices."""
+    """Weight decay, on matrices."""
     gradient_clip: float = 1.0
     """Norm that a batch's gradient is clipped to."""
     reduction: Reduction = Reduction.mean
@@ -530,6 +540,56 @@ class LdsJob:
     threads: int = 1
     """CPU threads; another number gives other last bits, so it is part of the recipe."""
     study: RetrainingConfig = field(default_factory=RetrainingConfig)
+
+
+@dataclass
+class BankRecipe:
+    """A size and a way of training it, under a name."""
+
+    name: str = "adamw"
+    """What its models are called: a folder of the output, and a column of the tables."""
+    model: Sizes = field(default_factory=Sizes)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass
+class BankJob:
+    """A bank of retrainings: models of several recipes, each trained from scratch on half-subsets of a corpus."""
+
+    corpus: LdsCorpus = field(default_factory=LdsCorpus)
+    tokenizer: str | None = "infscan://demo/model"
+    """Folder of the queries' tokenizer; null where they bring token ids."""
+    queries: LdsQueries = field(default_factory=LdsQueries)
+    recipes: list[BankRecipe] = field(default_factory=lambda: [BankRecipe()])
+    """Sizes and ways of training, each with a name of its own."""
+    subsets: int = 100
+    """Half-subsets of the corpus, the same for every recipe."""
+    seeds: int = 2
+    """Trainings of each subset (seeds 0, 1, ...), each in an order of its own."""
+    known: str | None = None
+    """A bank.parquet of an earlier bank: trainings of the same recipe, subset and seed are taken from it."""
+    output: str = "runs/bank"
+    """Folder of the trained models, the trainings and the table."""
+    threads: int = 1
+    """CPU threads; another number gives other last bits, so it is part of the recipe."""
+    seed: int = 0
+    """Seed of the subsets and of what is resampled."""
+    max_hours: float = 4.0
+    """Trainings that would take longer, by an estimate, are refused before they start."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        names = [recipe.name for recipe in self.recipes]
+        if not names or len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names):
+            raise ConfigError(
+                f"recipes: the names {', '.join(names) or '(none)'} are to be one or more, different, and each of up to "
+                "64 letters, digits, _ and -."
+            )
+        for name in ("subsets", "seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        for recipe in self.recipes:
+            recipe.training.check()
 
 
 class StepOptimizer(StrEnum):
