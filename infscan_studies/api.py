@@ -197,12 +197,17 @@ def run_lds(job: LdsJob) -> LdsResult:
 
 @dataclass(frozen=True)
 class BankResult:
-    """The table of a bank, as it was written."""
+    """The table of a bank as it was written, and what scores are worth by it."""
 
     uri: str
     table: pa.Table
+    judged: pa.Table | None = None
 
     def show(self) -> None:
+        from infscan_studies.report.validation import show_bank
+
+        if self.judged is not None:
+            show_bank(self.judged)
         print(f"{self.uri}: {self.table.num_rows} trainings")
 
 
@@ -216,7 +221,9 @@ def run_bank(job: BankJob) -> BankResult:
     bank = open_bank(job)
     bank.prepare()
     bank.train(log.info)
-    return BankResult(f"{bank.store}/{TABLE}", bank.write())
+    table = bank.write()
+    judged = bank.judge(log.info) if job.sweep.methods else None
+    return BankResult(f"{bank.store}/{TABLE}", table, judged)
 
 
 @dataclass(frozen=True)

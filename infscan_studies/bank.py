@@ -7,7 +7,7 @@ on. <output>/bank.parquet has a row per training, sorted; a later bank takes fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from infscan.config import QueriesConfig
+from infscan.config import QueriesConfig, plain
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.errors import ConfigError, RunError
@@ -23,11 +23,27 @@ from infscan.model.folder import model_folder
 from infscan.queries import Query, read_queries
 from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
+from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
+from infscan_studies.bank_scores import NO_LAYER, RecipeScores
 from infscan_studies.config import BankJob, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, save_full_model
-from infscan_studies.truth.lds import half_subsets
+from infscan_studies.truth.lds import half_subsets, random_scores
+from infscan_studies.truth.qld import without_random, without_top
+from infscan_studies.truth.retrain import trainings
 
-TABLE = "bank.parquet"
+TABLE, JUDGED_TABLE = "bank.parquet", "judged.parquet"
+RANDOM = "random"
+JUDGED = pa.schema(
+    [
+        *((name, pa.string()) for name in ("recipe", "label", "method", "tracked")),
+        ("damping", pa.float64()),
+        ("kind", pa.string()),
+        *((name, pa.float64()) for name in ("lds", "low", "high", "ceiling", "share")),
+        ("queries", pa.int64()),
+        *((name, pa.float64()) for name in ("seconds", "removal", "removal_low", "removal_high")),
+        ("removal_queries", pa.int64()),
+    ]
+)
 # A query's column in the table.
 MEASURED = "f_"
 
@@ -123,6 +139,117 @@ class Bank:
         self.store.write(TABLE, to_parquet(table, footer))
         return table
 
+    def judge(self, report: Callable[[str], None]) -> pa.Table:
+        """Every method, damping and set of layers that the sweep asks for, by recipe and kind of query."""
+        rows: list[dict[str, Any]] = []
+        for cell in self.cells:
+            model = str(cell.study.store.local_path(MODEL))
+            counts = self.corpus.sequences, len(self.queries)
+            config = RecipeScores.config_of(
+                model, self.job.corpus.path, self.job.queries.path, counts, cell.study.store.uri, self.job.seed
+            )
+            scored = RecipeScores(cell.study.store, config, self.job.sweep)
+            rows += self._judged(cell, scored, report)
+        table = pa.Table.from_pylist(rows, JUDGED)
+        self.store.write(JUDGED_TABLE, to_parquet(table, {"of": JUDGED_TABLE, **self._footer()}))
+        return table
+
+    def _judged(self, cell: Cell, scored: RecipeScores, report: Callable[[str], None]) -> list[dict[str, Any]]:
+        sweep, seed = self.job.sweep, self.job.seed
+        actual_msq = self.measured(cell)
+        ceiling_q, actual_mq = ceilings(actual_msq), actual_msq.mean(axis=1)
+        ids = [query.id for query in self.queries]
+        rows: list[dict[str, Any]] = []
+        wanted: dict[str, NDArray[np.float64]] = {}
+        for label, facts, scores_nq, mine in self._labelled(scored, report):
+            columns = [ids.index(name) for name in mine]
+            lds_q = lds_by_query(self.kept_mn, scores_nq, actual_mq[:, columns])
+            facts = {"recipe": cell.name, "label": label, **facts}
+            rows += rows_of(mine, lds_q, ceiling_q[columns], facts, seed, sweep.resamples)
+            if label in sweep.removal:
+                wanted[label] = scores_nq
+        unknown = set(sweep.removal) - set(wanted)
+        if unknown:
+            raise ConfigError(
+                f"sweep.removal: {', '.join(sorted(unknown))} is no row of the sweep; its rows are "
+                f"{', '.join(dict.fromkeys(row['label'] for row in rows))}."
+            )
+        if wanted:
+            removed = self._removed(cell, wanted, report)
+            for row in rows:
+                row |= removed.get((row["label"], row["kind"]), {})
+        return rows
+
+    def _labelled(
+        self, scored: RecipeScores, report: Callable[[str], None]
+    ) -> Iterator[tuple[str, dict[str, Any], NDArray[np.float64], tuple[str, ...]]]:
+        """Label, what it is of, scores [N, Q], and the ids of those queries."""
+        ids = tuple(query.id for query in self.queries)
+        sets = scored.sets()
+        for one in scored.all(report):
+            facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds}
+            damping = "" if one.damping is None else f" {one.damping:g}"
+            mine = one.query_ids or ids
+            if one.tracked is not None:
+                yield f"{one.method} {one.tracked}{damping}", facts | {"tracked": one.tracked}, one.of(None), mine
+            elif set(one.by_layer) == {NO_LAYER}:
+                yield one.method, facts, one.of(None), mine
+            else:
+                for tracked in self.job.sweep.tracked:
+                    yield f"{one.method} {tracked}{damping}", facts | {"tracked": tracked}, one.of(sets[tracked]), mine
+        control = random_scores(self.corpus.sequences, len(ids), self.job.seed)
+        yield RANDOM, {"method": RANDOM}, control, ids
+
+    def _removed(
+        self, cell: Cell, wanted: Mapping[str, NDArray[np.float64]], report: Callable[[str], None]
+    ) -> dict[tuple[str, str], dict[str, Any]]:
+        """By label and kind: the rise of a query's loss without its strongest sequences, nats, over random removals."""
+        sweep, retrainer = self.job.sweep, cell.study.retrainer
+        chosen = [
+            int(place)
+            for kind, places in kinds_of([query.id for query in self.queries]).items()
+            if kind != ALL
+            for place in places[: sweep.removed_queries]
+        ]
+        random_dn = without_random(self.corpus.sequences, sweep.share, sweep.random_draws, self.job.seed)
+        kept = {label: without_top(scores_nq, sweep.share)[chosen] for label, scores_nq in wanted.items()}
+        seeds = range(sweep.removal_seeds)
+        cell.study.afford(one for rows in [random_dn, *kept.values()] for one in trainings(rows, seeds))
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        names = [self.queries[place].id for place in chosen]
+        for label, kept_kn in kept.items():
+            rises_k = np.mean(
+                [
+                    np.mean([retrainer.measure(np.flatnonzero(row), seed)[chosen] for row in random_dn], axis=0)
+                    - [
+                        retrainer.measure(np.flatnonzero(row), seed)[place]
+                        for row, place in zip(kept_kn, chosen, strict=True)
+                    ]
+                    for seed in seeds
+                ],
+                axis=0,
+            )
+            for kind, places in kinds_of(names).items():
+                rise = over_queries(rises_k[places], self.job.seed, sweep.resamples)
+                found[label, kind] = {
+                    "removal": rise.mean,
+                    "removal_low": rise.low,
+                    "removal_high": rise.high,
+                    "removal_queries": rise.queries,
+                }
+            report(f"{cell.name}: removal of {label}")
+        return found
+
+    def _footer(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus.fingerprint,
+            "subsets": self.job.subsets,
+            "seeds": self.job.seeds,
+            "subsets_seed": self.job.seed,
+            "sweep": plain(self.job.sweep),
+            "recipes": {cell.name: cell.facts() for cell in self.cells},
+        }
+
     def _rows(self, cell: Cell) -> pa.Table:
         settings = cell.study.study
         names = [cell.name] * (self.job.subsets * self.job.seeds)
@@ -141,7 +268,7 @@ class Bank:
         return pa.table(columns)
 
     def _trainings(self) -> list[tuple[NDArray[np.int64], int]]:
-        return [(np.flatnonzero(kept_n), seed) for kept_n in self.kept_mn for seed in range(self.job.seeds)]
+        return trainings(self.kept_mn, range(self.job.seeds))
 
     def _take(self, uri: str) -> None:
         """Units for the rows of an earlier table that are of a recipe, the queries and the corpus of this bank."""

@@ -552,6 +552,71 @@ class BankRecipe:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
+class BankMethod(StrEnum):
+    """How a bank's full models score sequences: EK-FAC, K-FAC (its eigenvalues uncorrected), the gradient dot product,
+    BM25, the whitened cosine of hidden states, and the iterated inverses."""
+
+    ekfac = "ekfac"
+    kfac = "kfac"
+    identity = "identity"
+    bm25 = "bm25"
+    cosine = "cosine"
+    cg = "cg"
+    astra = "astra"
+
+
+@dataclass
+class SweepConfig:
+    """What is judged by the bank."""
+
+    methods: list[BankMethod] = field(default_factory=list)
+    """Of ekfac, kfac, identity, bm25, cosine, cg and astra; none where the bank is only trained."""
+    damping: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
+    """Values of factors.damping.relative, for ekfac and kfac."""
+    tracked: list[str] = field(
+        default_factory=lambda: ["mlp", "mlp+attention", "head", "mlp+head", "last", "last+head"]
+    )
+    """Sets of layers: of mlp, attention, head and `last` (the last block's MLP), several joined by +."""
+    iterated: list[str] = field(default_factory=lambda: ["mlp"])
+    """The sets of layers that cg and astra are judged on."""
+    iterated_damping: list[float] = field(default_factory=lambda: [0.1])
+    """Values of factors.damping.relative, for cg and astra."""
+    steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    """Iterations of cg that are judged."""
+    astra_steps: int = 50
+    """Steps of astra, of 32 sequences each."""
+    iterated_queries: int | None = None
+    """Queries of each kind that cg and astra solve for; null is all."""
+    removal: list[str] = field(default_factory=list)
+    """Rows of the table, by their labels (`ekfac mlp 0.1`), whose strongest sequences models are trained without."""
+    removed_queries: int = 3
+    """Queries of each kind whose strongest are removed."""
+    share: float = 0.01
+    """Share of the sequences that is removed."""
+    random_draws: int = 4
+    """Random removals that are the baseline."""
+    removal_seeds: int = 1
+    """Trainings of each removal."""
+    resamples: int = 2000
+    """Bootstrap resamples, over queries, behind an interval."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        parts = {part for one in [*self.tracked, *self.iterated] for part in one.split("+")}
+        unknown = parts - {"mlp", "attention", "head", "last"}
+        if unknown:
+            raise ConfigError(
+                f"sweep.tracked: {', '.join(sorted(unknown))} is unknown; join mlp, attention, head and last by +."
+            )
+        if min([*self.damping, *self.iterated_damping], default=1) <= 0:
+            raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
+        if min(self.steps, default=1) < 1 or self.resamples < 20 or self.removed_queries < 1 or self.removal_seeds < 1:
+            raise ConfigError(
+                f"sweep.steps={self.steps}, sweep.resamples={self.resamples}, sweep.removed_queries="
+                f"{self.removed_queries}, sweep.removal_seeds={self.removal_seeds}: give at least 1, and 20 resamples."
+            )
+
+
 @dataclass
 class BankJob:
     """A bank of retrainings: models of several recipes, each trained from scratch on half-subsets of a corpus."""
@@ -576,14 +641,16 @@ class BankJob:
     """Seed of the subsets and of what is resampled."""
     max_hours: float = 4.0
     """Trainings that would take longer, by an estimate, are refused before they start."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def check(self) -> None:
         """Raises ConfigError at the first value that cannot work."""
+        self.sweep.check()
         names = [recipe.name for recipe in self.recipes]
         if not names or len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names):
             raise ConfigError(
-                f"recipes: the names {', '.join(names) or '(none)'} are to be one or more, different, and each of up to "
-                "64 letters, digits, _ and -."
+                f"recipes: the names {', '.join(names) or '(none)'} have to be one or more, different, of up to 64 "
+                "letters, digits, _ and -."
             )
         for name in ("subsets", "seeds", "threads"):
             if getattr(self, name) < 1:

@@ -81,9 +81,7 @@ class Retrainer:
 
     def _write(self, chosen: NDArray[np.int64], seed: int, values: NDArray[np.float64], facts: dict[str, Any]) -> None:
         measured = dict(zip(self.query_ids, values.tolist(), strict=True))
-        self.store.write_json(
-            self.path(chosen, seed), {**self._key(chosen, seed), **facts, "measurements": measured}
-        )
+        self.store.write_json(self.path(chosen, seed), {**self._key(chosen, seed), **facts, "measurements": measured})
 
 
 class LanguageModelTrainer:
