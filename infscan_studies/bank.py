@@ -44,6 +44,8 @@ JUDGED = pa.schema(
         ("removal_queries", pa.int64()),
     ]
 )
+# Trainings from one line of progress to the next.
+_REPORTED = 20
 # A query's column in the table.
 MEASURED = "f_"
 
@@ -118,7 +120,7 @@ class Bank:
             missing = cell.study.retrainer.missing(self._trainings())
             for number, (chosen, seed) in enumerate(missing, 1):
                 cell.study.retrainer.measure(chosen, seed)
-                if number % 20 == 0 or number == len(missing):
+                if number % _REPORTED == 0 or number == len(missing):
                     report(f"{cell.name}: {number} of {len(missing)} trainings that were missing")
 
     def measured(self, cell: Cell) -> NDArray[np.float64]:
@@ -275,7 +277,7 @@ class Bank:
         folder, _, name = uri.rpartition("/")
         table = read_parquet(Store(folder or "."), name)
         recipes = footer_of(table.schema, uri).get("recipes")
-        if not isinstance(recipes, dict):
+        if not recipes or "kept" not in table.column_names:
             raise RunError(f"known={uri} is no table of a bank; give the bank.parquet of one.")
         by_fingerprint = {cell.study.retrainer.fingerprint: cell for cell in self.cells}
         for recipe, facts in recipes.items():
