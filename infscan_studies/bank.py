@@ -25,7 +25,7 @@ from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
 from infscan_studies.bank_scores import NO_LAYER, RecipeScores
-from infscan_studies.config import BankJob, RetrainingConfig
+from infscan_studies.config import BankJob, BankMethod, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, save_full_model
 from infscan_studies.truth.lds import half_subsets, random_scores
 from infscan_studies.truth.qld import without_random, without_top
@@ -148,7 +148,13 @@ class Bank:
             model = str(cell.study.store.local_path(MODEL))
             counts = self.corpus.sequences, len(self.queries)
             config = RecipeScores.config_of(
-                model, self.job.corpus.path, self.job.queries.path, counts, cell.study.store.uri, self.job.seed
+                model,
+                self.job.corpus.path,
+                self.job.queries.path,
+                counts,
+                cell.study.store.uri,
+                self.job.seed,
+                self.job.sweep,
             )
             scored = RecipeScores(cell.study.store, config, self.job.sweep)
             rows += self._judged(cell, scored, report)
@@ -191,6 +197,8 @@ class Bank:
         for one in scored.all(report):
             facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds}
             damping = "" if one.damping is None else f" {one.damping:g}"
+            if one.method == BankMethod.ekfac.value and one.damping is None:
+                damping = " auto"
             mine = one.query_ids or ids
             if one.tracked is not None:
                 yield f"{one.method} {one.tracked}{damping}", facts | {"tracked": one.tracked}, one.of(None), mine

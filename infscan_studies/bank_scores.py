@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infscan.config import CorpusConfig, DampingConfig, IterationConfig, ModelConfig, QueriesConfig, Solver, fingerprint
+from infscan.config import (
+    CorpusConfig,
+    DampingConfig,
+    FactorsConfig,
+    IterationConfig,
+    ModelConfig,
+    QueriesConfig,
+    Solver,
+    fingerprint,
+)
 from infscan.corpus import sequences as corpus_sequences
 from infscan.corpus.addressable import CorpusAddress, open_corpus
 from infscan.influence.cg import conjugate_gradients, damped
@@ -75,13 +84,14 @@ class RecipeScores:
 
     @staticmethod
     def config_of(
-        model: str, corpus: str, queries: str, counts: tuple[int, int], output: str, seed: int
+        model: str, corpus: str, queries: str, counts: tuple[int, int], output: str, seed: int, sweep: SweepConfig
     ) -> ValidateJob:
         """All linears and the head tracked, factors and scores of every sequence. counts: sequences, queries."""
         sequences, asked = counts
         return ValidateJob(
             model=ModelConfig(path=model, tracked="linear+head"),
             corpus=CorpusConfig(path=corpus),
+            factors=FactorsConfig(damping=DampingConfig(auto=sweep.auto)),
             queries=QueriesConfig(path=queries),
             validate=ValidateConfig(curvature_sequences=sequences, sequences=sequences, queries=asked),
             output=output,
@@ -119,8 +129,10 @@ class RecipeScores:
         wanted = dict.fromkeys([*self.sweep.tracked, *self.sweep.iterated])
         return {one: tuple(name for part in one.split("+") for name in parts[part]) for one in wanted}
 
-    def inverse(self, damping: float) -> Preconditioner:
-        return replace(self.study.inverse, damping=DampingConfig(relative=damping))
+    def inverse(self, damping: float | None) -> Preconditioner:
+        """damping: a multiple of the mean of Lambda; None: as it is found by layer."""
+        asked = DampingConfig(auto=True) if damping is None else DampingConfig(relative=damping)
+        return replace(self.study.inverse, damping=asked)
 
     def all(self, report: Callable[[str], None]) -> list[Scores]:
         """Every method's scores at every damping, from storage where they are there."""
@@ -128,6 +140,8 @@ class RecipeScores:
         for method in self.sweep.methods:
             if method in (BankMethod.ekfac, BankMethod.kfac):
                 found += [self._stored(method, damping, self._by_factors) for damping in self.sweep.damping]
+                if method is BankMethod.ekfac and self.sweep.auto:
+                    found.append(self._stored(method, None, self._by_factors))
             elif method in (BankMethod.cg, BankMethod.astra):
                 solve = self._by_cg if method is BankMethod.cg else self._by_astra
                 for tracked in self.sweep.iterated:
@@ -149,7 +163,8 @@ class RecipeScores:
         damping: float | None,
         make: Callable[[BankMethod, float | None], tuple[Mapping[str, NDArray[np.floating]], float]],
     ) -> Scores:
-        path = f"{self.folder}/{method.value}{'' if damping is None else f'-{damping:g}'}.safetensors"
+        said = f"-{damping:g}" if damping is not None else "-auto" if method is BankMethod.ekfac else ""
+        path = f"{self.folder}/{method.value}{said}.safetensors"
         if not self.store.exists(path):
             self._write(path, *make(method, damping))
         by_layer, seconds = self._read(path)
@@ -166,10 +181,9 @@ class RecipeScores:
         )
 
     def _by_factors(self, method: BankMethod, damping: float | None) -> tuple[dict[str, NDArray[np.floating]], float]:
-        assert damping is not None
         V, before = self.gradients
         factors = ekfac_factors(self.worker, self.inverse(damping))
-        if method is BankMethod.kfac:
+        if method is BankMethod.kfac and damping is not None:
             tokens = sum(len(one) for one in self.study.curvature) / len(self.study.curvature)
             factors = {name: _uncorrected(one, tokens, damping) for name, (one, _) in factors.items()}
         P, seconds = timed(
@@ -277,7 +291,7 @@ class RecipeScores:
                 fingerprints=tuple(names),
                 seed=self.config.seed,
             )
-            _, seconds = timed(lambda task=task: solve_task(worker, task))
+            _, seconds = timed(partial(solve_task, worker, task))
             x = read_vectors(worker, some, worker.layers, StoredGradients(self.store, names))
             scores = _summed(layer_scores(worker, self.study.candidates, x))
             for number, query in enumerate(some):

@@ -573,6 +573,8 @@ class SweepConfig:
     """Of ekfac, kfac, identity, bm25, cosine, cg and astra; none where the bank is only trained."""
     damping: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
     """Values of factors.damping.relative, for ekfac and kfac."""
+    auto: bool = True
+    """Judge ekfac with factors.damping.auto as well."""
     tracked: list[str] = field(
         default_factory=lambda: ["mlp", "mlp+attention", "head", "mlp+head", "last", "last+head"]
     )

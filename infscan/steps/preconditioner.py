@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import DampingConfig, Solver, fingerprint, plain
+from infscan.config import DampingConfig, Solver, fingerprint
 from infscan.errors import QueryError
 from infscan.influence.eigenbasis import rotate_tokens_first
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
@@ -25,7 +25,7 @@ from infscan.model.losses import Loss
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_tensor
-from infscan.steps.factor_files import read_layer_factors
+from infscan.steps.factor_files import found_damping, read_layer_factors
 from infscan.storage import Identity, Store
 
 
@@ -64,7 +64,7 @@ class Preconditioner:
     @property
     def fingerprint(self) -> str:
         """Of all that fixes what it does, the factors' own content apart."""
-        known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
+        known: dict[str, Any] = {"solver": self.solver, "damping": self.damping.facts()}
         known["solutions"] = dict(self.solutions.names) if self.solutions else None
         if self.matmul != "exact":
             known["matmul"] = self.matmul
@@ -178,7 +178,8 @@ def layer_factors(
         return None
     factors = read_layer_factors(inverse.factors, layer, inverse.identity).to(device)
     asked = inverse.damping
-    lam = damping(factors.Lambda, asked.relative, asked.absolute, layer.name, factors.stack_mean)
+    relative = found_damping(inverse.factors, layer) if asked.by_fit else asked.relative
+    lam = damping(factors.Lambda, relative, asked.absolute, layer.name, factors.stack_mean)
     # A relative damping is of Lambda alone.
     return factors.to(device, dtype), lam + inverse.alpha
 

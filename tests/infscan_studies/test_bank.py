@@ -140,7 +140,8 @@ def test_every_method_is_judged_and_the_table_is_found_again(
     rows = table.to_pylist()
     assert {row["kind"] for row in rows} == {"all", "a", "b"}
     labels = set(table["label"].to_pylist())
-    assert {"identity mlp", "kfac mlp+head 1", "bm25", "cosine", "cg-2 mlp 0.1", "astra-2 mlp 0.1", "random"} <= labels
+    assert {"identity mlp", "kfac mlp+head 1", "ekfac mlp auto", "cg-2 mlp 0.1", "astra-2 mlp 0.1"} <= labels
+    assert {"bm25", "cosine", "random"} <= labels
     assert all(-1 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows)
     removed = [row for row in rows if row["removal"] is not None]
     assert {row["label"] for row in removed} == {"ekfac mlp 0.1", "random"}
