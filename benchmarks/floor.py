@@ -64,13 +64,12 @@ from infscan.results.shard_file import shard_path
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.eigenbases import decompose_layer
 from infscan.steps.factor_files import FactorsPlan, partial_path
-from infscan.steps.factors import covariance_task, fit_factors
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, on_device, query_task
 from infscan.steps.refine import RefineTask, refine_task
 from infscan.steps.scan import ScanTask, scan_task
-from infscan.steps.squares import lambda_task
 from infscan.storage import Store, expand
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,7 @@ from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
 from infscan_studies.bank_scores import NO_LAYER, RecipeScores
-from infscan_studies.config import BankJob, BankMethod, RetrainingConfig
+from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, save_full_model
 from infscan_studies.truth.lds import half_subsets, random_scores
 from infscan_studies.truth.qld import without_random, without_top
@@ -87,7 +87,7 @@ class Bank:
                     store / recipe.name,
                 ),
             )
-            for recipe in job.recipes
+            for recipe in job.recipes or [BankRecipe()]
         ]
 
     def prepare(self) -> None:

@@ -627,8 +627,8 @@ class BankJob:
     tokenizer: str | None = "infscan://demo/model"
     """Folder of the queries' tokenizer; null where they bring token ids."""
     queries: LdsQueries = field(default_factory=LdsQueries)
-    recipes: list[BankRecipe] = field(default_factory=lambda: [BankRecipe()])
-    """Sizes and ways of training, each with a name of its own."""
+    recipes: list[BankRecipe] = field(default_factory=list)
+    """Sizes and ways of training, each with a name of its own; empty is one, the defaults' (adamw)."""
     subsets: int = 100
     """Half-subsets of the corpus, the same for every recipe."""
     seeds: int = 2
@@ -649,9 +649,9 @@ class BankJob:
         """Raises ConfigError at the first value that cannot work."""
         self.sweep.check()
         names = [recipe.name for recipe in self.recipes]
-        if not names or len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names):
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names):
             raise ConfigError(
-                f"recipes: the names {', '.join(names) or '(none)'} have to be one or more, different, of up to 64 "
+                f"recipes: the names {', '.join(names)} have to be one or more, different, of up to 64 "
                 "letters, digits, _ and -."
             )
         for name in ("subsets", "seeds", "threads"):

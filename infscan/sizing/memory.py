@@ -41,12 +41,11 @@ from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettin
 from infscan.sizing.dry import Dry, dry
 from infscan.steps.check import scoring_twice
 from infscan.steps.factor_files import layer_groups
-from infscan.steps.factors import CovarianceSums
+from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
 from infscan.steps.inputs import in_dtype
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import pair_scoring
 from infscan.steps.scan import scoring
-from infscan.steps.squares import lambda_consumer, lambda_sums
 
 # glibc's heap keeps freed buffers, and they leave holes: so many buffers of the widest layer's width, for every token
 # of a micro-batch. Measured (benchmarks/memory.py, docs/sizing.md), not derived. Buffers that are mapped one by one

@@ -7,19 +7,18 @@ numbers do not depend on which worker did what; what is in storage already is ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from infscan.config import Labels
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.engine.executor import Executor, Step, TaskMap
 from infscan.errors import FactorsError
-from infscan.influence.precision import multiplying
 from infscan.model.worker import ModelWorker
 from infscan.results.tensor_files import read_facts
 from infscan.steps.eigenbases import MOMENTS, damp_layer, eigenbases_digest
 from infscan.steps.factor_files import FactorsPlan, damping_path, partial_path, remove_partials
 from infscan.steps.labels import FitTask
-from infscan.steps.squares import sum_squares
 from infscan.storage import Store
 
 # Sequences that second moments are of: their error is a few percent, far below a step of the grid that is tried.
@@ -27,9 +26,17 @@ MOST_SEQUENCES = 1024
 
 
 def fit_damping(
-    executor: Executor, store: Store, corpus: AddressableCorpus, plan: FactorsPlan, labels: Labels, seed: int
+    executor: Executor,
+    store: Store,
+    corpus: AddressableCorpus,
+    plan: FactorsPlan,
+    labels: Labels,
+    seed: int,
+    squares: Callable[[ModelWorker, FitTask], int],
 ) -> None:
     """Find the damping of every layer of the finished factors in `store` that has none there yet.
+
+    squares: sums the squared gradients of a task on a rank (`infscan.steps.factors.lambda_task`).
 
     Raises:
         FactorsError: where the factors are of true labels, of which Lambda is the very moment it is held against.
@@ -47,7 +54,7 @@ def fit_damping(
     missing = [layer for layer in plan.layers if not is_found(layer.name, damping_path(layer))]
     if missing:
         part = moments_plan(plan)
-        executor.run(_step(store, CorpusAddress.of(corpus), part, seed))
+        executor.run(_step(store, CorpusAddress.of(corpus), part, seed, squares))
         executor.map_tasks(
             TaskMap("damping", "layers", missing, damp_layer, lambda layer: (store, part, layer), cores=0)
         )
@@ -61,13 +68,18 @@ def moments_plan(plan: FactorsPlan) -> FactorsPlan:
     return replace(plan, slices=tuple((start, min(stop, start + each)) for start, stop in plan.slices))
 
 
-@multiplying("exact")
-def moments_task(worker: ModelWorker, task: FitTask) -> int:
-    """Sum (Q_S^T g Q_A)^2 over the slice's sequences, g of their true labels. Returns the tokens read."""
-    return sum_squares(worker, task, MOMENTS)
+def moments_of(store: Store, corpus: CorpusAddress, plan: FactorsPlan, cell: tuple[int, int], seed: int) -> FitTask:
+    """What a layer group and slice's moments are summed by: squared gradients of true labels."""
+    return FitTask(store, corpus, plan, *cell, Labels.empirical, seed, squares=MOMENTS)
 
 
-def _step(store: Store, corpus: CorpusAddress, plan: FactorsPlan, seed: int) -> Step[tuple[int, int]]:
+def _step(
+    store: Store,
+    corpus: CorpusAddress,
+    plan: FactorsPlan,
+    seed: int,
+    squares: Callable[[ModelWorker, FitTask], int],
+) -> Step[tuple[int, int]]:
     bases = [eigenbases_digest(store, plan.group(group)) for group in range(len(plan.groups))]
 
     def is_done(cell: tuple[int, int]) -> bool:
@@ -83,8 +95,8 @@ def _step(store: Store, corpus: CorpusAddress, plan: FactorsPlan, seed: int) -> 
         "damping",
         "slices",
         cells,
-        moments_task,
-        lambda cell: FitTask(store, corpus, plan, *cell, Labels.empirical, seed),
+        squares,
+        lambda cell: moments_of(store, corpus, plan, cell, seed),
         is_done,
         progress,
     )

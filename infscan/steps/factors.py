@@ -8,7 +8,7 @@ on which worker did what; whatever is in storage already is kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,12 +23,12 @@ from infscan.corpus.plan import Selection
 from infscan.engine.executor import Executor, Load, Step, TaskMap
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.covariance import add_second_moment, mirror
-from infscan.influence.eigenbasis import BYTES_PER_ENTRY, check_width, threads_for
+from infscan.influence.eigenbasis import BYTES_PER_ENTRY, add_squared_gradients, check_width, threads_for
 from infscan.influence.layers import Layer
-from infscan.influence.precision import multiplying
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
-from infscan.results.tensor_files import damaged, read_facts, write_tensors
+from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
 from infscan.steps.damping import fit_damping
 from infscan.steps.eigenbases import (
     check_eigenbases,
@@ -43,6 +43,7 @@ from infscan.steps.factor_files import (
     COMPLETE,
     FITTING,
     FactorsPlan,
+    block_keys,
     check_files,
     complete,
     identity_of,
@@ -60,7 +61,6 @@ from infscan.steps.labels import FitTask, Targets
 from infscan.steps.preconditioner import Preconditioner, StoredGradients
 from infscan.steps.prepare import prepare_factors_corpus
 from infscan.steps.run import Run
-from infscan.steps.squares import lambda_task
 from infscan.steps.volume import check_disk_for_factors
 from infscan.storage import MissingError, Store
 
@@ -103,7 +103,7 @@ def fit(run: Run, vectors: StoredGradients | None = None) -> Factors:
     gpus = config.cluster.ranks_per_worker if run.inputs.device == "cuda" else 0
     fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed, gpus=gpus)
     if settings.damping.by_fit:
-        fit_damping(run.executor, store, corpus, plan, settings.labels, config.seed)
+        fit_damping(run.executor, store, corpus, plan, settings.labels, config.seed, lambda_task)
     inverse = replace(inverse, identity=identity_of(store))
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
@@ -367,6 +367,59 @@ class CovarianceSums:
                 add_second_moment(self.A[layer.name], a, positions if layer.bias else None)
 
         return consume
+
+
+# (Q_S, Q_A) by layer.
+Bases = Mapping[str, tuple[BlockDiagonal, BlockDiagonal]]
+
+
+@multiplying("exact")
+def lambda_task(worker: ModelWorker, task: FitTask) -> int:
+    """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
+    sequences = task.sequences(worker)
+    layers = task.plan.group(task.group)
+    bases, digest = worker.cached(
+        "eigenbases", (task.factors, task.plan.fingerprint, task.group), lambda: _bases(worker, task)
+    )
+    Lambda = lambda_sums(layers, worker.wide, worker.device)
+    targets = Targets(task, worker, sequences)
+    for batch in worker.batches(sequences, task.plan.tokens_per_batch):
+        consume = lambda_consumer(Lambda, bases, task.plan.matmul)
+        worker.backward(batch, layers, targets.loss(batch), consume, ones=False)
+    sums = {name: worker.reduce(total) for name, total in Lambda.items()}
+    if worker.leads:
+        path = partial_path(task.squares, task.group, task.slice)
+        write_tensors(task.factors, path, sums, {"eigenbases": digest})
+    return sum(len(sequence) for sequence in sequences)
+
+
+def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Zeros [O, I] for every layer."""
+    return {layer.name: torch.zeros(layer.outputs, layer.inputs, dtype=dtype, device=device) for layer in layers}
+
+
+def lambda_consumer(Lambda: Mapping[str, Tensor], bases: Bases, matmul: Multiply = "exact") -> LayerConsumer:
+    """Adds every sequence's squared gradient in the eigenbases."""
+
+    def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
+        with multiplying(matmul):
+            for mine in (slice(None),) if routed is None else (part for _, part in routed.segments()):
+                of_one = (s, a) if routed is None else (s[None, mine], a[None, mine])
+                add_squared_gradients(Lambda[layer.name], *of_one, *bases[layer.name])
+
+    return consume
+
+
+def _bases(worker: ModelWorker, task: FitTask) -> tuple[Bases, str]:
+    def read(path: str, key: str) -> BlockDiagonal:
+        blocks = [read_tensor(task.factors, path, name) for name in block_keys(key, task.plan.blocks)]
+        return BlockDiagonal(tuple(blocks)).to(worker.device, worker.wide)
+
+    bases = {}
+    for layer in task.plan.group(task.group):
+        Q_S = read(f"S/{layer.name}.safetensors", "Q_S")
+        bases[layer.name] = (Q_S, read(f"A/{layer.input_of}.safetensors", "Q_A"))
+    return bases, eigenbases_digest(task.factors, task.plan.group(task.group))
 
 
 def slice_bounds(size: int, slices: int) -> tuple[tuple[int, int], ...]:

@@ -32,6 +32,8 @@ class FitTask:
     seed: int
     # Whether this task draws the slice's pseudo-labels and stores them; else stored ones are read.
     draw_labels: bool = False
+    # What squared gradients are summed for: the kind of their partials.
+    squares: str = "lambda"
 
     def sequences(self, worker: ModelWorker) -> list[Sequence]:
         start, stop = self.plan.slices[self.slice]

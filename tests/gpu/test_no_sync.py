@@ -10,9 +10,8 @@ import torch
 
 from infscan.config import Labels
 from infscan.model.worker import ModelWorker
-from infscan.steps.factors import covariance_task
+from infscan.steps.factors import covariance_task, lambda_task
 from infscan.steps.scan import scan_task
-from infscan.steps.squares import lambda_task
 from tests.gpu.kit.agreement import REFERENCE, reference
 from tests.gpu.kit.device import host_waits
 from tests.gpu.kit.shapes import SMALL, Bench

@@ -15,10 +15,9 @@ from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import FactorsPlan, layer_groups
-from infscan.steps.factors import covariance_task, fit_factors, slice_bounds
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task, slice_bounds
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
-from infscan.steps.squares import lambda_task
 from infscan.storage import Store
 from tests.corpus.builders import prepare, settings, token_rows, write_rows
 from tests.steps.runs import CONTEXT, tiny_model

@@ -42,13 +42,12 @@ from infscan.results.tensor_files import read_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.eigenbases import decompose_layer, finish_layer
 from infscan.steps.factor_files import read_layer_factors
-from infscan.steps.factors import covariance_task
+from infscan.steps.factors import covariance_task, lambda_task
 from infscan.steps.preconditioner import Preconditioner, query_gradients
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
 from infscan.steps.refine import RefineTask, refine_task
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.steps.solve import SolveTask, ekfac_factors, solve_task
-from infscan.steps.squares import lambda_task
 from infscan.storage import Store
 from tests.corpus.builders import VOCAB, prepare, settings, write_rows
 from tests.steps.builders import SEED, fit, fit_plan, fit_tasks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infscan.config import DampingConfig, Labels
-from infscan.corpus.addressable import PreparedCorpus
+from infscan.corpus.addressable import CorpusAddress, PreparedCorpus
 from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import FactorsError
 from infscan.influence.even_damping import GRID
@@ -19,12 +19,14 @@ from infscan.queries import Part, Query
 from infscan.results.manifest import SUCCESS
 from infscan.results.read import read_summary, read_top
 from infscan.steps import damping
-from infscan.steps.damping import fit_damping, moments_plan, moments_task
+from infscan.steps.damping import fit_damping, moments_of, moments_plan
 from infscan.steps.eigenbases import MOMENTS
 from infscan.steps.factor_files import damping_path, found_damping
+from infscan.steps.factors import lambda_task
+from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import preconditioned
 from infscan.storage import Store
-from tests.steps.builders import SEED, fit, fit_plan, fit_tasks, one_rank, small_corpus
+from tests.steps.builders import SEED, fit, fit_plan, one_rank, small_corpus
 from tests.steps.runs import answer_here, small_run
 
 Stores = Callable[[str], Store]
@@ -45,10 +47,16 @@ def at(tmp_path: Path) -> Stores:
     return lambda name: Store(str(tmp_path / name))
 
 
-def find(rank: ModelWorker, store: Store, corpus: PreparedCorpus, **cut: int) -> dict[str, float]:
+def find(
+    rank: ModelWorker,
+    store: Store,
+    corpus: PreparedCorpus,
+    squares: Callable[[ModelWorker, FitTask], int] = lambda_task,
+    **cut: int,
+) -> dict[str, float]:
     plan = fit_plan(rank, corpus, **cut)
     fit(rank, store, corpus, plan)
-    fit_damping(InProcessExecutor.on(rank), store, corpus, plan, Labels.sampled, SEED)
+    fit_damping(InProcessExecutor.on(rank), store, corpus, plan, Labels.sampled, SEED, squares)
     return {layer.name: found_damping(store, layer) for layer in rank.layers}
 
 
@@ -61,28 +69,24 @@ def test_it_does_not_depend_on_slices_layer_groups_or_batches(
     assert not at("a").list(MOMENTS)
 
 
-def test_it_goes_on_where_it_stopped_and_is_found_once(
-    rank: ModelWorker, corpus: PreparedCorpus, at: Stores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut = {"slices": 3}
-    whole = find(rank, at("a"), corpus, **cut)
-    plan = fit_plan(rank, corpus, **cut)
+def test_it_goes_on_where_it_stopped_and_is_found_once(rank: ModelWorker, corpus: PreparedCorpus, at: Stores) -> None:
+    whole = find(rank, at("a"), corpus, slices=3)
+    plan = fit_plan(rank, corpus, slices=3)
     fit(rank, at("b"), corpus, plan)
     # Stopped after two slices: their sums are there.
-    for task in fit_tasks(at("b"), corpus, moments_plan(plan), Labels.empirical)[:2]:
-        moments_task(rank, task)
+    for number in range(2):
+        lambda_task(rank, moments_of(at("b"), CorpusAddress.of(corpus), moments_plan(plan), (0, number), SEED))
     done: list[int] = []
 
-    def counted(worker: ModelWorker, task: damping.FitTask) -> int:
+    def counted(worker: ModelWorker, task: FitTask) -> int:
         done.append(task.slice)
-        return moments_task(worker, task)
+        return lambda_task(worker, task)
 
-    monkeypatch.setattr(damping, "moments_task", counted)
-    assert find(rank, at("b"), corpus, **cut) == whole
+    assert find(rank, at("b"), corpus, counted, slices=3) == whole
     assert done == [2]
     for layer in rank.layers:
         assert at("a").read(damping_path(layer)) == at("b").read(damping_path(layer))
-    assert find(rank, at("b"), corpus, **cut) == whole
+    assert find(rank, at("b"), corpus, counted, slices=3) == whole
     assert done == [2]
 
 
@@ -114,7 +118,7 @@ def test_a_lambda_of_true_labels_is_refused(rank: ModelWorker, corpus: PreparedC
     plan = fit_plan(rank, corpus)
     fit(rank, at("a"), corpus, plan, Labels.empirical)
     with pytest.raises(FactorsError, match=r"factors\.labels=empirical: .* use factors\.labels=sampled"):
-        fit_damping(InProcessExecutor.on(rank), at("a"), corpus, plan, Labels.empirical, SEED)
+        fit_damping(InProcessExecutor.on(rank), at("a"), corpus, plan, Labels.empirical, SEED, lambda_task)
 
 
 def test_a_run_records_what_it_found_and_finds_it_again(tmp_path: Path) -> None:

@@ -30,10 +30,9 @@ from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
 from infscan.steps.check import CheckTask, check_task
 from infscan.steps.eigenbases import decompose_layer, eigenbases_digest, finish_layer
 from infscan.steps.factor_files import FactorsPlan, labels_path, partial_path, read_layer_factors
-from infscan.steps.factors import covariance_task, fit_factors, slice_bounds
+from infscan.steps.factors import covariance_task, fit_factors, lambda_task, slice_bounds
 from infscan.steps.preconditioner import preconditioned, query_gradients
 from infscan.steps.queries import QueryTask, query_task, read_query_batch
-from infscan.steps.squares import lambda_task
 from infscan.storage import MissingError, Store
 from tests.influence.factors import diagonal_blocks
 from tests.steps.builders import fit, fit_in_pieces, fit_plan, fit_tasks, one_rank

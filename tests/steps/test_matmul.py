@@ -14,9 +14,8 @@ from infscan.errors import FactorsError
 from infscan.influence.precision import Multiply
 from infscan.steps import factors, preconditioner, refine, scan
 from infscan.steps.factor_files import store_plan
-from infscan.steps.factors import covariance_task
+from infscan.steps.factors import covariance_task, lambda_task
 from infscan.steps.prepare import prepare_factors_corpus
-from infscan.steps.squares import lambda_task
 from tests.gpu.kit.agreement import REFERENCE
 from tests.gpu.kit.study import Study
 from tests.steps.runs import answer_here, open_here, small_run

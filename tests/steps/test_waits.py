@@ -15,9 +15,8 @@ from infscan.influence.routed import Routed
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import Batch, ModelWorker, WorkerSettings
-from infscan.steps.factors import covariance_task
+from infscan.steps.factors import covariance_task, lambda_task
 from infscan.steps.scan import scan_task
-from infscan.steps.squares import lambda_task
 from tests.gpu.kit.agreement import REFERENCE, reference
 from tests.gpu.kit.study import Study
 from tests.gpu.kit.waits import Waits, counted

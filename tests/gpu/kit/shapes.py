@@ -26,9 +26,8 @@ from infscan.model.loaded import LoadedModel, RankContext
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker, WorkerSettings
 from infscan.sizing.dry import Dry
 from infscan.sizing.memory import DryWorker, scan_cost
-from infscan.steps.factors import CovarianceSums
+from infscan.steps.factors import CovarianceSums, lambda_consumer, lambda_sums
 from infscan.steps.scan import scoring
-from infscan.steps.squares import lambda_consumer, lambda_sums
 from tests.gpu.kit.device import host_waits, is_cuda, peak_bytes, release, seconds
 
 
