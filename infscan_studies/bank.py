@@ -35,7 +35,9 @@ TABLE, JUDGED_TABLE = "bank.parquet", "judged.parquet"
 RANDOM = "random"
 JUDGED = pa.schema(
     [
-        *((name, pa.string()) for name in ("recipe", "label", "method", "tracked")),
+        ("recipe", pa.string()),
+        ("subsets", pa.int64()),
+        *((name, pa.string()) for name in ("label", "method", "tracked")),
         ("damping", pa.float64()),
         ("kind", pa.string()),
         *((name, pa.float64()) for name in ("lds", "low", "high", "ceiling", "share")),
@@ -44,8 +46,15 @@ JUDGED = pa.schema(
         ("removal_queries", pa.int64()),
     ]
 )
+_ROWS = (
+    *((name, pa.string()) for name in ("recipe", "optimizer")),
+    *((name, pa.int64()) for name in ("layers", "width", "subset", "seed")),
+    ("kept", pa.list_(pa.bool_())),
+)
 # Trainings from one line of progress to the next.
 _REPORTED = 20
+# Subsets that LDS needs.
+_FEWEST = 3
 # A query's column in the table.
 MEASURED = "f_"
 
@@ -101,7 +110,10 @@ class Bank:
             cell.study.claim()
         if self.job.known:
             self._take(self.job.known)
-        hours = sum(cell.study.afford(self._trainings()) for cell in self.cells)
+        hours = sum(
+            cell.study.afford(cell.study.retrainer.missing(self._trainings())[: self.job.trainings])
+            for cell in self.cells
+        )
         if hours > self.job.max_hours:
             raise ConfigError(
                 f"the trainings of {len(self.cells)} recipes would take {hours:.2g} hours, more than max_hours="
@@ -115,18 +127,27 @@ class Bank:
                 save_full_model(cell.study, folder, self.job.tokenizer)
 
     def train(self, report: Callable[[str], None]) -> None:
-        """Every training that is missing: recipe by recipe, subset by subset."""
+        """The trainings that are missing, as many as the job allows: recipe by recipe, subset by subset."""
+        left = self.job.trainings
         for cell in self.cells:
-            missing = cell.study.retrainer.missing(self._trainings())
+            missing = cell.study.retrainer.missing(self._trainings())[:left]
             for number, (chosen, seed) in enumerate(missing, 1):
                 cell.study.retrainer.measure(chosen, seed)
                 if number % _REPORTED == 0 or number == len(missing):
                     report(f"{cell.name}: {number} of {len(missing)} trainings that were missing")
+            left = None if left is None else left - len(missing)
 
-    def measured(self, cell: Cell) -> NDArray[np.float64]:
-        """What every query measures after every training of a recipe, [subsets, seeds, Q]."""
-        values = [cell.study.retrainer.measure(chosen, seed) for chosen, seed in self._trainings()]
-        return np.array(values).reshape(self.job.subsets, self.job.seeds, -1)
+    def finished(self, cell: Cell) -> NDArray[np.bool_]:
+        """Which trainings of a recipe are done, [subsets, seeds]."""
+        missing = {cell.study.retrainer.path(*one) for one in cell.study.retrainer.missing(self._trainings())}
+        done = [cell.study.retrainer.path(*one) not in missing for one in self._trainings()]
+        return np.array(done).reshape(self.job.subsets, self.job.seeds)
+
+    def measured(self, cell: Cell, done_ms: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """What every query measures after these trainings of a recipe, subset by subset: [trainings, Q]."""
+        asked = zip(self._trainings(), done_ms.flatten().tolist(), strict=True)
+        values = [cell.study.retrainer.measure(*one) for one, done in asked if done]
+        return np.array(values).reshape(-1, len(self.queries))
 
     def write(self) -> pa.Table:
         """The table of everything that is trained; the same bytes however often the bank was stopped on the way."""
@@ -164,15 +185,24 @@ class Bank:
 
     def _judged(self, cell: Cell, scored: RecipeScores, report: Callable[[str], None]) -> list[dict[str, Any]]:
         sweep, seed = self.job.sweep, self.job.seed
-        actual_msq = self.measured(cell)
+        # Subsets that every seed was trained on.
+        whole_m = np.asarray(self.finished(cell).all(axis=1))
+        if whole_m.sum() < _FEWEST:
+            raise ConfigError(
+                f"{cell.name}: {whole_m.sum()} subsets are trained with every seed, and LDS needs at least {_FEWEST} "
+                "(32 to say much); train more: trainings, subsets."
+            )
+        kept_mn = self.kept_mn[whole_m]
+        done_ms = np.repeat(whole_m[:, None], self.job.seeds, axis=1)
+        actual_msq = self.measured(cell, done_ms).reshape(len(kept_mn), self.job.seeds, -1)
         ceiling_q, actual_mq = ceilings(actual_msq), actual_msq.mean(axis=1)
         ids = [query.id for query in self.queries]
         rows: list[dict[str, Any]] = []
         wanted: dict[str, NDArray[np.float64]] = {}
         for label, facts, scores_nq, mine in self._labelled(scored, report):
             columns = [ids.index(name) for name in mine]
-            lds_q = lds_by_query(self.kept_mn, scores_nq, actual_mq[:, columns])
-            facts = {"recipe": cell.name, "label": label, **facts}
+            lds_q = lds_by_query(kept_mn, scores_nq, actual_mq[:, columns])
+            facts = {"recipe": cell.name, "subsets": len(kept_mn), "label": label, **facts}
             rows += rows_of(mine, lds_q, ceiling_q[columns], facts, seed, sweep.resamples)
             if label in sweep.removal:
                 wanted[label] = scores_nq
@@ -261,21 +291,20 @@ class Bank:
         }
 
     def _rows(self, cell: Cell) -> pa.Table:
-        settings = cell.study.study
-        names = [cell.name] * (self.job.subsets * self.job.seeds)
-        values_rq = self.measured(cell).reshape(len(names), -1)
-        subsets = np.repeat(np.arange(self.job.subsets), self.job.seeds)
+        settings, done_ms = cell.study.study, self.finished(cell)
+        values_rq = self.measured(cell, done_ms)
+        subsets, seeds = np.nonzero(done_ms)
         columns: dict[str, Any] = {
-            "recipe": names,
-            "optimizer": [str(settings.training.optimizer.value)] * len(names),
-            "layers": np.full(len(names), settings.model.layers),
-            "width": np.full(len(names), settings.model.width),
+            "recipe": [cell.name] * len(subsets),
+            "optimizer": [settings.training.optimizer.value] * len(subsets),
+            "layers": np.full(len(subsets), settings.model.layers),
+            "width": np.full(len(subsets), settings.model.width),
             "subset": subsets,
-            "seed": np.tile(np.arange(self.job.seeds), self.job.subsets),
+            "seed": seeds,
             "kept": pa.array(list(self.kept_mn[subsets].tolist()), pa.list_(pa.bool_())),
         }
         columns |= {f"{MEASURED}{query.id}": values_rq[:, q] for q, query in enumerate(self.queries)}
-        return pa.table(columns)
+        return pa.table(columns, pa.schema([*_ROWS, *((name, pa.float64()) for name in list(columns)[len(_ROWS) :])]))
 
     def _trainings(self) -> list[tuple[NDArray[np.int64], int]]:
         return trainings(self.kept_mn, range(self.job.seeds))

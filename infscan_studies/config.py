@@ -633,6 +633,8 @@ class BankJob:
     """Half-subsets of the corpus, the same for every recipe."""
     seeds: int = 2
     """Trainings of each subset (seeds 0, 1, ...), each in an order of its own."""
+    trainings: int | None = None
+    """Trainings at most in this call, recipe by recipe; the tables are of what is there then. null is all."""
     known: str | None = None
     """A bank.parquet of an earlier bank: trainings of the same recipe, subset and seed are taken from it."""
     output: str = "runs/bank"
@@ -657,6 +659,8 @@ class BankJob:
         for name in ("subsets", "seeds", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.trainings is not None and self.trainings < 0:
+            raise ConfigError(f"trainings={self.trainings}: give 0 (none), or more.")
         for recipe in self.recipes:
             recipe.training.check()
 

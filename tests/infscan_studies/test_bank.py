@@ -74,24 +74,12 @@ def trained(bank: Bank) -> int:
     return sum(len(cell.study.store.list("lds/retrained")) for cell in bank.cells)
 
 
-def test_a_bank_that_was_stopped_goes_on_to_the_same_bytes(
-    inputs: tuple[PreparedCorpus, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bank_that_was_stopped_goes_on_to_the_same_bytes(inputs: tuple[PreparedCorpus, str], tmp_path: Path) -> None:
     whole = run_bank(job(inputs, tmp_path / "whole")).table
     assert whole.num_rows == 2 * 3 * 2
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(_: str) -> None:
-        raise StoppedError
-
-    monkeypatch.setattr("infscan_studies.bank._REPORTED", 4)
-    stopped = open_bank(job(inputs, tmp_path / "stopped"))
-    stopped.prepare()
-    with pytest.raises(StoppedError):
-        stopped.train(stop)
-    assert trained(stopped) == 4
+    part = run_bank(job(inputs, tmp_path / "stopped", trainings=4)).table
+    assert part.to_pylist() == whole.to_pylist()[:4]
     run_bank(job(inputs, tmp_path / "stopped"))
     assert (tmp_path / "stopped" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
     first = whole.to_pylist()[0]
@@ -150,6 +138,8 @@ def test_every_method_is_judged_and_the_table_is_found_again(
     assert (tmp_path / "judged" / "judged.parquet").read_bytes() == before
     with pytest.raises(ConfigError, match="is no row of the sweep"):
         run_bank(replace(asked, sweep=replace(sweep, removal=["ekfac mlp 3"])))
+    with pytest.raises(ConfigError, match="0 subsets are trained with every seed"):
+        run_bank(job(inputs, tmp_path / "few", recipes=RECIPES[:1], sweep=sweep, trainings=1))
 
 
 def test_the_ceiling_is_the_correlation_with_what_no_seed_adds_to() -> None:
