@@ -13,6 +13,7 @@ from infscan.errors import ConfigError
 from infscan.telemetry import configure_logs
 from infscan_studies.config import (
     AnswersJob,
+    BankJob,
     CoverageConfig,
     CrossLingualConfig,
     ExtrapolationConfig,
@@ -192,6 +193,37 @@ def run_lds(job: LdsJob) -> LdsResult:
     methods = {name: study.scores(uri) for name, uri in job.scores.items()}
     rows = study.run(methods, read_proponents(job.proponents) if job.proponents else None)
     return LdsResult((*lines(rows), *study.missed(), f"{study.store}/lds/"), tuple(rows))
+
+
+@dataclass(frozen=True)
+class BankResult:
+    """The table of a bank as it was written, and what scores are worth by it."""
+
+    uri: str
+    table: pa.Table
+    judged: pa.Table | None = None
+
+    def show(self) -> None:
+        from infscan_studies.report.validation import show_bank
+
+        if self.judged is not None:
+            show_bank(self.judged)
+        print(f"{self.uri}: {self.table.num_rows} trainings")
+
+
+def run_bank(job: BankJob) -> BankResult:
+    import torch
+
+    from infscan_studies.bank import TABLE, open_bank
+
+    configure_logs()
+    torch.set_num_threads(job.threads)
+    bank = open_bank(job)
+    bank.prepare()
+    bank.train(log.info)
+    table = bank.write()
+    judged = bank.judge(log.info) if job.sweep.methods else None
+    return BankResult(f"{bank.store}/{TABLE}", table, judged)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="bank",
+        summary="Train a bank of models from scratch on half-subsets of a corpus, with several recipes.",
+        settings=f"{_CONFIG}:BankJob",
+        run=f"{_API}:run_bank",
+        examples=(
+            "corpus.path=runs/small/corpus queries.path=queries.jsonl output=runs/bank",
+            "corpus.path=runs/small/corpus 'recipes=[{name: adamw}, {name: sgd, training: {optimizer: sgd}}]'",
+        ),
+    ),
+    Command(
         name="prove",
         summary="Train a copy of the model for a step on published rows and on controls: does the completion rise?",
         settings=f"{_CONFIG}:ProveJob",

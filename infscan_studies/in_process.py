@@ -16,8 +16,9 @@ from infscan.errors import ConfigError
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query, queries_fingerprint
+from infscan.steps.damping import fit_damping
 from infscan.steps.factor_files import COMPLETE, store_plan
-from infscan.steps.factors import fit_factors, plan_factors
+from infscan.steps.factors import fit_factors, lambda_task, plan_factors
 from infscan.steps.inputs import open_inputs, read_measured_queries
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.prepare import prepare
@@ -70,6 +71,8 @@ def open_study(config: ValidateJob) -> Study:
     fit_factors(executor, factors, corpus, plan, config.factors.labels, config.seed)
     if not fitted_before:
         factors.write_json(_FIT, {"seconds": time.perf_counter() - started})
+    if config.factors.damping.by_fit:
+        fit_damping(executor, factors, corpus, plan, config.factors.labels, config.seed, lambda_task)
     # Another seed than the factors' sample: two samples of one seed would be one inside the other.
     candidates = Selection.of(corpus.sequences, config.validate.sequences, config.seed + 1)
     worker = executor.worker

@@ -294,6 +294,19 @@ class DampingConfig:
     """lambda of a layer as a multiple of the mean of its Lambda (Grosse et al. 2023)."""
     absolute: float | None = None
     """lambda of every layer as a value (Bao et al. 2025); it wins over `relative` where it is given."""
+    auto: bool = False
+    """Find each layer's lambda after the fit, from up to 1,024 of its sequences (docs/method.md#automatic-damping); it
+    wins over `relative`, `absolute` over it; it needs factors.labels=sampled."""
+
+    @property
+    def by_fit(self) -> bool:
+        """Whether it is found after the fit."""
+        return self.auto and self.absolute is None
+
+    def facts(self) -> dict[str, Any]:
+        """What fixes a damping, for fingerprints; `auto` only where it is asked for, as before there was a choice."""
+        known: dict[str, Any] = {"relative": self.relative, "absolute": self.absolute}
+        return known | {"auto": True} if self.auto else known
 
 
 @dataclass

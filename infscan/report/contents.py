@@ -323,6 +323,9 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
     if factors["solver"] != "identity":
         absolute = damping["absolute"]
         value = f"{damping['relative']:g} of the mean of Lambda" if absolute is None else f"{absolute:g}"
+        if absolute is None and summary.get("damping"):
+            found = sorted(summary["damping"].values())
+            value = f"found by layer: {found[0]:.2g} to {found[-1]:.2g} of the mean of Lambda"
         facts += [["damping", value], ["labels of the Fisher", factors["labels"]]]
     rank = "full" if scan["rank"] is None else f"{scan['rank']}, {scan['compression']}"
     facts.append(["rank of the scan", rank])

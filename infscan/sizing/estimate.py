@@ -14,6 +14,7 @@ from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.background import TOKENS as BACKGROUND_TOKENS
 from infscan.steps.check import compared
+from infscan.steps.damping import MOST_SEQUENCES
 from infscan.steps.factor_files import layer_groups, partial_bytes, products
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
@@ -221,12 +222,19 @@ def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
     again = len(run.groups)
     covariance, lam = (run.work(name, fitted.sequences, fitted.tokens, again) for name in ("covariance", "lambda"))
     units = slices * again
+    damping = []
+    if config.factors.damping.by_fit:
+        # A pass like Lambda's over a part of its sequences.
+        some = min(fitted.sequences, MOST_SEQUENCES)
+        part = run.work("lambda", some, _share(fitted, some), again)
+        damping.append(replace(part, name="damping", stored=2 * Lambda + moments / slices, units=units))
     return [
         replace(covariance, stored=moments, units=units),
         # It reads the sums of every slice, and writes factors and eigenvectors.
         Work("eigenbasis", 0, 0, 0.0, cpu_flop=eigh, stored=moments * (1 + 2 / slices), units=len(layers)),
         # It reads the eigenvectors of a group once, and Lambda's sums are read again at the end.
         replace(lam, stored=2 * Lambda + moments / slices, units=units),
+        *damping,
     ]
 
 

@@ -13,14 +13,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from infscan.config import DampingConfig
 from infscan.influence.blocks import BlockDiagonal
 from infscan.influence.eigenbasis import check_finite, eigenbasis, threads_for
+from infscan.influence.even_damping import even_damping
 from infscan.influence.layers import Layer
 from infscan.influence.span import spanned_eigenbasis
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes, write_tensors
 from infscan.steps.factor_files import (
     FactorsPlan,
     block_keys,
+    damping_path,
     named_blocks,
     partial_path,
     pooled_path,
@@ -29,6 +32,9 @@ from infscan.steps.factor_files import (
     trace_key,
 )
 from infscan.storage import Store
+
+# Partial sums of squared gradients of true labels (`infscan.steps.damping`).
+MOMENTS = "moments"
 
 
 def eigenbases_digest(factors: Store, layers: tuple[Layer, ...]) -> str:
@@ -175,12 +181,32 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer, bases: str | N
     write_tensors(factors, f"Lambda/{layer.name}.safetensors", {"Lambda": Lambda} | mean, facts)
 
 
+@_with_threads()
+def damp_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
+    """A layer's automatic damping (`infscan.influence.even_damping`), as a multiple of the mean of its Lambda.
+
+    plan: its slices are those that the moments were summed over. Where nothing can be said, as of an expert without
+    tokens, it is the default's.
+    """
+    count = sum(stop - start for start, stop in plan.slices)
+    bases = eigenbases_digest(factors, plan.group(_group_of(plan, layer)))
+    moments = _squares_sum(factors, plan, layer, bases, MOMENTS) / count
+    found = even_damping(read_tensor(factors, f"Lambda/{layer.name}.safetensors", "Lambda"), moments)
+    relative = torch.tensor(DampingConfig().relative if found is None else found, dtype=torch.float64)
+    facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
+    write_tensors(factors, damping_path(layer), {"relative": relative}, facts)
+
+
 def _group_of(plan: FactorsPlan, layer: Layer) -> int:
     return next(index for index, names in enumerate(plan.groups) if layer.name in names)
 
 
 def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str) -> Tensor:
-    partials = [partial_path("lambda", _group_of(plan, layer), index) for index in range(len(plan.slices))]
+    return _squares_sum(factors, plan, layer, bases, "lambda")
+
+
+def _squares_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str, kind: str) -> Tensor:
+    partials = [partial_path(kind, _group_of(plan, layer), index) for index in range(len(plan.slices))]
     for partial in partials:
         if read_facts(factors, partial)["eigenbases"] != bases:
             raise damaged(factors, partial, "it was summed in other eigenbases than those in A/ and S/")

@@ -5,6 +5,7 @@ labels/                pseudo-labels per slice (sampled Fisher only)
 covariance/, lambda/   partial sums per (slice, layer group); removed when the factors are complete
 A/ S/ Lambda/          one safetensors file per layer (layers that share an input share the file in A/)
 factors.json           written last: its presence is the fact that the factors are complete
+damping/, moments/     with factors.damping.auto, after that: a number per layer, and the sums that it is found from
 
 Keys: A/ has `A`, `Q_A` and `eigenvalues`, S/ has `S`, `Q_S` and `eigenvalues`, Lambda/ has `Lambda` (and `stack_mean`
 for an expert); covariance/ has `tokens`, `A|<layer>` and `S|<layer>`, and `tokens|<layer>` for an expert; lambda/ has
@@ -17,6 +18,7 @@ through the blocks in order. Of a layer with a span (infscan.influence.span) S/ 
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,15 +29,17 @@ from torch import Tensor
 from infscan.config import checksum_ok, fingerprint, seal_of, with_checksum
 from infscan.corpus.plan import Selection
 from infscan.corpus.reading import AS_STORED
-from infscan.errors import ConfigError, FactorsError
+from infscan.errors import ConfigError, FactorsError, UnwritableError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.eigenbasis import check_finite
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.precision import Multiply
 from infscan.influence.span import SpannedBasis, for_all_outputs, sketch_columns
-from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensors
+from infscan.results.tensor_files import FINISHED_FACTORS, check_seal, damaged, read_seal, read_tensor, read_tensors
 from infscan.storage import Identity, MissingError, Store
 from infscan.storage.prefetch import prefetch
+
+log = logging.getLogger("infscan")
 
 PLAN, COMPLETE = "plan.json", "factors.json"
 SCHEMA_VERSION = 1
@@ -293,18 +297,39 @@ def identity_of(store: Store) -> Identity | None:
     return Identity("factors", store.uri, seal_of(value), "factors.json; every file by the digest in its header")
 
 
+def remove_partials(store: Store, kinds: tuple[str, ...] = ("covariance", "lambda")) -> None:
+    """Partial sums of complete factors: this process's, or those that an earlier one left when it died."""
+    for kind in kinds:
+        for entry in store.list(kind):
+            try:
+                store.remove(entry.name)
+            except UnwritableError as error:
+                log.warning("factors     finished, and a partial sum is left: %s", error)
+                return
+
+
 def labels_path(slice_index: int) -> str:
     return f"labels/slice-{slice_index:04d}.safetensors"
 
 
 def partial_path(kind: str, group: int, slice_index: int) -> str:
-    """kind: `covariance` or `lambda`."""
+    """kind: `covariance`, `lambda` or `moments`."""
     return f"{kind}/group-{group:03d}-slice-{slice_index:04d}.safetensors"
 
 
 def pooled_path(kind: str, stack: str) -> str:
     """What the experts of a stack have together, beside the partial sums of a kind."""
     return f"{kind}/pooled-{stack}.safetensors"
+
+
+def damping_path(layer: Layer) -> str:
+    """Of a layer's automatic damping."""
+    return f"damping/{layer.name}.safetensors"
+
+
+def found_damping(store: Store, layer: Layer) -> float:
+    """A layer's automatic damping, as a multiple of the mean of its Lambda (`infscan.steps.damping`)."""
+    return float(read_tensor(store, damping_path(layer), "relative"))
 
 
 def block_keys(key: str, blocks: int) -> list[str]:

@@ -21,7 +21,6 @@ from infscan.config import Labels, Solver
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Selection
 from infscan.engine.executor import Executor, Load, Step, TaskMap
-from infscan.errors import UnwritableError
 from infscan.influence.blocks import BlockDiagonal, block_sizes
 from infscan.influence.covariance import add_second_moment, mirror
 from infscan.influence.eigenbasis import BYTES_PER_ENTRY, add_squared_gradients, check_width, threads_for
@@ -31,6 +30,7 @@ from infscan.influence.routed import Routed
 from infscan.influence.span import Rotation, SpannedBasis, add_sketch, add_spanned_squares, sketch_matrix
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
 from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
+from infscan.steps.damping import fit_damping
 from infscan.steps.eigenbases import (
     check_eigenbases,
     decompose_layer,
@@ -52,6 +52,7 @@ from infscan.steps.factor_files import (
     layer_groups,
     named_blocks,
     partial_path,
+    remove_partials,
     sketch_key,
     slice_count,
     store_plan,
@@ -111,6 +112,8 @@ def fit(run: Run, vectors: StoredGradients | StoredTokens | None = None) -> Fact
         check_disk_for_factors(config, plan, store)
     gpus = config.cluster.ranks_per_worker if run.inputs.device == "cuda" else 0
     fit_factors(run.executor, store, corpus, plan, config.factors.labels, config.seed, gpus=gpus)
+    if settings.damping.by_fit:
+        fit_damping(run.executor, store, corpus, plan, settings.labels, config.seed, lambda_task)
     inverse = replace(inverse, identity=identity_of(store))
     return Factors(inverse, plan.fingerprint, (corpus, plan.selection))
 
@@ -168,7 +171,7 @@ def fit_factors(
         if check_files(store)["fingerprint"] != plan.fingerprint:
             raise damaged(store, COMPLETE, "it is of another fit than plan.json")
         log.info("factors     reused from %s", store.uri)
-        _remove_partials(store)
+        remove_partials(store)
         return
     for layer in plan.layers:
         for kind, n in (("A", layer.inputs), ("S", 0 if layer.span else layer.outputs)):
@@ -193,19 +196,8 @@ def fit_factors(
         # A second driver was first: it finished the factors and removed the partial sums that this one was adding.
         if not store.exists(COMPLETE):
             raise
-    _remove_partials(store)
+    remove_partials(store)
     executor.forget()
-
-
-def _remove_partials(store: Store) -> None:
-    """Partial sums of complete factors: this process's, or those that an earlier one left when it died."""
-    for kind in ("covariance", "lambda"):
-        for entry in store.list(kind):
-            try:
-                store.remove(entry.name)
-            except UnwritableError as error:
-                log.warning("factors     finished, and a partial sum is left: %s", error)
-                return
 
 
 @dataclass(frozen=True)
@@ -422,7 +414,7 @@ def lambda_task(worker: ModelWorker, task: FitTask) -> int:
         worker.backward(batch, layers, targets.loss(batch), consume, ones=False)
     sums = {name: worker.reduce(total) for name, total in Lambda.items()}
     if worker.leads:
-        path = partial_path("lambda", task.group, task.slice)
+        path = partial_path(task.squares, task.group, task.slice)
         write_tensors(task.factors, path, sums, {"eigenbases": digest})
     return sum(len(sequence) for sequence in sequences)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import fingerprint, plain
+from infscan.config import fingerprint
 from infscan.config.jobs import IndexConfig
 from infscan.corpus import sequences as corpus_of
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
@@ -82,7 +82,7 @@ def index_fields(inputs: Inputs, corpus: AddressableCorpus, factors: Factors, se
         "corpus": corpus.fingerprint,
         **corpus.reading.fields(),
         "factors": identity.fingerprint if identity else None,
-        "damping": plain(factors.inverse.damping) if identity else None,
+        "damping": factors.inverse.damping.facts() if identity else None,
         "alpha": factors.inverse.alpha,
         "layers": [layer.name for layer in indexed_layers(inputs.layers, settings.layers)],
         "code": asdict(code_settings(settings)),

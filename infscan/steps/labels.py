@@ -33,6 +33,8 @@ class FitTask:
     seed: int
     # Whether this task draws the slice's pseudo-labels and stores them; else stored ones are read.
     draw_labels: bool = False
+    # What squared gradients are summed for: the kind of their partials.
+    squares: str = "lambda"
 
     @property
     def reads(self) -> Reads:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infscan.config import DampingConfig, Solver, fingerprint, plain
+from infscan.config import DampingConfig, Solver, fingerprint
 from infscan.influence.inverse import damped_core, damping, from_core, to_core, tokens_to_core
 from infscan.influence.layers import Layer, LayerFactors
 from infscan.influence.precision import Multiply, multiplying
 from infscan.model.worker import ModelWorker
 from infscan.queries import Query
 from infscan.results.tensor_files import read_tensor
-from infscan.steps.factor_files import read_layer_factors
+from infscan.steps.factor_files import found_damping, read_layer_factors
 from infscan.steps.gradients import StoredTokens, Tokens, by_tokens, check_finite, query_tokens, read_tokens
 from infscan.storage import Identity, Store
 
@@ -62,7 +62,7 @@ class Preconditioner:
     @property
     def fingerprint(self) -> str:
         """Of all that fixes what it does, the factors' own content apart."""
-        known: dict[str, Any] = {"solver": self.solver, "damping": plain(self.damping)}
+        known: dict[str, Any] = {"solver": self.solver, "damping": self.damping.facts()}
         known["solutions"] = dict(self.solutions.names) if self.solutions else None
         if self.matmul != "exact":
             known["matmul"] = self.matmul
@@ -107,7 +107,8 @@ def layer_factors(
         return None
     factors = read_layer_factors(inverse.factors, layer, inverse.identity).to(device)
     asked = inverse.damping
-    lam = damping(factors.Lambda, asked.relative, asked.absolute, layer.name, factors.stack_mean)
+    relative = found_damping(inverse.factors, layer) if asked.by_fit else asked.relative
+    lam = damping(factors.Lambda, relative, asked.absolute, layer.name, factors.stack_mean)
     # A relative damping is of Lambda alone.
     return factors.to(device, dtype), lam + inverse.alpha
 

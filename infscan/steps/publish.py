@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infscan.config import fingerprint, resume_keys
+from infscan.config import Solver, fingerprint, resume_keys
 from infscan.corpus.addressable import AddressableCorpus, identity_of, label_of
 from infscan.corpus.filtered import FilteredCorpus
 from infscan.corpus.plan import Plan, shard_name
@@ -27,6 +27,7 @@ from infscan.results.shard_file import ScanCounts
 from infscan.results.statements import Asked, relatif_ranks
 from infscan.steps.background import NO_BACKGROUND, Background
 from infscan.steps.certificate import Searched
+from infscan.steps.factor_files import found_damping
 from infscan.steps.measure import NAME as QUERIES
 from infscan.steps.measure import measured_part
 from infscan.steps.provenance import computed_by
@@ -115,6 +116,8 @@ def publish(run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, r
     summary = _summary(run, plan, corpus, scanned, nonfinite, len(ranking), len(documents), found.planned_bytes)
     summary |= {"approximation": found.approximation, "iteration": found.iteration}
     summary["background_queries"] = len(found.asked_along.queries)
+    if run.config.factors.damping.by_fit and run.config.factors.solver is not Solver.identity:
+        summary["damping"] = {layer.name: found_damping(run.folder.factors, layer) for layer in run.inputs.layers}
     if found.searched is not None:
         _add_search(summary, found.searched)
     publisher.put("summary.json", json_bytes(summary))

@@ -69,7 +69,7 @@ def solve(run: Run, factors: Factors) -> Factors:
         "model": run.architecture.fingerprint,
         "tokenizer": run.inputs.tokenizer.digest if run.inputs.tokenizer else None,
         "factors": factors.fingerprint,
-        "damping": plain(config.damping),
+        "damping": config.damping.facts(),
         "solver": config.solver,
         "iteration": plain(config.iteration),
         "seed": run.config.seed,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from infscan.config import Solver, fingerprint, plain
+from infscan.config import Solver, fingerprint
 from infscan.engine.executor import Step
 from infscan.influence.layers import Layer
 from infscan.model.worker import ModelWorker
@@ -59,7 +59,7 @@ def _through(stage: Run, factors: Factors) -> StoredGradients:
         "dtype": stage.inputs.dtype,
         "factors": factors.fingerprint,
         "solver": inverse.solver,
-        "damping": plain(inverse.damping) if inverse.solver is not Solver.identity else None,
+        "damping": inverse.damping.facts() if inverse.solver is not Solver.identity else None,
         "alpha": inverse.alpha,
         "parts": parts,
     }

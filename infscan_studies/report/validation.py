@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from infscan_studies.bank_judged import ALL
 from infscan_studies.comparison import AVERAGE, EKFAC
 from infscan_studies.config import ProveJob
 from infscan_studies.prove import PROPONENT, KindEffect, after_steps, by_kind, words
@@ -116,3 +117,20 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
         *said,
         f"Seconds are for all queries together; EK-FAC's and CG's hold the fit's {facts['fit_seconds']:.1f} s.",
     ]
+
+
+def show_bank(table: pa.Table) -> None:
+    """Each recipe's rows, the best over all queries first: LDS with its interval and share of the ceiling, by kind."""
+    rows = table.to_pylist()
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row["recipe"] == recipe:
+                found.setdefault(row["label"], {})[row["kind"]] = row
+        kinds = [kind for kind in next(iter(found.values())) if kind != ALL]
+        print(f"{recipe}: LDS over all queries, 95 % interval, share of the ceiling; by kind of query")
+        for label, its in sorted(found.items(), key=lambda item: -item[1][ALL]["lds"]):
+            whole, values = its[ALL], "".join(f"  {kind} {its[kind]['lds']:+.2f}" for kind in kinds if kind in its)
+            interval = f"[{whole['low']:+.2f}, {whole['high']:+.2f}]"
+            print(f"{label:<28} {whole['lds']:+.3f} {interval} {whole['share']:.2f}{values}")
+        print()

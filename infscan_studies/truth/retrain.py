@@ -58,22 +58,30 @@ class Retrainer:
             ModelError: where a measurement is NaN or infinite.
             RunError: where the file in storage belongs to another training.
         """
-        path = self.path(chosen, seed)
-        key = {"recipe": self.fingerprint, "chosen": _digest(chosen), "seed": seed, "sequences": len(chosen)}
+        path, key = self.path(chosen, seed), self._key(chosen, seed)
         if not self.store.exists(path):
             started = time.monotonic()
             values = self._train_and_measure(chosen, seed)
             if not np.isfinite(values).all():
                 bad = self.query_ids[int(np.flatnonzero(~np.isfinite(values))[0])]
                 raise ModelError(f"query {bad!r} measures NaN or infinity after retraining; lower the learning rate.")
-            measured = dict(zip(self.query_ids, values.tolist(), strict=True))
-            self.store.write_json(
-                path, {**key, "seconds": round(time.monotonic() - started, 3), "measurements": measured}
-            )
+            self._write(chosen, seed, values, {"seconds": round(time.monotonic() - started, 3)})
         found = self.store.read_json(path)
         if {name: found.get(name) for name in key} != key:
             raise RunError(f"{self.store}/{path} belongs to another training; remove it.")
         return np.array([found["measurements"][query_id] for query_id in self.query_ids])
+
+    def take(self, chosen: NDArray[np.int64], seed: int, values: NDArray[np.float64]) -> None:
+        """Keep what this training measured elsewhere, float64 [Q]; what is in storage already stays."""
+        if not self.store.exists(self.path(chosen, seed)):
+            self._write(chosen, seed, values, {})
+
+    def _key(self, chosen: NDArray[np.int64], seed: int) -> dict[str, Any]:
+        return {"recipe": self.fingerprint, "chosen": _digest(chosen), "seed": seed, "sequences": len(chosen)}
+
+    def _write(self, chosen: NDArray[np.int64], seed: int, values: NDArray[np.float64], facts: dict[str, Any]) -> None:
+        measured = dict(zip(self.query_ids, values.tolist(), strict=True))
+        self.store.write_json(self.path(chosen, seed), {**self._key(chosen, seed), **facts, "measurements": measured})
 
 
 class LanguageModelTrainer:

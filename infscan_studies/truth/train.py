@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from infscan.errors import ConfigError, CorpusError, ModelError
 from infscan.model.measure import next_tokens, summed_losses
-from infscan_studies.config import Sizes, TrainingSettings
+from infscan_studies.config import Sizes, TrainingOptimizer, TrainingSettings
 
 # Which of a sequence's tokens have a loss; None: all.
 Mask = Sequence[bool] | None
@@ -155,13 +155,15 @@ def _pull_back(model: nn.Module, start: Sequence[Tensor], alpha: float) -> None:
         parameter.grad = change if parameter.grad is None else parameter.grad.add_(change)
 
 
-def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: biases and norms are left alone."""
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Of the settings; it decays matrices only: biases and norms are left alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if settings.optimizer is TrainingOptimizer.sgd:
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.beta1)
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from infscan.errors import ConfigError, CorpusError, ModelError
+from infscan_studies.config import TrainingOptimizer
 from infscan_studies.truth.train import TrainingRecord, TrainingSettings, mean_loss, train_language_model
 
 SETTINGS = TrainingSettings(epochs=6, batch_sequences=4, learning_rate=5e-3, seed=3)
@@ -47,6 +48,28 @@ def test_the_loss_falls_on_seen_and_held_out_sequences(sequences: list[list[int]
     assert record.steps == SETTINGS.epochs * 6
     assert record.tokens == SETTINGS.epochs * sum(len(ids) - 1 for ids in seen)
     assert not model.training
+
+
+def test_sgd_steps_along_its_gradient_and_decays_matrices_alone(sequences: list[list[int]]) -> None:
+    one = TrainingSettings(
+        optimizer=TrainingOptimizer.sgd,
+        epochs=1,
+        batch_sequences=30,
+        learning_rate=0.1,
+        warmup_fraction=0.0,
+        weight_decay=0.5,
+        gradient_clip=1e9,
+    )
+    model, before = tiny_model(), tiny_model()
+    train_language_model(model, sequences, one)
+    predicted = sum(len(ids) - 1 for ids in sequences)
+    for ids in sequences:
+        row = torch.tensor(ids)
+        (before(input_ids=row[None, :], labels=row[None, :]).loss * ((len(ids) - 1) / predicted)).backward()
+    for after, start in zip(model.parameters(), before.parameters(), strict=True):
+        assert start.grad is not None
+        decay = 0.5 * start if start.ndim >= 2 else 0.0
+        torch.testing.assert_close(after, start - 0.1 * (start.grad + decay), rtol=1e-4, atol=1e-6)
 
 
 def test_one_seed_gives_the_same_bits_and_another_seed_others(sequences: list[list[int]]) -> None:

@@ -1,0 +1,45 @@
+"""A layer's damping, found without training anything: the one under which whitened gradients spread most evenly.
+
+    lambda = argmin over lambda of  sum w^2 / (sum w)^2,   w = v / (Lambda + lambda)
+
+v [O, I]: second moments of true-label gradients of sequences, in the layer's eigenbases; Lambda: those of sampled
+labels, by which EK-FAC divides. Were the entries of gradients independent, sum w^2 would be the mean square of the
+influence of one sequence on another, and sum w the mean influence of a sequence on itself: the damping is the one with
+the least influence between sequences that have nothing to do with each other. Where Lambda is right up to a factor,
+w is constant without damping, and none is needed; where Lambda misses directions that gradients do have (an output head
+whose rare tokens were hardly drawn), they would outweigh all others, and damping takes them back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Multiples of the mean of Lambda that are tried, smallest first: a quarter of a decade apart.
+GRID = tuple(10 ** (step / 4) for step in range(-20, 5))
+# Where nearly as even a spread is had with more damping, more is taken: a smaller one only lets more rounding in.
+_ALIKE = 1.01
+
+
+def even_damping(Lambda_oi: Tensor, v_oi: Tensor) -> float | None:
+    """The largest of GRID, as a multiple of the mean of Lambda, whose spread is within 1 % of the most even one's.
+
+    Lambda_oi, v_oi: [O, I], of one scale each: a factor on either changes nothing. Sums are float64. None where a
+    moment is zero or not finite, as of an expert that no token went to: nothing can be said then.
+    """
+    mean = float(Lambda_oi.mean(dtype=torch.float64))
+    total = float(v_oi.sum(dtype=torch.float64))
+    if not (0 < mean < float("inf") and 0 < total < float("inf")):
+        return None
+    spreads = [_unevenness(Lambda_oi, v_oi, relative * mean) for relative in GRID]
+    least = min(spreads)
+    return max(relative for relative, spread in zip(GRID, spreads, strict=True) if spread <= _ALIKE * least)
+
+
+def _unevenness(Lambda_oi: Tensor, v_oi: Tensor, lam: float) -> float:
+    """P sum w^2 / (sum w)^2: 1 where w is constant, P where a single entry has all of it."""
+    w_oi = v_oi / (Lambda_oi + lam)
+    total = float(w_oi.sum(dtype=torch.float64))
+    # Before it is squared, so that float32 does not overflow.
+    w_oi = w_oi / (total / w_oi.numel())
+    return float((w_oi * w_oi).mean(dtype=torch.float64))

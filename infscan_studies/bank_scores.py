@@ -1,0 +1,358 @@
+"""The scores of a bank's full models, layer by layer: what the sweep over damping, layers and methods is made of.
+
+Each method's scores at each damping are a file of [Q, N] per layer. A set of layers scores by the sum over its layers
+(docs/method.md#influence), so that one file serves every set; an iterated inverse has a file for its set. A file's
+presence is the fact that it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infscan.config import (
+    CorpusConfig,
+    DampingConfig,
+    FactorsConfig,
+    IterationConfig,
+    ModelConfig,
+    QueriesConfig,
+    Solver,
+    fingerprint,
+)
+from infscan.corpus import sequences as corpus_sequences
+from infscan.corpus.addressable import CorpusAddress, open_corpus
+from infscan.influence.cg import conjugate_gradients, damped
+from infscan.influence.inverse import from_core, inverse_core
+from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.routed import Routed
+from infscan.influence.score import LayerQueries, score_layer
+from infscan.influence.similarity import StateMoments, Whitening, best_cosines
+from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
+from infscan.model.tracked import block_kinds
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.queries import Query
+from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
+from infscan.steps.preconditioner import Preconditioner, StoredGradients, query_gradients, read_vectors
+from infscan.steps.solve import SolveTask, ekfac_factors, ekfac_inverse, solve_task
+from infscan.storage import Store
+from infscan_studies.config import BankMethod, SweepConfig, ValidateConfig, ValidateJob
+from infscan_studies.in_process import Study, open_study
+from infscan_studies.side_by_side import kind_of
+from infscan_studies.truth.bm25 import bm25_scores
+from infscan_studies.validation import timed
+
+# What a file has where its scores are of no single layer.
+NO_LAYER = "all"
+_TOKENS_PER_BATCH = 4096
+# Queries that share the passes of a product with G.
+_TOGETHER = 6
+FOLDER = "scores"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A method's scores of every sequence: by_layer [Q, N] each; seconds, for all queries and layers."""
+
+    method: str
+    damping: float | None
+    by_layer: Mapping[str, NDArray[np.float64]]
+    seconds: float
+    # The one set of layers that it is of; None where sets are sums of its layers.
+    tracked: str | None = None
+    # The queries that it is of, where not all.
+    query_ids: tuple[str, ...] | None = None
+
+    def of(self, layers: Sequence[str] | None) -> NDArray[np.float64]:
+        """[N, Q], over some layers; None: of a method that has none, or has one set."""
+        found = self.by_layer.values() if layers is None else (self.by_layer[name] for name in layers)
+        return np.sum(list(found), axis=0).T
+
+
+class RecipeScores:
+    """One recipe's full model, its factors of the whole corpus, and its scores, in a folder of their own."""
+
+    def __init__(self, store: Store, config: ValidateJob, sweep: SweepConfig) -> None:
+        """config: of the model, with the corpus and the queries; its output is the folder of the factors."""
+        self.store, self.config, self.sweep = store, config, sweep
+
+    @staticmethod
+    def config_of(
+        model: str, corpus: str, queries: str, counts: tuple[int, int], output: str, seed: int, sweep: SweepConfig
+    ) -> ValidateJob:
+        """All linears and the head tracked, factors and scores of every sequence. counts: sequences, queries."""
+        sequences, asked = counts
+        return ValidateJob(
+            model=ModelConfig(path=model, tracked="linear+head"),
+            corpus=CorpusConfig(path=corpus),
+            factors=FactorsConfig(damping=DampingConfig(auto=sweep.auto)),
+            queries=QueriesConfig(path=queries),
+            validate=ValidateConfig(curvature_sequences=sequences, sequences=sequences, queries=asked),
+            output=output,
+            seed=seed,
+        )
+
+    @cached_property
+    def study(self) -> Study:
+        """The model with its factors, which are fitted or found."""
+        return open_study(self.config)
+
+    @property
+    def worker(self) -> ModelWorker:
+        return self.study.worker
+
+    @cached_property
+    def folder(self) -> str:
+        """Of the scores of this model, corpus, queries and factors."""
+        return f"{FOLDER}/{fingerprint(self.study.fingerprints)[:16]}"
+
+    @cached_property
+    def gradients(self) -> tuple[dict[str, Tensor], float]:
+        """V of every query by layer, and the seconds it took."""
+        return timed(lambda: query_gradients(self.worker, self.study.queries, self.worker.layers))
+
+    def sets(self) -> dict[str, tuple[str, ...]]:
+        """The names of the layers of each set that is swept over."""
+        module = self.worker.model.module
+        kinds = block_kinds(module)
+        last = max(_block(name) for name, kind in kinds.items() if kind != "head")
+        parts = {
+            kind: tuple(name for name, its in kinds.items() if its == kind) for kind in ("mlp", "attention", "head")
+        }
+        parts["last"] = tuple(name for name in parts["mlp"] if _block(name) == last)
+        wanted = dict.fromkeys([*self.sweep.tracked, *self.sweep.iterated])
+        return {one: tuple(name for part in one.split("+") for name in parts[part]) for one in wanted}
+
+    def inverse(self, damping: float | None) -> Preconditioner:
+        """damping: a multiple of the mean of Lambda; None: as it is found by layer."""
+        asked = DampingConfig(auto=True) if damping is None else DampingConfig(relative=damping)
+        return replace(self.study.inverse, damping=asked)
+
+    def all(self, report: Callable[[str], None]) -> list[Scores]:
+        """Every method's scores at every damping, from storage where they are there."""
+        found: list[Scores] = []
+        for method in self.sweep.methods:
+            if method in (BankMethod.ekfac, BankMethod.kfac):
+                found += [self._stored(method, damping, self._by_factors) for damping in self.sweep.damping]
+                if method is BankMethod.ekfac and self.sweep.auto:
+                    found.append(self._stored(method, None, self._by_factors))
+            elif method in (BankMethod.cg, BankMethod.astra):
+                solve = self._by_cg if method is BankMethod.cg else self._by_astra
+                for tracked in self.sweep.iterated:
+                    for damping in self.sweep.iterated_damping:
+                        found += solve(tracked, damping, report)
+            else:
+                make = {
+                    BankMethod.identity: self._by_gradients,
+                    BankMethod.bm25: self._by_words,
+                    BankMethod.cosine: self._by_states,
+                }[method]
+                found.append(self._stored(method, None, make))
+            report(f"scores of {method.value}")
+        return found
+
+    def _stored(
+        self,
+        method: BankMethod,
+        damping: float | None,
+        make: Callable[[BankMethod, float | None], tuple[Mapping[str, NDArray[np.floating]], float]],
+    ) -> Scores:
+        said = f"-{damping:g}" if damping is not None else "-auto" if method is BankMethod.ekfac else ""
+        path = f"{self.folder}/{method.value}{said}.safetensors"
+        if not self.store.exists(path):
+            self._write(path, *make(method, damping))
+        by_layer, seconds = self._read(path)
+        return Scores(method.value, damping, by_layer, seconds)
+
+    def _write(self, path: str, by_layer: Mapping[str, NDArray[np.floating]], seconds: float) -> None:
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(one, np.float32)) for name, one in by_layer.items()}
+        write_tensors(self.store, path, tensors, {"seconds": f"{seconds:.3f}"})
+
+    def _read(self, path: str) -> tuple[dict[str, NDArray[np.float64]], float]:
+        tensors = read_tensors(self.store, path)
+        return {name: one.double().numpy() for name, one in tensors.items()}, float(
+            read_facts(self.store, path)["seconds"]
+        )
+
+    def _by_factors(self, method: BankMethod, damping: float | None) -> tuple[dict[str, NDArray[np.floating]], float]:
+        V, before = self.gradients
+        factors = ekfac_factors(self.worker, self.inverse(damping))
+        if method is BankMethod.kfac and damping is not None:
+            tokens = sum(len(one) for one in self.study.curvature) / len(self.study.curvature)
+            factors = {name: _uncorrected(one, tokens, damping) for name, (one, _) in factors.items()}
+        P, seconds = timed(
+            lambda: {name: from_core(inverse_core(V[name], *known), known[0]) for name, known in factors.items()}
+        )
+        scores, scanned = timed(lambda: layer_scores(self.worker, self.study.candidates, P))
+        return scores, self.study.fit_seconds + before + seconds + scanned
+
+    def _by_gradients(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
+        V, before = self.gradients
+        scores, seconds = timed(lambda: layer_scores(self.worker, self.study.candidates, V))
+        return scores, before + seconds
+
+    def _by_words(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
+        sequences = [one.token_ids for one in self.study.candidates]
+        asked = [query.parts[0].token_ids for query in self.study.queries]
+        scores, seconds = timed(lambda: bm25_scores(sequences, asked))
+        return {NO_LAYER: scores}, seconds
+
+    def _by_states(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
+        scores, seconds = timed(lambda: state_cosines(self.worker, self.study))
+        return {NO_LAYER: scores}, seconds
+
+    def _part(self, tracked: str) -> tuple[ModelWorker, list[Query]]:
+        """A worker that tracks one set alone, and the queries that are solved for."""
+        names = self.sets()[tracked]
+        layers = tuple(layer for layer in self.worker.layers if layer.name in names)
+        worker = ModelWorker(WorkerSettings(self.config.model, layers, sharded=False), self.worker.context)
+        most, taken, queries = self.sweep.iterated_queries, dict[str, int](), []
+        for query in self.study.queries:
+            kind = kind_of(query.id)
+            taken[kind] = taken.get(kind, 0) + 1
+            if most is None or taken[kind] <= most:
+                queries.append(query)
+        return worker, queries
+
+    def _iterated(self, method: str, tracked: str, damping: float, query: Query) -> str:
+        return f"{self.folder}/{method}-{tracked}-{damping:g}/{query.id}.safetensors"
+
+    def _joined(self, method: str, tracked: str, damping: float, queries: Sequence[Query]) -> Scores:
+        read = [self._read(self._iterated(method, tracked, damping, query)) for query in queries]
+        scores_qn = np.concatenate([one[NO_LAYER] for one, _ in read])
+        seconds = sum(seconds for _, seconds in read) + self.study.fit_seconds
+        return Scores(method, damping, {NO_LAYER: scores_qn}, seconds, tracked, tuple(query.id for query in queries))
+
+    def _by_cg(self, tracked: str, damping: float, report: Callable[[str], None]) -> list[Scores]:
+        """One run of conjugate gradients, judged after each number of steps that is asked for."""
+        worker, queries = self._part(tracked)
+        methods = {step: f"cg-{step}" for step in sorted(self.sweep.steps)}
+
+        def is_done(query: Query) -> bool:
+            return all(
+                self.store.exists(self._iterated(method, tracked, damping, query)) for method in methods.values()
+            )
+
+        missing = [query for query in queries if not is_done(query)]
+        factors = ekfac_factors(worker, self.inverse(damping))
+        precondition = ekfac_inverse(worker.layers, factors)
+        ggn = GaussNewton(worker, self.study.curvature, 1024)
+        for start in range(0, len(missing), _TOGETHER):
+            some = missing[start : start + _TOGETHER]
+            v_kp = join(worker.layers, query_gradients(worker, some, worker.layers))
+            lambda_p = damping_vector(worker.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
+            kept: dict[int, tuple[Tensor, float]] = {}
+
+            def keep(
+                step: int, seconds: float, _: Tensor, x_kp: Tensor, kept: dict[int, tuple[Tensor, float]] = kept
+            ) -> None:
+                if step in methods:
+                    kept[step] = (x_kp.clone(), seconds)
+
+            conjugate_gradients(
+                damped(ggn.product, lambda_p),
+                v_kp,
+                tolerance=0.0,
+                max_iterations=max(methods),
+                preconditioner=precondition,
+                on_iteration=keep,
+            )
+            for step, (x_kp, seconds) in kept.items():
+                scores = _summed(layer_scores(worker, self.study.candidates, split(worker.layers, x_kp)))
+                for number, query in enumerate(some):
+                    path = self._iterated(methods[step], tracked, damping, query)
+                    self._write(path, {NO_LAYER: scores[number : number + 1]}, seconds / len(some))
+            report(f"cg of {start + len(some)} of {len(missing)} queries that were missing")
+        return [self._joined(method, tracked, damping, queries) for method in methods.values()]
+
+    def _by_astra(self, tracked: str, damping: float, report: Callable[[str], None]) -> list[Scores]:
+        worker, queries = self._part(tracked)
+        method = f"astra-{self.sweep.astra_steps}"
+        missing = [query for query in queries if not self.store.exists(self._iterated(method, tracked, damping, query))]
+        for start in range(0, len(missing), _TOGETHER):
+            some = tuple(missing[start : start + _TOGETHER])
+            names = {query.id: f"{self.folder}/solutions/{method}-{tracked}-{damping:g}-{query.id}" for query in some}
+            task = SolveTask(
+                store=self.store,
+                names=tuple(names.values()),
+                queries=some,
+                solver=Solver.astra,
+                settings=IterationConfig(steps=self.sweep.astra_steps),
+                ekfac=self.inverse(damping),
+                corpus=CorpusAddress.of(open_corpus(Store(self.config.corpus.path), foreign=True)),
+                curvature_ids=np.arange(len(self.study.curvature)),
+                curvature=self.folder,
+                fingerprints=tuple(names),
+                seed=self.config.seed,
+            )
+            _, seconds = timed(partial(solve_task, worker, task))
+            x = read_vectors(worker, some, worker.layers, StoredGradients(self.store, names))
+            scores = _summed(layer_scores(worker, self.study.candidates, x))
+            for number, query in enumerate(some):
+                path = self._iterated(method, tracked, damping, query)
+                self._write(path, {NO_LAYER: scores[number : number + 1]}, seconds / len(some))
+            report(f"astra of {start + len(some)} of {len(missing)} queries that were missing")
+        return [self._joined(method, tracked, damping, queries)]
+
+
+def layer_scores(
+    worker: ModelWorker, sequences: Sequence[corpus_sequences.Sequence], P: Mapping[str, Tensor]
+) -> dict[str, NDArray[np.floating]]:
+    """<P, grad L(z)> of every layer apart, in one pass over the sequences: [Q, N] each, at full rank."""
+    ready = {name: LayerQueries.dense(matrix.to(worker.model.dtype)) for name, matrix in P.items()}
+    Q = len(next(iter(P.values())))
+    found = {name: torch.zeros(len(sequences), Q, dtype=worker.wide, device=worker.device) for name in P}
+    layers = [layer for layer in worker.layers if layer.name in P]
+    for batch in worker.batches(sequences, _TOKENS_PER_BATCH):
+        rows = worker.to_device(batch.rows)
+
+        def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None, rows: Tensor = rows) -> None:
+            found[layer.name].index_add_(0, rows, score_layer(s, a, ready[layer.name], routed))
+
+        worker.backward(batch, layers, batch.loss(), consume)
+    return {name: scores_nq.T.cpu().numpy() for name, scores_nq in found.items()}
+
+
+@torch.no_grad()
+def state_cosines(worker: ModelWorker, study: Study) -> NDArray[np.floating]:
+    """Whitened cosines of the last block's states (`infscan.influence.similarity`), [Q, N]; the query's own tokens are
+    all but its last, which nothing is predicted from."""
+    states = [_states(worker, one.token_ids) for one in study.candidates]
+    moments = StateMoments(states[0].shape[1], worker.device)
+    for h_td in states:
+        moments.add(h_td.double())
+    whitening = Whitening.of(moments.total_nn).to(worker.device, worker.wide)
+    own = [whitening.directions(_states(worker, np.asarray(query.parts[0].token_ids[:-1]))) for query in study.queries]
+    scores = []
+    for h_td in states:
+        x_1td = whitening.directions(h_td)[None]
+        counts_1t = torch.ones(x_1td.shape[:2], dtype=torch.bool, device=worker.device)
+        scores.append([float(best_cosines(own_id, x_1td, counts_1t)) for own_id in own])
+    return np.array(scores).T
+
+
+def _states(worker: ModelWorker, token_ids: NDArray[np.int64]) -> Tensor:
+    ids_1t = worker.to_device(np.asarray(token_ids, np.int64)[None])
+    hidden = worker.model.module(input_ids=ids_1t, output_hidden_states=True, use_cache=False).hidden_states
+    found: Tensor = hidden[-1][0].to(worker.wide)
+    return found
+
+
+def _uncorrected(factors: LayerFactors, tokens: float, relative: float) -> tuple[LayerFactors, float]:
+    """K-FAC's eigenvalues in place of Lambda: those of A times those of S, and the tokens of a sequence."""
+    Lambda_oi = tokens * torch.outer(factors.S_eigenvalues.clamp_min(0), factors.A_eigenvalues.clamp_min(0))
+    return replace(factors, Lambda=Lambda_oi), relative * float(Lambda_oi.mean(dtype=torch.float64))
+
+
+def _summed(by_layer: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float64]:
+    return np.sum([one.astype(np.float64) for one in by_layer.values()], axis=0)
+
+
+def _block(name: str) -> int:
+    return max((int(part) for part in name.split(".") if part.isdigit()), default=-1)
