@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from infscan.config import Offload
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import PassCost, PassMemory, largest, other_passes, pass_costs, scan_memory
+from infscan.sizing.memory import (
+    PassCost,
+    PassMemory,
+    largest,
+    other_passes,
+    pass_costs,
+    scan_memory,
+    serialised_bytes,
+)
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
@@ -30,7 +38,8 @@ def scan_and_largest(inputs: Inputs, T: int, *, fitting: bool) -> tuple[PassMemo
     except ModelError as error:
         log.warning("memory      %s", error)
         return None
-    held = {"scan": memory.total} | other_passes(inputs.config, inputs.architecture, queries, memory, fitting=fitting)
+    others = other_passes(inputs.config, inputs.architecture, queries, memory, gpus, fitting=fitting)
+    held = {"scan": memory.total} | others
     name = max(held, key=lambda one: held[one])
     return memory, name, held[name]
 
@@ -66,8 +75,10 @@ def use_machine(run: Run, T: int) -> dict[str, int] | None:
         if stage is run:
             log.info("memory      %s%s", memory_line(memory), larger_pass(memory, name, held))
             planned = dict(vars(memory))
-        # On a GPU the model is not in the host's memory, but for the time of its loading.
-        stage.executor.fill(_PROCESS_BYTES + held, 1 + len(run.later))
+        on_host = (
+            held if stage.inputs.device != "cuda" else serialised_bytes(stage.config, stage.inputs.layers) * fitting
+        )
+        stage.executor.fill(_PROCESS_BYTES + on_host, 1 + len(run.later))
     return planned
 
 
