@@ -122,7 +122,7 @@ def test_the_line_names_the_largest_pass_as_the_plan_finds_it(models: dict[str, 
     found = other_passes(config, architecture, 3, scan, 0.0)
     assert set(found) == {"refine", "check", "covariance", "lambda"}
     for name, held in found.items():
-        assert held == pytest.approx(costs[name].memory.total, rel=0.02 if name in ("refine", "check") else 0.1)
+        assert held == pytest.approx(costs[name].memory.total, rel=0.02 if name in ("refine", "check") else 0.15)
     assert larger_pass(scan, "check", found["check"]).startswith("; check, the largest pass, ")
     assert larger_pass(scan, "scan", scan.total) == ""
     config.scan.check_sequences = 0
