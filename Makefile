@@ -67,6 +67,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/floor.py --experts 16 --layers 2 --width 256
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/job_memory.py
+	$(BIN)/python benchmarks/read_ahead.py
 	$(BIN)/python benchmarks/driver.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/certificate.py --runs 40

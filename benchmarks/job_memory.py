@@ -49,8 +49,9 @@ class Setting:
             "corpus.bos=false",
             f"corpus.sequence_length={self.T}",
             f"queries.path={folder / 'queries.jsonl'}",
-            "factors.num_sequences=64",
-            "scan.check_sequences=16",
+            f"factors.num_sequences={2 * self.tokens_per_batch // self.T}",
+            "factors.slices=2",
+            "scan.check_sequences=8",
             "scan.top_k=10",
             f"scan.tokens_per_batch={self.tokens_per_batch}",
             "cluster.num_workers=1",
@@ -74,9 +75,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("gpt_neox", 256, 4, 4096, 128, 2048, 8, 160),
-    Setting("llama", 384, 6, 16000, 256, 2048, 16, 96),
-    Setting("gpt2", 512, 4, 8192, 128, 4096, 24, 128),
+    Setting("gpt_neox", 256, 4, 4096, 128, 2048, 8, 48),
+    Setting("llama", 384, 4, 16000, 128, 1024, 12, 32),
+    Setting("gpt2", 512, 2, 8192, 128, 2048, 16, 48),
 )
 
 
@@ -86,8 +87,8 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
     from infscan.model.architecture import describe
     from infscan.pipeline import answer
     from infscan.results.read import read_summary
-    from infscan.sizing.hosts import host_memory
-    from infscan.sizing.memory import pass_costs
+    from infscan.sizing.hosts import LIBRARIES_BYTES, host_memory
+    from infscan.sizing.memory import largest, pass_costs
 
     config = settings_of_call("scan", tuple(setting.words(folder)), {})
     before = resident("VmRSS")
@@ -97,13 +98,14 @@ def measured(folder: Path, setting: Setting) -> dict[str, Any]:
     architecture = describe(config.model.path, config.model.tracked)
     costs = pass_costs(config, architecture, setting.queries, setting.T, 0.0)
     hosts = host_memory(config, architecture.layers, setting.queries, setting.T, 3, 4)
+    name, most = largest(costs)
     return {
-        "driver": {"before": before, "peak": peak, "forecast": hosts.driver},
+        "driver": {"before": before, "peak": peak, "forecast": before + LIBRARIES_BYTES + hosts.driver},
         "rank": {
             "before": rank["process_bytes"],
-            "loaded": rank["loaded_bytes"],
             "peak": rank["peak_bytes"],
-            "forecast": {name: vars(cost.memory) | {"total": cost.memory.total} for name, cost in costs.items()},
+            "forecast": rank["process_bytes"] + LIBRARIES_BYTES + most.total,
+            "largest": {"pass": name} | vars(most),
         },
     }
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "SETTING"), help=argparse.SUPPRESS)
     parser.add_argument("--only", type=int, nargs="+", default=range(len(SETTINGS)), help="numbers of settings, from 0")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of what was found")
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measured(Path(options.child[0]), SETTINGS[int(options.child[1])])))
@@ -127,17 +130,15 @@ def main() -> None:
                 raise SystemExit(done.stderr)
         rows.append(vars(SETTINGS[number]) | json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=2) + "\n")
     table = Table("model", "process", "before, MiB", "forecast, MiB", "peak, MiB", "forecast / peak")
     for row in rows:
         model = f"{row['family']} d={row['d']} x {row['blocks']}, V={row['vocab']}"
-        largest = max(cost["total"] for cost in row["rank"]["forecast"].values())
-        for process, above in (("driver", row["driver"]["forecast"]), ("rank", largest)):
+        for process in ("driver", "rank"):
             found = row[process]
-            forecast = found["before"] + above
-            mib = [f"{size / 2**20:,.0f}" for size in (found["before"], forecast, found["peak"])]
-            table.add_row(model, process, *mib, f"{forecast / found['peak']:.2f}")
+            mib = [f"{found[key] / 2**20:,.0f}" for key in ("before", "forecast", "peak")]
+            table.add_row(model, process, *mib, f"{found['forecast'] / found['peak']:.2f}")
     Console().print(table)
 
 

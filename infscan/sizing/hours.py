@@ -10,7 +10,8 @@ from infscan.sizing.devices import Rates
 
 # Bytes per second at which a rank takes sums from its device, hashes, serialises and stores them, or reads them back.
 _STORED_PER_S = 5e8
-# Seconds between two units, in which a rank's device has nothing to do: reading, choosing rows, writing.
+# Seconds between two units, in which a rank's device has nothing to do: choosing rows, writing, being handed the next
+# one, whose sequences are read meanwhile. A guess.
 _BETWEEN_UNITS_S = 1.0
 
 

@@ -239,10 +239,10 @@ def scan_memory(config: Config, architecture: Architecture, queries: int, T: int
 
 
 def other_passes(
-    config: Config, architecture: Architecture, queries: int, scan: PassMemory, *, fitting: bool = True
+    config: Config, architecture: Architecture, queries: int, scan: PassMemory, gpus: float, *, fitting: bool = True
 ) -> dict[str, int]:
-    """Bytes of the passes beside a scan on a CPU, by name: about as `pass_costs` finds them, without trying a backward
-    for each. Their activations are taken for the scan's.
+    """Bytes of the passes beside a scan, by name: about as `pass_costs` finds them, without trying a backward for each.
+    Their activations are taken for the scan's.
 
     fitting: whether factors are still to be fitted.
     """
@@ -253,8 +253,14 @@ def other_passes(
         found["check"] = scan.total + gradients
     if fitting and config.factors.solver is not Solver.identity:
         for name, (stays, sums) in _fitting_bytes(config, architecture.layers).items():
-            found[name] = scan.weights + scan.allocator + stays + max(scan.activations, 2 * sums)
+            at_end = 0 if gpus else 2 * sums
+            found[name] = scan.weights + scan.allocator + stays + max(scan.activations, at_end)
     return found
+
+
+def serialised_bytes(config: Config, layers: Sequence[Layer]) -> int:
+    """Host memory that a layer group's sums of a GPU take while they are written."""
+    return 3 * _fitting_bytes(config, layers)["covariance"][1]
 
 
 def _fitting_bytes(config: Config, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:

@@ -38,6 +38,7 @@ from infscan.steps.corpus_inputs import bos_of, settings_for, with_array_setting
 from infscan.steps.factor_files import COMPLETE, slice_count
 from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
+from infscan.steps.plan import few_shards
 from infscan.steps.prepare import prepare_pieces
 from infscan.steps.sizes import settled
 from infscan.steps.volume import FactorFiles, factor_files, no_room, scan_bytes
@@ -107,7 +108,10 @@ def estimate(config: PlanJob) -> Estimate:
         notes.append(said)
     if memory and (said := over_memory(costs, memory)):
         notes.append(said)
-    shards = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences).num_shards
+    planned = Plan("", scanned.sequences, Selection.of(scanned.sequences), shard_sequences)
+    shards = planned.num_shards
+    if few := few_shards(planned, config.cluster.num_workers or 1):
+        notes.append(few)
     dtypes = _dtypes(config, architecture, gpus)
     query_itemsize = in_dtype(config.scan.query_dtype, run_dtype(config, architecture, gpus)).itemsize
     pricing = Pricing(config, architecture.layers, costs, dtypes, architecture.parameters, shards)

@@ -6,10 +6,20 @@ import logging
 import os
 from collections.abc import Mapping
 
-from infscan.config import Offload
+from infscan.config import Config, Offload
+from infscan.corpus.plan import default_shard_sequences
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
-from infscan.sizing.memory import Codes, PassCost, PassMemory, largest, other_passes, pass_costs, scan_memory
+from infscan.sizing.memory import (
+    Codes,
+    PassCost,
+    PassMemory,
+    largest,
+    other_passes,
+    pass_costs,
+    scan_memory,
+    serialised_bytes,
+)
 from infscan.steps.factor_files import COMPLETE
 from infscan.steps.inputs import Inputs
 from infscan.steps.run import Run
@@ -19,6 +29,10 @@ log = logging.getLogger("infscan")
 
 # A rank's process before it loads a model: torch, transformers, Ray (docs/sizing.md).
 _PROCESS_BYTES = 1 << 30
+# Of a sequence beside its token ids: its documents' names and offsets, two of them. Measured, with tracemalloc.
+_SEQUENCE_BYTES = 800
+# Sequences of a corpus whose shards are as large as they become.
+_MANY = 10**9
 
 
 def main_and_largest(
@@ -39,7 +53,8 @@ def main_and_largest(
     except ModelError as error:
         log.warning("memory      %s", error)
         return None
-    held = {main: memory.total} | other_passes(inputs.config, inputs.architecture, queries, memory, fitting=fitting)
+    others = other_passes(inputs.config, inputs.architecture, queries, memory, gpus, fitting=fitting)
+    held = {main: memory.total} | others
     name = max(held, key=lambda one: held[one])
     return main, memory, name, held[name]
 
@@ -75,8 +90,10 @@ def use_machine(run: Run, T: int, codes: Codes | None = None) -> dict[str, int] 
         if stage is run:
             log.info("memory      %s%s", memory_line(memory, main), larger_pass(memory, name, held))
             planned = dict(vars(memory))
-        # On a GPU the model is not in the host's memory, but for the time of its loading.
-        stage.executor.fill(_PROCESS_BYTES + held, 1 + len(run.later))
+        on_host = (
+            held if stage.inputs.device != "cuda" else serialised_bytes(stage.config, stage.inputs.layers) * fitting
+        )
+        stage.executor.fill(_process_bytes(stage.config, T) + on_host, 1 + len(run.later))
     return planned
 
 
@@ -128,10 +145,16 @@ def host_bytes(inputs: Inputs, T: int, codes: Codes | None = None) -> int | None
     except ModelError:
         return None
     if not gpus:
-        return _PROCESS_BYTES + largest(costs)[1].total
+        return _process_bytes(config, T) + largest(costs)[1].total
     serialised = 3 * costs["covariance"].memory.factors if "covariance" in costs else 0
     offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
-    return _PROCESS_BYTES + serialised + offloaded
+    return _process_bytes(config, T) + serialised + offloaded
+
+
+def _process_bytes(config: Config, T: int) -> int:
+    """A rank's process, with the sequences of the unit at work and of the next, which it reads meanwhile."""
+    of_a_unit = config.scan.shard_sequences or default_shard_sequences(_MANY)
+    return _PROCESS_BYTES + 2 * of_a_unit * (8 * T + _SEQUENCE_BYTES)
 
 
 def larger_pass(scan: PassMemory, name: str, held: int) -> str:

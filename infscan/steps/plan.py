@@ -62,6 +62,20 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     return plan
 
 
+def few_shards(plan: Plan, workers: int) -> str | None:
+    """What is said where workers have not two shards each, so that some wait for the others at the end.
+
+    A plan does not go by its workers of itself: rows would then depend on them, in the last bits.
+    """
+    shards, each = plan.num_shards, plan.selection.size // (2 * workers)
+    if workers == 1 or shards >= 2 * workers or not each:
+        return None
+    return (
+        f"{shards} shards for {workers} workers: in a new output, scan.shard_sequences={each} or less gives each of "
+        "them two"
+    )
+
+
 def _factors(run: Run) -> dict[str, str]:
     """The fingerprint of what every stage's factors are fitted on and how; none without factors."""
     found = {

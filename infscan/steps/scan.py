@@ -6,6 +6,7 @@ files that are in storage, so it writes only rows that may still be among the be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,10 +50,13 @@ from infscan.results.shard_file import (
 from infscan.results.statements import HUB_RANK
 from infscan.secrets import redact
 from infscan.steps.index import CodesTask, IndexPass, ShardCodes, finished
+from infscan.steps.plan import few_shards
 from infscan.steps.queries import BroadcastQueries, on_device
 from infscan.steps.run import Run
 from infscan.storage import Store
 from infscan.storage.prefetch import prefetch
+
+log = logging.getLogger("infscan")
 
 # A shard's rows, and what it counted.
 ShardResult = tuple[ScoredRows, ShardCounts]
@@ -157,6 +161,8 @@ def scan(
         progress=lambda number, result: (result[1].sequences, result[1].tokens),
         reads=lambda number: Reads(address, plan.ids(number)),
     )
+    if said := few_shards(plan, run.executor.num_workers):
+        log.info("%-11s %s", how.name, said)
     run.executor.run(step, tally.add, tally.give_up, shared=[batch.batch])
     run.executor.forget()
     tally.check_nonfinite()

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from infscan.config import ClusterConfig, Placement
 from infscan.engine import cluster as module
 from infscan.errors import ConfigError
+from infscan.storage import host
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
@@ -76,3 +78,49 @@ mode, token = os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
 print(json.dumps({"mode": mode, "token": token, "elsewhere": elsewhere, "nicer": nicer}))
 assert found
 """
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "have", "cores", "free_gib", "share", "count", "short"),
+    [
+        ({}, 0.0, {"CPU": 3}, 2, 16, 1, 2, "cores"),
+        # Each rank takes 2 GiB of three quarters of what the driver leaves.
+        ({}, 0.0, {"CPU": 9}, 8, 9, 1, 3, "memory"),
+        ({}, 0.0, {"CPU": 9}, 8, 1, 1, 1, "memory"),
+        ({"cpus_per_rank": 2, "ranks_per_worker": 2}, 0.0, {"CPU": 9}, 8, 64, 1, 2, "cores"),
+        # With stages, each one's workers have their share.
+        ({}, 0.0, {"CPU": 9}, 8, 64, 2, 4, "cores"),
+        # A Ray that was there before has fewer.
+        ({}, 0.0, {"CPU": 3}, 8, 64, 1, 3, "cores"),
+        ({}, 1.0, {"CPU": 17, "GPU": 4}, 16, 64, 1, 4, "GPUs"),
+        ({"address": "auto"}, 1.0, {"CPU": 999, "GPU": 99}, 16, 64, 1, 1, ""),
+    ],
+)
+def test_this_machine_is_used_and_what_limits_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    gpus: float,
+    have: dict[str, float],
+    cores: int,
+    free_gib: int,
+    share: int,
+    count: int,
+    short: str,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(module, "ray", SimpleNamespace(cluster_resources=lambda: have))
+    monkeypatch.setattr(module, "cores", lambda: cores)
+    monkeypatch.setattr(module, "free_host_bytes", lambda: free_gib << 30)
+    found, said = module.workers_here(ClusterConfig(**given), gpus, 2 << 30, share)
+    assert found == count
+    assert said.startswith(f"{count}")
+    assert short in said
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("max 100000\n", 8), ("150000 100000\n", 1), ("400000 100000\n", 4), ("", 8)]
+)
+def test_a_containers_cores_are_those_it_may_use(monkeypatch: pytest.MonkeyPatch, quota: str, expected: int) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(host, "_text", lambda path: quota)
+    assert host.cores() == expected

@@ -138,14 +138,14 @@ def test_the_line_names_the_largest_pass_as_the_plan_finds_it(models: dict[str, 
     config = config_for(architecture)
     scan = scan_memory(config, architecture, 3, CONTEXT, 0.0)
     costs = pass_costs(config, architecture, 3, CONTEXT, 0.0)
-    found = other_passes(config, architecture, 3, scan)
+    found = other_passes(config, architecture, 3, scan, 0.0)
     assert set(found) == {"refine", "check", "covariance", "lambda"}
     for name, held in found.items():
-        assert held == pytest.approx(costs[name].memory.total, rel=0.02 if name in ("refine", "check") else 0.1)
+        assert held == pytest.approx(costs[name].memory.total, rel=0.02 if name in ("refine", "check") else 0.15)
     assert larger_pass(scan, "check", found["check"]).startswith("; check, the largest pass, ")
     assert larger_pass(scan, "scan", scan.total) == ""
     config.scan.check_sequences = 0
-    assert set(other_passes(config, architecture, 3, scan, fitting=False)) == {"refine"}
+    assert set(other_passes(config, architecture, 3, scan, 0.0, fitting=False)) == {"refine"}
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(models: dict[str, Architecture]) -> None:
