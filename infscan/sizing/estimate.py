@@ -13,6 +13,7 @@ from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
 from infscan.steps.factor_files import layer_groups, partial_bytes
+from infscan.steps.gradients import file_units
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
@@ -272,9 +273,18 @@ def _query_flop(
 
 
 def writes_of(
-    config: Config, layers: Sequence[Layer], queries: int, shards: int, scanned: Counted, factors: FactorFiles
+    config: Config,
+    layers: Sequence[Layer],
+    queries: int,
+    shards: int,
+    scanned: Counted,
+    factors: FactorFiles,
+    gradients: int,
 ) -> dict[str, int]:
-    """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches."""
+    """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches.
+
+    gradients: bytes of the queries' gradients.
+    """
     groups, grouped = query_groups(max(1, queries), layers, config.query_group_bytes)
     pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
     units = (-(-pairs // _refined_at_once(config, pairs, scanned)) + len(groups) - 1) * len(grouped) if queries else 0
@@ -283,6 +293,7 @@ def writes_of(
         "factors": factors.files,
         "partial sums": factors.partial_files,
         "query batch": len(query_files(config, layers, queries)),
+        "query gradients": len(file_units([gradients // max(1, queries)] * queries)),
         "shards": shards if queries else 0,
         "dense scores": dense if queries else 0,
         "refined units, at most": units,

@@ -96,6 +96,7 @@ def estimate(config: PlanJob) -> Estimate:
     factors = FactorFiles(0, 0, 0, 0)
     if fitted is not None:
         factors = factor_files(config, architecture.layers, fitted.slices, fitted.tokens)
+    stored = scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T, query_tokens=query_tokens)
     return Estimate(
         parameters=architecture.parameters,
         tracked=len(architecture.layers),
@@ -106,8 +107,8 @@ def estimate(config: PlanJob) -> Estimate:
         work=work_timed,
         costs=costs,
         factors=factors,
-        bytes=scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T),
-        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors),
+        bytes=stored,
+        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors, stored["query gradients"]),
         workers=cluster.num_workers,
         ranks=cluster.ranks_per_worker,
         hosts=host_memory(config, architecture.layers, queries, scanned.T, shards, query_itemsize),

@@ -118,11 +118,13 @@ def score_again(
     task: Callable[[Cell], RefineTask],
     is_done: Callable[[Cell], bool],
 ) -> None:
-    """Run the cells that are not done, the model in scan.refine_dtype. A cell has its unit's place in `units` first."""
+    """Run the cells that are not done, the model in scan.refine_dtype. A cell has its unit's place in `units` first, and
+    its layer group second: those that take the same full-rank gradients follow each other, since a rank keeps the last.
+    """
     step = Step(
         name=name,
         unit_name="units",
-        units=cells,
+        units=sorted(cells, key=lambda cell: (units[cell[0]].group, cell[1], cell)),
         function=refine_task,
         task=task,
         is_done=is_done,
