@@ -118,8 +118,8 @@ def score_again(
     task: Callable[[Cell], RefineTask],
     is_done: Callable[[Cell], bool],
 ) -> None:
-    """Run the cells that are not done, the model in scan.refine_dtype. A cell has its unit's place in `units` first, and
-    its layer group second: those that take the same full-rank gradients follow each other, since a rank keeps the last.
+    """Run the cells that are not done, the model in scan.refine_dtype. A cell is (place in `units`, layer group, ...):
+    those that take the same full-rank gradients follow each other, since a rank keeps the last ones.
     """
     step = Step(
         name=name,

@@ -102,8 +102,8 @@ def scan_bytes(
     """What a scan of N sequences of T tokens writes, by kind, in bytes before compression.
 
     left: the share of shards that is still to be done. query_tokens: of all queries, which count as equally long.
-    With thresholds, C (1 + ln(N/C)) rows per query and side are
-    written on the way to the C best ones; no sequence is stored twice in one file.
+    With thresholds, C (1 + ln(N/C)) rows per query and side are written on the way to the C best ones; no sequence is
+    stored twice in one file.
     """
     planned, N = N, scanned_in_full(config, queries, N)
     C, boards = config.candidates_of(planned), queries * len(config.sides)
