@@ -54,7 +54,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files, the
     model in scan.refine_dtype."""
     inputs, config = run.inputs, run.config
-    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.refine_group_bytes)
     T = run.architecture.sequence_length(config.corpus.sequence_length)
     size = sequences_per_unit(len(np.unique(scanned.best.sequence_ids)), config.tokens_per_batch // T)
     units = refine_units(scanned.best, groups, size, _PAIRS_PER_UNIT)
