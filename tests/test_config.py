@@ -109,6 +109,7 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
             "scan.tokens_per_batch",
             "scan.shard_sequences",
             "scan.query_group_bytes",
+            "scan.refine_group_bytes",
             "corpus.max_sequences",
             "factors.corpus.max_sequences",
             "cluster.num_workers",
@@ -229,7 +230,7 @@ def test_differences_are_named_with_both_values() -> None:
     [
         ["cluster.num_workers=4", "cluster.deadline_s=5", "cluster.placement=SPREAD"],
         ["model.sharding=zero3", "model.gradient_checkpointing=true", "model.zero.max_live_parameters=1"],
-        ["scan.allow_quarantined=3", "scan.max_nonfinite=0.5", "scan.query_group_bytes=1"],
+        ["scan.allow_quarantined=3", "scan.max_nonfinite=0.5", "scan.query_group_bytes=1", "scan.refine_group_bytes=1"],
         ["corpus.path=moved.jsonl", "queries.path=moved.jsonl", "output=elsewhere", "factors.path=elsewhere"],
     ],
 )

@@ -75,6 +75,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.sieve_candidates": _COUNT,
     "scan.audit_sequences": _COUNT_OR_NONE,
     "scan.query_group_bytes": _COUNT,
+    "scan.refine_group_bytes": _COUNT,
     # A worker and a rank each have a process, and a place in Ray's tables.
     "cluster.num_workers": (1, 100_000),
     "cluster.ranks_per_worker": (1, 10_000),

@@ -24,6 +24,7 @@ RUN_TIME_FIELDS = (
     "scan.max_nonfinite",
     "factors.max_group_bytes",
     "scan.query_group_bytes",
+    "scan.refine_group_bytes",
     # A path says where an input is; what is there is compared by its content's fingerprint.
     "model.path",
     "model.revision",

@@ -463,6 +463,10 @@ class ScanConfig:
     query_group_bytes: int | None = None
     """Bytes of full-rank query gradients, or of query matrices, that a rank holds at once. null is what a GPU has left
     beside the model, and 4 GiB on a CPU."""
+    refine_group_bytes: int | None = None
+    """The same while candidates are scored again: each passes through the model once for every group of layers that its
+    query's gradients take. null is scan.query_group_bytes where that is given, and else what a GPU has left without the
+    query batch."""
 
 
 @dataclass
@@ -562,6 +566,11 @@ class Config:
     def query_group_bytes(self) -> int:
         """scan.query_group_bytes, in the same way."""
         return self.scan.query_group_bytes or ON_A_CPU["scan.query_group_bytes"]
+
+    @property
+    def refine_group_bytes(self) -> int:
+        """scan.refine_group_bytes, in the same way."""
+        return self.scan.refine_group_bytes or self.query_group_bytes
 
     @property
     def tokens_per_batch(self) -> int:

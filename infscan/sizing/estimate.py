@@ -16,6 +16,7 @@ from infscan.steps.background import TOKENS as BACKGROUND_TOKENS
 from infscan.steps.check import compared
 from infscan.steps.damping import MOST_SEQUENCES
 from infscan.steps.factor_files import layer_groups, partial_bytes, products
+from infscan.steps.gradients import file_units
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
 from infscan.steps.suffix_choice import measured
@@ -206,7 +207,7 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
         found.append(replace(work("sieve", scanned.sequences, scanned.tokens), units=run.shards))
     full = scanned_in_full(config, queries, scanned.sequences)
     found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))
-    found.append(run.priced(_refining(run, queries, scanned, len(groups_of_queries), len(grouped))))
+    found.append(run.priced(_refining(run, queries, scanned)))
     return found
 
 
@@ -238,22 +239,23 @@ def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
     ]
 
 
-def _refining(run: Pricing, queries: int, scanned: Counted, query_groups: int, layer_groups: int) -> Work:
+def _refining(run: Pricing, queries: int, scanned: Counted) -> Work:
     """At most: each candidate of a query and side is another sequence, as long as a query group has sequences left; one
     that several queries of a group share goes forward and back once for all of them."""
     config, cost = run.config, run.costs["refine"]
     pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
-    sequences = min(pairs, query_groups * scanned.sequences)
+    groups, grouped = query_groups(queries, run.layers, config.refine_group_bytes)
+    sequences, passes = min(pairs, len(groups) * scanned.sequences), len(grouped)
     tokens, scored = _share(scanned, sequences), _share(scanned, pairs)
     size = 2.0 * sum(layer.size for layer in run.layers)
-    forward = (cost.flop_per_token - cost.own_flop_per_token) * layer_groups * tokens
+    forward = (cost.flop_per_token - cost.own_flop_per_token) * passes * tokens
     return Work(
         "refine",
-        layer_groups * sequences,
-        layer_groups * tokens,
+        passes * sequences,
+        passes * tokens,
         forward + size * scored,
         own_flop=size * scored,
-        units=layer_groups * -(-pairs // _refined_at_once(config, pairs, scanned)),
+        units=passes * -(-pairs // _refined_at_once(config, pairs, scanned)),
     )
 
 
@@ -287,10 +289,19 @@ def _query_flop(
 
 
 def writes_of(
-    config: Config, layers: Sequence[Layer], queries: int, shards: int, scanned: Counted, factors: FactorFiles
+    config: Config,
+    layers: Sequence[Layer],
+    queries: int,
+    shards: int,
+    scanned: Counted,
+    factors: FactorFiles,
+    gradients: int,
 ) -> dict[str, int]:
-    """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches."""
-    groups, grouped = query_groups(max(1, queries), layers, config.query_group_bytes)
+    """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches.
+
+    gradients: bytes of the queries' gradients.
+    """
+    groups, grouped = query_groups(max(1, queries), layers, config.refine_group_bytes)
     pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
     units = (-(-pairs // _refined_at_once(config, pairs, scanned)) + len(groups) - 1) * len(grouped) if queries else 0
     dense = shards if config.scan.scores.value == "all" else 0
@@ -298,6 +309,7 @@ def writes_of(
         "factors": factors.files,
         "partial sums": factors.partial_files,
         "query batch": len(query_files(config, layers, queries)),
+        "query gradients": len(file_units([gradients // max(1, queries)] * queries)),
         "shards": shards if queries else 0,
         "dense scores": dense if queries else 0,
         "refined units, at most": units,

@@ -246,11 +246,15 @@ def other_passes(
 
     fitting: whether factors are still to be fitted.
     """
-    groups, grouped = query_groups(queries, architecture.layers, config.query_group_bytes)
-    gradients = 4 * len(groups[0]) * max(sum(layer.size for layer in group) for group in grouped) if queries else 0
-    found = {"refine": scan.total - scan.queries + gradients}
+
+    def gradients(most: int) -> int:
+        groups, layer_groups = query_groups(queries, architecture.layers, most)
+        sizes = (sum(layer.size for layer in group) for group in layer_groups)
+        return 4 * len(groups[0]) * max(sizes) if queries else 0
+
+    found = {"refine": scan.total - scan.queries + gradients(config.refine_group_bytes)}
     if config.scan.rank is not None and config.scan.check_sequences >= _FEWEST_CHECKED:
-        found["check"] = scan.total + gradients
+        found["check"] = scan.total + gradients(config.query_group_bytes)
     if fitting and config.factors.solver is not Solver.identity:
         for name, (stays, sums) in _fitting_bytes(config, architecture.layers).items():
             at_end = 0 if gpus else 2 * sums
@@ -371,7 +375,7 @@ def _sieve(sized: DryWorker, queries: int, blocks: int) -> PassCost:
 def _check(sized: DryWorker, queries: int) -> PassCost:
     """The sample that the compression is judged on: the query batch and full-rank gradients beside each other."""
     laid_out = _laid_out(sized, queries + sized.config.scan.background_queries)
-    groups, layers = _largest_query_group(sized, queries)
+    groups, layers = _largest_query_group(sized, queries, sized.config.query_group_bytes)
     full = _full(sized, layers, len(groups[0]))
     approximate_nq = torch.zeros(sized.B, len(groups[0]), dtype=torch.float64, device="meta")
     columns = torch.arange(len(groups[0]), device="meta")
@@ -382,7 +386,7 @@ def _check(sized: DryWorker, queries: int) -> PassCost:
 
 def _refine(sized: DryWorker, queries: int) -> PassCost:
     """Candidates again: full-rank gradients of a query group stay. FLOP are those of one query for a sequence."""
-    groups, layers = _largest_query_group(sized, queries)
+    groups, layers = _largest_query_group(sized, queries, sized.config.refine_group_bytes)
     P = {layer.name: torch.empty(len(groups[0]), layer.outputs, layer.inputs, device="meta") for layer in layers}
     index = {0: torch.stack([sized.rows(), sized.rows()])}
     consume = pair_scoring(index, P, lambda layer, pairs_n, scores_nt: None)
@@ -390,9 +394,9 @@ def _refine(sized: DryWorker, queries: int) -> PassCost:
     return _cost(sized, seen, gradients=sum(P_qoi.nbytes for P_qoi in P.values()))
 
 
-def _largest_query_group(sized: DryWorker, queries: int) -> tuple[list[range], tuple[Layer, ...]]:
-    """The groups of queries, and the largest of layers."""
-    groups, layer_groups = query_groups(queries, sized.layers, sized.config.query_group_bytes)
+def _largest_query_group(sized: DryWorker, queries: int, most: int) -> tuple[list[range], tuple[Layer, ...]]:
+    """The groups of queries, and the largest of layers. most: bytes of a group."""
+    groups, layer_groups = query_groups(queries, sized.layers, most)
     return groups, max(layer_groups, key=lambda group: sum(layer.size for layer in group))
 
 

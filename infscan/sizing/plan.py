@@ -94,7 +94,7 @@ def estimate(config: PlanJob) -> Estimate:
     )
     costs = pass_costs(config, architecture, queries, scanned.T, gpus, codes=codes)
     written = (
-        scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T)
+        scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T, query_tokens=query_tokens)
         if queries or codes is None
         else {}
     )
@@ -121,6 +121,7 @@ def estimate(config: PlanJob) -> Estimate:
     factors = FactorFiles(0, 0, 0, 0)
     if fitted is not None:
         factors = factor_files(config, architecture.layers, fitted.slices, fitted.tokens)
+    kept = written.get("query gradients", 0)
     return Estimate(
         parameters=architecture.parameters,
         tracked=len(architecture.layers),
@@ -132,7 +133,9 @@ def estimate(config: PlanJob) -> Estimate:
         costs=costs,
         factors=factors,
         bytes=written,
-        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors)
+        writes=writes_of(
+            config, architecture.layers, queries, shards, scanned, factors, written.get("query gradients", 0)
+        )
         | ({"codes": shards} if codes is not None else {}),
         workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,

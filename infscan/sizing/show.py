@@ -86,6 +86,7 @@ def _storage(found: Estimate) -> Table:
         table.add_row("partial sums, until then", size(found.factors.partial_bytes), f"{writes.pop('partial sums'):,}")
     for name, key in (
         ("query batch", "query batch"),
+        ("query gradients", "query gradients"),
         ("candidates", "shards"),
         ("dense scores", "dense scores"),
         ("refined rows", "refined units, at most"),

@@ -19,6 +19,9 @@ from infscan.queries import Part, Query
 from infscan.results.tensor_files import read_some, tensor_shapes
 from infscan.storage import Store
 
+# Queries of a file at most, and bytes of their gradients, which a worker has at once.
+_QUERIES_PER_FILE, _BYTES_PER_FILE = 64, 1 << 28
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -69,13 +72,29 @@ def by_tokens(tokens: int, layer: Layer) -> bool:
     return rotate_tokens_first(tokens, layer.outputs, layer.inputs)
 
 
-def kept_bytes(query: Query, layers: Iterable[Layer], itemsize: int) -> int:
-    """Bytes of a query's gradient in its file; of experts, as if all its tokens went to each. itemsize: of the model's
-    dtype."""
-    tokens = sum(max(part.positions) for part in query.parts)
+def tokens_of(query: Query) -> int:
+    """The tokens that its gradient is a sum over."""
+    return sum(max(part.positions) for part in query.parts)
+
+
+def kept_bytes(tokens: int, layers: Iterable[Layer], itemsize: int) -> int:
+    """Bytes of the gradient of a query of so many tokens in its file; of experts, as if all went to each. itemsize: of
+    the model's dtype."""
     return sum(
         itemsize * tokens * (one.outputs + one.inputs) if by_tokens(tokens, one) else 4 * one.size for one in layers
     )
+
+
+def file_units(sizes: Sequence[int]) -> list[range]:
+    """Which queries one worker measures, and puts into one file. sizes: bytes of each one's gradient."""
+    units: list[range] = []
+    start, used = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and (index - start == _QUERIES_PER_FILE or used + size > _BYTES_PER_FILE):
+            units.append(range(start, index))
+            start, used = index, 0
+        used += size
+    return [*units, range(start, len(sizes))] if sizes else []
 
 
 def read_tokens(

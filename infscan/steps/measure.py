@@ -24,14 +24,22 @@ from infscan.results import manifest
 from infscan.results.schema import QUERIES, damaged, read_with_footer, to_parquet
 from infscan.results.statements import UNLIKELY
 from infscan.results.tensor_files import write_tensors
-from infscan.steps.gradients import StoredTokens, Tokens, check_tokens, joined, kept_bytes, kept_tensors, part_tokens
+from infscan.steps.gradients import (
+    StoredTokens,
+    Tokens,
+    check_tokens,
+    file_units,
+    joined,
+    kept_bytes,
+    kept_tensors,
+    part_tokens,
+    tokens_of,
+)
 from infscan.steps.queries import is_made
 from infscan.steps.run import Run
 from infscan.storage import Store
 
 NAME = "queries/queries.parquet"
-# Queries of a unit at most, and bytes of their gradients, which are serialised at once.
-_QUERIES_PER_UNIT, _BYTES_PER_UNIT = 64, 1 << 28
 # A contrast whose one gradient is this many times the other's is a question about that one alone.
 DWARFED = 10.0
 
@@ -63,7 +71,8 @@ def measure(run: Run) -> StoredTokens:
     Returns where the gradients are.
     """
     asked, facts = _asked(run), _facts(run)
-    units = _units(asked, run.queries)
+    sizes = [kept_bytes(tokens_of(query), asked.inputs.layers, asked.inputs.itemsize) for query in run.queries]
+    units = file_units(sizes)
     layers = [layer.name for layer in asked.inputs.layers]
     keys = [fingerprint([facts, layers, [query.id for query in run.queries[unit.start : unit.stop]]]) for unit in units]
     names = [f"queries/gradients-{key[:24]}.safetensors" for key in keys]
@@ -85,19 +94,6 @@ def measure(run: Run) -> StoredTokens:
         _write(run, [one for number in range(len(units)) for one in parts[number]], facts)
     by_query = {run.queries[index].id: name for name, unit in zip(names, units, strict=True) for index in unit}
     return StoredTokens(run.store, by_query, asked.inputs.dtype)
-
-
-def _units(asked: Run, queries: Sequence[Query]) -> list[range]:
-    """Queries that are measured by one worker, and whose gradients are in one file: it has them all at once."""
-    units: list[range] = []
-    start, used = 0, 0
-    for index, query in enumerate(queries):
-        size = kept_bytes(query, asked.inputs.layers, asked.inputs.itemsize)
-        if index > start and (index - start == _QUERIES_PER_UNIT or used + size > _BYTES_PER_UNIT):
-            units.append(range(start, index))
-            start, used = index, 0
-        used += size
-    return [*units, range(start, len(queries))]
 
 
 def _write(run: Run, measured: Sequence[Sequence[MeasuredPart]], facts: dict[str, str]) -> None:

@@ -58,7 +58,7 @@ def make_plan(run: Run, corpus: AddressableCorpus) -> Plan:
     # With a sieve other shards are finished than those planned here, maybe more.
     left = max(0, plan.num_shards - len(finished_shards(run.store))) / plan.num_shards
     N, T = plan.selection.size, corpus.sequence_length
-    check_disk_for_scan(run.config, run.inputs.layers, len(run.queries), N, T, left, run.store)
+    check_disk_for_scan(run.config, run.inputs.layers, run.queries, N, T, left, run.store)
     return plan
 
 

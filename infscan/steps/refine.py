@@ -54,7 +54,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     """Re-score the best C rows of every query and side with full-rank query gradients, from tokens in shard files, the
     model in scan.refine_dtype."""
     inputs, config = run.inputs, run.config
-    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.refine_group_bytes)
     T = run.architecture.sequence_length(config.corpus.sequence_length)
     size = sequences_per_unit(len(np.unique(scanned.best.sequence_ids)), config.tokens_per_batch // T)
     units = refine_units(scanned.best, groups, size, _PAIRS_PER_UNIT)
@@ -118,11 +118,13 @@ def score_again(
     task: Callable[[Cell], RefineTask],
     is_done: Callable[[Cell], bool],
 ) -> None:
-    """Run the cells that are not done, the model in scan.refine_dtype. A cell has its unit's place in `units` first."""
+    """Run the cells that are not done, the model in scan.refine_dtype. A cell is (place in `units`, layer group, ...):
+    those that take the same full-rank gradients follow each other, since a rank keeps the last ones.
+    """
     step = Step(
         name=name,
         unit_name="units",
-        units=cells,
+        units=sorted(cells, key=lambda cell: (units[cell[0]].group, cell[1], cell)),
         function=refine_task,
         task=task,
         is_done=is_done,

@@ -3,8 +3,8 @@
 A GPU of M bytes has R = 0.9 M - 2 GiB - weights (a rank's share of them, and what it gathers) for all else: the
 allocator's fragments take the tenth, the context and the libraries the 2 GiB. A micro-batch may have half of what the
 query batch leaves of R, or three quarters where ranks gather each other's weights for every one. What is left then are
-queries' at full rank, or half of it where that is more than one needs. A layer group's sums, eigenbases and Lambda have
-all that a micro-batch leaves of R.
+queries' at full rank, or half of it where that is more than one needs; while candidates are scored again, they have the
+query batch's room too. A layer group's sums, eigenbases and Lambda have all that a micro-batch leaves of R.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from infscan.config import ON_A_CPU, Config
+from infscan.config import ON_A_CPU, Config, Dtype
 from infscan.engine.executor import RankMemory
 from infscan.influence.layout import stored_dense
 from infscan.model.architecture import Architecture
@@ -46,10 +46,13 @@ def settled(
     tokens = config.scan.tokens_per_batch or _stored(kept) or sizes["scan.tokens_per_batch"]
     groups = config.factors.max_group_bytes or sizes["factors.max_group_bytes"]
     at_full_rank = config.scan.query_group_bytes or sizes["scan.query_group_bytes"]
+    refining = config.scan.refine_group_bytes
+    if not refining and not config.scan.query_group_bytes:
+        refining = sizes.get("scan.refine_group_bytes")
     return replace(
         config,
         factors=replace(config.factors, max_group_bytes=groups),
-        scan=replace(config.scan, tokens_per_batch=tokens, query_group_bytes=at_full_rank),
+        scan=replace(config.scan, tokens_per_batch=tokens, query_group_bytes=at_full_rank, refine_group_bytes=refining),
     )
 
 
@@ -57,8 +60,10 @@ def on_a_gpu(
     config: Config, architecture: Architecture, itemsize: int, queries: int, memory: RankMemory
 ) -> dict[str, int]:
     """The sizes by key. Groups are never smaller than a CPU's: what does not fit then is said to, not cut finer."""
-    room = int(_USED * memory.device) - _CONTEXT_BYTES - _weights(config, architecture) * itemsize
-    beside = room - _query_bytes(config, architecture, itemsize, queries)
+    weights = _weights(config, architecture) * itemsize
+    room = int(_USED * memory.device) - _CONTEXT_BYTES - weights
+    batch = _query_bytes(config, architecture, itemsize, queries)
+    beside = room - batch
     of_a_token = _of_a_token(config, architecture, itemsize)
     share = 0.75 if config.sharded else 0.5
     blocks = int(max(0, beside) * share / of_a_token) // _LEAST_TOKENS
@@ -68,12 +73,27 @@ def on_a_gpu(
     most = _MOST_GROUP_BYTES if memory.host is None else min(_MOST_GROUP_BYTES, int(memory.host * _OF_THE_HOST))
     # The check holds a group's gradients beside the batch's matrices, which may have as much.
     whole = 4 * sum(layer.size for layer in architecture.layers)
-    at_full_rank = left if left < whole else max(whole, left // 2)
+    at_full_rank = _gradient_bytes(left, whole)
+    # A model that scores candidates in a wider dtype takes so much more, and so do its activations.
+    wider = (_refine_itemsize(config, itemsize) / itemsize - 1) * (weights + used)
+    refining = max(ON_A_CPU["scan.query_group_bytes"], at_full_rank, _gradient_bytes(left + batch - int(wider), whole))
     return {
         "factors.max_group_bytes": max(ON_A_CPU["factors.max_group_bytes"], min(most, room - used)),
         "scan.query_group_bytes": max(ON_A_CPU["scan.query_group_bytes"], at_full_rank),
+        "scan.refine_group_bytes": refining,
         "scan.tokens_per_batch": tokens,
     }
+
+
+def _gradient_bytes(left: int, whole: int) -> int:
+    """Of the bytes that are left, those for queries at full rank. whole: what one query takes."""
+    return left if left < whole else max(whole, left // 2)
+
+
+def _refine_itemsize(config: Config, itemsize: int) -> int:
+    """Bytes of a parameter while candidates are scored again."""
+    asked = config.scan.refine_dtype
+    return itemsize if asked in (None, Dtype.auto) else {Dtype.bfloat16: 2, Dtype.float64: 8}.get(asked, 4)
 
 
 def _weights(config: Config, architecture: Architecture) -> int:

@@ -69,7 +69,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, ranked: Ranked, factors: F
     rows = np.sort(ranking.rows[ranking.ranks <= config.scan.stability])
     tried, published = scanned.best.take(rows), scores[rows]
     contexts = _contexts(run, plan, scanned)
-    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
+    groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.refine_group_bytes)
     units = refine_units(tried, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
     rest = [factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype, scanned.fingerprint]
     pairs = [tried.sequence_ids.tolist(), tried.queries.tolist()]

@@ -11,8 +11,10 @@ from infscan.errors import StorageError
 from infscan.influence.blocks import block_sizes
 from infscan.influence.layers import Layer
 from infscan.influence.layout import stored_dense
+from infscan.queries import Query
 from infscan.results.tensor_files import DIGEST, tensors_file_bytes
 from infscan.steps.factor_files import FactorsPlan, block_keys, layer_groups, partial_bytes
+from infscan.steps.gradients import kept_bytes, tokens_of
 from infscan.steps.preconditioner import query_groups
 from infscan.storage import Store
 
@@ -104,12 +106,13 @@ def scanned_in_full(config: Config, queries: int, planned: int) -> int:
 
 
 def scan_bytes(
-    config: Config, layers: Sequence[Layer], queries: int, N: int, T: int, left: float = 1.0
+    config: Config, layers: Sequence[Layer], queries: int, N: int, T: int, left: float = 1.0, query_tokens: int = 0
 ) -> dict[str, int]:
     """What a scan of N sequences of T tokens writes, by kind, in bytes before compression.
 
-    left: the share of shards that is still to be done. With thresholds, C (1 + ln(N/C)) rows per query and side are
-    written on the way to the C best ones; no sequence is stored twice in one file.
+    left: the share of shards that is still to be done. query_tokens: of all queries, which count as equally long.
+    With thresholds, C (1 + ln(N/C)) rows per query and side are written on the way to the C best ones; no sequence is
+    stored twice in one file.
     """
     planned, N = N, scanned_in_full(config, queries, N)
     C, boards = config.candidates_of(planned), queries * len(config.sides)
@@ -117,6 +120,7 @@ def scan_bytes(
     best = boards * min(C, N)
     parts = {
         "query batch": sum(query_files(config, layers, queries)),
+        "query gradients": queries * kept_bytes(-(-query_tokens // max(1, queries)), layers, _FLOAT),
         "candidates": left * (min(kept, N) * (T * _TOKEN + _ROW) + kept * _ROW),
         "refined rows": best * (_FLOAT * (T + len(layers)) + _ROW),
         "tables": min(best, boards * config.scan.top_k) * (_FLOAT * (2 * T + len(layers)) + _ROW),
@@ -148,10 +152,10 @@ def check_disk_for_factors(config: Config, plan: FactorsPlan, store: Store) -> N
 
 
 def check_disk_for_scan(
-    config: Config, layers: Sequence[Layer], queries: int, N: int, T: int, left: float, store: Store
+    config: Config, layers: Sequence[Layer], queries: Sequence[Query], N: int, T: int, left: float, store: Store
 ) -> None:
     """Raises StorageError where what is left of the scan (a share of its shards) will not fit the disk of `output`."""
-    parts = scan_bytes(config, layers, queries, N, T, left)
+    parts = scan_bytes(config, layers, len(queries), N, T, left, sum(map(tokens_of, queries)))
     remedy = "a lower scan.candidates" + (", or scan.scores=top" if config.scan.scores is Scores.all else "")
     _refuse(f"output={store.uri}", parts, store.free_bytes(), remedy)
 

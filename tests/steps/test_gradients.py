@@ -10,7 +10,7 @@ import torch
 from infscan.model.worker import ModelWorker
 from infscan.queries import Part, Query
 from infscan.steps import gradients
-from infscan.steps.gradients import StoredTokens, Tokens, by_tokens, kept_bytes, query_tokens, read_tokens
+from infscan.steps.gradients import StoredTokens, Tokens, by_tokens, kept_bytes, query_tokens, read_tokens, tokens_of
 from infscan.steps.measure import MeasureTask, measure_task
 from infscan.steps.preconditioner import Preconditioner, preconditioned
 from infscan.storage import Store
@@ -46,7 +46,7 @@ def test_what_is_read_is_what_was_taken(rank: ModelWorker, tmp_path: Path) -> No
     assert matrices == sum(not by_tokens(39, layer) for layer in some) > 0
     [alone] = read_tokens(rank, QUERIES[1:2], some[:1], found).values()
     assert torch.equal(alone[0].s_to, taken[some[0].name][1].s_to)
-    assert (tmp_path / "kept").stat().st_size >= sum(kept_bytes(query, rank.layers, 4) for query in QUERIES)
+    assert (tmp_path / "kept").stat().st_size >= sum(kept_bytes(tokens_of(query), rank.layers, 4) for query in QUERIES)
 
 
 def test_the_inverse_of_kept_gradients_is_that_of_new_ones(

@@ -21,7 +21,7 @@ from infscan.results.read import read_top
 from infscan.results.refined import read_unit
 from infscan.results.shard_file import ShardCounts, write_shard
 from infscan.steps.preconditioner import Preconditioner, preconditioned, query_gradients
-from infscan.steps.refine import Context, RefineTask, refine_task, refine_units
+from infscan.steps.refine import Context, RefineTask, refine_task, refine_units, sequences_per_unit
 from infscan.storage import Store
 from tests.chaos.one_process import without_ray
 from tests.steps.runs import small_run
@@ -72,6 +72,17 @@ def test_units_partition_the_candidates_whatever_their_order(
     # A sequence's pairs of one query group lie in one unit.
     places = [(unit.group, sequence_id) for unit in units for sequence_id in unit.wanted]
     assert len(places) == len(set(places))
+
+
+@given(candidates=st.integers(0, 100_000), per_batch=st.integers(0, 400))
+def test_units_are_whole_micro_batches_and_enough_for_several_workers(candidates: int, per_batch: int) -> None:
+    size = sequences_per_unit(candidates, per_batch)
+    assert 1 <= size <= 256
+    if 1 <= per_batch <= 128:
+        assert size % per_batch == 0 or size == 256
+        assert size <= max(32, -(-candidates // 64)) + per_batch - 1
+    # A small run is cut finely, a large one into no more units than it has to be.
+    assert size >= min(256, max(32, -(-candidates // 64)))
 
 
 def test_a_refined_score_is_the_product_of_two_gradients(

@@ -42,6 +42,7 @@ def test_a_cpu_has_constants() -> None:
     # Where nothing is settled, steps that are called by themselves have them too.
     config = Config()
     assert (config.group_bytes, config.query_group_bytes, config.tokens_per_batch) == tuple(ON_A_CPU.values())
+    assert config.refine_group_bytes == config.query_group_bytes
 
 
 @given(
@@ -64,6 +65,26 @@ def test_more_memory_never_makes_anything_smaller_and_more_queries_never_larger(
     if more["scan.query_group_bytes"] > ON_A_CPU["scan.query_group_bytes"]:
         held = MODEL_8B.parameters * 2 // ranks + batch + used + more["scan.query_group_bytes"]
         assert held <= 0.9 * max(one, other)
+    # Without the batch, candidates are scored again with no fewer bytes of gradients.
+    assert more["scan.refine_group_bytes"] >= more["scan.query_group_bytes"]
+    if more["scan.refine_group_bytes"] > more["scan.query_group_bytes"]:
+        assert MODEL_8B.parameters * 2 // ranks + used + more["scan.refine_group_bytes"] <= 0.9 * max(one, other)
+
+
+def test_candidates_of_a_large_model_pass_a_few_times() -> None:
+    """52B on H100s: 43 times with what the check has."""
+    layers = [
+        (f"l{block}.{name}", *shape)
+        for block in range(64)
+        for name, *shape in (("up", 32768, 8193), ("down", 8192, 32769))
+    ]
+    large = replace(
+        llama(1, 8192, 28672, 52_400_000_000), layers=tuple(Layer(name, o, i, True, name) for name, o, i in layers)
+    )
+    config = replace(Config(), cluster=replace(Config().cluster, ranks_per_worker=4))
+    found = settled(config, large, 2, 100, RankMemory(DEVICES["h100"].memory))
+    passes = len(query_groups(100, large.layers, found.refine_group_bytes)[1])
+    assert passes <= 6 < len(query_groups(100, large.layers, found.query_group_bytes)[1])
 
 
 def test_ranks_that_share_a_model_leave_room_for_what_they_gather() -> None:
@@ -82,7 +103,10 @@ def test_ranks_that_share_a_model_leave_room_for_what_they_gather() -> None:
 def test_what_is_given_wins() -> None:
     config = Config()
     config.factors.max_group_bytes, config.scan.query_group_bytes, config.scan.tokens_per_batch = 1, 2, 3
-    assert settled(config, MODEL_8B, 2, 1, RankMemory(80 * GIB), {"scan": {"tokens_per_batch": 9}}) == config
+    found = settled(config, MODEL_8B, 2, 1, RankMemory(80 * GIB), {"scan": {"tokens_per_batch": 9}})
+    assert found == config
+    # Bytes that were given for gradients are those of refining too.
+    assert found.refine_group_bytes == 2
 
 
 def test_a_resumed_run_keeps_its_micro_batches_and_takes_the_devices_groups() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from infscan.corpus.plan import Selection
 from infscan.errors import StorageError
 from infscan.influence.layers import Layer
+from infscan.queries import Part, Query
 from infscan.results.tensor_files import tensor_bytes, tensors_file_bytes
 from infscan.steps.factor_files import FactorsPlan
 from infscan.steps.volume import check_disk_for_factors, check_disk_for_scan, factor_files, scan_bytes, size
@@ -44,6 +45,7 @@ def test_bytes_are_said_in_three_digits() -> None:
     ]  # fmt: skip
 
 
+QUERIES = [Query(f"q{number}", (Part((5, 6, 7), (2,)),)) for number in range(10)]
 LAYERS = (Layer("up", 400, 100, False, "up"), Layer("down", 100, 400, False, "down"))
 
 
@@ -51,12 +53,12 @@ def test_a_disk_that_the_scan_would_fill_is_refused(tmp_path: Path, monkeypatch:
     config = small_run(tmp_path, "scan.scores=all")
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1 << 20)
     with pytest.raises(StorageError, match=r"output=.*/run: about \d+.*dense scores 38\.1 MiB.* 1 MiB free.*top"):
-        check_disk_for_scan(config, LAYERS, 10, 1_000_000, 512, 1.0, Store(config.output))
+        check_disk_for_scan(config, LAYERS, QUERIES, 1_000_000, 512, 1.0, Store(config.output))
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1 << 40)
-    check_disk_for_scan(config, LAYERS, 10, 1_000_000, 512, 1.0, Store(config.output))
+    check_disk_for_scan(config, LAYERS, QUERIES, 1_000_000, 512, 1.0, Store(config.output))
     # An object store has no bound that could be asked for.
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
-    check_disk_for_scan(config, LAYERS, 10, 1_000_000, 512, 1.0, Store(config.output))
+    check_disk_for_scan(config, LAYERS, QUERIES, 1_000_000, 512, 1.0, Store(config.output))
 
 
 def test_what_is_done_already_needs_no_space_again(tmp_path: Path) -> None:
