@@ -196,6 +196,8 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     full = scanned_in_full(config, queries, scanned.sequences)
     found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))
     found.append(run.priced(_refining(run, queries, scanned, len(groups_of_queries), len(grouped))))
+    if config.scan.targets != 0:
+        found.append(run.priced(_targets(run, queries, scanned, len(grouped))))
     return found
 
 
@@ -235,6 +237,24 @@ def _refining(run: Pricing, queries: int, scanned: Counted, query_groups: int, l
         layer_groups * tokens,
         forward + size * scored,
         own_flop=size * scored,
+        units=layer_groups * -(-pairs // _SEQUENCES_PER_UNIT),
+    )
+
+
+def _targets(run: Pricing, queries: int, scanned: Counted, layer_groups: int) -> Work:
+    """A forward of each row and query that carries a tangent: as much again as the forward, and a product of each
+    tracked layer with the query's gradient."""
+    scan, cost = run.config.scan, run.costs["refine"]
+    most = scan.top_k if scan.targets is None else min(scan.targets, scan.top_k)
+    pairs = queries * len(run.config.sides) * min(most, scanned.sequences)
+    tokens, own = _share(scanned, pairs), 2.0 * sum(layer.size for layer in run.layers)
+    passes = (cost.flop_per_token - cost.own_flop_per_token) * layer_groups * tokens
+    return Work(
+        "targets",
+        layer_groups * pairs,
+        layer_groups * tokens,
+        passes + own * tokens,
+        own_flop=own * tokens,
         units=layer_groups * -(-pairs // _SEQUENCES_PER_UNIT),
     )
 
