@@ -20,6 +20,7 @@ from infscan.steps.gradients import file_units
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
 from infscan.steps.suffix_choice import measured
+from infscan.steps.targets import SEQUENCES_PER_UNIT as TARGETS_PER_UNIT
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
 
 # Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
@@ -208,6 +209,8 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
     full = scanned_in_full(config, queries, scanned.sequences)
     found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))
     found.append(run.priced(_refining(run, queries, scanned)))
+    if config.scan.targets != 0:
+        found.append(run.priced(_targets(run, queries, scanned, len(grouped))))
     return found
 
 
@@ -262,6 +265,24 @@ def _refining(run: Pricing, queries: int, scanned: Counted) -> Work:
 def _refined_at_once(config: Config, pairs: int, scanned: Counted) -> int:
     """Sequences of a unit of refining."""
     return sequences_per_unit(min(pairs, scanned.sequences), config.tokens_per_batch // scanned.T)
+
+
+def _targets(run: Pricing, queries: int, scanned: Counted, layer_groups: int) -> Work:
+    """A forward of each row and query that carries a tangent: as much again as the forward, and a product of each
+    tracked layer with the query's gradient."""
+    scan, cost = run.config.scan, run.costs["refine"]
+    most = scan.top_k if scan.targets is None else min(scan.targets, scan.top_k)
+    pairs = queries * len(run.config.sides) * min(most, scanned.sequences)
+    tokens, own = _share(scanned, pairs), 2.0 * sum(layer.size for layer in run.layers)
+    passes = (cost.flop_per_token - cost.own_flop_per_token) * layer_groups * tokens
+    return Work(
+        "targets",
+        layer_groups * pairs,
+        layer_groups * tokens,
+        passes + own * tokens,
+        own_flop=own * tokens,
+        units=layer_groups * -(-pairs // TARGETS_PER_UNIT),
+    )
 
 
 def _share(counted: Counted, sequences: int) -> int:

@@ -133,9 +133,7 @@ def estimate(config: PlanJob) -> Estimate:
         costs=costs,
         factors=factors,
         bytes=written,
-        writes=writes_of(
-            config, architecture.layers, queries, shards, scanned, factors, written.get("query gradients", 0)
-        )
+        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors, kept)
         | ({"codes": shards} if codes is not None else {}),
         workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,

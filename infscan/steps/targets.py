@@ -28,7 +28,7 @@ from infscan.steps.refine import RefineTask, refine_units, stored_candidates, wh
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 
-_SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
+SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
 Cell = tuple[int, int]
 
 
@@ -60,7 +60,7 @@ def targets(run: Run, plan: Plan, scanned: Scanned, ranking: Ranking, factors: F
     rows = np.sort(ranking.rows if most is None else ranking.rows[ranking.ranks <= most])
     tried = scanned.best.take(rows)
     groups, layer_groups = query_groups(len(run.queries), inputs.layers, config.query_group_bytes)
-    units = refine_units(tried, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    units = refine_units(tried, groups, SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
     digest = fingerprint(
         [
             ["targets", tried.sequence_ids.tolist(), tried.queries.tolist()],

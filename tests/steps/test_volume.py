@@ -14,7 +14,7 @@ from infscan.errors import StorageError
 from infscan.influence.layers import Layer
 from infscan.queries import Part, Query
 from infscan.results.tensor_files import tensor_bytes, tensors_file_bytes
-from infscan.steps.factor_files import FactorsPlan
+from infscan.steps.factor_files import FactorsPlan, layer_groups, partial_bytes
 from infscan.steps.volume import check_disk_for_factors, check_disk_for_scan, factor_files, scan_bytes, size
 from infscan.storage import Store
 from tests.steps.runs import small_run
@@ -88,3 +88,13 @@ def test_free_bytes_are_those_of_the_disk(tmp_path: Path) -> None:
     assert free is not None
     assert free > 0
     assert Store("memory://anywhere").free_bytes() is None
+
+
+def test_a_head_with_a_span_is_nowhere_a_matrix_of_its_vocabulary(tmp_path: Path) -> None:
+    head = Layer("lm_head", 128_000, 64, False, "lm_head", span=256)
+    assert partial_bytes([head], 1, 2) == 4 * 2 * (64**2 + 128_000 * 384 + 1 + 257 * 64)
+    assert layer_groups([head], 1 << 30) == (("lm_head",),)
+    written = factor_files(small_run(tmp_path), [head], [(50, 256), (50, 256)], 100)
+    # Reflectors and their weights, A and its eigenvectors, Lambda's rows; and headers, labels, eigenvalues.
+    finished = 4 * (128_000 * 256 + 256**2 + 2 * 64**2 + 257 * 64)
+    assert finished < written.bytes < 1.01 * finished
