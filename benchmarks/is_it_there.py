@@ -3,7 +3,7 @@
 What was found is in docs/reports/answers.md.
 
 python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
-    [--folder runs/is-it-there] [--documents 160] [--tracked REGEX] [--sequences 48] [--factors FOLDER]
+    [--folder runs/is-it-there] [--documents 72] [--tracked REGEX] [--sequences 48] [--factors FOLDER]
 
 Questions are those of `make demo-real` and of benchmarks/questions/is_it_there.jsonl. A hash of the id puts each into
 the first set, on which the rule was chosen, or the second, on which it is counted. Each set has a corpus of its own:
@@ -35,7 +35,7 @@ from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries,
 
 SETS = ("first", "held-out")
 # A question takes 4 bytes for every tracked weight.
-MOST = 24
+MOST = 22
 BANK = Path(__file__).parent / "questions/is_it_there.jsonl"
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     asked.add_argument("--model", required=True)
     asked.add_argument("--dictionary", required=True, type=Path)
     asked.add_argument("--folder", type=Path, default=Path("runs/is-it-there"))
-    asked.add_argument("--documents", type=int, default=160)
+    asked.add_argument("--documents", type=int, default=72)
     asked.add_argument("--tracked", default=r"layers\.(13|29)\.mlp\..*")
     asked.add_argument("--sequences", type=int, default=48)
     asked.add_argument("--factors", help="where they are; else they are fitted on the first set's corpus")
