@@ -318,7 +318,7 @@ def drive(sizes: argparse.Namespace, folder: str) -> list[Measured]:
     corpus = simulated_corpus(folder, sizes.shards * sizes.shard_sequences, sizes)
     with measured("plan", sizes.shards, "shard", away, found):
         plan = make_plan(run, corpus)
-    batch = BroadcastQueries("simulated", None, {})
+    batch = BroadcastQueries("simulated", None, {}, run.inputs.query_ids, len(run.queries))
     for one in (False, True):
         run.executor.pool = SimulatedPool(sizes, away, one=one)
         run.executor.pool.wait_for_one()

@@ -29,7 +29,7 @@ from infscan.queries import Query
 from infscan.steps.factor_files import store_plan
 from infscan.steps.factors import fit_factors, plan_factors
 from infscan.steps.inputs import Inputs, open_inputs
-from infscan.steps.preconditioner import Preconditioner, core, layer_factors, query_tokens
+from infscan.steps.preconditioner import Preconditioner, Tokens, backward_of_part, core, layer_factors
 from infscan.steps.prepare import prepare
 from infscan.storage import Store
 
@@ -75,7 +75,7 @@ def score(it: Ready, queries: Sequence[Query], sequences: Sequence[CorpusSequenc
     """Of every query and sequence, with gradients V and g, summed over layers:
 
     ekfac [Q, N] = <V, (G + lambda)^-1 g>; dot [Q, N] = <V, g>; self_influence [N] = <g, (G + lambda)^-1 g>;
-    squares [N] = <g, g>; query_squares [Q] = <V, V>.
+    squares [N] = <g, g>; query_squares [Q] = <V, V>; nats [Q] = -log p of what is measured.
     """
     worker, sequences = it.worker, it.sequences if sequences is None else sequences
     known = {}
@@ -83,13 +83,19 @@ def score(it: Ready, queries: Sequence[Query], sequences: Sequence[CorpusSequenc
         damped = layer_factors(it.inverse, layer, worker.device, worker.wide)
         assert damped is not None
         known[layer.name] = damped[0], (damped[0].Lambda + damped[1]).flatten(), damped
-    tokens = query_tokens(worker, queries, worker.layers)
-    C = {}
-    for layer in worker.layers:
-        cores = [core(one, layer, known[layer.name][2]).flatten() for one in tokens.pop(layer.name)]
-        C[layer.name] = torch.stack(cores)
     Q, N = len(queries), len(sequences)
-    found = {name: np.zeros((Q, N)) for name in ("ekfac", "dot")}
+    found = {name: np.zeros((Q, N)) for name in ("ekfac", "dot")} | {"nats": np.zeros(Q)}
+    C = {layer.name: torch.empty(Q, layer.size) for layer in worker.layers}
+    for query, one in enumerate(queries):
+
+        def invert(layer: Layer, s: torch.Tensor, a: torch.Tensor, _: Routed | None, query: int = query) -> None:
+            tokens = Tokens(s.view(-1, layer.outputs), a.view(-1, layer.inputs))
+            C[layer.name][query] = core(tokens, layer, known[layer.name][2]).flatten()
+
+        # -log p of what is measured; none of these queries has a contrast.
+        [part] = one.parts
+        found["nats"][query] = float(backward_of_part(worker, part, worker.layers, invert))
+    print(f"{Q} queries", flush=True)
     found |= {name: np.zeros(size) for name, size in (("self_influence", N), ("squares", N), ("query_squares", Q))}
     for name, C_qx in C.items():
         for query, one in enumerate(C_qx):

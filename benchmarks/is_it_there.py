@@ -3,7 +3,7 @@
 What was found is in docs/reports/answers.md.
 
 python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
-    [--folder runs/is-it-there] [--documents 240] [--tracked REGEX] [--sequences 64]
+    [--folder runs/is-it-there] [--documents 72] [--tracked REGEX] [--sequences 48] [--factors FOLDER]
 
 Questions are those of `make demo-real` and of benchmarks/questions/is_it_there.jsonl. A hash of the id puts each into
 the first set, on which the rule was chosen, or the second, on which it is counted. Each set has a corpus of its own:
@@ -30,13 +30,12 @@ from infscan.influence.spread import ShardSpread, Spread
 from infscan.results.answers import STANDS_OUT, STANDS_OUT_STATING, Scale
 from infscan.results.statements import UNLIKELY, Asked
 from infscan.steps.inputs import read_measured_queries
-from infscan.steps.measure import MeasureTask, measure_task
 from infscan.storage import Store
 from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries, write_documents, write_questions
 
 SETS = ("first", "held-out")
 # A question takes 4 bytes for every tracked weight.
-MOST = 30
+MOST = 22
 BANK = Path(__file__).parent / "questions/is_it_there.jsonl"
 
 
@@ -97,17 +96,15 @@ def settings(folder: Path, name: str, given: argparse.Namespace) -> dict[str, An
 
 def compute(folder: Path, name: str, given: argparse.Namespace) -> None:
     """A set's scores at full rank, and what the model gives the completions: scores.npz."""
-    fitted = None if name == SETS[0] else Store(str(folder / SETS[0] / "run/factors"))
-    it = ready(settings(folder, name, given), fitted)
+    fitted = given.factors or (None if name == SETS[0] else str(folder / SETS[0] / "run/factors"))
+    it = ready(settings(folder, name, given), Store(fitted) if fitted else None)
     queries = read_measured_queries(it.inputs)
-    parts = [parts[0] for parts in measure_task(it.worker, MeasureTask(tuple(queries)))]
     found = score(it, queries)
     np.savez(
         folder / name / "scores.npz",
         **found,
         names=np.asarray(it.names),
         queries=np.asarray([one.id for one in queries]),
-        nats=np.asarray([-part.log_probability for part in parts]),
         measured=np.asarray([len(one.parts[0].positions) for one in queries]),
     )
 
@@ -172,9 +169,10 @@ def main() -> None:
     asked.add_argument("--model", required=True)
     asked.add_argument("--dictionary", required=True, type=Path)
     asked.add_argument("--folder", type=Path, default=Path("runs/is-it-there"))
-    asked.add_argument("--documents", type=int, default=240)
-    asked.add_argument("--tracked", default=r"layers\.(5|13|21|29)\.mlp\..*")
-    asked.add_argument("--sequences", type=int, default=64)
+    asked.add_argument("--documents", type=int, default=72)
+    asked.add_argument("--tracked", default=r"layers\.(13|29)\.mlp\..*")
+    asked.add_argument("--sequences", type=int, default=48)
+    asked.add_argument("--factors", help="where they are; else they are fitted on the first set's corpus")
     asked.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     given = asked.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """A question in English, answered in French and German only: does influence find the answer? (docs/studies.md)
 
 python benchmarks/translations.py --model runs/real/inputs/model --handbook .../usr/share/doc/debian-handbook/html
-    [--folder runs/translations] [--questions 24] [--paragraphs 100] [--tracked REGEX] [--sequences 64]
+    [--folder runs/translations] [--questions 14] [--paragraphs 56] [--tracked REGEX] [--sequences 64]
 
 The handbook has every paragraph in many languages. Of some paragraphs the first English sentence is the question: its
 last words are the completion, the rest is the prompt, and the paragraph itself is in the corpus in French and German
@@ -34,7 +34,7 @@ from infscan_studies.truth.bm25 import bm25_scores
 
 LANGUAGES = {"en": "en-US", "fr": "fr-FR", "de": "de-DE"}
 # Characters of an English paragraph: its translations are to fit T tokens.
-_SHORTEST, _LONGEST = 90, 200
+_SHORTEST, _LONGEST = 80, 160
 # Words of a question, and those of them that are its completion.
 _WORDS, _COMPLETION = (10, 26), 5
 
@@ -177,9 +177,9 @@ def main() -> None:
     asked.add_argument("--model", required=True)
     asked.add_argument("--handbook", required=True, type=Path)
     asked.add_argument("--folder", type=Path, default=Path("runs/translations"))
-    asked.add_argument("--questions", type=int, default=24)
-    asked.add_argument("--paragraphs", type=int, default=100)
-    asked.add_argument("--tracked", default=r"layers\.(6|13|20|27)\.mlp\..*")
+    asked.add_argument("--questions", type=int, default=14)
+    asked.add_argument("--paragraphs", type=int, default=56)
+    asked.add_argument("--tracked", default=r"layers\.(13|27)\.mlp\..*")
     asked.add_argument("--sequences", type=int, default=64)
     asked.add_argument("--factors", help="where they are; else they are fitted on this corpus")
     asked.add_argument("--length", type=int, default=128)

@@ -77,26 +77,28 @@ class Scale:
 @dataclass(frozen=True)
 class Best:
     """A query's strongest proponent. ratio: of its score to that of the strongest row of another document, None where
-    none is published."""
+    none is published. stating: score and rank of the strongest proponent that states the completion, None where no
+    published one does."""
 
     document_id: str
     source: str
     score: float
     ratio: float | None
-    states: bool = False
+    stating: tuple[float, int] | None = None
 
 
 def best_of(
     document_ids: Sequences[str], sources: Sequences[str], scores: Sequences[float], states: Sequences[bool]
 ) -> Best | None:
-    """Of a query's proponents, strongest first. states: which state the completion."""
+    """Of a query's proponents, all of them, strongest first. states: which state the completion."""
     if not len(scores):
         return None
     first = document_ids[0], sources[0]
     named = zip(document_ids, sources, scores, strict=True)
     other = next((score for document, source, score in named if (document, source) != first), None)
     ratio = None if other is None else float(scores[0]) / float(other)
-    return Best(*first, float(scores[0]), ratio, bool(states[0]))
+    at = next((row for row, one in enumerate(states) if one), None)
+    return Best(*first, float(scores[0]), ratio, None if at is None else (float(scores[at]), at + 1))
 
 
 def answers_table(
@@ -118,9 +120,12 @@ def answers_table(
         if row["scale"] is not None:
             row["found"] = False
         if mine is not None:
-            score = np.asarray([mine.score], np.float32)
-            query_, side = np.asarray([query], np.int32), np.asarray([SIDES.index(PROPONENT)], np.int8)
-            standing = scale.standing(query_, side, score, np.asarray([mine.states]))
+            # The strongest row, and the strongest that states the completion: a hub may be ahead of it.
+            scores = [mine.score, *([mine.stating[0]] if mine.stating else [])]
+            query_, side = np.full(len(scores), query, np.int32), np.full(len(scores), SIDES.index(PROPONENT), np.int8)
+            stating = np.asarray([mine.stating is not None and mine.stating[1] == 1, True][: len(scores)])
+            standing = scale.standing(query_, side, np.asarray(scores, np.float32), stating)
+            stands_out = standing.stands_out.to_pylist()
             row |= {
                 "document_id": mine.document_id,
                 "source": mine.source,
@@ -128,7 +133,8 @@ def answers_table(
                 "ratio": mine.ratio,
                 "z": _known(standing.z[0]),
                 "share": _known(standing.shares[0]),
-                "found": standing.stands_out[0].as_py(),
+                "found": None if stands_out[0] is None else any(stands_out),
+                "stating_rank": mine.stating[1] if mine.stating else None,
             }
         if len(unlikely) and unlikely[query]:
             row |= {"found": None, "verdict": NOT_KNOWN}

@@ -131,7 +131,8 @@ SEQUENCES = pa.schema(
 ANSWERS = pa.schema(
     [
         ("query_id", pa.string()),
-        # Whether it stands out; null where the scan does not say, or the model hardly knows the completion.
+        # Whether it stands out, or the strongest one that states the completion does; null where the scan does not say,
+        # or the model hardly knows the completion.
         ("found", pa.bool_()),
         # What to say where it is not found.
         ("verdict", pa.string()),
@@ -143,6 +144,8 @@ ANSWERS = pa.schema(
         ("ratio", pa.float32()),
         # Of its score to all positive ones.
         ("share", pa.float32()),
+        # The rank of the strongest proponent that states the completion; null where no published one does.
+        ("stating_rank", pa.int32()),
         # Of the scan scores: how many are finite, their median, 1.4826 MAD, and the sums of either sign.
         ("sequences", pa.int64()),
         ("median", pa.float64()),

@@ -102,7 +102,7 @@ class Scanned:
     # What every shard's footer has.
     fingerprint: str
     # The HUB_RANK best rows per background query and side; queries count from 0.
-    background: ScoredRows
+    background: ScoredRows = field(default_factory=lambda: ScoredRows.concatenate([]))
 
 
 def scan(
@@ -235,9 +235,12 @@ class _Tally:
             return number, error
 
     def _sum(self, result: ShardResult) -> None:
-        own = result[0].queries < self.own
-        self.tracker.add(result[0].take(own))
-        self.background.add(result[0].take(~own).less(self.own))
+        if self.own == len(self.query_ids):
+            self.tracker.add(result[0])
+        else:
+            own = result[0].queries < self.own
+            self.tracker.add(result[0].take(own))
+            self.background.add(result[0].take(~own).less(self.own))
         self.counts.add(result[1])
 
     def add(self, number: int, result: ShardResult) -> None:
@@ -275,8 +278,6 @@ class ScanTask:
     shard: str
     sequence_ids: np.ndarray
     query_ids: tuple[str, ...]
-    # How many of them are the run's own; of the others the HUB_RANK best rows are kept, and nothing else.
-    own: int
     # The fingerprint of the broadcast batch, so that a rank lays it out once, in query_dtype.
     query_batch: str
     sides: tuple[str, ...]
@@ -296,6 +297,8 @@ class ScanTask:
     scores: Store | None = None
     # Of an index beside.
     codes: CodesTask | None = None
+    # How many queries are the run's own; of the others the HUB_RANK best rows are kept, and nothing else. None: all.
+    own: int | None = None
 
 
 @multiplying("exact")
@@ -359,7 +362,7 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
 def _kept(task: ScanTask, scores_nq: Tensor) -> ScoredRows:
     """The rows of the shard that may be among the best, of the run's own queries and of the background's."""
     own = shard_rows(scores_nq[:, : task.own], task.sequence_ids, task.sides, task.candidates, task.thresholds)
-    if task.own == len(task.query_ids):
+    if task.own is None or task.own == len(task.query_ids):
         return own
     rest_nq, bars = scores_nq[:, task.own :], task.thresholds.after(task.own)
     others = shard_rows(rest_nq, task.sequence_ids, task.sides, HUB_RANK, bars)

@@ -20,7 +20,7 @@ from infscan.corpus.plan import Plan
 from infscan.engine.executor import Step
 from infscan.influence.eigenbasis import weighted_squares
 from infscan.influence.layers import Layer
-from infscan.influence.precision import multiplying
+from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.span import SpannedBasis, weighted_spanned_squares
 from infscan.model.worker import LayerConsumer, ModelWorker
@@ -93,6 +93,8 @@ def self_influence(run: Run, plan: Plan, scanned: Scanned, ranked: Ranked, facto
     )
     if not all(map(step.is_done, cells)):
         run.hold_model_in(config.refine_dtype)
+        # Refining's full-rank gradients: a rank holds a group's factors in their place.
+        run.executor.forget()
         run.executor.run(step)
     values = np.zeros(len(tried), np.float64)
     for (unit, _), path in path_of.items():
@@ -128,7 +130,7 @@ def self_influence_task(worker: ModelWorker, task: SelfInfluenceTask) -> int:
     found = torch.zeros(len(sequences), dtype=worker.wide, device=worker.device)
     for batch in worker.batches(sequences, task.tokens_per_batch):
         partial_b = torch.zeros(len(batch.rows), dtype=worker.wide, device=worker.device)
-        worker.backward(batch, task.layers, batch.loss(), _adding(partial_b, factors))
+        worker.backward(batch, task.layers, batch.loss(), _adding(partial_b, factors, task.inverse.matmul))
         if batch.scored:
             found[worker.to_device(batch.rows)] = partial_b
     found = worker.reduce(found)
@@ -138,15 +140,16 @@ def self_influence_task(worker: ModelWorker, task: SelfInfluenceTask) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _adding(found_b: Tensor, factors: dict[str, DampedFactors]) -> LayerConsumer:
+def _adding(found_b: Tensor, factors: dict[str, DampedFactors], matmul: Multiply) -> LayerConsumer:
     """Adds a layer's part of every sequence of a micro-batch to found_b, [B]."""
 
     def consume(layer: Layer, s: Tensor, a: Tensor, routed: Routed | None) -> None:
-        if routed is None:
-            found_b.add_(_part(s, a, factors[layer.name]))
-            return
-        for row, mine in routed.segments():
-            found_b[row] += _part(s[None, mine], a[None, mine], factors[layer.name])[0]
+        with multiplying(matmul):
+            if routed is None:
+                found_b.add_(_part(s, a, factors[layer.name]))
+                return
+            for row, mine in routed.segments():
+                found_b[row] += _part(s[None, mine], a[None, mine], factors[layer.name])[0]
 
     return consume
 

@@ -83,6 +83,25 @@ def test_the_runner_up_is_of_another_document() -> None:
     assert best_of([], [], [], []) is None
 
 
+def test_a_row_that_states_the_completion_counts_behind_a_hub_too() -> None:
+    scale = Scale(spread_of(background()), 3)
+
+    def found(*rows: tuple[float, bool]) -> tuple[bool, int | None]:
+        """Of rows by z, strongest first, and whether they state the completion."""
+        scores = [float(scale.centres[0] + z * scale.scales[0]) for z, _ in rows]
+        best = best_of([f"d{row}" for row in range(len(rows))], ["web"] * len(rows), scores, [one for _, one in rows])
+        assert best is not None
+        row = answers_table(QUERIES[:1], scale, {0: best}).to_pylist()[0]
+        return row["found"], row["stating_rank"]
+
+    above, below = STANDS_OUT_STATING + 1, STANDS_OUT_STATING - 1
+    assert found((above + 1, False), (above, True)) == (True, 2)
+    assert found((above, False), (below, True)) == (False, 2)
+    assert found((above, False), (above - 0.5, False)) == (False, None)
+    assert found((STANDS_OUT + 1, False)) == (True, None)
+    assert found((above, True), (below, True)) == (True, 1)
+
+
 def test_a_row_that_states_the_completion_stands_out_earlier() -> None:
     scale = Scale(spread_of(background()), 3)
     z = (STANDS_OUT_STATING + STANDS_OUT) / 2
