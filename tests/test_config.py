@@ -175,6 +175,18 @@ def test_possible_ones_are_not(overrides: list[str]) -> None:
     make(*overrides)
 
 
+@pytest.mark.parametrize("planned", [100, 20_000, 300_000, 10_000_000])
+@pytest.mark.parametrize("queries", [1, 10, 300])
+def test_an_audit_hits_enough_of_the_strongest_where_a_tenth_of_the_corpus_does(planned: int, queries: int) -> None:
+    config = make("scan.sieve=2")
+    audited = config.audited(planned, queries)
+    assert min(planned, max(256, planned // 100)) <= audited <= max(256, planned // 10)
+    assert config.audited_tail_rows(planned, queries, audited) >= 159 or audited >= min(planned, planned // 10)
+    # All queries' candidates are a tenth of it, or as few as are refined.
+    left = config.sieve_candidates(planned, queries)
+    assert left == config.candidates or 2 * queries * left <= planned / 10 + 2 * queries
+
+
 @pytest.mark.parametrize("override", ["scan.rnak=3", "scan.top_k=many", "factors.labels=guessed"])
 def test_unknown_keys_and_other_types_are_refused_while_composing(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0].rpartition(".")[2]):
