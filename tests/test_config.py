@@ -128,6 +128,8 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
     ("corpus.sequence_length", ["corpus.sequence_length=1"]),
     ("factors.corpus.sequence_length", ["factors.corpus.sequence_length=0"]),
     ("scan.candidates", ["scan.top_k=10", "scan.candidates=9"]),
+    ("scan.sieve", ["scan.sieve=all"]),
+    ("scan.sieve", ["scan.sieve=0"]),
     ("scan.max_nonfinite", ["scan.max_nonfinite=1.5"]),
     ("scan.max_nonfinite", ["scan.max_nonfinite=-0.1"]),
     ("scan.allow_quarantined", ["scan.allow_quarantined=-1"]),
@@ -160,6 +162,7 @@ def test_impossible_values_are_refused_by_key(key: str, overrides: list[str]) ->
         ["factors=identity"],
         ["factors.solver=identity", "scan.rank=null"],
         ["scan.candidates=100"],
+        ["scan.sieve=auto", "scan.sieve_candidates=1000"],
         ["cluster.ranks_per_worker=2"],
         ["cluster.gpus_per_rank=0"],
         ["cluster.gpus_per_rank=0.5"],
@@ -171,6 +174,18 @@ def test_impossible_values_are_refused_by_key(key: str, overrides: list[str]) ->
 )
 def test_possible_ones_are_not(overrides: list[str]) -> None:
     make(*overrides)
+
+
+@pytest.mark.parametrize("planned", [100, 20_000, 300_000, 10_000_000])
+@pytest.mark.parametrize("queries", [1, 10, 300])
+def test_an_audit_hits_enough_of_the_strongest_where_a_tenth_of_the_corpus_does(planned: int, queries: int) -> None:
+    config = make("scan.sieve=2")
+    audited = config.audited(planned, queries)
+    assert min(planned, max(256, planned // 100)) <= audited <= max(256, planned // 10)
+    assert config.audited_tail_rows(planned, queries, audited) >= 159 or audited >= min(planned, planned // 10)
+    # All queries' candidates are a tenth of it, or as few as are refined.
+    left = config.sieve_candidates(planned, queries)
+    assert left == config.candidates or 2 * queries * left <= planned / 10 + 2 * queries
 
 
 @pytest.mark.parametrize("override", ["scan.rnak=3", "scan.top_k=many", "factors.labels=guessed"])

@@ -370,8 +370,10 @@ ON_A_CPU = {
     "scan.query_group_bytes": 4 << 30,
     "scan.tokens_per_batch": 4096,
 }
-# Of the planned sequences, what a sieve leaves per query and side, and what is audited: at least, and at most.
-_SIEVED, _AUDITED, _LEAST_AUDIT, _MOST_AUDITED = 0.01, 0.01, 256, 0.1
+# Of the planned sequences, what a sieve leaves per query and side, and at most for all of them.
+_SIEVED, _ALL_SIEVED = 0.01, 0.1
+# Of these, what is audited, at least and at most.
+_AUDITED, _LEAST_AUDIT, _MOST_AUDITED = 0.01, 256, 0.1
 # Strongest rows of all queries and sides that an audit is to hit: with none of them missed, about 0.975 is certified.
 _AUDITED_TAIL_ROWS = 160
 # scan.rank=auto: every query and layer may have ranks up to this one.
@@ -449,8 +451,8 @@ class ScanConfig:
     scanned with all tracked layers (docs/scanning.md#a-sieve). `auto` measures how many suffice, and scans everything
     where none does for less; null scans everything with all of them."""
     sieve_candidates: int | None = None
-    """With a sieve: sequences that it leaves per query and side; null is 1 % of those planned, and scan.candidates at
-    the least."""
+    """With a sieve: sequences that it leaves per query and side; null is 1 % of those planned, or less, so that all
+    queries' are at most a tenth of them, and scan.candidates at the least."""
     candidates_from: str | None = None
     """Sequences to scan in place of all of them, or beside what a sieve leaves: a file of sequence numbers, one a line,
     the output of infscan tfidf, or of a finished run, whose published sequences they then are."""
@@ -614,9 +616,10 @@ class Config:
         """Whether every sequence's scores are kept."""
         return self.scan.scores is Scores.all
 
-    def sieve_candidates(self, planned: int) -> int:
-        """Sequences that a sieve leaves per query and side, of so many planned ones."""
-        return self.scan.sieve_candidates or max(self.candidates, round(_SIEVED * planned))
+    def sieve_candidates(self, planned: int, queries: int) -> int:
+        """Sequences that a sieve leaves per query and side, of so many planned ones and for so many queries."""
+        share = min(_SIEVED, _ALL_SIEVED / max(1, queries * len(self.sides)))
+        return self.scan.sieve_candidates or max(self.candidates, round(share * planned))
 
     def audited(self, planned: int, queries: int) -> int:
         """Sequences of the audit, of so many planned ones and for so many queries."""
@@ -630,7 +633,7 @@ class Config:
     def audited_tail_rows(self, planned: int, queries: int, audited: int) -> float:
         """How many of the strongest rows, of all queries and sides, an audit is expected to hit: of each as many as are
         published, or an eighth of what a sieve leaves, where that is more."""
-        left = self.sieve_candidates(planned) // 8 if self.scan.sieve is not None else 0
+        left = self.sieve_candidates(planned, queries) // 8 if self.scan.sieve is not None else 0
         rank = min(planned, max(self.scan.top_k, left))
         return audited * queries * len(self.sides) * rank / max(1, planned)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from infscan.config import Config, Matmul, Solver, plain
 from infscan.influence.layers import Layer
+from infscan.model.suffix import last_blocks, suffixes
 from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
@@ -163,6 +164,16 @@ class Pricing:
         sizes = [sum(products(by_name[name]) for name in names) for names in self.groups]
         return sum(sizes) / max(sizes)
 
+    @property
+    def sieved(self) -> float:
+        """The share of the tracked products that a sieve's backward has; of scan.sieve=auto the longest that it
+        tries."""
+        blocks = self.config.scan.sieve
+        if isinstance(blocks, str):
+            blocks = max(suffixes(self.layers), default=None)
+        mine = self.layers if blocks is None else last_blocks(self.layers, blocks)
+        return sum(layer.size for layer in mine) / sum(layer.size for layer in self.layers)
+
     def priced(self, work: Work) -> Work:
         """With what it moves and waits for."""
         dtype = self.dtypes.refine if work.name == "refine" else self.dtypes.model
@@ -172,12 +183,14 @@ class Pricing:
 
     def _gathered(self, work: Work) -> float:
         """Weights that each rank of a sharded worker receives: once forward and once back in a micro-batch, and once
-        more where activations are made again."""
+        more where activations are made again; a sieve's backward those of its blocks."""
         config, ranks = self.config, self.config.cluster.ranks_per_worker
         if ranks < 2:
             return 0.0
         batches = work.tokens / config.tokens_per_batch / (config.cluster.num_workers or 1) / ranks
-        times = 3 if config.model.gradient_checkpointing else 2
+        times = 3.0 if config.model.gradient_checkpointing else 2.0
+        if work.name == "sieve":
+            times = 1 + (times - 1) * self.sieved
         itemsize = 4 if self.dtypes.model == "float32" else 2
         return batches * times * self.parameters * itemsize * (ranks - 1) / ranks
 

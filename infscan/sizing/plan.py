@@ -256,7 +256,7 @@ def _audit(config: Config, planned: int, queries: int) -> str:
     audited = config.audited(planned, queries)
     rows = config.audited_tail_rows(planned, queries, audited)
     # Of a share of which none was seen missing in so many, 3 / rows may be, at 95 % confidence; a row may count twice.
-    said = f"certify {1 - 4 / rows:.1%} of them at best" if rows > 8 else "certify nothing"
+    said = f"certify {min(0.999, 1 - 4 / rows):.1%} of them at best" if rows > 8 else "certify nothing"
     return (
         f"the audit of {audited:,} sequences ({audited / max(1, planned):.2%}) is expected to hit {rows:,.0f} of the "
         f"strongest rows of all queries and sides, which {said} (scan.audit_sequences)"

@@ -98,7 +98,7 @@ def sieve_pass(run: Run, planned: int, blocks: int) -> ScanPass:
         name="sieve",
         store=run.store / FOLDER,
         layers=layers,
-        candidates=config.sieve_candidates(planned),
+        candidates=config.sieve_candidates(planned, len(run.queries)),
         tokens=False,
         ends_at=ends_at(layers),
         fields={"sieve": [layer.name for layer in layers]},

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from infscan.corpus.plan import Plan, shard_name
 from infscan.influence.certificate import CONFIDENCE, Audit, Certificate, Evidence, certify, certify_together
 from infscan.influence.spread import ShardSpread, Spread
-from infscan.influence.topk import strength
+from infscan.influence.topk import SIDES, strength
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.results.dense import score_column, scores_path
 from infscan.results.schema import read_parquet
 from infscan.results.shard_file import ScanCounts
@@ -79,7 +80,11 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
     together = certify_together(list(evidence.values()), audit, config.scan.top_k)
     queries: dict[str, dict[str, Any]] = {}
     for (name, side), mine in evidence.items():
-        queries.setdefault(name, {})[side] = stated(certify(mine, audit, config.scan.top_k, len(evidence)))
+        found = stated(certify(mine, audit, config.scan.top_k, len(evidence)))
+        if chosen.sieve is not None:
+            query = run.inputs.query_ids.index(name)
+            found["published"] = traces(chosen.sieve.best, query, side, mine, config.scan.top_k)
+        queries.setdefault(name, {})[side] = found
     # Where questions that have nothing to do with each other were asked together, each has its own.
     sentences = {}
     for name in queries if len(queries) > 1 else ():
@@ -97,6 +102,20 @@ def _said(chosen: Chosen, together: Certificate) -> dict[str, Any]:
         "together": stated(together),
         "reason": together.reason,
     }
+
+
+def traces(best: ScoredRows, query: int, side: str, evidence: Evidence, top: int) -> dict[str, int]:
+    """Where the top strongest rows that were found come from: what a sieve misses leaves traces, at no cost.
+
+    last_tenth: those among the last tenth of the candidates that the sieve left for this query and side, in its own
+    order; many of them say that more lie beyond. elsewhere: those that it did not leave for it, and that were found for
+    another query or side, or by a list (`scan.candidates_from`).
+    """
+    mine = best.take((best.queries == query) & (best.sides == SIDES.index(side)))
+    ids = mine.sequence_ids[np.lexsort((mine.sequence_ids, -strength(mine.scores, side)))]
+    published = evidence.strongest_first().sequence_ids[:top]
+    last = ids[len(ids) - len(ids) // 10 :]
+    return {"last_tenth": int(np.isin(published, last).sum()), "elsewhere": int((~np.isin(published, ids)).sum())}
 
 
 def audit_spread(run: Run, chosen: Chosen) -> Spread:

@@ -92,10 +92,11 @@ def curve(run: Run, planned: int, tried: Sequence[int], scores_snq: NDArray[np.f
     """scores_snq: of every suffix and, last, of all blocks, [S + 1, n, Q]."""
     config, n = run.config, scores_snq.shape[1]
     boards = len(run.queries) * len(config.sides)
+    candidates = config.sieve_candidates(planned, len(run.queries))
     top = min(n, max(math.ceil(_TAIL_ROWS / boards), round(n * config.scan.top_k / planned), 1))
-    kept = min(n, max(top, round(n * config.sieve_candidates(planned) / planned)))
+    kept = min(n, max(top, round(n * candidates / planned)))
     audited = config.audited(planned, len(run.queries))
-    left = min(1.0, (boards * config.sieve_candidates(planned) + audited) / planned)
+    left = min(1.0, (boards * candidates + audited) / planned)
     recall, floors = {}, {}
     for blocks, mine in zip(tried, scores_snq, strict=False):
         recall[str(blocks)] = recall_of(mine, scores_snq[-1], config.sides, top, kept)

@@ -101,7 +101,9 @@ def scanned_in_full(config: Config, queries: int, planned: int) -> int:
     the audit. How many a list of candidates has is not known here; it is taken for none."""
     if not config.searches:
         return planned
-    found = queries * len(config.sides) * config.sieve_candidates(planned) if config.scan.sieve is not None else 0
+    found = (
+        queries * len(config.sides) * config.sieve_candidates(planned, queries) if config.scan.sieve is not None else 0
+    )
     return min(planned, found + config.audited(planned, queries))
 
 
@@ -128,7 +130,7 @@ def scan_bytes(
     if config.dense or config.searches:
         parts["dense scores"] = left * _FLOAT * queries * N
     if config.scan.sieve is not None:
-        sieved = config.sieve_candidates(planned)
+        sieved = config.sieve_candidates(planned, queries)
         rows = boards * min(planned, sieved * (1 + math.log(max(planned / sieved, 1))))
         parts["sieve's rows"] = left * rows * _ROW
     return {name: int(size) for name, size in parts.items()}

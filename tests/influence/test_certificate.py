@@ -13,6 +13,7 @@ from infscan.influence.certificate import (
     Audit,
     Certificate,
     Evidence,
+    _negative_binomial_upper,
     binomial_interval,
     certify,
     certify_together,
@@ -65,6 +66,34 @@ def test_the_interval_of_a_share_is_clopper_and_pearsons(data: st.DataObject) ->
     x = data.draw(st.integers(0, n))
     known = stats.binomtest(x, n).proportion_ci(0.95, "exact")
     assert binomial_interval(x, n) == pytest.approx((known.low, known.high), abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.5, 500), st.floats(0.01, 500))
+def test_a_prediction_is_the_negative_binomials(shape: float, mean: float) -> None:
+    y, known = _negative_binomial_upper(shape, mean, 0.05), stats.nbinom(shape, shape / (shape + mean))
+    assert known.cdf(y) >= 0.95 - 1e-9
+    assert y == 0 or known.cdf(y - 1) < 0.95 + 1e-9
+
+
+@pytest.mark.parametrize("audited", [200, 800, 2_000])
+def test_where_nothing_is_missed_the_limit_is_the_exact_one(audited: int) -> None:
+    # Rows beyond the weakest candidate are all candidates.
+    exact = np.sort(np.random.default_rng(0).standard_t(3, N))
+    found = certify(evidence(exact, exact, np.arange(0, N, N // audited)), Audit(N, audited), C)
+    hidden = hypergeometric_upper(N, audited, 0, 0.05)
+    assert found.recall is None or found.recall == pytest.approx(C / (C + hidden), abs=2 / C)
+    assert found.without_assumption == pytest.approx(1 - hidden / C)
+
+
+def test_the_same_query_twice_is_no_more_evidence_than_once() -> None:
+    for seed in range(5):
+        columns, audit, _ = search(seed, 800)
+        once, twice = certify(columns[0], audit, TOP, 2), certify_together([columns[0]] * 2, audit, TOP)
+        assert once.recall is not None
+        assert twice.recall is not None
+        assert twice.recall <= once.recall + 0.02
+        assert twice.without_assumption <= once.without_assumption
 
 
 @pytest.mark.parametrize("queries", [1, 5])

@@ -103,6 +103,12 @@ def test_a_sieve_is_a_pass_of_its_own_and_spares_the_blocks_below_it(tmp_path: P
     # Forward, and of a backward as long a quarter: with the head, which both have.
     assert found.costs["sieve"].flop_per_token < 0.8 * found.costs["scan"].flop_per_token
     assert found.costs["sieve"].memory.activations <= found.costs["scan"].memory.activations
+    assert any("the audit of 4 sequences" in note and "certify nothing" in note for note in found.notes)
+    auto = estimate(job(small_run(tmp_path, "scan.sieve=auto")))
+    # The longest that is tried, and what it is chosen by.
+    names = [work.name for work in auto.work]
+    assert names.index("suffix") < names.index("sieve") < names.index("scan")
+    assert found.costs["sieve"].flop_per_token < auto.costs["sieve"].flop_per_token < auto.costs["scan"].flop_per_token
     with pytest.raises(ConfigError, match="4 blocks"):
         estimate(job(small_run(tmp_path, "scan.sieve=4")))
 

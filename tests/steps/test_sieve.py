@@ -16,6 +16,8 @@ from infscan.corpus.addressable import open_corpus
 from infscan.corpus.filtered import describe_filtered
 from infscan.corpus.plan import Plan
 from infscan.errors import ConfigError, RunError
+from infscan.influence.certificate import Evidence
+from infscan.influence.topk_tracker import ScoredRows
 from infscan.report.assemble import Archive
 from infscan.report.contents import run_contents
 from infscan.report.terminal import show
@@ -26,13 +28,13 @@ from infscan.results.shard_file import finished_shards, read_hits
 from infscan.steps import scan as scanning
 from infscan.steps import suffix_choice
 from infscan.steps.candidates import listed
+from infscan.steps.certificate import traces
 from infscan.steps.factors import fit
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
 from infscan.steps.queries import query_batch
-from infscan.steps.run import open_run
 from infscan.storage import Store
-from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
+from tests.steps.runs import answer_here, open_here, small_run, tiny_model, token_corpus
 
 N = 120
 
@@ -112,6 +114,9 @@ def test_the_certificate_is_in_the_summary_and_in_run_parquet(full: Config, siev
     assert found["queries"]["q0"].keys() == {"proponent", "opponent"}
     assert found["sentence"].startswith(("At least", "How many of the strongest sequences were missed is not known"))
     assert found["together"]["top"] == 2 * 3 * 5
+    # Of each query's and side's five, found by its own twenty candidates or by another's.
+    published = [mine["published"] for sides in found["queries"].values() for mine in sides.values()]
+    assert all(0 <= trace["last_tenth"] <= 2 and 0 <= trace["elsewhere"] <= 5 for trace in published)
     mine = settings_row(sieved)
     assert mine["certificate"] == found["sentence"]
     assert settings_row(full)["certificate"] is None
@@ -140,6 +145,16 @@ def test_an_audit_says_how_far_a_row_stands_out(inputs: Path, full: Config, siev
         assert some["z"] is None
         for column in ("z", "median", "scale", "positive", "negative", "share"):
             assert every[column] == pytest.approx(row[column], rel=1e-4)
+
+
+def test_published_rows_leave_traces_of_what_a_sieve_misses() -> None:
+    ids = np.arange(20, dtype=np.int64)
+    best = ScoredRows(np.zeros(20, np.int32), np.zeros(20, np.int8), ids, (20.0 - ids).astype(np.float32))
+    # Exact scores put the sieve's first and last, and one that it did not leave, before all others.
+    scores = np.where(np.isin(ids, (0, 19)), 50.0, 1.0)
+    evidence = Evidence(np.append(scores, 99.0), np.append(ids, 77), np.zeros(0), np.zeros(0, np.bool_))
+    assert traces(best, 0, "proponent", evidence, 3) == {"last_tenth": 1, "elsewhere": 1}
+    assert traces(best, 1, "proponent", evidence, 3) == {"last_tenth": 0, "elsewhere": 3}
 
 
 def settings_row(config: Config) -> dict:
@@ -334,7 +349,7 @@ def test_where_no_suffix_suffices_everything_is_scanned(inputs: Path, full: Conf
 
 
 def test_suffixes_are_scored_as_a_scan_scores_their_layers(inputs: Path, full: Config) -> None:
-    with open_run(settings(inputs, "curve", "scan.sieve=auto", f"scan.audit_sequences={N}")) as run:
+    with open_here(settings(inputs, "curve", "scan.sieve=auto", f"scan.audit_sequences={N}")) as run:
         corpus = prepare_corpora(run)
         plan, factors = make_plan(run, corpus), fit(run)
         scores_snq = suffix_choice._measured(run, plan, corpus, query_batch(run, factors), [1, 3])
