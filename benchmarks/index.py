@@ -187,8 +187,8 @@ def codes_under_test(fits: Fits, options: argparse.Namespace) -> list[Code]:
         return np.zeros((N, Q), np.float32)
 
     for kind in KINDS:
-        for width in (45, 64, 128) if options.brief else (16, 32, 45, 64, 91, 128):
-            if kind == "projected" or width != 91:
+        for width in (16, 32, 45, 64, 91, 128):
+            if width != 91 if kind == "sketched" else width > 32 or not options.brief:
                 add(kind, width, 1)
         for width in () if options.brief else (16, 45, 128):
             add(kind, width, 8)
