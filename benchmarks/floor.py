@@ -48,6 +48,7 @@ from infscan.corpus.sequences import Sequence
 from infscan.corpus.splits import InputSplit
 from infscan.engine.in_process import InProcessExecutor
 from infscan.influence.blocks import BlockDiagonal
+from infscan.influence.codes import CodeSettings, Kind
 from infscan.influence.covariance import add_second_moment
 from infscan.influence.eigenbasis import add_squared_gradients
 from infscan.influence.layers import Layer
@@ -60,11 +61,13 @@ from infscan.model.loaded import RankContext
 from infscan.model.measure import next_tokens, summed_losses
 from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
+from infscan.results.index_file import codes_path
 from infscan.results.shard_file import shard_path
 from infscan.results.tensor_files import read_tensors
 from infscan.steps.eigenbases import decompose_layer
 from infscan.steps.factor_files import FactorsPlan, partial_path
 from infscan.steps.factors import covariance_task, fit_factors, lambda_task
+from infscan.steps.index import CodesTask, IndexTask, index_task, layer_codes
 from infscan.steps.labels import FitTask
 from infscan.steps.preconditioner import Preconditioner
 from infscan.steps.queries import QueryTask, on_device, query_task
@@ -229,10 +232,31 @@ class Bench:
         found = {key: tensor.numpy() for key, tensor in read_tensors(self.run, name).items()}
         return self._compressed.setdefault((count, rank), found)
 
-    def scan(self, count: int, prepared: int, rank: int | None) -> Case:
-        """A whole shard against the first `count` of `prepared` queries, its file included."""
+    def codes(self, kind: Kind) -> tuple[CodesTask, Callable[[], None]]:
+        """A shard's codes as `infscan index` makes them by default, or sketched; and what is ready before: maps, which
+        a rank makes once for all its shards, and no file."""
+        code = CodeSettings(kind)
+        task = CodesTask(self.run / kind, SHARD, self.plan.layers, self.inverse, code, False, kind)
+
+        def ready() -> None:
+            self.rank.cached("codes", kind, lambda: layer_codes(self.rank, code, self.plan.layers, self.inverse))
+            task.run.remove(codes_path(SHARD))
+
+        return task, ready
+
+    def index(self, kind: Kind) -> Case:
+        """A whole shard of an index that has a pass of its own, its file included."""
+        codes, ready = self.codes(kind)
+        task = IndexTask(CorpusAddress(self.corpus), self.ids, self.options.tokens_per_batch, codes)
+        return Case(
+            f"index, {kind} {codes.code.width}, {codes.code.bits} bit", lambda: index_task(self.rank, task), ready
+        )
+
+    def scan(self, count: int, prepared: int, rank: int | None, beside: Kind | None = None) -> Case:
+        """A whole shard against the first `count` of `prepared` queries, its file included; an index beside."""
         mine: dict[str, Layout[Array]] = {}
-        key = f"{rank}/{count}"
+        key = f"{rank}/{count}" + (f"/{beside}" if beside else "")
+        codes, codes_ready = self.codes(beside) if beside else (None, lambda: None)
         task = ScanTask(
             run=self.run / key,
             corpus=CorpusAddress(self.corpus),
@@ -246,9 +270,11 @@ class Bench:
             tokens_per_batch=self.options.tokens_per_batch,
             dense=False,
             fingerprint=key,
+            codes=codes,
         )
 
         def ready() -> None:
+            codes_ready()
             if not mine:
                 found = from_arrays([{key: array[:count] for key, array in self.compressed(prepared, rank).items()}])
                 # As the job lays them out.
@@ -259,7 +285,8 @@ class Bench:
             task.run.remove(shard_path(SHARD))
 
         return Case(
-            f"scan, {count} quer{'y' if count == 1 else 'ies'}, {f'rank {rank}' if rank else 'full rank'}",
+            f"scan, {count} quer{'y' if count == 1 else 'ies'}, {f'rank {rank}' if rank else 'full rank'}"
+            + (f", an index beside ({beside})" if beside else ""),
             lambda: scan_task(self.rank, task, mine),
             ready,
         )
@@ -383,6 +410,8 @@ class Bench:
             *([self.prepare(middle)] if middle > 1 else []),
             *(self.scan(count, counts[-1], self.options.rank) for count in counts),
             self.scan(middle, middle, None),
+            *(self.index(kind) for kind in ("projected", "sketched")),
+            self.scan(middle, counts[-1], self.options.rank, "projected"),
             self.refine(middle, 1),
             *([self.refine(middle, middle)] if middle > 1 else []),
         ]

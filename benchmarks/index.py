@@ -188,12 +188,13 @@ def codes_under_test(fits: Fits, options: argparse.Namespace) -> list[Code]:
 
     for kind in KINDS:
         for width in (16, 32, 45, 64, 91, 128):
-            if kind == "projected" or width != 91:
+            if width != 91 if kind == "sketched" else width > 32 or not options.brief:
                 add(kind, width, 1)
-        for width in (16, 45, 128):
+        for width in () if options.brief else (16, 45, 128):
             add(kind, width, 8)
         for width in (64, 128):
-            add(kind, width, 1, ", every other block")
+            if kind == "sketched" or not options.brief:
+                add(kind, width, 1, ", every other block")
     if options.components:
         ids = np.sort(np.random.default_rng(1).choice(N, min(N, options.component_sequences), replace=False))
         began, sketches = time.perf_counter(), fits.sketches(ids, options.tokens_per_batch)
@@ -210,7 +211,7 @@ def components_under_test(fits: Fits, found: dict[str, tuple[Floats, Floats]], m
     axes = {name: one[0] for name, one in found.items()}
     deviations = {name: one[1] for name, one in found.items()}
     strongest = np.sort(np.concatenate(list(deviations.values())))[::-1]
-    for count, bits in ((256, 1), (512, 1), (1024, 1), (256, 8)):
+    for count, bits in ((128, 1), (256, 1), (512, 1), (1024, 1), (256, 8)):
         if count > most:
             continue
         allotted = {name: int((one >= strongest[L * count - 1]).sum()) for name, one in deviations.items()}
@@ -368,6 +369,7 @@ def main() -> None:
     of_codes.add_argument("--model", help="a model that is there, in place of training one")
     of_codes.add_argument("--components", type=int, default=1024, help="principal components of each layer; 0: none")
     of_codes.add_argument("--component-sequences", type=int, default=2048, help="that they are found on")
+    of_codes.add_argument("--brief", action="store_true", help="leave out what lost to others at equal bytes before")
     of_codes.add_argument("--at-once", type=int, default=2048, help="sequences between two reports")
     of_search = parts.add_parser("search")
     of_search.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "index-search")

@@ -3,8 +3,8 @@
     found = infscan.scan("model=demo", "corpus=demo", "queries=demo", output="runs/demo")
 
 Every command is a function (`scan`, `prepare`, `fit`, `plan`, `tfidf`, `explain`, `masks`, `write_report`, `merge`,
-`status`, `verify`, `index`, `ask`), `open_index` opens an index, and the tables of a run are read by `read_top` and its
-like. `infscan.api` says what they take and return.
+`status`, `verify`, `index`, `ask`, `duplicates`), `open_index` opens an index, and the tables of a run are read by
+`read_top` and its like. `infscan.api` says what they take and return.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ _HOMES = {
 # Functions that run a command. `infscan.report` is the package that writes pages, so its function has another name.
 _COMMANDS = {
     **{name: name for name in ("scan", "prepare", "fit", "plan", "tfidf", "explain", "masks")},
-    **{name: name for name in ("merge", "status", "verify", "index", "ask", "study", "validate", "prove")},
+    **{
+        name: name for name in ("merge", "status", "verify", "index", "ask", "duplicates", "study", "validate", "prove")
+    },
     "write_report": "report",
 }
 __all__ = [*_HOMES, *_COMMANDS, "__version__"]

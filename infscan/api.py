@@ -20,6 +20,7 @@ from infscan.config.arguments import read_arguments
 from infscan.config.commands import assign, command_of, compose, settle, structured
 from infscan.config.jobs import (
     AskJob,
+    DuplicatesJob,
     ExplainJob,
     IndexJob,
     MasksJob,
@@ -421,6 +422,32 @@ def run_ask(job: AskJob) -> RunResult:
     config = ask_config(found, job)
     ask(config, found)
     return RunResult(config.output)
+
+
+@dataclass(frozen=True)
+class DuplicatesResult:
+    """Pairs of sequences that are alike in gradient space: sequence_id, other_id, cosine."""
+
+    uri: str
+    table: pa.Table
+
+    def show(self) -> None:
+        print(f"duplicates  {self.uri}: {self.table.num_rows} pairs")
+
+
+def run_duplicates(job: DuplicatesJob) -> DuplicatesResult:
+    from infscan.results.schema import to_parquet
+    from infscan.steps.ask import read_index
+    from infscan.steps.duplicates import near_duplicates
+    from infscan.storage import Store
+
+    job.check()
+    job.index, job.output = absolute(job.index), absolute(job.output) if job.output else None
+    found = read_index(job.index)
+    table = near_duplicates(found, job.similar, job.seed)
+    folder, _, name = job.path.rpartition("/")
+    Store(folder).write(name, to_parquet(table, {"fingerprint": found.manifest.fingerprint}))
+    return DuplicatesResult(job.path, table)
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,14 @@ _CORE = (
         ),
     ),
     Command(
+        name="duplicates",
+        summary="List near-duplicates in gradient space: sequences of an index that would move every completion alike.",
+        settings=f"{_JOBS}:DuplicatesJob",
+        run=f"{_API}:run_duplicates",
+        positional=("index",),
+        examples=("runs/index", "runs/index similar=0.95 output=duplicates.parquet"),
+    ),
+    Command(
         name="serve",
         summary="Answer questions from an index over HTTP, with a page for a browser, until it is ended.",
         settings=f"{_JOBS}:ServeJob",

@@ -128,6 +128,29 @@ class AskJob:
 
 
 @dataclass
+class DuplicatesJob:
+    """Near-duplicates in gradient space, from an index alone."""
+
+    index: str = MISSING
+    """A finished index, folder or URI."""
+    similar: float = 0.9
+    """Cosine of two sequences' whitened gradients, as their codes estimate it, from which they count as alike."""
+    output: str | None = None
+    """Parquet file to write; null is <index>/duplicates.parquet."""
+    seed: int = 0
+    """Seed of what is compared."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        if not 0.7 <= self.similar <= 1:
+            raise ConfigError(f"similar={self.similar}: a cosine from 0.7 to 1; most pairs below that are not found.")
+
+    @property
+    def path(self) -> str:
+        return self.output or f"{self.index.rstrip('/')}/duplicates.parquet"
+
+
+@dataclass
 class ServeJob:
     """A server over an index."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,10 @@ from numpy.typing import NDArray
 Bits = Literal[1, 8]
 # int32 sums of products of two bytes: D may be so large.
 _MOST_COORDINATES = (2**31 - 1) // 127**2
+# Whole numbers up to here are exact in float32.
+_EXACT = 1 << 24
+# With so few queries, bits are counted and not unpacked.
+_FEW = 3
 # Of the two-byte floats that norms are stored as.
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -103,6 +108,16 @@ class QueryCodes:
         )
         return QueryCodes(parts[0].bits, parts[0].D, weights, steps, sums)
 
+    @cached_property
+    def planes(self) -> NDArray[np.uint8]:
+        """Of one bit: [Q, 8, b], the k-th bits of w + 128, packed as codes are."""
+        u_jbq = (self.weights.astype(np.int16) + 128).astype(np.uint8).reshape(8, -1, self.weights.shape[1])
+        planes = np.zeros((u_jbq.shape[2], 8, u_jbq.shape[1]), np.uint8)
+        for k in range(8):
+            for j in range(8):
+                planes[:, k] |= (((u_jbq[j] >> k) & 1) << j).T
+        return planes
+
     @property
     def values(self) -> NDArray[np.float32]:
         """v as it is multiplied with, [Q, D]."""
@@ -120,21 +135,59 @@ def inner_products(
     scratch: uint8 [at least n, K], where bits are unpacked; it may be used again for the next rows.
     """
     if queries.bits == 1:
+        few = len(queries.steps) <= _FEW
         # c = 2 bit - 1.
-        sums_nq = 2 * _products(unpacked(codes, scratch), queries.weights) - queries.sums
+        sums_nq = _counted(codes, queries) if few else _products(unpacked(codes, scratch), queries.weights, 1)
+        sums_nq = 2 * sums_nq - queries.sums
     else:
-        sums_nq = _products(codes, queries.weights)
+        sums_nq = _products(codes, queries.weights, 127)
     return sums_nq.astype(np.float32) * (scales[:, None] * queries.steps)
 
 
-def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Of signed bytes, summed in int32."""
+def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8], largest: int) -> NDArray[np.int32]:
+    """Of signed bytes, the left ones at most `largest` in size, summed exactly.
+
+    A CPU whose products of bytes are slower than those of float32 (without AVX-512, by thirty times) multiplies so many
+    coordinates at a time that no sum leaves float32's whole numbers.
+    """
     with warnings.catch_warnings():
         # What is mapped or shared cannot be written to, and is not.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         left, right = torch.from_numpy(left_nk.view(np.int8)), torch.from_numpy(weights_kq)
-    found: NDArray[np.int32] = torch._int_mm(left, right).numpy()
-    return found
+    if _multiplies_bytes():
+        return np.asarray(torch._int_mm(left, right).numpy(), np.int32)
+    at_once = _EXACT // (127 * largest)
+    sums = [
+        (one.float() @ other.float()).to(torch.int32)
+        for one, other in zip(left.split(at_once, dim=1), right.split(at_once), strict=True)
+    ]
+    return np.asarray(torch.stack(sums).sum(dim=0, dtype=torch.int32).numpy(), np.int32)
+
+
+@cache
+def _multiplies_bytes() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _counted(codes: NDArray[np.uint8], queries: QueryCodes) -> NDArray[np.int32]:
+    """Sums of w over set bits, [n, Q]: plane by plane of w + 128, the bits that both have are counted."""
+    b = codes.shape[1]
+    wide = next(kind for kind in (np.uint64, np.uint32, np.uint16, np.uint8) if b % np.dtype(kind).itemsize == 0)
+    words, planes = np.ascontiguousarray(codes).view(wide), queries.planes.view(wide)
+    both, counts = np.empty_like(words), np.empty(words.shape, np.uint8)
+    set_n = np.bitwise_count(words, out=counts).sum(axis=1, dtype=np.int32)
+    sums_nq = np.empty((len(codes), len(planes)), np.int32)
+    # At most 64 bits of a word times 255.
+    weighed = np.empty(words.shape, np.uint16)
+    for query, mine in enumerate(planes):
+        weighed[:] = 0
+        for plane in mine[::-1]:
+            np.bitwise_and(words, plane, out=both)
+            np.bitwise_count(both, out=counts)
+            np.left_shift(weighed, 1, out=weighed)
+            np.add(weighed, counts, out=weighed)
+        sums_nq[:, query] = weighed.sum(axis=1, dtype=np.int32) - 128 * set_n
+    return sums_nq
 
 
 def unpacked(codes: NDArray[np.uint8], scratch: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infscan.influence import packed
 from infscan.influence.codes import CodeSettings, Kind, kronecker_whitening, layer_code, random_frame
 from infscan.influence.inverse import inverse_core
 from infscan.influence.layers import Layer, LayerFactors
@@ -111,6 +112,29 @@ def test_packed_inner_products_equal_floats(bits: Bits, D: int) -> None:
     scratch = np.empty((64, 8 * kept.codes.shape[1]), np.uint8)
     again = inner_products(kept.codes, kept.scales, queries, scratch)
     np.testing.assert_array_equal(again, inner_products(kept.codes, kept.scales, queries))
+
+
+@pytest.mark.parametrize(("bits", "D"), [(1, 2025), (1, 256), (1, 5), (8, 2500)])
+@pytest.mark.parametrize("bytes_are_fast", [True, False])
+def test_every_way_to_multiply_gives_the_same_bits(
+    bits: Bits, D: int, bytes_are_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, in bytes or in float32: sums of whole numbers, also at their largest."""
+    u_nd, v_qd = normal(1, 9, D).float().numpy(), normal(2, 5, D).float().numpy()
+    u_nd[0], v_qd[0] = 1, 1
+    kept = store(u_nd, bits, entries=100)
+    whole = QueryCodes.of(v_qd, bits)
+    c = (
+        np.unpackbits(kept.codes, axis=1, count=D, bitorder="little") * 2.0 - 1
+        if bits == 1
+        else kept.codes.view(np.int8)
+    )
+    w = np.rint(whole.values / whole.steps[:, None]).astype(np.int64)
+    wanted = (c.astype(np.int64) @ w.T).astype(np.float32) * (kept.scales[:, None] * whole.steps)
+    monkeypatch.setattr(packed, "_multiplies_bytes", lambda: bytes_are_fast)
+    for Q in (1, 3, 5):
+        found = inner_products(kept.codes, kept.scales, QueryCodes.of(v_qd[:Q], bits))
+        np.testing.assert_array_equal(found, wanted[:, :Q])
 
 
 def test_signs_estimate_inner_products_without_bias_over_rotations() -> None:
