@@ -94,6 +94,7 @@ bench-truth: $(READY)
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/many_queries.py --query-group-bytes 8589934592
 	$(BIN)/python benchmarks/retraining.py
+	$(BIN)/python benchmarks/bank.py --removal --iterated
 	$(BIN)/python benchmarks/pbrf.py
 	$(BIN)/python benchmarks/word_order.py
 	$(BIN)/python benchmarks/stages.py cg facts lds cost

@@ -1,9 +1,11 @@
 """A bank of retrainings of the demo's documents, and scores judged by it (docs/reports/truth.md)
 
 python benchmarks/bank.py [--folder runs/bank] [--subsets 100] [--seeds 2] [--recipes adamw sgd adamw-small sgd-small]
+    [--trainings 50] [--removal] [--iterated]
 
 Everything is done by the jobs themselves, whose commands it prints; what is trained stays in the folder, and what
-benchmarks/data/bank.parquet has is taken from there. The corpus is that of benchmarks/retraining.py. The queries are of
+benchmarks/data/bank.parquet has is taken from there. It may be stopped at any time, and --trainings 0 judges what is
+there. The corpus is that of benchmarks/retraining.py. The queries are of
 four kinds: facts, the same facts in words that no document has (paraphrase), held-out text, and rare words in it.
 """
 
@@ -38,6 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {"training": {"epochs": 15, "learning_rate": 3e-3}},
     "sgd": {"training": {"optimizer": "sgd", "epochs": 15, "learning_rate": 0.3, "weight_decay": 1e-3}},
 }
+METHODS = ["identity", "ekfac", "kfac", "bm25", "cosine"]
+REMOVED = ["ekfac mlp 0.1", "ekfac mlp auto", "ekfac mlp+head auto", "identity mlp", "bm25"]
 # The same optimizers on half the width and a single block.
 SMALL = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 128}
 RECIPES |= {f"{name}-small": {"model": SMALL} | recipe for name, recipe in RECIPES.items()}
@@ -95,6 +99,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bank")
     parser.add_argument("--subsets", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--trainings", type=int, help="at most in this call; without it, all that are missing")
+    parser.add_argument("--removal", action="store_true", help="train without the strongest sequences too")
+    parser.add_argument("--iterated", action="store_true", help="judge CG and ASTRA too, for 3 queries of each kind")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
@@ -103,12 +110,17 @@ def main() -> None:
     write_queries(folder / "queries.jsonl", folder / "corpus.jsonl")
     shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
     job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
+    methods = METHODS + (["cg", "astra"] if options.iterated else [])
+    sweep = [f"sweep.methods=[{','.join(methods)}]", "sweep.iterated_queries=3"]
+    if options.removal:
+        sweep += [f"sweep.removal={json.dumps(REMOVED)}", "sweep.removed_queries=2", "sweep.random_draws=3"]
+    trainings = "null" if options.trainings is None else options.trainings
     # Hydra reads a list of groups without quotes.
     recipes = json.dumps([{"name": name, **RECIPES[name]} for name in options.recipes]).replace('"', "")
     job(
         "bank", f"corpus.path={folder}/prepared/corpus", f"queries.path={folder}/queries.jsonl",
         f"recipes={recipes}", f"subsets={options.subsets}", f"seeds={options.seeds}", "max_hours=24",
-        *([f"known={DATA}"] if DATA.exists() else []), f"output={folder}/bank",
+        *([f"known={DATA}"] if DATA.exists() else []), f"trainings={trainings}", *sweep, f"output={folder}/bank",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from infscan.config import QueriesConfig, plain
@@ -23,6 +24,7 @@ from infscan.model.folder import model_folder
 from infscan.queries import Query, read_queries
 from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
+from infscan.storage.host import processor
 from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
 from infscan_studies.bank_scores import NO_LAYER, RecipeScores
 from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
@@ -154,6 +156,8 @@ class Bank:
         tables = [self._rows(cell) for cell in self.cells]
         footer = {
             "of": TABLE,
+            # Other ones give other last bits.
+            "made_with": {"torch": str(torch.__version__), "cpu": processor()},
             "corpus": self.corpus.fingerprint,
             "subsets_seed": self.job.seed,
             "recipes": {cell.name: cell.facts() for cell in self.cells},

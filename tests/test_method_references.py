@@ -27,6 +27,7 @@ ANCHORS = [
     "losses",
     "influence",
     "ek-fac",
+    "automatic-damping",
     "iterated-inverse",
     "query-batching",
     "multi-stage",

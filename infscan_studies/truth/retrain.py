@@ -21,6 +21,7 @@ from infscan.config import fingerprint
 from infscan.errors import ConfigError, ModelError, RunError
 from infscan.queries import Query
 from infscan.storage import Store
+from infscan_studies.config import TrainingOptimizer
 from infscan_studies.truth.train import TrainingSettings, train_language_model
 
 # train_and_measure(chosen, seed) -> [Q]. chosen: int64 rows of the corpus, ascending.
@@ -127,8 +128,10 @@ class LanguageModelTrainer:
     def optimiser(self) -> str:
         """For people: what trained the models."""
         s = self.settings
+        sgd = s.optimizer is TrainingOptimizer.sgd
+        name = f"SGD (momentum {s.beta1};" if sgd else f"AdamW (betas {s.beta1}, {s.beta2};"
         return (
-            f"AdamW (betas {s.beta1}, {s.beta2}; weight decay {s.weight_decay} on matrices), learning rate "
+            f"{name} weight decay {s.weight_decay} on matrices), learning rate "
             f"{s.learning_rate} with warm-up and cosine, gradients clipped at {s.gradient_clip}, {s.epochs} epochs in "
             f"batches of {s.batch_sequences} sequences, {s.reduction} loss"
         )
