@@ -121,7 +121,7 @@ def traces(best: ScoredRows, query: int, side: str, evidence: Evidence, top: int
 def audit_spread(run: Run, chosen: Chosen) -> Spread:
     """How all planned scores are spread, by the audit's: a uniform sample of them."""
     assert chosen.audited is not None
-    spread = Spread(len(run.queries), sampled=True)
+    spread = Spread(len(run.queries), sampled=len(chosen.audited) < chosen.planned.selection.size)
     audited = [scores_nq[np.searchsorted(ids, chosen.audited)] for _, ids, scores_nq in _scores(run, chosen.plan)]
     spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
     return spread
