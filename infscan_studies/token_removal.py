@@ -143,7 +143,7 @@ def compare(study: Study, shares: Sequence[float], seeds: Sequence[int], say: Ca
 
 
 def summary(table: pa.Table, resamples: int = _RESAMPLES) -> list[str]:
-    """A line per share: the mean fall of either removal less a random one's, and the ratio per removed token.
+    """A line per share: the mean fall of either removal less a random one's, and how many times as much a token does.
 
     Seeds and queries are resampled together, of all removals alike.
     """
@@ -168,11 +168,11 @@ def summary(table: pa.Table, resamples: int = _RESAMPLES) -> list[str]:
         for name, values in gain.items():
             of_drawn = np.asarray([values[at].mean() for at in drawn])
             low, high = np.percentile(of_drawn, INTERVAL)
-            each[name] = (values.mean() / counts[name], of_drawn / counts[name])
+            each[name] = values.mean() / counts[name], low / counts[name], high / counts[name]
             said.append(f"{name} ({counts[name]:.0f}): {values.mean():+.3f} nats [{low:+.3f}, {high:+.3f}]")
-        ratios = each[TOKENS][1] / each[DOCUMENTS][1]
-        low, high = np.percentile(ratios, INTERVAL)
-        said.append(f"per token {each[TOKENS][0] / each[DOCUMENTS][0]:.2f} times as much [{low:.2f}, {high:.2f}]")
+        # Removed documents may do nothing, and then no interval of a ratio has an end: its bound is of the two ends.
+        ratio, least = each[TOKENS][0] / each[DOCUMENTS][0], each[TOKENS][1] / each[DOCUMENTS][2]
+        said.append(f"per token {ratio:.1f} times as much, at least {least:.1f} by the intervals' ends")
         lines.append("; ".join(said))
     return lines
 

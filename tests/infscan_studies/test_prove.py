@@ -201,7 +201,7 @@ def test_the_page_has_the_effects_beside_the_rows(run: str, found: tuple[pa.Tabl
     contents = run_contents(run, "run", archive, 100, None, None)
     chunks = {n: json.loads(zlib.decompress(base64.b64decode(text))) for n, (_, text) in archive.chunks.items()}
     assert {kind for kind, *_ in contents["proved"]["kinds"]} == set(table["kind"].to_pylist())
-    seen = {}
+    seen: dict[tuple[str, str, int], float] = {}
     for query in contents["queries"]:
         assert {kind for kind, *_ in chunks[query["head"]]["proved"]["kinds"]} <= set(table["kind"].to_pylist())
         for side in (PROPONENT, OPPONENT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from infscan.config import Backend, ClusterConfig, Sides
 from infscan.config.jobs import ExplainJob, MasksJob
 from infscan.errors import ConfigError, QueryError, RunError
 from infscan.results.masks import write_masks
-from infscan.results.read import read_scores, read_tokens, read_top
+from infscan.results.read import read_layers, read_scores, read_tokens, read_top
 from infscan.steps.explain import explain
 from infscan.steps.finished import reopen
 from tests.steps.runs import EOS, answer_here, compose, tiny_model, token_corpus, token_queries, write_jsonl
@@ -69,6 +70,11 @@ def test_a_run_that_takes_its_rows_apart_gives_the_masks_that_an_explanation_giv
         targets = rows[row["query_id"], row["sequence_id"]]["targets"]
         assert targets[0] == 0
         assert sum(targets) == pytest.approx(row["score"], rel=1e-4)
+    by_layer: dict[tuple[str, int], float] = defaultdict(float)
+    for row in read_layers(apart).to_pylist():
+        by_layer[row["query_id"], row["sequence_id"]] += row["score"]
+    for row in read_top(apart).to_pylist():
+        assert by_layer[row["query_id"], row["sequence_id"]] == pytest.approx(row["score"], rel=1e-4)
     if not overrides:
         mine, theirs = MasksJob(run=apart, share=0.1), MasksJob(run=run, share=0.1)
         found, expected = write_masks(mine), write_masks(theirs)

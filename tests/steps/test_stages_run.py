@@ -46,10 +46,13 @@ def two(tmp_path: Path, *overrides: str, model: str = "finetuned") -> Config:
 
 
 @pytest.mark.slow
-def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tracked", [(), ("model.tracked=mlp+head", "factors.span_from=8", "factors.span=16")], ids=["mlp", "head"]
+)
+def test_a_second_stage_that_changed_nothing_changes_nothing(tmp_path: Path, tracked: tuple[str, ...]) -> None:
     """The same weights, and no curvature: the scan is the single-stage one."""
-    answer_here(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}"))
-    answer_here(two(tmp_path, "stages.1.factors.solver=identity", model="model"))
+    answer_here(small_run(tmp_path, "scan.check_sequences=20", f"output={tmp_path / 'single'}", *tracked))
+    answer_here(two(tmp_path, "stages.1.factors.solver=identity", *tracked, model="model"))
     single, double = (read_top(str(tmp_path / name)) for name in ("single", "run"))
     names = ["query_id", "side", "rank", "sequence_id"]
     assert single.select(names) == double.select(names)

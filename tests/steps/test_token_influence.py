@@ -126,7 +126,7 @@ def test_targets_are_the_output_tokens_in_one_forward(
         mine = {name: matrices[query] for name, matrices in P.items()}
         found_bt = target_influence(rank, batch, rank.layers, mine, batch.loss()).numpy()
         for place, row in enumerate(batch.rows.tolist()):
-            close(found_bt[place, : len(sequences[row]) - 1], expected[row][query].output_t[1:])  # type: ignore[index]
+            close(found_bt[place, : len(sequences[row]) - 1], expected[row][query].output_t[1:])
             assert not found_bt[place, len(sequences[row]) - 1 :].any()
 
 
