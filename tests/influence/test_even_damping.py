@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ def moments(seed: int) -> Tensor:
     return 10 ** (5 * torch.rand(20, 30, generator=torch.Generator().manual_seed(seed)) - 3)
 
 
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), scale=st.floats(1e-8, 1e8), other=st.floats(1e-8, 1e8))
 def test_a_scaled_loss_scales_the_damping_with_lambda(seed: int, scale: float, other: float) -> None:
     """Gradients times c make Lambda and the moments c^2 times as large; the multiple of Lambda's mean stays."""

@@ -131,6 +131,3 @@ def test_a_run_records_what_it_found_and_finds_it_again(tmp_path: Path) -> None:
     answer_here(config)
     assert read_summary(config.output)["damping"] == found
     assert read_top(config.output) == top
-    two = small_run(tmp_path, "factors.damping.auto=true", "cluster.num_workers=2", f"output={tmp_path / 'two'}")
-    answer_here(two)
-    assert read_summary(two.output)["damping"] == found
