@@ -21,25 +21,31 @@ GRID = tuple(10 ** (step / 4) for step in range(-20, 5))
 _ALIKE = 1.01
 
 
-def even_damping(Lambda_oi: Tensor, v_oi: Tensor) -> float | None:
+def even_damping(Lambda_oi: Tensor, v_oi: Tensor, times_o: Tensor | None = None) -> float | None:
     """The largest of GRID, as a multiple of the mean of Lambda, whose spread is within 1 % of the most even one's.
 
-    Lambda_oi, v_oi: [O, I], of one scale each: a factor on either changes nothing. Sums are float64. None where a
-    moment is zero or not finite, as of an expert that no token went to: nothing can be said then.
+    Lambda_oi, v_oi: [O, I], of one scale each: a factor on either changes nothing. times_o: how many rows each of these
+    stands for, [O]; None is one. Sums are float64. None where a moment is zero or not finite, as of an expert that no
+    token went to: nothing can be said then.
     """
-    mean = float(Lambda_oi.mean(dtype=torch.float64))
-    total = float(v_oi.sum(dtype=torch.float64))
+    times_o = torch.ones(len(Lambda_oi), dtype=torch.float64) if times_o is None else times_o.double()
+    mean = _sum(Lambda_oi, times_o) / float(times_o.sum()) / Lambda_oi.shape[1]
+    total = _sum(v_oi, times_o)
     if not (0 < mean < float("inf") and 0 < total < float("inf")):
         return None
-    spreads = [_unevenness(Lambda_oi, v_oi, relative * mean) for relative in GRID]
+    spreads = [_unevenness(Lambda_oi, v_oi, relative * mean, times_o) for relative in GRID]
     least = min(spreads)
     return max(relative for relative, spread in zip(GRID, spreads, strict=True) if spread <= _ALIKE * least)
 
 
-def _unevenness(Lambda_oi: Tensor, v_oi: Tensor, lam: float) -> float:
+def _sum(x_oi: Tensor, times_o: Tensor) -> float:
+    return float(x_oi.sum(dim=1, dtype=torch.float64) @ times_o)
+
+
+def _unevenness(Lambda_oi: Tensor, v_oi: Tensor, lam: float, times_o: Tensor) -> float:
     """P sum w^2 / (sum w)^2: 1 where w is constant, P where a single entry has all of it."""
     w_oi = v_oi / (Lambda_oi + lam)
-    total = float(w_oi.sum(dtype=torch.float64))
+    entries = float(times_o.sum()) * w_oi.shape[1]
     # Before it is squared, so that float32 does not overflow.
-    w_oi = w_oi / (total / w_oi.numel())
-    return float((w_oi * w_oi).mean(dtype=torch.float64))
+    w_oi = w_oi / (_sum(w_oi, times_o) / entries)
+    return _sum(w_oi * w_oi, times_o) / entries

@@ -156,7 +156,7 @@ def pool_lambda(factors: Store, plan: FactorsPlan, stack: str) -> None:
     experts = _experts(plan, stack)
     groups = {_group_of(plan, layer) for layer in experts}
     bases = {group: eigenbases_digest(factors, plan.group(group)) for group in groups}
-    sums = (_lambda_sum(factors, plan, layer, bases[_group_of(plan, layer)]) for layer in experts)
+    sums = (_squares_sum(factors, plan, layer, bases[_group_of(plan, layer)], "lambda") for layer in experts)
     total = sum(float(one.sum(dtype=torch.float64)) for one in sums)
     mean = total / plan.selection.size / sum(layer.size for layer in experts)
     write_tensors(factors, pooled_path("lambda", stack), {"mean": torch.tensor(mean, dtype=torch.float64)})
@@ -174,7 +174,7 @@ def finish_layer(factors: Store, plan: FactorsPlan, layer: Layer, bases: str | N
         FactorsError: where a sum is NaN or infinite.
     """
     bases = bases or eigenbases_digest(factors, plan.group(_group_of(plan, layer)))
-    Lambda = _lambda_sum(factors, plan, layer, bases) / plan.selection.size
+    Lambda = _squares_mean(factors, plan, layer, bases, "lambda", plan.selection.size)
     check_finite([Lambda], f"Lambda of {layer.name}")
     mean = {"stack_mean": read_tensor(factors, pooled_path("lambda", layer.stack), "mean")} if layer.stack else {}
     facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
@@ -190,8 +190,11 @@ def damp_layer(factors: Store, plan: FactorsPlan, layer: Layer) -> None:
     """
     count = sum(stop - start for start, stop in plan.slices)
     bases = eigenbases_digest(factors, plan.group(_group_of(plan, layer)))
-    moments = _squares_sum(factors, plan, layer, bases, MOMENTS) / count
-    found = even_damping(read_tensor(factors, f"Lambda/{layer.name}.safetensors", "Lambda"), moments)
+    moments = _squares_mean(factors, plan, layer, bases, MOMENTS, count)
+    Lambda = read_tensor(factors, f"Lambda/{layer.name}.safetensors", "Lambda")
+    times_k = torch.ones(len(Lambda), dtype=torch.float64)
+    times_k[-1] += layer.outputs - len(Lambda)
+    found = even_damping(Lambda, moments, times_k)
     relative = torch.tensor(DampingConfig().relative if found is None else found, dtype=torch.float64)
     facts = {"eigenbases": eigenbases_digest(factors, (layer,))}
     write_tensors(factors, damping_path(layer), {"relative": relative}, facts)
@@ -201,8 +204,11 @@ def _group_of(plan: FactorsPlan, layer: Layer) -> int:
     return next(index for index, names in enumerate(plan.groups) if layer.name in names)
 
 
-def _lambda_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str) -> Tensor:
-    return _squares_sum(factors, plan, layer, bases, "lambda")
+def _squares_mean(factors: Store, plan: FactorsPlan, layer: Layer, bases: str, kind: str, sequences: int) -> Tensor:
+    """Over sequences; and the last row of a layer with a span, which is a sum, over the directions it stands for."""
+    mean = _squares_sum(factors, plan, layer, bases, kind) / sequences
+    mean[-1] /= 1 + layer.outputs - len(mean)
+    return mean
 
 
 def _squares_sum(factors: Store, plan: FactorsPlan, layer: Layer, bases: str, kind: str) -> Tensor:

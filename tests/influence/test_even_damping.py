@@ -48,7 +48,16 @@ def test_an_exact_lambda_needs_no_damping_and_a_blind_one_needs_much() -> None:
 def test_an_order_of_entries_says_nothing() -> None:
     v, order = moments(5).flatten(), torch.randperm(600, generator=torch.Generator().manual_seed(0))
     Lambda = v.sqrt()
-    assert even_damping(Lambda, v) == even_damping(Lambda[order], v[order])
+    assert even_damping(Lambda.view(20, 30), v.view(20, 30)) == even_damping(
+        Lambda[order].view(20, 30), v[order].view(20, 30)
+    )
+
+
+def test_a_row_that_stands_for_several_is_as_all_of_them() -> None:
+    v, times = moments(7), torch.ones(20)
+    Lambda, times[-1] = v.sqrt(), 5
+    every = torch.cat([v, v[-1:].expand(4, -1)])
+    assert even_damping(Lambda, v, times) == even_damping(every.sqrt(), every)
 
 
 def test_where_nothing_can_be_said_there_is_none() -> None:
