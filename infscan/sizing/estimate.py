@@ -215,7 +215,7 @@ def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fit
         cells = len(compared(groups_of_queries, config.seed)) * len(grouped)
         found.append(work("check", checked, _share(scanned, checked), cells))
     if isinstance(config.scan.sieve, str):
-        tried = measured(scanned.sequences, config.audited(scanned.sequences, queries))
+        tried = measured(scanned.sequences)
         found.append(replace(work("scan", tried, _share(scanned, tried)), name="suffix"))
     if "sieve" in run.costs:
         found.append(replace(work("sieve", scanned.sequences, scanned.tokens), units=run.shards))

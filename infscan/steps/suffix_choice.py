@@ -1,4 +1,4 @@
-"""scan.sieve=auto: how many last blocks suffice, measured on a part of the audit, or that a full scan is as cheap.
+"""scan.sieve=auto: how many last blocks suffice, measured on a sample, or that a full scan is as cheap.
 
 The measured sequences run forward and back through all blocks once, and every suffix of blocks scores them. Of each
 suffix, the recall of the rows strongest by all blocks among the best by its own, at the shares of the corpus that are
@@ -38,8 +38,8 @@ log = logging.getLogger("infscan")
 RECORD = "sieve/suffix.json"
 # Recall of the strongest that a suffix is to have; the certificate then says what the whole search has.
 _SUFFICES = 0.98
-# Of the planned sequences; at least and at most so many.
-_MEASURED, _LEAST, _MOST = 0.02, 512, 8192
+# Of the planned sequences; at least and at most so many, and of a small corpus at most such a share.
+_MEASURED, _LEAST, _MOST, _SHARE = 0.02, 1024, 8192, 0.1
 # Rows over all queries and sides, at least, that recall is of.
 _TAIL_ROWS = 40
 _SLICE = 256
@@ -83,9 +83,9 @@ def choose_suffix(run: Run, plan: Plan, corpus: AddressableCorpus, batch: Broadc
     return made.blocks
 
 
-def measured(planned: int, audited: int) -> int:
-    """Sequences that suffixes are measured on: of the audit, so that they are of all that is planned."""
-    return min(audited, _MOST, max(_LEAST, round(_MEASURED * planned)))
+def measured(planned: int) -> int:
+    """Sequences that suffixes are measured on, a uniform sample of so many planned ones."""
+    return min(_MOST, max(round(_MEASURED * planned), min(_LEAST, math.ceil(_SHARE * planned))))
 
 
 def curve(run: Run, planned: int, tried: Sequence[int], scores_snq: NDArray[np.float32], query_batch: str) -> Curve:
@@ -140,9 +140,7 @@ def _measured(
 ) -> NDArray[np.float32] | None:
     """Scores of every suffix and of all blocks, [S + 1, n, Q]; None where a sequence cannot be read or scored."""
     config, planned = run.config, plan.selection.size
-    audit = Selection.of(planned, config.audited(planned, len(run.queries)), config.seed + 1).ids()
-    count = measured(planned, len(audit))
-    ids = plan.selection.at(np.sort(np.random.default_rng(config.seed).permutation(audit)[:count]))
+    ids = plan.selection.at(Selection.of(planned, measured(planned), config.seed + 2).ids())
     slices = [ids[start : start + _SLICE] for start in range(0, len(ids), _SLICE)]
     found: dict[int, NDArray[np.float32]] = {}
 
