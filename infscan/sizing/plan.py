@@ -101,8 +101,7 @@ def estimate(config: PlanJob) -> Estimate:
     if codes is not None:
         written["codes"] = scanned.sequences * codes.row_bytes
         notes.append(
-            f"index: {codes.row_bytes:,} bytes a sequence, of {len(codes.layers)} layers, {codes.code.bits} bits a "
-            "coordinate"
+            f"index: {codes.row_bytes:,} bytes a sequence, {codes.code.bits}-bit codes of {len(codes.layers)} layers"
         )
     if said := no_room(f"output={config.output}", written, Store(config.output).free_bytes()):
         notes.append(said)
