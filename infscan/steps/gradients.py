@@ -37,6 +37,10 @@ class Tokens:
         """V, [O, I]."""
         return self.s_to.T @ self.a_ti
 
+    def finite(self) -> Tensor:
+        """Whether it has neither NaN nor infinity: bool []."""
+        return torch.isfinite(self.s_to).all() & torch.isfinite(self.a_ti).all()
+
 
 @dataclass(frozen=True)
 class StoredTokens:
@@ -141,7 +145,7 @@ def query_tokens(worker: ModelWorker, queries: Sequence[Query], layers: Sequence
         for layer in layers:
             found[layer.name].append(joined(layer, parts, worker))
     for name, mine in found.items():
-        check_tokens(name, queries, mine)
+        check_finite(name, queries, torch.stack([one.finite() for one in mine]))
     return found
 
 
@@ -155,12 +159,6 @@ def part_tokens(worker: ModelWorker, part: Part, layers: Sequence[Layer]) -> tup
         found[layer.name] = Tokens(s_to.to(worker.wide), a_ti.to(worker.wide))
 
     return backward_of_part(worker, part, layers, consume), found
-
-
-def check_tokens(layer: str, queries: Sequence[Query], V: Sequence[Tokens]) -> None:
-    """Raises QueryError as `check_finite`."""
-    finite = torch.stack([torch.isfinite(one.s_to).all() & torch.isfinite(one.a_ti).all() for one in V])
-    check_finite(layer, queries, finite)
 
 
 def joined(layer: Layer, parts: Sequence[Mapping[str, Tokens]], worker: ModelWorker) -> Tokens:

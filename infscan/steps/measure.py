@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from infscan.config import fingerprint
@@ -27,7 +28,7 @@ from infscan.results.tensor_files import write_tensors
 from infscan.steps.gradients import (
     StoredTokens,
     Tokens,
-    check_tokens,
+    check_finite,
     file_units,
     joined,
     kept_bytes,
@@ -143,6 +144,7 @@ def measure_task(worker: ModelWorker, task: MeasureTask) -> list[list[MeasuredPa
     """
     measured: list[list[MeasuredPart]] = []
     tensors: dict[str, Tensor] = {}
+    finite: dict[str, list[Tensor]] = {layer.name: [] for layer in worker.layers}
     for query in task.queries:
         parts = [part_tokens(worker, part, worker.layers) for part in query.parts]
         measured.append(
@@ -150,9 +152,11 @@ def measure_task(worker: ModelWorker, task: MeasureTask) -> list[list[MeasuredPa
         )
         for layer in worker.layers:
             V = joined(layer, [found for _, found in parts], worker)
-            check_tokens(layer.name, [query], [V])
+            finite[layer.name].append(V.finite())
             if worker.leads:
                 tensors |= kept_tensors(query.id, layer, V, worker.model.dtype)
+    for name, flags in finite.items():
+        check_finite(name, task.queries, torch.stack(flags))
     if worker.leads:
         write_tensors(task.store, task.name, tensors, {"fingerprint": task.fingerprint})
     return measured
