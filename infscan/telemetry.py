@@ -263,10 +263,13 @@ class _Live(PhaseView):
 
 
 class _Lines(PhaseView):
-    said = 0.0
+    # When a line was said, and of how many units: where nothing went on, it is not said again.
+    said, said_of = 0.0, 0.0
 
     def show(self) -> None:
+        done = self.phase.units_done + self.phase.at_work
         # The last one is said with the phase's seconds.
-        if self.phase.units_done < self.phase.units and self.phase.elapsed - self.said >= _INTERVAL_S:
-            self.said = self.phase.elapsed
+        due = self.phase.units_done < self.phase.units and self.phase.elapsed - self.said >= _INTERVAL_S
+        if due and done != self.said_of:
+            self.said, self.said_of = self.phase.elapsed, done
             log.info("%-11s %s", self.phase.name, self.phase.line())

@@ -82,6 +82,9 @@ def test_a_long_unit_is_heard_of_before_it_ends(clock: Clock, logs: None, capsys
         for second in range(5, 45, 5):
             clock.now = float(second)
             view.at_work(second / 40)
+        for second in range(45, 90, 5):
+            clock.now = float(second)
+            view.at_work(1.0)
         view.advance(sequences=8)
         view.at_work(0.0)
         view.advance(sequences=8)

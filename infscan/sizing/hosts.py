@@ -12,6 +12,8 @@ from infscan.influence.layout import LayoutPlan, Spectrum, plan_layouts, stored_
 # What a driver's or a rank's process takes at work beside what it computes: libraries that are loaded or set up as they
 # are first used, Ray's connection, Arrow's pools (measured: benchmarks/job_memory.py).
 LIBRARIES_BYTES = 140 << 20
+# With what it takes before (torch for a CPU): people are told.
+PROCESS_BYTES = 600 << 20
 # Of a planned shard and of a candidate row, beside the thresholds (measured: benchmarks/driver.py).
 _SHARD, _ROW = 400, 100
 

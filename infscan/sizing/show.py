@@ -7,6 +7,7 @@ from rich.table import Table
 
 from infscan.config import Config
 from infscan.sizing.estimate import Estimate
+from infscan.sizing.hosts import PROCESS_BYTES
 from infscan.sizing.memory import largest
 from infscan.steps.volume import size
 
@@ -45,7 +46,8 @@ def show(found: Estimate, config: Config, console: Console | None = None) -> Non
         name, most = largest(found.costs)
         out.print(f"memory      a rank holds at most {size(most.total)} (in {name}), beside the process's own")
     out.print(
-        f"hosts       the driver holds at most {size(found.hosts.driver)} beside its process, and the object store of "
+        f"hosts       the driver holds at most {size(found.hosts.driver)} beside its process, which takes some "
+        f"{size(PROCESS_BYTES)} on a CPU, as a rank's does; the object store of "
         f"a node with ranks {size(found.hosts.node)}"
     )
     out.print(_storage(found))
