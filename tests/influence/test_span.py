@@ -21,6 +21,7 @@ from infscan.influence.span import (
     for_all_outputs,
     sketch_matrix,
     spanned_eigenbasis,
+    weighted_spanned_squares,
 )
 
 V, I, T, B = 24, 5, 7, 30
@@ -123,6 +124,10 @@ def test_squares_are_those_of_gradients_in_the_basis(span: int) -> None:
     assert torch.allclose(kept[:span], dense[:span])
     if span < V:
         assert torch.allclose(kept[span], dense[span:].sum(dim=0))
+    # Weighted, sequence by sequence.
+    weights = for_all_outputs(torch.rand(len(kept), I, dtype=s.dtype, generator=torch.Generator().manual_seed(2)), V)
+    each = ((basis.dense().T @ (s.mT @ a) @ Q_A.dense()) ** 2 * weights).sum(dim=(1, 2))
+    assert torch.allclose(weighted_spanned_squares(weights, s, a, basis, Q_A), each)
 
 
 def test_more_eigenvectors_come_nearer_to_the_whole_and_all_of_them_are_it() -> None:
