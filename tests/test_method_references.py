@@ -33,6 +33,7 @@ ANCHORS = [
     "multi-stage",
     "what-a-search-missed",
     "margins",
+    "self-influence",
     "tf-idf",
     "ground-truths",
     "studies",

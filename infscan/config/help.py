@@ -57,7 +57,8 @@ def help_of(command: Command) -> str:
 def _described(settings: Iterable[Setting], width: int) -> Iterator[str]:
     for setting in settings:
         yield f"  {setting.key}  {_type_and_default(setting)}"
-        yield fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      ")
+        # Keys, files and anchors stay whole.
+        yield fill(setting.meaning, width, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def shown_settings(settings: Iterable[Setting]) -> Iterator[Setting]:

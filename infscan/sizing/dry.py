@@ -55,8 +55,12 @@ class Dry(TorchDispatchMode):
             flop = _flop(func, args, out)
             self.flop += flop
             if key not in self._results:
-                unchanged = key == (func, *_described(args), *_described(kwargs or {}))
-                in_place = unchanged and func._schema.is_mutable and bool(args) and out is args[0]
+                plain = all(one.is_meta for one in given) and key == (
+                    func,
+                    *_described(args),
+                    *_described(kwargs or {}),
+                )
+                in_place = plain and func._schema.is_mutable and bool(args) and out is args[0]
                 self._results[key] = Result((), False, flop, True) if in_place else Result.of(func, given, out, flop)
         for tensor in _tensors(out):
             self._made(tensor)
@@ -124,9 +128,9 @@ class Result:
 
     @staticmethod
     def of(func: Any, given: Sequence[Tensor], out: Any, flop: int) -> Result | None:
-        """None for what cannot be made again by its description: views, what is changed in place, values."""
+        """None for what cannot be made again by its description: views, what is changed in place, what has content."""
         made = (out,) if isinstance(out, Tensor) else out
-        plain = isinstance(made, tuple) and made and all(isinstance(one, Tensor) for one in made)
+        plain = isinstance(made, tuple) and made and all(isinstance(one, Tensor) and one.is_meta for one in made)
         if not plain or func._schema.is_mutable or any(one.alias_info for one in func._schema.returns):
             return None
         found = Result(tuple((one.shape, one.stride(), one.dtype) for one in made), isinstance(out, Tensor), flop)
@@ -146,7 +150,7 @@ class Result:
 def _described(tree: Any) -> Iterator[Hashable]:
     """Arguments by their kinds and shapes, flat."""
     if isinstance(tree, Tensor):
-        yield from (tree.dtype, tree.shape, tree.stride())
+        yield from (tree.device, tree.dtype, tree.shape, tree.stride())
     elif isinstance(tree, list | tuple):
         yield len(tree)
         for one in tree:

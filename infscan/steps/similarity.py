@@ -114,8 +114,13 @@ def similarity(
         whitening = Step(
             "whitening", "samples", [0], whitening_task, lambda _: whiten, lambda _: _is_whitened(run, key)
         )
-        run.executor.run(whitening)
-        run.executor.run(step)
+
+        def on_given_up(_: int, reason: str) -> None:
+            # A part that cannot be read is the scan's to quarantine.
+            run.telemetry.warn(f"top.similarity is null: it could not be computed: {reason}")
+
+        if run.executor.run(whitening, on_given_up=on_given_up) or run.executor.run(step, on_given_up=on_given_up):
+            return None
     by_group: list[list[list[str]]] = [[[]] for _ in groups]
     for unit, path in zip(units, paths, strict=True):
         by_group[unit.group][0].append(path)

@@ -252,8 +252,8 @@ class Matrix:
                 refine_units = refining.refine_units
                 patch.setattr(refining, "refine_units", lambda *given: (self.strike(case), refine_units(*given))[1])
             elif case.moment == "publish":
-                rank_rows = publishing.rank_rows
-                patch.setattr(publishing, "rank_rows", lambda *given: (rank_rows(*given), self.strike(case))[0])
+                asked = publishing.asked
+                patch.setattr(publishing, "asked", lambda *given: (asked(*given), self.strike(case))[0])
             else:
                 self.strike(case)
             yield

@@ -172,6 +172,7 @@ def without_ray() -> Iterator[None]:
         patch.setattr(run, "connect_backend", lambda cluster: HereBackend(cluster))
         patch.setattr(RunMetrics, "metrics", None)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
+        patch.setattr(HereExecutor, "fill", lambda *given: None)
         # In turn, so that storage is called in the same order each time.
         patch.setattr(ReadAhead, "begin", lambda ahead, work: work())
         patch.setattr(pool_module.Pool, "wait", _wait_here)

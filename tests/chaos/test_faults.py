@@ -21,6 +21,7 @@ import ray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from infscan.api import run_fit
 from infscan.config import ClusterConfig, Config, Packing
 from infscan.corpus.packing import pack_settings
 from infscan.engine import stragglers
@@ -32,7 +33,7 @@ from infscan.engine.node_share import NodeShare
 from infscan.engine.pool import Pool
 from infscan.engine.schedule import SHRINKS_ALL
 from infscan.engine.worker_group import WorkerGroup
-from infscan.errors import DamagedError, FactorsError, InfscanError, RunError, StorageError
+from infscan.errors import DamagedError, FactorsError, InfscanError, QueryError, RunError, StorageError
 from infscan.model.worker import Batch, ModelWorker
 from infscan.pipeline import answer
 from infscan.results.read import read_scores, read_summary, read_top
@@ -434,8 +435,11 @@ def test_a_model_that_computes_nothing_stops_at_the_factors(
     """In a sentence: what Ray would say of the other layers' tasks is not shown beside it."""
     model = broken_model(twin, tmp_path / "model", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", 3)
     config = disturbed(twin, tmp_path, f"model.path={model}", f"factors.path={tmp_path / 'factors'}")
-    with pytest.raises(FactorsError, match=r"of gpt_neox\.layers\.\d\.mlp\.\w+ has \d+ entries that are NaN"):
+    # A scan sees it before, by its first query.
+    with pytest.raises(QueryError, match=r"'q0': its gradient at gpt_neox\.layers\.\d\.mlp\.\w+ is NaN or infinite"):
         answer(config)
+    with pytest.raises(FactorsError, match=r"of gpt_neox\.layers\.\d\.mlp\.\w+ has \d+ entries that are NaN"):
+        run_fit(config)
     assert not (tmp_path / "factors" / "factors.json").exists()
     gc.collect()
     assert "Traceback" not in capfd.readouterr().err

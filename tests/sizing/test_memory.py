@@ -18,7 +18,7 @@ from infscan.model.architecture import Architecture, describe
 from infscan.model.loaded import RankContext
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.sizing import memory
-from infscan.sizing.dry import dry
+from infscan.sizing.dry import Dry, dry
 from infscan.sizing.memory import (
     DryWorker,
     PassCost,
@@ -86,6 +86,17 @@ class _Forgets(dict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
+
+
+def test_what_has_content_is_computed_and_counted_every_time() -> None:
+    """Of two operations of one shape, and of one in place."""
+    x, y = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)), torch.ones(3, 3)
+    with (seen := Dry()):
+        first, second, third = x @ x, y @ y, torch.ones(3, 3).mul_(2).mul_(2)
+    assert torch.equal(first, x @ x)
+    assert torch.equal(second, y @ y)
+    assert torch.equal(third, 4 * y)
+    assert seen.flop == 2 * 2 * 27
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,7 +52,7 @@ def test_damaged_shards_and_query_batches_are_made_again_and_the_tables_stay(fin
         flip(output / "shards" / "shard-000001.parquet", at / 100)
     cut = output / "shards" / "shard-000002.parquet"
     cut.write_bytes(cut.read_bytes()[:-50])
-    (batch,) = (output / "queries").glob("*.safetensors")
+    (batch,) = (output / "queries").glob("batch-*.safetensors")
     flip(batch, 0.9)
     answer(run)
     assert tables(run.output) == tables(str(finished / "run"))
@@ -92,7 +92,7 @@ def test_factors_that_are_cut_off_are_refused_before_a_worker_starts(
 
 def test_a_flipped_bit_in_the_factors_or_the_corpus_is_never_computed_with(run: Config) -> None:
     output = Path(run.output)
-    (batch,) = (output / "queries").glob("*.safetensors")
+    (batch,) = (output / "queries").glob("batch-*.safetensors")
     batch.unlink()
     path = next((output / "factors" / "Lambda").iterdir())
     flip(path, 0.9)

@@ -151,20 +151,20 @@ def test_a_driver_that_slept_while_another_finished_the_run_publishes_nothing(
             raise ValueError("poison")
         return scan_task(worker, task, *rest)  # type: ignore[arg-type]
 
-    rank_rows, slept = publishing.rank_rows, []
+    asked, slept = publishing.asked, []
 
     def sleep(*arguments: object) -> object:
-        ranking = rank_rows(*arguments)  # type: ignore[arg-type]
+        about = asked(*arguments)  # type: ignore[arg-type]
         if not slept:
             slept.append(True)
             # While this driver sleeps, another takes the run over for dead, and finishes it.
             (tmp_path / "run" / "driver.json").unlink()
             patch.setattr(scanning, "scan_task", scan_task)
             answer_here(config)
-        return ranking
+        return about
 
     patch.setattr(scanning, "scan_task", poisoned)
-    patch.setattr(publishing, "rank_rows", sleep)
+    patch.setattr(publishing, "asked", sleep)
     with pytest.raises(InfscanError, match=r"taken over|driver\.json is gone"):
         answer_here(in_process(config))
     assert slept
