@@ -55,11 +55,8 @@ class Dry(TorchDispatchMode):
             flop = _flop(func, args, out)
             self.flop += flop
             if key not in self._results:
-                plain = all(one.is_meta for one in given) and key == (
-                    func,
-                    *_described(args),
-                    *_described(kwargs or {}),
-                )
+                after = (func, *_described(args), *_described(kwargs or {}))
+                plain = key == after and all(one.is_meta for one in given)
                 in_place = plain and func._schema.is_mutable and bool(args) and out is args[0]
                 self._results[key] = Result((), False, flop, True) if in_place else Result.of(func, given, out, flop)
         for tensor in _tensors(out):
