@@ -16,19 +16,17 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from infscan.config import QueriesConfig, plain
-from infscan.corpus.addressable import AddressableCorpus, open_corpus
-from infscan.corpus.tokenizer import load_tokenizer
+from infscan.config import plain
+from infscan.corpus.addressable import AddressableCorpus
 from infscan.errors import ConfigError, RunError
-from infscan.model.folder import model_folder
-from infscan.queries import Query, read_queries
+from infscan.queries import Query
 from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan.storage.host import processor
 from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
 from infscan_studies.bank_scores import NO_LAYER, RecipeScores
 from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
-from infscan_studies.retraining import MODEL, RetrainingStudy, save_full_model
+from infscan_studies.retraining import MODEL, RetrainingStudy, corpus_and_queries, save_full_model
 from infscan_studies.truth.lds import half_subsets, random_scores
 from infscan_studies.truth.qld import without_random, without_top
 from infscan_studies.truth.retrain import trainings
@@ -340,13 +338,5 @@ def open_bank(job: BankJob) -> Bank:
         InfscanError: for inputs or settings that cannot be used.
     """
     job.check()
-    corpus = open_corpus(Store(job.corpus.path), foreign=True)
-    tokenizer = load_tokenizer(str(model_folder(job.tokenizer))) if job.tokenizer else None
-    queries = read_queries(
-        QueriesConfig(path=job.queries.path),
-        tokenizer,
-        vocab_size=corpus.vocab_size,
-        context=corpus.sequence_length,
-        bos_id=None,
-    )
+    corpus, queries = corpus_and_queries(job.corpus.path, job.queries.path, job.tokenizer)
     return Bank(job, corpus, queries, Store(job.output))

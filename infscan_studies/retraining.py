@@ -253,21 +253,26 @@ class RetrainingStudy:
         ]
 
 
+def corpus_and_queries(corpus: str, queries: str, tokenizer: str | None) -> tuple[AddressableCorpus, list[Query]]:
+    """A prepared corpus, and the queries of a file for a model of its vocabulary and length.
+
+    Raises:
+        InfscanError: for inputs that cannot be used.
+    """
+    opened = open_corpus(Store(corpus), foreign=True)
+    encoder = load_tokenizer(str(model_folder(tokenizer))) if tokenizer else None
+    asked = QueriesConfig(path=queries)
+    sizes = {"vocab_size": opened.vocab_size, "context": opened.sequence_length}
+    return opened, read_queries(asked, encoder, **sizes, bos_id=None)
+
+
 def open_study(job: LdsJob) -> RetrainingStudy:
     """A job's corpus, queries and recipe.
 
     Raises:
         InfscanError: for inputs or settings that cannot be used.
     """
-    corpus = open_corpus(Store(job.corpus.path), foreign=True)
-    tokenizer = load_tokenizer(str(model_folder(job.tokenizer))) if job.tokenizer else None
-    queries = read_queries(
-        QueriesConfig(path=job.queries.path),
-        tokenizer,
-        vocab_size=corpus.vocab_size,
-        context=corpus.sequence_length,
-        bos_id=None,
-    )
+    corpus, queries = corpus_and_queries(job.corpus.path, job.queries.path, job.tokenizer)
     return RetrainingStudy(job.study, corpus, queries, Store(job.output))
 
 
