@@ -55,7 +55,7 @@ def certificate(run: Run, chosen: Chosen, scanned: Scanned) -> Searched | None:
         if given_up or scanned.quarantined:
             found = unknown(chosen, "shards were given up, so that the audit is no uniform sample")
         else:
-            found, spread = certified(run, chosen), audit_spread(run, chosen)
+            found, spread = certified(run, chosen)
         found["sentence"] = sentence(found)
     counts = chosen.sieve.counts if chosen.sieve else None
     return Searched(chosen.planned, len(chosen.found), len(chosen.audited), counts, given_up, found, spread)
@@ -67,13 +67,16 @@ def unknown(chosen: Chosen, reason: str) -> dict[str, Any]:
     return {"confidence": CONFIDENCE, "audited": len(chosen.audited), "together": None, "reason": reason, "queries": {}}
 
 
-def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
-    """By query and side, and of all together, from the scores of what was scanned in full."""
+def certified(run: Run, chosen: Chosen) -> tuple[dict[str, Any], Spread]:
+    """By query and side, and of all together, from the scores of what was scanned in full; and how all planned scores
+    are spread, by the audit's, a uniform sample of them."""
     assert chosen.found is not None
     assert chosen.audited is not None
     config, audit = run.config, Audit(chosen.planned.selection.size, len(chosen.audited))
     evidence: dict[tuple[str, str], Evidence] = {}
+    audited: list[NDArray[np.float32]] = []
     for names, ids, scores_nq in _scores(run, chosen.plan):
+        audited.append(scores_nq[np.searchsorted(ids, chosen.audited)])
         for name, scores in zip(names, scores_nq.T, strict=True):
             for side in config.sides:
                 evidence[name, side] = evidence_of(ids, strength(scores, side), chosen.found, chosen.audited)
@@ -91,7 +94,9 @@ def certified(run: Run, chosen: Chosen) -> dict[str, Any]:
         of_sides = [evidence[name, side] for side in config.sides]
         mine_alone = certify_together(of_sides, audit, config.scan.top_k)
         sentences[name] = sentence(_said(chosen, mine_alone), "this query's sides")
-    return _said(chosen, together) | {"queries": queries, "sentences": sentences}
+    spread = Spread(len(run.queries), sampled=len(chosen.audited) < chosen.planned.selection.size)
+    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
+    return _said(chosen, together) | {"queries": queries, "sentences": sentences}, spread
 
 
 def _said(chosen: Chosen, together: Certificate) -> dict[str, Any]:
@@ -116,15 +121,6 @@ def traces(best: ScoredRows, query: int, side: str, evidence: Evidence, top: int
     published = evidence.strongest_first().sequence_ids[:top]
     last = ids[len(ids) - len(ids) // 10 :]
     return {"last_tenth": int(np.isin(published, last).sum()), "elsewhere": int((~np.isin(published, ids)).sum())}
-
-
-def audit_spread(run: Run, chosen: Chosen) -> Spread:
-    """How all planned scores are spread, by the audit's: a uniform sample of them."""
-    assert chosen.audited is not None
-    spread = Spread(len(run.queries), sampled=len(chosen.audited) < chosen.planned.selection.size)
-    audited = [scores_nq[np.searchsorted(ids, chosen.audited)] for _, ids, scores_nq in _scores(run, chosen.plan)]
-    spread.add(ShardSpread.of(np.concatenate(audited, axis=1)))
-    return spread
 
 
 def _scores(run: Run, plan: Plan) -> Iterator[tuple[list[str], NDArray[np.int64], NDArray[np.float32]]]:
