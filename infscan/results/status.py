@@ -72,10 +72,10 @@ class Driver:
 class Status:
     """A run or an index, as read from its folder.
 
-    phase: `new`, `prepare`, `fit`, `index`, `queries`, `sieve`, `scan`, `refine` or `finished`. made: files by kind that show
-    how far a phase without shards is. shards, sequences: of its plan; None before there is one. sequences_per_s,
-    eta_s: by the last shards; None where fewer than two are there. last: seconds since 1970, of the last shard's file.
-    read: shard files that `top` is of; None where it is of the published tables.
+    phase: `new`, `prepare`, `fit`, `index`, `queries`, `sieve`, `scan`, `refine` or `finished`. made: files by kind
+    that show how far a phase without shards is. shards, sequences: of its plan; None before there is one.
+    sequences_per_s, eta_s: by the last shards; None where fewer than two are there. last: seconds since 1970, of the
+    last shard's file. read: shard files that `top` is of; None where it is of the published tables.
     """
 
     uri: str
