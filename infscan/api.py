@@ -417,7 +417,7 @@ def run_ask(job: AskJob) -> RunResult:
     from infscan.pipeline import ask
     from infscan.steps.ask import ask_config, read_indexes
 
-    if job.queries is None and job.completion is None:
+    if job.queries is None and job.prompt is None and job.completion is None:
         raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
     found = read_indexes(job.indexes)
     config = ask_config(found, job)

@@ -347,6 +347,8 @@ def test_a_question_is_needed(made: tuple[Path, Config, Path]) -> None:
     folder, _, index = made
     with pytest.raises(ConfigError, match="no question is given"):
         ask(folder, index, queries=None, output=str(folder / "none"))
+    with pytest.raises(ConfigError, match=r"completion: no value given"):
+        run_ask(AskJob(index=str(index), prompt="half of a question", output=str(folder / "none"), cluster=HERE))
     with pytest.raises(RunError, match=r"no index.json"):
         open_index(str(folder / "run"))
 
