@@ -309,17 +309,18 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """A finished run whose files are those that were committed."""
+    """A finished run or index, or both in one folder, whose files are those that were committed."""
 
     uri: str
     files: int
     # False where infscan 0.1 finished it: its tables were held to their own footers alone.
-    has_manifest: bool
-    # Of an index.
+    has_manifest: bool = True
+    is_run: bool = True
     is_index: bool = False
 
     def show(self) -> None:
-        against = "what index.json says" if self.is_index else "what _SUCCESS says"
+        names = ["_SUCCESS"] * self.is_run + ["index.json"] * self.is_index
+        against = f"what {' and '.join(names)} {'say' if len(names) > 1 else 'says'}"
         if not self.has_manifest:
             against = "their own checksums (an empty _SUCCESS, of infscan 0.1)"
         print(f"verified    {self.uri}: {self.files} files are {against}")
@@ -416,7 +417,7 @@ def run_ask(job: AskJob) -> RunResult:
     from infscan.pipeline import ask
     from infscan.steps.ask import ask_config, read_indexes
 
-    if job.queries is None and job.completion is None:
+    if job.queries is None and job.prompt is None and job.completion is None:
         raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")
     found = read_indexes(job.indexes)
     config = ask_config(found, job)
@@ -531,14 +532,18 @@ def run_status(job: StatusJob) -> StatusResult:
 def run_verify(job: VerifyJob) -> VerifyResult:
     from infscan.results.index_file import MANIFEST as INDEX
     from infscan.results.index_file import verify_index
+    from infscan.results.manifest import SUCCESS
     from infscan.results.verify import verify
     from infscan.storage import Store
 
     where = absolute(job.run)
-    if Store(where).exists(INDEX):
-        return VerifyResult(where, verify_index(Store(where)), True, is_index=True)
+    store = Store(where)
+    is_index = store.exists(INDEX)
+    codes = verify_index(store) if is_index else 0
+    if is_index and not store.exists(SUCCESS):
+        return VerifyResult(where, codes, is_run=False, is_index=True)
     files, has_manifest = verify(where)
-    return VerifyResult(where, files, has_manifest)
+    return VerifyResult(where, codes + files, has_manifest, is_index=is_index)
 
 
 def read_run(uri: str) -> RunResult:

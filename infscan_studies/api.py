@@ -141,6 +141,7 @@ def of_run(config: ValidateJob) -> ValidateJob:
 
 
 def run_validate(config: ValidateJob) -> ValidateResult:
+    from infscan.storage import Store
     from infscan_studies import against_cg, against_pbrf, coverage, regression
 
     studies: dict[type[TruthConfig], tuple[Callable[..., tuple[Any, pa.Table, dict[str, Any]]], str]] = {
@@ -153,7 +154,8 @@ def run_validate(config: ValidateJob) -> ValidateResult:
     config.truth.check()
     config = of_run(config)
     validate, name = studies[type(config.truth)]
-    _, table, facts = validate(config, log.info)
+    with Store(config.output).removed_unless_used():
+        _, table, facts = validate(config, log.info)
     return ValidateResult(f"{config.output}/validate/{name}.parquet", table, facts, config.truth)
 
 
@@ -254,14 +256,15 @@ def run_prove(job: ProveJob) -> ProveResult:
     job.run = absolute(job.run)
     job.dot_product = absolute(job.dot_product) if job.dot_product else None
     job.check()
-    Store(job.folder).check_writable()
-    with reopen(job.run, job.cluster, job.query_ids) as run:
-        table, facts = prove(run, job)
     store = Store(job.folder)
-    if not job.plan:
-        footer = {"prove": plain(job), **facts}
-        store.write("effects.parquet", to_parquet(effects_table(table, job.resamples, job.seed), footer))
-        store.write("prove.parquet", to_parquet(table, footer))
+    with store.removed_unless_used():
+        store.check_writable()
+        with reopen(job.run, job.cluster, job.query_ids) as run:
+            table, facts = prove(run, job)
+        if not job.plan:
+            footer = {"prove": plain(job), **facts}
+            store.write("effects.parquet", to_parquet(effects_table(table, job.resamples, job.seed), footer))
+            store.write("prove.parquet", to_parquet(table, footer))
     return ProveResult(store.uri, table, facts, job)
 
 

@@ -27,11 +27,11 @@ def show_status(found: Status, console: Console | None = None) -> None:
     if found.shards is not None:
         done = f"{found.done:,} of {found.shards:,} done{_given_up(found)}"
         out.print(f"shards      {done}; {found.sequences:,} sequences planned")
-    if found.made and found.phase not in ("scan", "finished"):
+    if found.made and found.phase not in ("scan", "index", "finished"):
         out.print("made        " + ", ".join(f"{count:,} {kind}" for kind, count in found.made.items()))
     if found.sequences_per_s is not None:
         out.print(f"rate        {found.sequences_per_s:,.0f} sequences/s by the last shards{_left(found)}")
-    if found.last is not None and found.phase == "scan":
+    if found.last is not None and found.phase in ("scan", "index"):
         out.print(f"last shard  {_clock(max(0.0, time.time() - found.last))} ago, by the store's clock")
     for name, reason in list(found.quarantined.items())[:_REASONS]:
         out.print(escape(f"quarantine  {name}: {one_line(reason)}"))

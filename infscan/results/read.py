@@ -10,6 +10,7 @@ import pyarrow as pa
 from infscan.errors import DamagedError, RunError
 from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import scores_path
+from infscan.results.index_file import MANIFEST as INDEX
 from infscan.results.manifest import SUCCESS, Manifest, read_manifest
 from infscan.results.schema import Check, other_scan, read_parquet, read_with_footer
 from infscan.results.shard_file import finished_shards, quarantined_shards
@@ -155,6 +156,8 @@ def finished(uri: str, unfinished: bool) -> Store:
     """
     store = Store(uri)
     if not unfinished and not store.exists(SUCCESS):
+        if store.exists(INDEX):
+            raise RunError(f"{uri} is an index, no run: infscan ask index={uri} asks it, and its output is a run.")
         raise RunError(
             f"{uri} has no {SUCCESS}: the run is not finished, or this is no run folder; run the same command again to "
             "finish it (from Python, unfinished=True reads what there is)."

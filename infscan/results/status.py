@@ -16,6 +16,7 @@ import numpy as np
 from infscan.errors import DamagedError, RunError, StorageError
 from infscan.influence.topk import SIDES, best_rows
 from infscan.influence.topk_tracker import ScoredRows
+from infscan.results import index_file
 from infscan.results.manifest import SUCCESS, read_manifest
 from infscan.results.read import parts_of, read_cells
 from infscan.results.schema import read_parquet
@@ -69,12 +70,12 @@ class Driver:
 
 @dataclass(frozen=True)
 class Status:
-    """A run, as read from its folder.
+    """A run or an index, as read from its folder.
 
-    phase: `new`, `prepare`, `fit`, `queries`, `sieve`, `scan`, `refine` or `finished`. made: files by kind that show
-    how far a phase without shards is. shards, sequences: of its plan; None before there is one. sequences_per_s,
-    eta_s: by the last shards; None where fewer than two are there. last: seconds since 1970, of the last shard's file.
-    read: shard files that `top` is of; None where it is of the published tables.
+    phase: `new`, `prepare`, `fit`, `index`, `queries`, `sieve`, `scan`, `refine` or `finished`. made: files by kind
+    that show how far a phase without shards is. shards, sequences: of its plan; None before there is one.
+    sequences_per_s, eta_s: by the last shards; None where fewer than two are there. last: seconds since 1970, of the
+    last shard's file. read: shard files that `top` is of; None where it is of the published tables.
     """
 
     uri: str
@@ -107,17 +108,21 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     there = {entry.name for entry in store.list("queries")}
     plan = _object(store, "plan.json")
     driver = _driver(store)
-    if plan is None and driver.pid is None and not store.exists("config.yaml"):
-        raise RunError(f"{store.uri} is no run's folder: it has no plan.json and no config.yaml; give a run's output.")
-    finished = store.exists(SUCCESS)
-    summary = _object(store, "summary.json") if finished else None
+    if (plan is None or "fields" in plan) and driver.pid is None and not store.exists("config.yaml"):
+        holds = "factors'" if plan else "no"
+        raise RunError(
+            f"{store.uri} is no run's folder: it has {holds} plan.json and no config.yaml; give a run's output."
+        )
+    files, kind = _shards(store)
+    published = store.exists(SUCCESS)
+    finished = published or (kind == "index" and store.exists(index_file.MANIFEST))
+    summary = _object(store, "summary.json") if published else None
     warnings = (summary or {}).get("warnings", [])
-    files, sieving = _shards(store)
     shards, sequences, per_shard = _planned(store, plan or {})
     names = {entry.name.rpartition("/")[2].removesuffix(SUFFIX) for entry in files}
     made = _made(store)
     rate, eta = _pace(files, shards, per_shard)
-    phase = "sieve" if sieving else _phase(plan, files, shards, there, made)
+    phase = _phase(plan, files, shards, there, made) if kind == "scan" else kind
     known = Status(
         uri=store.uri,
         phase="finished" if finished else phase,
@@ -134,9 +139,9 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
     )
     if not rows:
         return known
-    # A sieve's scores are of some layers, and others' are what is published.
-    ranked = [] if sieving else files
-    top, read = (_published(store, rows), None) if finished else _provisional(store, ranked, rows)
+    # A sieve's scores are of some layers, and others' are what is published; codes have none.
+    ranked = files if kind == "scan" else []
+    top, read = (_published(store, rows), None) if published else _provisional(store, ranked, rows)
     return Status(**(vars(known) | {"top": tuple(top), "read": read}))
 
 
@@ -165,11 +170,13 @@ def _json(store: Store, name: str) -> Any:
         return None
 
 
-def _shards(store: Store) -> tuple[list[Entry], bool]:
-    """The shard files of the pass that goes on, and whether it is a sieve's."""
-    sieving = not store.exists(_LEFT)
-    sieved = store.list(f"{_SIEVE}/{FOLDER}", suffix=SUFFIX) if sieving else []
-    return sieved or store.list(FOLDER, suffix=SUFFIX), bool(sieved)
+def _shards(store: Store) -> tuple[list[Entry], str]:
+    """The shard files of the pass that goes on, and its name: `sieve`, `index` (without a scan beside it) or `scan`."""
+    if not store.exists(_LEFT) and (sieved := store.list(f"{_SIEVE}/{FOLDER}", suffix=SUFFIX)):
+        return sieved, "sieve"
+    if not store.list("queries") and (codes := store.list(index_file.FOLDER, suffix=index_file.SUFFIX)):
+        return codes, "index"
+    return store.list(FOLDER, suffix=SUFFIX), "scan"
 
 
 def _planned(store: Store, plan: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:

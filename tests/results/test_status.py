@@ -89,6 +89,29 @@ def test_every_phase_is_told_by_what_is_there(tmp_path: Path) -> None:
     assert (found.phase, found.eta_s) == ("refine", 0.0 if found.sequences_per_s else None)
 
 
+def test_an_index_is_under_way_until_its_list_of_files_is_there(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_json("plan.json", {"shards": 2, "shard_sequences": 4, "selection": {"size": 8}})
+    store.write("codes/shard-000000.arrow", b"")
+    found = read_status(str(tmp_path))
+    assert (found.phase, found.done, found.shards, found.top) == ("index", 1, 2, ())
+    assert exit_code(found) == NOTHING_ALIVE
+    store.write("codes/shard-000001.arrow", b"")
+    store.write_json("index.json", {})
+    found = read_status(str(tmp_path))
+    assert (found.phase, found.done, found.top) == ("finished", 2, ())
+    assert exit_code(found) == 0
+    # Beside a scan, the scan's shards and its publication say how far it is.
+    plan(store, 2)
+    assert read_status(str(tmp_path)).phase == "queries"
+
+
+def test_a_folder_of_factors_is_no_run(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write_json("plan.json", {"fields": {"fitting": 2}})
+    with pytest.raises(RunError, match=r"factors' plan\.json"):
+        read_status(str(tmp_path))
+
+
 def test_a_published_run_shows_its_published_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path))
     plan(store, 2)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import infscan
 from infscan import pipeline
 from infscan.api import open_index, read_run, run_ask, run_explain, run_fit, run_verify
 from infscan.config import Backend, ClusterConfig, Config, QueriesConfig, Scores, with_checksum, without_checksum
@@ -227,6 +228,9 @@ def test_an_index_beside_a_scan_is_the_bytes_of_each_alone(tmp_path: Path, made:
         assert rows_of(both) == rows_of(Path(config.output))
         explained = run_explain(ExplainJob(run=str(both), rows=1, query_ids=["q0"], cluster=HERE))
         assert explained.tables["tokens"].num_rows
+        parts = [run_verify(VerifyJob(one)).files for one in (str(alone), config.output)]
+        found = run_verify(VerifyJob(str(both)))
+        assert (found.files, found.is_run, found.is_index) == (sum(parts), True, True)
         ask(folder, both, output=str(tmp_path / f"{name}-answer"))
 
 
@@ -315,7 +319,9 @@ def test_a_file_that_was_cut_off_is_found_when_the_index_is_opened(tmp_path: Pat
 def test_an_index_is_verified_as_a_run_is(made: tuple[Path, Config, Path], tmp_path: Path) -> None:
     _, _, index = made
     found = run_verify(VerifyJob(str(index)))
-    assert (found.files, found.is_index) == (5, True)
+    assert (found.files, found.is_run, found.is_index) == (5, False, True)
+    with pytest.raises(RunError, match="is an index, no run"):
+        infscan.read_top(str(index))
     for name in Store(str(index)).names():
         Store(str(tmp_path)).write(name, Store(str(index)).read(name))
     name = sorted(read_manifest(Store(str(index))).files)[3]
@@ -341,6 +347,8 @@ def test_a_question_is_needed(made: tuple[Path, Config, Path]) -> None:
     folder, _, index = made
     with pytest.raises(ConfigError, match="no question is given"):
         ask(folder, index, queries=None, output=str(folder / "none"))
+    with pytest.raises(ConfigError, match=r"completion: no value given"):
+        run_ask(AskJob(index=str(index), prompt="half of a question", output=str(folder / "none"), cluster=HERE))
     with pytest.raises(RunError, match=r"no index.json"):
         open_index(str(folder / "run"))
 
