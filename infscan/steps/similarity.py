@@ -116,11 +116,13 @@ def similarity(
         )
 
         def on_given_up(_: int, reason: str) -> None:
-            # A part that cannot be read is the scan's to quarantine.
-            run.telemetry.warn(f"top.similarity is null: it could not be computed: {reason}")
+            # A part of the corpus that cannot be read is the scan's to quarantine, which needs no whitening.
+            run.telemetry.warn(f"top.similarity is null: the whitening of a sample of the corpus failed: {reason}")
 
-        if run.executor.run(whitening, on_given_up=on_given_up) or run.executor.run(step, on_given_up=on_given_up):
+        if run.executor.run(whitening, on_given_up=on_given_up):
             return None
+        # Its rows come from the run's own files, as refining's do: what fails here fails the run.
+        run.executor.run(step)
     by_group: list[list[list[str]]] = [[[]] for _ in groups]
     for unit, path in zip(units, paths, strict=True):
         by_group[unit.group][0].append(path)
