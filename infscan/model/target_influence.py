@@ -1,9 +1,9 @@
-"""The influence of a sequence's tokens as targets, by forward-mode differentiation: one forward with a tangent.
+"""The influence of a sequence's tokens as targets, by forward-mode differentiation: one forward with tangents.
 
 With P = (G + lambda)^-1 grad(-f) and l_t = -log p(x_t | x_<t), token t's influence as what the model learns to predict
 is <P, grad l_t> (`infscan.model.token_influence`, which takes two backward passes): the derivative of l_t along P. All
-t come at once from a forward that carries the tangent P of the tracked layers; nothing is kept for a backward, and a
-model that is cut over ranks can do it.
+t come at once from a forward that carries the tangent P of the tracked layers, and several P share the values that
+their tangents are taken at; nothing is kept for a backward, and a model that is cut over ranks can do it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.nn.functional import cross_entropy
 
 from infscan.influence.layers import Layer
@@ -28,15 +28,17 @@ from infscan.model.worker import Batch, ModelWorker
 def target_influence(
     worker: ModelWorker, batch: Batch, layers: Sequence[Layer], P: Mapping[str, Tensor], loss: Loss
 ) -> Tensor:
-    """<P, grad of each position's loss>, [B, T] float32 or wider, by the position that predicts; 0 without a loss.
+    """<P, grad of each position's loss>, [K, B, T] float32 or wider, by the position that predicts; 0 without a loss.
 
-    P: [O, I] by layer, over which they add up. All ranks of a group call it together, each with its own batch.
+    P: [K, O, I] by layer, over which they add up: K queries, whose tangents share one pass. All ranks of a group call
+    it together, each with its own batch.
     """
     model, module = worker.model, worker.model.module
     whole = model.head_name in {layer.name for layer in layers} or not model.head_is_last
-    rows = rows_at_once(module.config.get_text_config().vocab_size, on_gpu=model.on_gpu)
     directions = {layer.name: P[layer.name].to(model.dtype) for layer in layers}
-    at_zero = {name: torch.zeros_like(D_oi) for name, D_oi in directions.items()}
+    at_zero = {name: torch.zeros_like(D_koi[0]) for name, D_koi in directions.items()}
+    K = len(next(iter(directions.values())))
+    rows = -(-rows_at_once(module.config.get_text_config().vocab_size, on_gpu=model.on_gpu) // K)
 
     def losses(moved: dict[str, Tensor]) -> Tensor:
         with moved_by(module, layers, moved):
@@ -48,8 +50,8 @@ def target_influence(
     every = dict(module.named_modules())
     # Attention's fused kernels and checkpointed blocks have no forward-mode derivative.
     with TwiceDifferentiable(), without_backward_marks(module), not_checkpointed(every, ""):
-        tangents_bt: Tensor = jvp(losses, (at_zero,), (directions,))[1]
-    return torch.where(loss.weights_bt.bool(), tangents_bt, 0)
+        tangents_kbt: Tensor = vmap(lambda one: jvp(losses, (at_zero,), (one,))[1])(directions)
+    return torch.where(loss.weights_bt.bool(), tangents_kbt, 0)
 
 
 def _losses(h_btn: Tensor, head: Head, loss: Loss, rows: int, wide: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, ranked: Ranked, factors: F
     cells = [(unit, l, c) for unit in range(len(units)) for l in range(len(layer_groups)) for c in range(len(contexts))]
     path_of = {cell: unit_path(digest, number) for number, cell in enumerate(cells)}
     there = whole_units(run, digest)
-    gradients = full_rank_key(run, factors)
+    gradients = full_rank_key(run, factors, config.refine_group_bytes)
 
     def task(cell: tuple[int, int, int]) -> RefineTask:
         unit, layers_, context = cell
