@@ -117,9 +117,8 @@ def main() -> None:
     methods = METHODS + (["cg", "astra"] if options.iterated else [])
     sweep = [f"sweep.methods=[{','.join(methods)}]", f"sweep.models={options.models}"]
     if options.iterated:
-        sequences = ",".join(str(one or "null") for one in options.sequences)
-        sweep += [f"sweep.iterated=[{','.join(options.tracked)}]", "sweep.iterated_damping=[0.1,null]"]
-        sweep += [f"sweep.iterated_sequences=[{sequences}]"]
+        sweep += [f"sweep.iterated=[{','.join(options.tracked)}]", "sweep.iterated_auto=true"]
+        sweep += [f"sweep.iterated_sequences=[{','.join(map(str, options.sequences))}]"]
         sweep += [f"sweep.iterated_queries={options.iterated_queries or 'null'}"]
     if options.removal:
         sweep += [f"sweep.removal={json.dumps(REMOVED)}", "sweep.removed_queries=2", "sweep.random_draws=3"]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -166,13 +167,13 @@ class RecipeScores:
                 if method is BankMethod.ekfac and self.sweep.auto:
                     found.append(self._stored(method, None, self._by_factors))
             elif method in (BankMethod.cg, BankMethod.astra):
-                for tracked in self.sweep.iterated:
-                    for damping in self.sweep.iterated_damping:
-                        if method is BankMethod.astra:
-                            found += self._by_astra(tracked, damping, report)
-                        else:
-                            for sequences in self.sweep.iterated_sequences:
-                                found += self._by_cg(tracked, damping, sequences, report)
+                dampings = [*self.sweep.iterated_damping, *([None] if self.sweep.iterated_auto else [])]
+                for tracked, damping in product(self.sweep.iterated, dampings):
+                    if method is BankMethod.astra:
+                        found += self._by_astra(tracked, damping, report)
+                        continue
+                    for sequences in self.sweep.iterated_sequences:
+                        found += self._by_cg(tracked, damping, sequences or None, report)
             else:
                 make = {
                     BankMethod.identity: self._by_gradients,

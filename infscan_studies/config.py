@@ -581,10 +581,12 @@ class SweepConfig:
     """Sets of layers: of mlp, attention, head and `last` (the last block's MLP), several joined by +."""
     iterated: list[str] = field(default_factory=lambda: ["mlp"])
     """The sets of layers that cg and astra are judged on."""
-    iterated_damping: list[float | None] = field(default_factory=lambda: [0.1])
-    """Values of factors.damping.relative, for cg and astra; null is automatic."""
-    iterated_sequences: list[int | None] = field(default_factory=lambda: [None])
-    """Sequences that cg's G is of, as factors.iteration.batch has it; null is all."""
+    iterated_damping: list[float] = field(default_factory=lambda: [0.1])
+    """Values of factors.damping.relative, for cg and astra."""
+    iterated_auto: bool = False
+    """Judge cg and astra with factors.damping.auto as well."""
+    iterated_sequences: list[int] = field(default_factory=lambda: [0])
+    """Sequences that cg's G is of, as factors.iteration.batch has it; 0 is all."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Iterations of cg that are judged."""
     astra_steps: int = 50
@@ -614,15 +616,15 @@ class SweepConfig:
             raise ConfigError(
                 f"sweep.tracked: {', '.join(sorted(unknown))} is unknown; join mlp, attention, head and last by +."
             )
-        if min([*self.damping, *(one for one in self.iterated_damping if one is not None)], default=1) <= 0:
+        if min([*self.damping, *self.iterated_damping], default=1) <= 0:
             raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
-        counts = [*self.steps, *(one for one in self.iterated_sequences if one is not None)]
-        counts += [self.removed_queries, self.removal_seeds, self.models]
-        if min(counts) < 1 or self.resamples < 20:
+        counts = [*self.steps, self.removed_queries, self.removal_seeds, self.models]
+        if min(counts) < 1 or min(self.iterated_sequences, default=0) < 0 or self.resamples < 20:
             raise ConfigError(
                 f"sweep.steps={self.steps}, sweep.iterated_sequences={self.iterated_sequences}, sweep.resamples="
                 f"{self.resamples}, sweep.removed_queries={self.removed_queries}, sweep.removal_seeds="
-                f"{self.removal_seeds}, sweep.models={self.models}: give at least 1, and 20 resamples."
+                f"{self.removal_seeds}, sweep.models={self.models}: give at least 1 (sequences: or 0, all), and 20 "
+                "resamples."
             )
 
 
