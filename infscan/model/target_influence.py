@@ -70,7 +70,7 @@ def _along_gradient(h_btn: Tensor, head: Head, loss: Loss, rows: int, wide: torc
     h_mn, labels_m = forward_ad.unpack_dual(h_btn).primal.flatten(0, 1), loss.labels_bt.flatten()
     gradients = []
     for h_cn, labels_c in zip(h_mn.split(rows), labels_m.split(rows), strict=True):
-        logits_cv, through_head = vjp(head, h_cn)
+        logits_cv, through_head = vjp(head, h_cn)[:2]
         p_cv = torch.softmax(logits_cv, dim=-1, dtype=wide)
         p_cv = p_cv.scatter_add(1, labels_c[:, None], p_cv.new_full((len(labels_c), 1), -1.0))
         gradients.append(through_head(p_cv.to(logits_cv.dtype))[0])

@@ -40,7 +40,7 @@ from infscan.steps.scan import Scanned
 SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
 # Queries whose tangents share a pass at most (docs/reports/truth.md#products-with-g-for-several-queries), and the pairs
 # that are worth a pass of their own.
-_TOGETHER, _FEWEST = 8, 8
+TOGETHER, _FEWEST = 8, 8
 Cell = tuple[int, int]
 
 
@@ -163,8 +163,8 @@ def passes(wanted: Sequences[Sequences[int]]) -> list[tuple[tuple[int, ...], lis
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for row, queries in enumerate(wanted):
-        for block in sorted({query // _TOGETHER for query in queries}):
-            some = tuple(query for query in queries if query // _TOGETHER == block)
+        for block in sorted({query // TOGETHER for query in queries}):
+            some = tuple(query for query in queries if query // TOGETHER == block)
             alike.setdefault(some, []).append(row)
     found: dict[tuple[int, ...], list[int]] = {}
     for queries, rows in sorted(alike.items()):
