@@ -1,7 +1,7 @@
 """A bank of retrainings of the demo's documents, and scores judged by it (docs/reports/truth.md)
 
 python benchmarks/bank.py [--folder runs/bank] [--subsets 100] [--seeds 2] [--recipes adamw sgd adamw-small sgd-small]
-    [--trainings 50] [--removal] [--iterated]
+    [--trainings 50] [--removal] [--iterated] [--models 4]
 
 Everything is done by the jobs themselves, whose commands it prints; what is trained stays in the folder, and what
 benchmarks/data/bank.parquet has is taken from there. It may be stopped at any time, and --trainings 0 judges what is
@@ -101,7 +101,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--trainings", type=int, help="at most in this call; without it, all that are missing")
     parser.add_argument("--removal", action="store_true", help="train without the strongest sequences too")
-    parser.add_argument("--iterated", action="store_true", help="judge CG and ASTRA too, for 3 queries of each kind")
+    parser.add_argument("--iterated", action="store_true", help="judge CG and ASTRA too")
+    parser.add_argument("--iterated-queries", type=int, help="of each kind, for CG and ASTRA; without it, all")
+    parser.add_argument("--sequences", nargs="+", type=int, default=[0], help="that CG's G is of; 0 is all")
+    parser.add_argument("--tracked", nargs="+", default=["mlp"], help="the sets of layers for CG and ASTRA")
+    parser.add_argument("--models", type=int, default=1, help="full models whose scores are added up too")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
@@ -111,7 +115,11 @@ def main() -> None:
     shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
     job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
     methods = METHODS + (["cg", "astra"] if options.iterated else [])
-    sweep = [f"sweep.methods=[{','.join(methods)}]", "sweep.iterated_queries=3"]
+    sweep = [f"sweep.methods=[{','.join(methods)}]", f"sweep.models={options.models}"]
+    if options.iterated:
+        sweep += [f"sweep.iterated=[{','.join(options.tracked)}]", "sweep.iterated_auto=true"]
+        sweep += [f"sweep.iterated_sequences=[{','.join(map(str, options.sequences))}]"]
+        sweep += [f"sweep.iterated_queries={options.iterated_queries or 'null'}"]
     if options.removal:
         sweep += [f"sweep.removal={json.dumps(REMOVED)}", "sweep.removed_queries=2", "sweep.random_draws=3"]
     trainings = "null" if options.trainings is None else options.trainings

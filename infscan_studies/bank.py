@@ -8,7 +8,7 @@ on. <output>/bank.parquet has a row per training, sorted; a later bank takes fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from infscan.queries import Query
 from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan.storage.host import processor
-from infscan_studies.bank_judged import ALL, ceilings, kinds_of, lds_by_query, over_queries, rows_of
+from infscan_studies.bank_judged import ALL, LEAD, ceilings, kinds_of, lds_by_query, over_queries, rows_of
 from infscan_studies.bank_scores import NO_LAYER, RecipeScores
 from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, corpus_and_queries, save_full_model
@@ -39,8 +39,10 @@ JUDGED = pa.schema(
         ("subsets", pa.int64()),
         *((name, pa.string()) for name in ("label", "method", "tracked")),
         ("damping", pa.float64()),
+        ("sequences", pa.int64()),
+        ("models", pa.int64()),
         ("kind", pa.string()),
-        *((name, pa.float64()) for name in ("lds", "low", "high", "ceiling", "share")),
+        *((name, pa.float64()) for name in ("lds", "low", "high", "ceiling", "share", *LEAD)),
         ("queries", pa.int64()),
         *((name, pa.float64()) for name in ("seconds", "removal", "removal_low", "removal_high")),
         ("removal_queries", pa.int64()),
@@ -66,10 +68,35 @@ class Cell:
     name: str
     study: RetrainingStudy
 
+    def model_store(self, seed: int) -> Store:
+        """The folder of a full model, its factors and its scores."""
+        return self.study.store / f"seed-{seed}" if seed else self.study.store
+
     def facts(self) -> dict[str, Any]:
         """For the table's footer."""
         retrainer = self.study.retrainer
         return {"fingerprint": retrainer.fingerprint, **self.study.recipe, "trained": self.study.trainer.optimiser}
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A row of the sweep: its label, what it is of, scores [N, Q], and the ids of those queries."""
+
+    label: str
+    facts: dict[str, Any]
+    scores_nq: NDArray[np.float64]
+    query_ids: tuple[str, ...]
+    # The layers and damping by which it is compared with EK-FAC; None where it has neither.
+    same: tuple[str, str] | None = None
+
+    def with_another(self, other: _Labelled) -> _Labelled:
+        """Added up with another model's."""
+        facts = self.facts | {"seconds": self.facts["seconds"] + other.facts["seconds"]}
+        return replace(self, facts=facts, scores_nq=self.scores_nq + other.scores_nq)
+
+    def of_models(self, number: int) -> _Labelled:
+        said = f" x{number}" if number > 1 else ""
+        return replace(self, label=f"{self.label}{said}", facts=self.facts | {"models": number})
 
 
 class Bank:
@@ -120,11 +147,15 @@ class Bank:
                 f"{self.job.max_hours}; take fewer, or raise max_hours (trainings that are finished are kept)."
             )
         for cell in self.cells:
-            folder = cell.study.store.local_path(MODEL)
-            if folder is None:
-                raise ConfigError(f"output={self.job.output}: trained models are written to a local folder; give one.")
-            if not folder.exists():
-                save_full_model(cell.study, folder, self.job.tokenizer)
+            for seed in range(self.job.sweep.models):
+                folder = cell.model_store(seed).local_path(MODEL)
+                if folder is None:
+                    raise ConfigError(
+                        f"output={self.job.output}: trained models are written to a local folder; give one."
+                    )
+                if not folder.exists():
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    save_full_model(cell.study, folder, self.job.tokenizer, seed)
 
     def train(self, report: Callable[[str], None]) -> None:
         """The trainings that are missing, as many as the job allows: recipe by recipe, subset by subset."""
@@ -168,24 +199,20 @@ class Bank:
         """Every method, damping and set of layers that the sweep asks for, by recipe and kind of query."""
         rows: list[dict[str, Any]] = []
         for cell in self.cells:
-            model = str(cell.study.store.local_path(MODEL))
-            counts = self.corpus.sequences, len(self.queries)
-            config = RecipeScores.config_of(
-                model,
-                self.job.corpus.path,
-                self.job.queries.path,
-                counts,
-                cell.study.store.uri,
-                self.job.seed,
-                self.job.sweep,
-            )
-            scored = RecipeScores(cell.study.store, config, self.job.sweep)
-            rows += self._judged(cell, scored, report)
+            rows += self._judged(cell, report)
         table = pa.Table.from_pylist(rows, JUDGED)
         self.store.write(JUDGED_TABLE, to_parquet(table, {"of": JUDGED_TABLE, **self._footer()}))
         return table
 
-    def _judged(self, cell: Cell, scored: RecipeScores, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    def _scored(self, cell: Cell, seed: int) -> RecipeScores:
+        store, counts = cell.model_store(seed), (self.corpus.sequences, len(self.queries))
+        model, sweep = str(store.local_path(MODEL)), self.job.sweep
+        config = RecipeScores.config_of(
+            model, self.job.corpus.path, self.job.queries.path, counts, store.uri, self.job.seed, sweep
+        )
+        return RecipeScores(store, config, sweep)
+
+    def _judged(self, cell: Cell, report: Callable[[str], None]) -> list[dict[str, Any]]:
         sweep, seed = self.job.sweep, self.job.seed
         # Subsets that every seed was trained on.
         whole_m = np.asarray(self.finished(cell).all(axis=1))
@@ -201,13 +228,25 @@ class Bank:
         ids = [query.id for query in self.queries]
         rows: list[dict[str, Any]] = []
         wanted: dict[str, NDArray[np.float64]] = {}
-        for label, facts, scores_nq, mine in self._labelled(scored, report):
-            columns = [ids.index(name) for name in mine]
-            lds_q = lds_by_query(kept_mn, scores_nq, actual_mq[:, columns])
-            facts = {"recipe": cell.name, "subsets": len(kept_mn), "label": label, **facts}
-            rows += rows_of(mine, lds_q, ceiling_q[columns], facts, seed, sweep.resamples)
-            if label in sweep.removal:
-                wanted[label] = scores_nq
+        ekfac: dict[tuple[str, str], NDArray[np.float64]] = {}
+        for one in self._added_up(cell, report):
+            columns = [ids.index(name) for name in one.query_ids]
+            lds_q = lds_by_query(kept_mn, one.scores_nq, actual_mq[:, columns])
+            facts = {"recipe": cell.name, "subsets": len(kept_mn), "label": one.label, **one.facts}
+            if facts["method"] == BankMethod.ekfac.value and facts["models"] == 1 and one.same:
+                ekfac[one.same] = lds_q
+            before_q = ekfac.get(one.same) if one.same else None
+            rows += rows_of(
+                one.query_ids,
+                lds_q,
+                ceiling_q[columns],
+                facts,
+                seed,
+                sweep.resamples,
+                None if before_q is None else before_q[columns],
+            )
+            if one.label in sweep.removal:
+                wanted[one.label] = one.scores_nq
         unknown = set(sweep.removal) - set(wanted)
         if unknown:
             raise ConfigError(
@@ -220,27 +259,42 @@ class Bank:
                 row |= removed.get((row["label"], row["kind"]), {})
         return rows
 
-    def _labelled(
-        self, scored: RecipeScores, report: Callable[[str], None]
-    ) -> Iterator[tuple[str, dict[str, Any], NDArray[np.float64], tuple[str, ...]]]:
-        """Label, what it is of, scores [N, Q], and the ids of those queries."""
+    def _added_up(self, cell: Cell, report: Callable[[str], None]) -> Iterator[_Labelled]:
+        """The rows of the first full model, of the first two added up, ...; and random scores.
+
+        Words are the same for every model: their row is of one.
+        """
+        sums: list[_Labelled] = []
+        for number in range(1, self.job.sweep.models + 1):
+            mine = list(self._labelled(self._scored(cell, number - 1), report))
+            if number > 1:
+                mine = [one for one in mine if one.facts["method"] != BankMethod.bm25.value]
+                before = {one.label: one for one in sums}
+                mine = [before[one.label].with_another(one) for one in mine]
+            sums = mine
+            yield from (one.of_models(number) for one in sums)
+        control = random_scores(self.corpus.sequences, len(self.queries), self.job.seed)
+        yield _Labelled(RANDOM, {"method": RANDOM}, control, tuple(query.id for query in self.queries)).of_models(1)
+
+    def _labelled(self, scored: RecipeScores, report: Callable[[str], None]) -> Iterator[_Labelled]:
         ids = tuple(query.id for query in self.queries)
         sets = scored.sets()
         for one in scored.all(report):
-            facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds}
-            damping = "" if one.damping is None else f" {one.damping:g}"
-            if one.method == BankMethod.ekfac.value and one.damping is None:
-                damping = " auto"
+            facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds, "sequences": one.sequences}
+            damping = " auto" if one.auto else "" if one.damping is None else f" {one.damping:g}"
+            of = "" if one.sequences is None else f" of {one.sequences}"
             mine = one.query_ids or ids
-            if one.tracked is not None:
-                yield f"{one.method} {one.tracked}{damping}", facts | {"tracked": one.tracked}, one.of(None), mine
-            elif set(one.by_layer) == {NO_LAYER}:
-                yield one.method, facts, one.of(None), mine
-            else:
-                for tracked in self.job.sweep.tracked:
-                    yield f"{one.method} {tracked}{damping}", facts | {"tracked": tracked}, one.of(sets[tracked]), mine
-        control = random_scores(self.corpus.sequences, len(ids), self.job.seed)
-        yield RANDOM, {"method": RANDOM}, control, ids
+            if one.tracked is None and set(one.by_layer) == {NO_LAYER}:
+                yield _Labelled(one.method, facts, one.of(None), mine)
+                continue
+            for tracked in self.job.sweep.tracked if one.tracked is None else [one.tracked]:
+                yield _Labelled(
+                    f"{one.method} {tracked}{damping}{of}",
+                    facts | {"tracked": tracked},
+                    one.of(None if one.tracked else sets[tracked]),
+                    mine,
+                    (tracked, damping) if damping else None,
+                )
 
     def _removed(
         self, cell: Cell, wanted: Mapping[str, NDArray[np.float64]], report: Callable[[str], None]

@@ -22,6 +22,9 @@ from infscan_studies.truth.lds import predict, rank_correlation
 
 # The row over all queries.
 ALL = "all"
+# How far a row's LDS is above EK-FAC's of the same layers, damping and queries, with its interval; null where there is
+# no such row before it.
+LEAD = ("lead", "lead_low", "lead_high")
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ def rows_of(
     facts: dict[str, Any],
     seed: int,
     resamples: int,
+    before_q: NDArray[np.floating] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each kind of query; share: of the ceilings' mean."""
+    """A row for each kind of query; share: of the ceilings' mean. before_q: the LDS that its lead is over."""
     rows = []
     for kind, places in kinds_of(query_ids).items():
         found, ceiling = over_queries(lds_q[places], seed, resamples), float(ceiling_q[places].mean())
+        lead = None if before_q is None else over_queries(lds_q[places] - before_q[places], seed, resamples)
         rows.append(
             {
                 **facts,
+                **(dict(zip(LEAD, (lead.mean, lead.low, lead.high), strict=True)) if lead else {}),
                 "kind": kind,
                 "lds": found.mean,
                 "low": found.low,

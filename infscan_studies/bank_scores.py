@@ -7,9 +7,12 @@ presence is the fact that it is done.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from infscan.config import (
 )
 from infscan.corpus import sequences as corpus_sequences
 from infscan.corpus.addressable import CorpusAddress, open_corpus
+from infscan.corpus.plan import Selection
 from infscan.influence.cg import conjugate_gradients, damped
 from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer, LayerFactors
@@ -46,7 +50,6 @@ from infscan_studies.config import BankMethod, SweepConfig, ValidateConfig, Vali
 from infscan_studies.in_process import Study, open_study
 from infscan_studies.side_by_side import kind_of
 from infscan_studies.truth.bm25 import bm25_scores
-from infscan_studies.validation import timed
 
 # What a file has where its scores are of no single layer.
 NO_LAYER = "all"
@@ -54,11 +57,19 @@ _TOKENS_PER_BATCH = 4096
 # Queries that share the passes of a product with G.
 _TOGETHER = 6
 FOLDER = "scores"
+T = TypeVar("T")
+
+
+def cpu_timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call returns, and the seconds that the processor spent on it: the same however busy the machine is."""
+    started = time.process_time()
+    return call(), time.process_time() - started
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A method's scores of every sequence: by_layer [Q, N] each; seconds, for all queries and layers."""
+    """A method's scores of every sequence: by_layer [Q, N] each; seconds of the processor, for all queries and layers.
+    damping: None where there is none, or it is found by layer (`auto`)."""
 
     method: str
     damping: float | None
@@ -66,13 +77,26 @@ class Scores:
     seconds: float
     # The one set of layers that it is of; None where sets are sums of its layers.
     tracked: str | None = None
+    auto: bool = False
     # The queries that it is of, where not all.
     query_ids: tuple[str, ...] | None = None
+    # The sequences that an iterated inverse's G is of, where not all.
+    sequences: int | None = None
 
     def of(self, layers: Sequence[str] | None) -> NDArray[np.float64]:
         """[N, Q], over some layers; None: of a method that has none, or has one set."""
         found = self.by_layer.values() if layers is None else (self.by_layer[name] for name in layers)
         return np.sum(list(found), axis=0).T
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An iterated inverse: damping None is found by layer, sequences None are all."""
+
+    method: str
+    tracked: str
+    damping: float | None
+    sequences: int | None = None
 
 
 class RecipeScores:
@@ -115,7 +139,7 @@ class RecipeScores:
     @cached_property
     def gradients(self) -> tuple[dict[str, Tensor], float]:
         """V of every query by layer, and the seconds it took."""
-        return timed(lambda: query_gradients(self.worker, self.study.queries, self.worker.layers))
+        return cpu_timed(lambda: query_gradients(self.worker, self.study.queries, self.worker.layers))
 
     def sets(self) -> dict[str, tuple[str, ...]]:
         """The names of the layers of each set that is swept over."""
@@ -143,10 +167,13 @@ class RecipeScores:
                 if method is BankMethod.ekfac and self.sweep.auto:
                     found.append(self._stored(method, None, self._by_factors))
             elif method in (BankMethod.cg, BankMethod.astra):
-                solve = self._by_cg if method is BankMethod.cg else self._by_astra
-                for tracked in self.sweep.iterated:
-                    for damping in self.sweep.iterated_damping:
-                        found += solve(tracked, damping, report)
+                dampings = [*self.sweep.iterated_damping, *([None] if self.sweep.iterated_auto else [])]
+                for tracked, damping in product(self.sweep.iterated, dampings):
+                    if method is BankMethod.astra:
+                        found += self._by_astra(tracked, damping, report)
+                        continue
+                    for sequences in self.sweep.iterated_sequences:
+                        found += self._by_cg(tracked, damping, sequences or None, report)
             else:
                 make = {
                     BankMethod.identity: self._by_gradients,
@@ -168,7 +195,8 @@ class RecipeScores:
         if not self.store.exists(path):
             self._write(path, *make(method, damping))
         by_layer, seconds = self._read(path)
-        return Scores(method.value, damping, by_layer, seconds)
+        auto = method is BankMethod.ekfac and damping is None
+        return Scores(method.value, damping, by_layer, seconds, auto=auto)
 
     def _write(self, path: str, by_layer: Mapping[str, NDArray[np.floating]], seconds: float) -> None:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(one, np.float32)) for name, one in by_layer.items()}
@@ -186,25 +214,25 @@ class RecipeScores:
         if method is BankMethod.kfac and damping is not None:
             tokens = sum(len(one) for one in self.study.curvature) / len(self.study.curvature)
             factors = {name: _uncorrected(one, tokens, damping) for name, (one, _) in factors.items()}
-        P, seconds = timed(
+        P, seconds = cpu_timed(
             lambda: {name: from_core(inverse_core(V[name], *known), known[0]) for name, known in factors.items()}
         )
-        scores, scanned = timed(lambda: layer_scores(self.worker, self.study.candidates, P))
-        return scores, self.study.fit_seconds + before + seconds + scanned
+        scores, scanned = cpu_timed(lambda: layer_scores(self.worker, self.study.candidates, P))
+        return scores, self.study.fit_cpu_seconds + before + seconds + scanned
 
     def _by_gradients(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
         V, before = self.gradients
-        scores, seconds = timed(lambda: layer_scores(self.worker, self.study.candidates, V))
+        scores, seconds = cpu_timed(lambda: layer_scores(self.worker, self.study.candidates, V))
         return scores, before + seconds
 
     def _by_words(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
         sequences = [one.token_ids for one in self.study.candidates]
         asked = [query.parts[0].token_ids for query in self.study.queries]
-        scores, seconds = timed(lambda: bm25_scores(sequences, asked))
+        scores, seconds = cpu_timed(lambda: bm25_scores(sequences, asked))
         return {NO_LAYER: scores}, seconds
 
     def _by_states(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
-        scores, seconds = timed(lambda: state_cosines(self.worker, self.study))
+        scores, seconds = cpu_timed(lambda: state_cosines(self.worker, self.study))
         return {NO_LAYER: scores}, seconds
 
     def _part(self, tracked: str) -> tuple[ModelWorker, list[Query]]:
@@ -220,64 +248,87 @@ class RecipeScores:
                 queries.append(query)
         return worker, queries
 
-    def _iterated(self, method: str, tracked: str, damping: float, query: Query) -> str:
-        return f"{self.folder}/{method}-{tracked}-{damping:g}/{query.id}.safetensors"
+    def _iterated(self, row: _Row, query: Query) -> str:
+        said = "auto" if row.damping is None else f"{row.damping:g}"
+        said += "" if row.sequences is None else f"-of-{row.sequences}"
+        return f"{self.folder}/{row.method}-{row.tracked}-{said}/{query.id}.safetensors"
 
-    def _joined(self, method: str, tracked: str, damping: float, queries: Sequence[Query]) -> Scores:
-        read = [self._read(self._iterated(method, tracked, damping, query)) for query in queries]
-        scores_qn = np.concatenate([one[NO_LAYER] for one, _ in read])
-        seconds = sum(seconds for _, seconds in read) + self.study.fit_seconds
-        return Scores(method, damping, {NO_LAYER: scores_qn}, seconds, tracked, tuple(query.id for query in queries))
+    def _joined(self, row: _Row, queries: Sequence[Query]) -> Scores:
+        read = [self._read(self._iterated(row, query)) for query in queries]
+        return Scores(
+            row.method,
+            row.damping,
+            {NO_LAYER: np.concatenate([one[NO_LAYER] for one, _ in read])},
+            sum(seconds for _, seconds in read) + self.study.fit_cpu_seconds,
+            row.tracked,
+            row.damping is None,
+            tuple(query.id for query in queries),
+            row.sequences,
+        )
 
-    def _by_cg(self, tracked: str, damping: float, report: Callable[[str], None]) -> list[Scores]:
+    def _by_cg(
+        self, tracked: str, damping: float | None, sequences: int | None, report: Callable[[str], None]
+    ) -> list[Scores]:
         """One run of conjugate gradients, judged after each number of steps that is asked for."""
         worker, queries = self._part(tracked)
-        methods = {step: f"cg-{step}" for step in sorted(self.sweep.steps)}
+        rows = {step: _Row(f"cg-{step}", tracked, damping, sequences) for step in sorted(self.sweep.steps)}
 
         def is_done(query: Query) -> bool:
-            return all(
-                self.store.exists(self._iterated(method, tracked, damping, query)) for method in methods.values()
-            )
+            return all(self.store.exists(self._iterated(row, query)) for row in rows.values())
 
         missing = [query for query in queries if not is_done(query)]
         factors = ekfac_factors(worker, self.inverse(damping))
         precondition = ekfac_inverse(worker.layers, factors)
-        ggn = GaussNewton(worker, self.study.curvature, 1024)
+        chosen = Selection.of(len(self.study.curvature), sequences, self.config.seed).ids()
+        ggn = GaussNewton(worker, [self.study.curvature[row] for row in chosen.tolist()], 1024)
         for start in range(0, len(missing), _TOGETHER):
             some = missing[start : start + _TOGETHER]
+            started = time.process_time()
             v_kp = join(worker.layers, query_gradients(worker, some, worker.layers))
             lambda_p = damping_vector(worker.layers, {name: lam for name, (_, lam) in factors.items()}, v_kp)
             kept: dict[int, tuple[Tensor, float]] = {}
 
             def keep(
-                step: int, seconds: float, _: Tensor, x_kp: Tensor, kept: dict[int, tuple[Tensor, float]] = kept
+                step: int,
+                _seconds: float,
+                _: Tensor,
+                x_kp: Tensor,
+                kept: dict[int, tuple[Tensor, float]] = kept,
+                started: float = started,
             ) -> None:
-                if step in methods:
-                    kept[step] = (x_kp.clone(), seconds)
+                if step in rows:
+                    kept[step] = (x_kp.clone(), time.process_time() - started)
 
             conjugate_gradients(
                 damped(ggn.product, lambda_p),
                 v_kp,
                 tolerance=0.0,
-                max_iterations=max(methods),
+                max_iterations=max(rows),
                 preconditioner=precondition,
                 on_iteration=keep,
             )
             for step, (x_kp, seconds) in kept.items():
-                scores = _summed(layer_scores(worker, self.study.candidates, split(worker.layers, x_kp)))
-                for number, query in enumerate(some):
-                    path = self._iterated(methods[step], tracked, damping, query)
-                    self._write(path, {NO_LAYER: scores[number : number + 1]}, seconds / len(some))
+                self._write_iterated(worker, rows[step], some, split(worker.layers, x_kp), seconds)
             report(f"cg of {start + len(some)} of {len(missing)} queries that were missing")
-        return [self._joined(method, tracked, damping, queries) for method in methods.values()]
+        return [self._joined(row, queries) for row in rows.values()]
 
-    def _by_astra(self, tracked: str, damping: float, report: Callable[[str], None]) -> list[Scores]:
+    def _write_iterated(
+        self, worker: ModelWorker, row: _Row, queries: Sequence[Query], x: Mapping[str, Tensor], seconds: float
+    ) -> None:
+        """Scores by the solutions x, [K, O, I] by layer, a file for each query. seconds: what they took."""
+        by_layer, scanned = cpu_timed(lambda: layer_scores(worker, self.study.candidates, x))
+        scores_kn = np.sum([one.astype(np.float64) for one in by_layer.values()], axis=0)
+        for number, query in enumerate(queries):
+            each = (seconds + scanned) / len(queries)
+            self._write(self._iterated(row, query), {NO_LAYER: scores_kn[number : number + 1]}, each)
+
+    def _by_astra(self, tracked: str, damping: float | None, report: Callable[[str], None]) -> list[Scores]:
         worker, queries = self._part(tracked)
-        method = f"astra-{self.sweep.astra_steps}"
-        missing = [query for query in queries if not self.store.exists(self._iterated(method, tracked, damping, query))]
+        row = _Row(f"astra-{self.sweep.astra_steps}", tracked, damping)
+        missing = [query for query in queries if not self.store.exists(self._iterated(row, query))]
         for start in range(0, len(missing), _TOGETHER):
             some = tuple(missing[start : start + _TOGETHER])
-            names = {query.id: f"{self.folder}/solutions/{method}-{tracked}-{damping:g}-{query.id}" for query in some}
+            names = {query.id: f"solutions/{self._iterated(row, query)}" for query in some}
             task = SolveTask(
                 store=self.store,
                 names=tuple(names.values()),
@@ -291,14 +342,11 @@ class RecipeScores:
                 fingerprints=tuple(names),
                 seed=self.config.seed,
             )
-            _, seconds = timed(partial(solve_task, worker, task))
+            _, seconds = cpu_timed(partial(solve_task, worker, task))
             x = read_vectors(worker, some, worker.layers, StoredGradients(self.store, names))
-            scores = _summed(layer_scores(worker, self.study.candidates, x))
-            for number, query in enumerate(some):
-                path = self._iterated(method, tracked, damping, query)
-                self._write(path, {NO_LAYER: scores[number : number + 1]}, seconds / len(some))
+            self._write_iterated(worker, row, some, x, seconds)
             report(f"astra of {start + len(some)} of {len(missing)} queries that were missing")
-        return [self._joined(method, tracked, damping, queries)]
+        return [self._joined(row, queries)]
 
 
 def layer_scores(
@@ -348,10 +396,6 @@ def _uncorrected(factors: LayerFactors, tokens: float, relative: float) -> tuple
     """K-FAC's eigenvalues in place of Lambda: those of A times those of S, and the tokens of a sequence."""
     Lambda_oi = tokens * torch.outer(factors.S_eigenvalues.clamp_min(0), factors.A_eigenvalues.clamp_min(0))
     return replace(factors, Lambda=Lambda_oi), relative * float(Lambda_oi.mean(dtype=torch.float64))
-
-
-def _summed(by_layer: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float64]:
-    return np.sum([one.astype(np.float64) for one in by_layer.values()], axis=0)
 
 
 def _block(name: str) -> int:

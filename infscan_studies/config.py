@@ -583,12 +583,18 @@ class SweepConfig:
     """The sets of layers that cg and astra are judged on."""
     iterated_damping: list[float] = field(default_factory=lambda: [0.1])
     """Values of factors.damping.relative, for cg and astra."""
+    iterated_auto: bool = False
+    """Judge cg and astra with factors.damping.auto as well."""
+    iterated_sequences: list[int] = field(default_factory=lambda: [0])
+    """Sequences that cg's G is of, as factors.iteration.batch has it; 0 is all."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Iterations of cg that are judged."""
     astra_steps: int = 50
     """Steps of astra, of 32 sequences each."""
     iterated_queries: int | None = None
     """Queries of each kind that cg and astra solve for; null is all."""
+    models: int = 1
+    """Full models, of seeds 0, 1, ..., whose scores are judged added up too: of the first two, the first three, ..."""
     removal: list[str] = field(default_factory=list)
     """Rows of the table, by their labels (`ekfac mlp 0.1`), whose strongest sequences models are trained without."""
     removed_queries: int = 3
@@ -612,10 +618,13 @@ class SweepConfig:
             )
         if min([*self.damping, *self.iterated_damping], default=1) <= 0:
             raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
-        if min(self.steps, default=1) < 1 or self.resamples < 20 or self.removed_queries < 1 or self.removal_seeds < 1:
+        counts = [*self.steps, self.removed_queries, self.removal_seeds, self.models]
+        if min(counts) < 1 or min(self.iterated_sequences, default=0) < 0 or self.resamples < 20:
             raise ConfigError(
-                f"sweep.steps={self.steps}, sweep.resamples={self.resamples}, sweep.removed_queries="
-                f"{self.removed_queries}, sweep.removal_seeds={self.removal_seeds}: give at least 1, and 20 resamples."
+                f"sweep.steps={self.steps}, sweep.iterated_sequences={self.iterated_sequences}, sweep.resamples="
+                f"{self.resamples}, sweep.removed_queries={self.removed_queries}, sweep.removal_seeds="
+                f"{self.removal_seeds}, sweep.models={self.models}: give at least 1 (sequences: or 0, all), and 20 "
+                "resamples."
             )
 
 

@@ -40,8 +40,9 @@ class Study:
     # Those to score.
     candidates: list[Sequence]
     inverse: Preconditioner
-    # What fitting took, now or when the factors were first fitted.
+    # What fitting took, now or when the factors were first fitted; cpu_seconds: of the process, on however many cores.
     fit_seconds: float
+    fit_cpu_seconds: float
     fingerprints: dict[str, str]
 
 
@@ -67,22 +68,25 @@ def open_study(config: ValidateJob) -> Study:
     made = plan_factors(inputs, corpus)
     factors = store / f"validate/factors-{made.fingerprint[:16]}"
     plan = store_plan(factors, made)
-    started, fitted_before = time.perf_counter(), factors.exists(COMPLETE)
+    started, started_cpu, fitted_before = time.perf_counter(), time.process_time(), factors.exists(COMPLETE)
     fit_factors(executor, factors, corpus, plan, config.factors.labels, config.seed)
     if not fitted_before:
-        factors.write_json(_FIT, {"seconds": time.perf_counter() - started})
+        took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+        factors.write_json(_FIT, took)
     if config.factors.damping.by_fit:
         fit_damping(executor, factors, corpus, plan, config.factors.labels, config.seed, lambda_task)
     # Another seed than the factors' sample: two samples of one seed would be one inside the other.
     candidates = Selection.of(corpus.sequences, config.validate.sequences, config.seed + 1)
-    worker = executor.worker
+    worker, took = executor.worker, factors.read_json(_FIT)
     return Study(
         worker,
         chosen,
         worker.read(CorpusAddress.of(corpus), plan.selection.ids()),
         worker.read(CorpusAddress.of(corpus), candidates.ids()),
         Preconditioner(factors, Solver.ekfac, config.factors.damping),
-        float(factors.read_json(_FIT)["seconds"]),
+        float(took["seconds"]),
+        # Factors of an earlier version have no such number.
+        float(took.get("cpu_seconds", took["seconds"])),
         {
             "model": inputs.architecture.fingerprint,
             "corpus": corpus.fingerprint,

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infscan.config import Config, Matmul, Solver, plain
+from infscan.config import Config, Solver, plain
 from infscan.influence.layers import Layer
-from infscan.model.suffix import last_blocks, suffixes
 from infscan.sizing.hosts import HostMemory
 from infscan.sizing.hours import Work
 from infscan.sizing.memory import PassCost
+from infscan.sizing.pricing import Counted, Pricing, share
+from infscan.sizing.rows import published_rows, solving
 from infscan.steps.background import TOKENS as BACKGROUND_TOKENS
 from infscan.steps.check import compared
 from infscan.steps.damping import MOST_SEQUENCES
-from infscan.steps.factor_files import layer_groups, partial_bytes, products
+from infscan.steps.factor_files import partial_bytes
 from infscan.steps.gradients import file_units
 from infscan.steps.preconditioner import query_groups
 from infscan.steps.refine import sequences_per_unit
 from infscan.steps.suffix_choice import measured
-from infscan.steps.targets import SEQUENCES_PER_UNIT as TARGETS_PER_UNIT
 from infscan.steps.volume import FactorFiles, query_files, scanned_in_full
 
 # Multiply-adds of a symmetric eigensolver with vectors, in units of n^3 (float64).
@@ -30,21 +30,6 @@ _EIGH = 9
 _KRYLOV_BLOCKS, _OVERSAMPLING = 3, 8
 # config.yaml, plan.json, shards.parquet, queries.jsonl, approximation.json, summary.json, _SUCCESS; the four tables.
 _SMALL_FILES = 11
-
-
-@dataclass(frozen=True)
-class Counted:
-    """The sequences that a pass reads. how: `exact`, `given`, or what was sampled.
-
-    sequences, tokens: of the selection. T: tokens of the longest. slices: (sequences, longest) of the factors' slices.
-    """
-
-    sequences: int
-    tokens: int
-    T: int
-    how: str = "exact"
-    slices: tuple[tuple[int, int], ...] = ()
-    prepared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,120 +96,50 @@ class Estimate:
         )
 
 
-@dataclass(frozen=True)
-class Dtypes:
-    """What a run multiplies in: its model, where it scores again, and its queries; and whether on a GPU."""
+def work_of(
+    run: Pricing, queries: int, query_tokens: int, scanned: Counted, fitted: Counted | None, *, blocks: bool = True
+) -> list[Work]:
+    """Every phase's sequences, tokens, FLOP and bytes, in a run's order; what loads, cuts or writes alone has none.
 
-    model: str
-    refine: str
-    queries: str
-    gpu: bool
-
-    def products(self, name: str, config: Config) -> str:
-        """How a pass multiplies what it adds to the model's forward and backward (`Rates.products`)."""
-        if name in ("scan", "sieve"):
-            return self.queries
-        if name == "check":
-            return self.model
-        if name == "covariance":
-            return "moments" if self.gpu and self.model == "bfloat16" else "float32"
-        return "tf32" if self.gpu and config.factors.matmul is Matmul.tf32 else "float32"
-
-
-@dataclass(frozen=True)
-class Pricing:
-    """A run as its phases are counted."""
-
-    config: Config
-    layers: Sequence[Layer]
-    costs: Mapping[str, PassCost]
-    dtypes: Dtypes
-    parameters: int = 0
-    shards: int = 0
-
-    def work(self, name: str, sequences: int, tokens: int, times: int = 1) -> Work:
-        """A pass that goes over the same tokens so many times, forward and back each time."""
-        cost = self.costs[name]
-        own = tokens * cost.own_flop_per_token
-        # A dry run's own part is of the largest layer group. Over all of them, every layer counts once.
-        own *= self.share_of_largest if name in ("covariance", "lambda") else times
-        forward = times * tokens * (cost.flop_per_token - cost.own_flop_per_token)
-        return self.priced(Work(name, times * sequences, times * tokens, forward + own, own_flop=own))
-
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        factors = self.config.factors
-        return layer_groups(self.layers, self.config.group_bytes, factors.blocks)
-
-    @property
-    def share_of_largest(self) -> float:
-        """All layers' products of a factors' pass over those of the largest group."""
-        by_name = {layer.name: layer for layer in self.layers}
-
-        sizes = [sum(products(by_name[name]) for name in names) for names in self.groups]
-        return sum(sizes) / max(sizes)
-
-    @property
-    def sieved(self) -> float:
-        """The share of the tracked products that a sieve's backward has; of scan.sieve=auto the longest that it
-        tries."""
-        blocks = self.config.scan.sieve
-        if isinstance(blocks, str):
-            blocks = max(suffixes(self.layers), default=None)
-        mine = self.layers if blocks is None else last_blocks(self.layers, blocks)
-        return sum(layer.size for layer in mine) / sum(layer.size for layer in self.layers)
-
-    def priced(self, work: Work) -> Work:
-        """With what it moves and waits for."""
-        dtype = self.dtypes.refine if work.name == "refine" else self.dtypes.model
-        return replace(
-            work, dtype=dtype, products=self.dtypes.products(work.name, self.config), gathered=self._gathered(work)
-        )
-
-    def _gathered(self, work: Work) -> float:
-        """Weights that each rank of a sharded worker receives: once forward and once back in a micro-batch, and once
-        more where activations are made again; a sieve's backward those of its blocks."""
-        config, ranks = self.config, self.config.cluster.ranks_per_worker
-        if ranks < 2:
-            return 0.0
-        batches = work.tokens / config.tokens_per_batch / (config.cluster.num_workers or 1) / ranks
-        times = 3.0 if config.model.gradient_checkpointing else 2.0
-        if work.name == "sieve":
-            times = 1 + (times - 1) * self.sieved
-        itemsize = 4 if self.dtypes.model == "float32" else 2
-        return batches * times * self.parameters * itemsize * (ranks - 1) / ranks
-
-
-def work_of(run: Pricing, queries: int, query_tokens: int, scanned: Counted, fitted: Counted | None) -> list[Work]:
-    """Every phase's sequences, tokens, FLOP and bytes. fitted: None where factors are reused or there are none."""
+    fitted: None where factors are reused or there are none. blocks: whether the model has blocks, whose states can be
+    compared. What the scan's own findings decide on (a sieve that is chosen, bases that are shared) is there at most.
+    """
     config, layers, work = run.config, run.layers, run.work
-    found: list[Work] = []
+    found = [Work("prepare", 0, 0, 0.0)] if scanned.prepared_bytes else []
+    found.append(Work("workers", 0, 0, 0.0))
+    along = config.scan.background_queries
+    if queries:
+        flop = query_tokens * run.forward_and_backward("refine")
+        found.append(run.priced(Work("measure", queries, 0, flop)))
     if fitted is not None and config.factors.solver is not Solver.identity:
         found += _fitting(run, fitted)
     if "index" in run.costs:
         found.append(replace(work("index", scanned.sequences, scanned.tokens), units=run.shards))
     if not queries:
         return found
-    along = config.scan.background_queries
+    most = min(config.factors.num_sequences, scanned.sequences)
+    found += solving(run, queries, fitted or Counted(most, share(scanned, most), scanned.T))
     prepared = queries + along, query_tokens + BACKGROUND_TOKENS * along
-    flop, own = _query_flop(config, layers, run.costs, *prepared)
-    found.append(run.priced(Work("queries", *prepared, flop, own_flop=own)))
+    own = _query_flop(config, layers, *prepared)
+    more = BACKGROUND_TOKENS * along * run.forward_and_backward("refine")
+    found.append(run.priced(Work("queries", *prepared, own + more, own_flop=own)))
+    if config.scan.rank == "auto":
+        found.append(Work("joint", 0, 0, 0.0))
     groups_of_queries, grouped = query_groups(queries, layers, config.query_group_bytes)
     if config.scan.rank is not None and config.scan.check_sequences >= 3:
         checked = min(config.scan.check_sequences, scanned.sequences)
         cells = len(compared(groups_of_queries, config.seed)) * len(grouped)
-        found.append(work("check", checked, _share(scanned, checked), cells))
+        found.append(work("check", checked, share(scanned, checked), cells))
     if isinstance(config.scan.sieve, str):
         tried = measured(scanned.sequences)
-        found.append(replace(work("scan", tried, _share(scanned, tried)), name="suffix"))
+        found.append(replace(work("scan", tried, share(scanned, tried)), name="suffix"))
     if "sieve" in run.costs:
         found.append(replace(work("sieve", scanned.sequences, scanned.tokens), units=run.shards))
     full = scanned_in_full(config, queries, scanned.sequences)
-    found.append(replace(work("scan", full, _share(scanned, full)), units=run.shards))
+    found.append(replace(work("scan", full, share(scanned, full)), units=run.shards))
     found.append(run.priced(_refining(run, queries, scanned)))
-    if config.scan.targets != 0:
-        found.append(run.priced(_targets(run, queries, scanned, len(grouped))))
-    return found
+    found += published_rows(run, queries, scanned, blocks=blocks)
+    return [*found, Work("publish", 0, 0, 0.0)]
 
 
 def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
@@ -243,14 +158,16 @@ def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
     if config.factors.damping.by_fit:
         # A pass like Lambda's over a part of its sequences.
         some = min(fitted.sequences, MOST_SEQUENCES)
-        part = run.work("lambda", some, _share(fitted, some), again)
+        part = run.work("lambda", some, share(fitted, some), again)
         damping.append(replace(part, name="damping", stored=2 * Lambda + moments / slices, units=units))
     return [
         replace(covariance, stored=moments, units=units),
         # It reads the sums of every slice, and writes factors and eigenvectors.
         Work("eigenbasis", 0, 0, 0.0, cpu_flop=eigh, stored=moments * (1 + 2 / slices), units=len(layers)),
-        # It reads the eigenvectors of a group once, and Lambda's sums are read again at the end.
-        replace(lam, stored=2 * Lambda + moments / slices, units=units),
+        # It reads the eigenvectors of a group once.
+        replace(lam, stored=Lambda + moments / slices, units=units),
+        # Lambda's sums are read again at the end.
+        Work("factors", 0, 0, 0.0, stored=Lambda),
         *damping,
     ]
 
@@ -262,7 +179,7 @@ def _refining(run: Pricing, queries: int, scanned: Counted) -> Work:
     pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
     groups, grouped = query_groups(queries, run.layers, config.refine_group_bytes)
     sequences, passes = min(pairs, len(groups) * scanned.sequences), len(grouped)
-    tokens, scored = _share(scanned, sequences), _share(scanned, pairs)
+    tokens, scored = share(scanned, sequences), share(scanned, pairs)
     size = 2.0 * sum(layer.size for layer in run.layers)
     forward = (cost.flop_per_token - cost.own_flop_per_token) * passes * tokens
     return Work(
@@ -280,33 +197,8 @@ def _refined_at_once(config: Config, pairs: int, scanned: Counted) -> int:
     return sequences_per_unit(min(pairs, scanned.sequences), config.tokens_per_batch // scanned.T)
 
 
-def _targets(run: Pricing, queries: int, scanned: Counted, layer_groups: int) -> Work:
-    """A forward of each row and query that carries a tangent: as much again as the forward, and a product of each
-    tracked layer with the query's gradient."""
-    scan, cost = run.config.scan, run.costs["refine"]
-    most = scan.top_k if scan.targets is None else min(scan.targets, scan.top_k)
-    pairs = queries * len(run.config.sides) * min(most, scanned.sequences)
-    tokens, own = _share(scanned, pairs), 2.0 * sum(layer.size for layer in run.layers)
-    passes = (cost.flop_per_token - cost.own_flop_per_token) * layer_groups * tokens
-    return Work(
-        "targets",
-        layer_groups * pairs,
-        layer_groups * tokens,
-        passes + own * tokens,
-        own_flop=own * tokens,
-        units=layer_groups * -(-pairs // TARGETS_PER_UNIT),
-    )
-
-
-def _share(counted: Counted, sequences: int) -> int:
-    return round(counted.tokens * sequences / max(1, counted.sequences))
-
-
-def _query_flop(
-    config: Config, layers: Sequence[Layer], costs: Mapping[str, PassCost], queries: int, tokens: int
-) -> tuple[float, float]:
-    """Forward and backward over the queries' tokens; rotating and inverting each query's gradient; its truncation: all
-    of it, and of that what is not forward and backward."""
+def _query_flop(config: Config, layers: Sequence[Layer], queries: int, tokens: int) -> float:
+    """Rotating and inverting each query's gradient, and its truncation."""
     r = config.most_rank
     per_query = 0.0
     each = tokens / queries
@@ -318,8 +210,7 @@ def _query_flop(
         else:
             columns = r + _OVERSAMPLING
             per_query += 4 * O * I * columns * _KRYLOV_BLOCKS + 2 * (O * O + I * I) * r
-    own, refine = queries * per_query, costs["refine"]
-    return own + tokens * (refine.flop_per_token - refine.own_flop_per_token), own
+    return queries * per_query
 
 
 def writes_of(
@@ -330,10 +221,11 @@ def writes_of(
     scanned: Counted,
     factors: FactorFiles,
     gradients: int,
+    rows: int = 0,
 ) -> dict[str, int]:
     """Requests that write, by kind; each is one file. Reads are two per shard and corpus part that it touches.
 
-    gradients: bytes of the queries' gradients.
+    gradients: bytes of the queries' gradients. rows: units of what goes over published rows after refining.
     """
     groups, grouped = query_groups(max(1, queries), layers, config.refine_group_bytes)
     pairs = queries * len(config.sides) * min(config.candidates_of(scanned.sequences), scanned.sequences)
@@ -346,6 +238,6 @@ def writes_of(
         "query gradients": len(file_units([gradients // max(1, queries)] * queries)),
         "shards": shards if queries else 0,
         "dense scores": dense if queries else 0,
-        "refined units, at most": units,
+        "refined units, at most": units + rows,
         "tables and records": _SMALL_FILES,
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 from infscan.sizing.devices import Rates
 
+# Phases that have the model in scan.refine_dtype.
+AS_REFINED = ("refine", "stability", "self_influence", "whitening", "similarity", "targets")
 # Bytes per second at which a rank takes sums from its device, hashes, serialises and stores them, or reads them back.
 _STORED_PER_S = 5e8
 # Seconds between two units, in which a rank's device has nothing to do: choosing rows, writing, being handed the next
@@ -62,7 +64,7 @@ def timed(work: Sequence[Work], rate: Rate, workers: int, ranks: int) -> tuple[W
     def seconds(one: Work) -> float | None:
         if known := rate.measured.get(one.name):
             return _as_measured(one, known, workers)
-        speed = rate.refine_speed if one.name == "refine" else 1.0
+        speed = rate.refine_speed if one.name in AS_REFINED else 1.0
         if rate.tokens_per_s and per_token and one.flop:
             return one.flop / per_token / rate.tokens_per_s / workers / speed
         return by_rates(one, rate.rates, workers, ranks) if rate.rates and not rate.tokens_per_s else None
@@ -80,7 +82,7 @@ def _as_measured(one: Work, known: Mapping[str, float], workers: int) -> float:
 
 def by_rates(one: Work, rates: Rates, workers: int, ranks: int) -> float | None:
     """A phase's seconds: its parts one after the other, as nothing hides one behind the other yet. None where a rate
-    that it needs is not known."""
+    that it needs is not known, or nothing of it is counted."""
     count = workers * ranks
     parts = [
         (one.flop - one.own_flop, rates.model.get(one.dtype), count),
@@ -92,7 +94,7 @@ def by_rates(one: Work, rates: Rates, workers: int, ranks: int) -> float | None:
         (one.stored, _STORED_PER_S, workers),
         (one.units, 1 / _BETWEEN_UNITS_S, workers),
     ]
-    if any(amount and not speed for amount, speed, _ in parts):
+    if not any(amount for amount, _, _ in parts) or any(amount and not speed for amount, speed, _ in parts):
         return None
     return sum(amount / speed / together for amount, speed, together in parts if amount and speed)
 

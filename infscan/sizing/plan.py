@@ -29,11 +29,13 @@ from infscan.model.tracked import by_block
 from infscan.queries import read_queries
 from infscan.results.read import read_summary
 from infscan.sizing.devices import Device, Rates, calibration, device
-from infscan.sizing.estimate import Counted, Dtypes, Estimate, Pricing, work_of, writes_of
+from infscan.sizing.estimate import Estimate, work_of, writes_of
 from infscan.sizing.hosts import host_memory
 from infscan.sizing.hours import Rate, rates_of, timed
 from infscan.sizing.memory import Codes, pass_costs, run_dtype
+from infscan.sizing.pricing import Counted, Dtypes, Pricing
 from infscan.sizing.reserve import over_memory
+from infscan.sizing.rows import ROW_PHASES, row_costs
 from infscan.steps.corpus_inputs import bos_of, settings_for, with_array_settings
 from infscan.steps.factor_files import COMPLETE, slice_count
 from infscan.steps.factors import slice_bounds
@@ -92,7 +94,9 @@ def estimate(config: PlanJob) -> Estimate:
     codes = (
         Codes.of(config.index, architecture.layers, min(shard_sequences, scanned.sequences)) if asked.index else None
     )
-    costs = pass_costs(config, architecture, queries, scanned.T, gpus, codes=codes)
+    costs, blocks = pass_costs(config, architecture, queries, scanned.T, gpus, codes=codes), bool(architecture.block)
+    if queries:
+        costs |= row_costs(config, architecture.layers, costs, queries, blocks=blocks)
     written = (
         scan_bytes(config, architecture.layers, queries, scanned.sequences, scanned.T, query_tokens=query_tokens)
         if queries or codes is None
@@ -114,13 +118,14 @@ def estimate(config: PlanJob) -> Estimate:
     dtypes = _dtypes(config, architecture, gpus)
     query_itemsize = in_dtype(config.scan.query_dtype, run_dtype(config, architecture, gpus)).itemsize
     pricing = Pricing(config, architecture.layers, costs, dtypes, architecture.parameters, shards)
-    work = work_of(pricing, queries, query_tokens, scanned, fitted)
+    work = work_of(pricing, queries, query_tokens, scanned, fitted, blocks=blocks)
     cluster = config.cluster
     work_timed = timed(work, _rate(config, on_device, dtypes), cluster.num_workers or 1, cluster.ranks_per_worker)
     factors = FactorFiles(0, 0, 0, 0)
     if fitted is not None:
         factors = factor_files(config, architecture.layers, fitted.slices, fitted.tokens)
     kept = written.get("query gradients", 0)
+    rows = sum(one.units for one in work if one.name in ROW_PHASES)
     return Estimate(
         parameters=architecture.parameters,
         tracked=len(architecture.layers),
@@ -132,7 +137,7 @@ def estimate(config: PlanJob) -> Estimate:
         costs=costs,
         factors=factors,
         bytes=written,
-        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors, kept)
+        writes=writes_of(config, architecture.layers, queries, shards, scanned, factors, kept, rows)
         | ({"codes": shards} if codes is not None else {}),
         workers=cluster.num_workers or 1,
         ranks=cluster.ranks_per_worker,

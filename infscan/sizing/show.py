@@ -59,7 +59,7 @@ def _work(found: Estimate) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for work in found.work:
-        flop = f"{work.flop:.2e}" if work.flop else f"{work.cpu_flop:.2e} (float64)"
+        flop = f"{work.flop:.2e}" if work.flop else f"{work.cpu_flop:.2e} (float64)" if work.cpu_flop else ""
         time = "" if work.seconds is None else clock(work.seconds)
         table.add_row(work.name, f"{work.sequences:,}" if work.sequences else "", f"{work.tokens:,}" if work.tokens else "", flop, time)  # fmt: skip # noqa: E501
     return table

@@ -70,7 +70,7 @@ def refine(run: Run, plan: Plan, scanned: Scanned, factors: Factors) -> Refined:
     for number, layers in cells:
         paths[units[number].group][layers].append(path_of[number, layers])
     there = whole_units(run, digest)
-    gradients = full_rank_key(run, factors)
+    gradients = full_rank_key(run, factors, config.refine_group_bytes)
 
     def task(cell: tuple[int, int]) -> RefineTask:
         unit = units[cell[0]]
@@ -101,10 +101,12 @@ def sequences_per_unit(candidates: int, per_batch: int) -> int:
     return min(_MOST_PER_UNIT, per_batch * -(-wanted // per_batch))
 
 
-def full_rank_key(run: Run, factors: Factors) -> str:
-    """What the full-rank gradients of the run's queries follow from: a rank keeps them from one step to the next."""
+def full_rank_key(run: Run, factors: Factors, group_bytes: int) -> str:
+    """What the full-rank gradients of the run's queries follow from, in groups of so many bytes: a rank keeps them from
+    one step to the next."""
     inputs = run.inputs
-    return fingerprint([inputs.fingerprints(), factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype])
+    known = [inputs.fingerprints(), factors.fingerprint, factors.inverse.fingerprint, inputs.refine_dtype]
+    return fingerprint([*known, group_bytes])
 
 
 Cell = TypeVar("Cell", bound=tuple[int, ...])

@@ -34,8 +34,8 @@ from infscan.storage import Store
 _NAME = "similarity"
 _WHITENING = "queries/whitening.safetensors"
 # Sequences that the whitening is of.
-_SAMPLED = 64
-_QUERIES_PER_GROUP, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 256, 1 << 14
+SAMPLED = 64
+QUERIES_PER_GROUP, SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 256, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def similarity(
         return None
     rows = np.sort(ranking.rows if most is None else ranking.rows[ranking.ranks <= most])
     tried = scanned.best.take(rows)
-    sample = Selection.of(corpus.sequences, _SAMPLED, config.seed).ids()
+    sample = Selection.of(corpus.sequences, SAMPLED, config.seed).ids()
     key = fingerprint(
         [
             [run.architecture.fingerprint, inputs.refine_dtype, corpus.fingerprint, sample.tolist()],
@@ -77,10 +77,10 @@ def similarity(
         ]
     )
     groups = [
-        range(start, min(start + _QUERIES_PER_GROUP, len(run.queries)))
-        for start in range(0, len(run.queries), _QUERIES_PER_GROUP)
+        range(start, min(start + QUERIES_PER_GROUP, len(run.queries)))
+        for start in range(0, len(run.queries), QUERIES_PER_GROUP)
     ]
-    units = refine_units(tried, groups, _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
+    units = refine_units(tried, groups, SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT)
     digest = fingerprint([key, scanned.fingerprint, tried.sequence_ids.tolist(), tried.queries.tolist()])
     paths = [unit_path(digest, number) for number in range(len(units))]
     there = whole_units(run, digest)
@@ -116,11 +116,13 @@ def similarity(
         )
 
         def on_given_up(_: int, reason: str) -> None:
-            # A part that cannot be read is the scan's to quarantine.
-            run.telemetry.warn(f"top.similarity is null: it could not be computed: {reason}")
+            # A part of the corpus that cannot be read is the scan's to quarantine, which needs no whitening.
+            run.telemetry.warn(f"top.similarity is null: the whitening of a sample of the corpus failed: {reason}")
 
-        if run.executor.run(whitening, on_given_up=on_given_up) or run.executor.run(step, on_given_up=on_given_up):
+        if run.executor.run(whitening, on_given_up=on_given_up):
             return None
+        # Its rows come from the run's own files, as refining's do: what fails here fails the run.
+        run.executor.run(step)
     by_group: list[list[list[str]]] = [[[]] for _ in groups]
     for unit, path in zip(units, paths, strict=True):
         by_group[unit.group][0].append(path)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infscan.config import IterationConfig, Solver, fingerprint, plain
+from infscan.config import Config, IterationConfig, Solver, fingerprint, plain
 from infscan.corpus.addressable import CorpusAddress
 from infscan.corpus.plan import Selection
 from infscan.engine.executor import Step
@@ -42,7 +42,7 @@ _TRIED_BATCHES, _POWER_STEPS, _STABLE_SHARE = 4, 8, 0.5
 _ASTRA_BATCH = 32
 # Queries that share the passes of the model at most: beyond, a query's share of what is shared is small. Vectors of a
 # query's size that an iteration has at once: x, v, r, z, the direction, and its product in both dtypes.
-_MOST_QUERIES, _VECTORS = 8, 7
+_MOST_QUERIES, VECTORS = 8, 7
 
 log = logging.getLogger("infscan")
 
@@ -94,7 +94,7 @@ def solve(run: Run, factors: Factors) -> Factors:
         if run.store.exists(name) and (facts := read_facts(run.store, name)).get("fingerprint") == keys[query_id]:
             found[query_id] = solved_before(facts)
     per_product = sequences_per_product(config.solver, config.iteration, len(ids))
-    size = queries_per_batch(run)
+    size = queries_per_batch(run.config, run.inputs.layers)
     batches = [run.queries[start : start + size] for start in range(0, len(run.queries), size)]
 
     def task(number: int) -> SolveTask:
@@ -132,12 +132,12 @@ def solve(run: Run, factors: Factors) -> Factors:
     return replace(factors, inverse=inverse, iteration=_report(run, found))
 
 
-def queries_per_batch(run: Run) -> int:
+def queries_per_batch(config: Config, layers: Sequence[Layer]) -> int:
     """How many queries share the passes of the model: as asked, or as many as have their vectors in the memory that a
     group of queries has (scan.query_group_bytes), up to 8."""
-    asked = run.config.factors.iteration.queries
-    vectors = _VECTORS * 4 * sum(layer.size for layer in run.inputs.layers)
-    room = run.config.query_group_bytes * run.config.cluster.ranks_per_worker
+    asked = config.factors.iteration.queries
+    vectors = VECTORS * 4 * sum(layer.size for layer in layers)
+    room = config.query_group_bytes * config.cluster.ranks_per_worker
     return asked or max(1, min(_MOST_QUERIES, room // vectors))
 
 
@@ -220,6 +220,11 @@ class _System:
 def sequences_per_product(solver: Solver, settings: IterationConfig, sequences: int) -> int:
     """How many of G's sequences one product is of: all (cg), or a batch (astra)."""
     return min(sequences, settings.batch or _ASTRA_BATCH) if solver is Solver.astra else sequences
+
+
+def powers(solver: Solver, settings: IterationConfig) -> int:
+    """Products of one vector with G of a batch, before the first step: what astra finds its step size by."""
+    return _TRIED_BATCHES * _POWER_STEPS if solver is Solver.astra and settings.step_size is None else 0
 
 
 def ekfac_factors(

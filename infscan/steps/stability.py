@@ -33,8 +33,9 @@ from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 
 _SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
-# Tokens of another sequence's beginning, and how many such.
-_NEUTRAL, _NEUTRALS = 16, 2
+# Tokens of another sequence's beginning, and how many such; with nothing and the separator, so many contexts at most.
+NEUTRAL, _NEUTRALS = 16, 2
+MOST_CONTEXTS = 2 + _NEUTRALS
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def stability(run: Run, plan: Plan, scanned: Scanned, ranked: Ranked, factors: F
     cells = [(unit, l, c) for unit in range(len(units)) for l in range(len(layer_groups)) for c in range(len(contexts))]
     path_of = {cell: unit_path(digest, number) for number, cell in enumerate(cells)}
     there = whole_units(run, digest)
-    gradients = full_rank_key(run, factors)
+    gradients = full_rank_key(run, factors, config.refine_group_bytes)
 
     def task(cell: tuple[int, int, int]) -> RefineTask:
         unit, layers_, context = cell
@@ -117,5 +118,5 @@ def _contexts(run: Run, plan: Plan, scanned: Scanned) -> list[Context]:
     found: list[tuple[int, ...]] = [(), *((token,) for token in own[:1])]
     for name, sequence_ids in plan.by_shard(chosen):
         table = read_candidates(run.store, name, sequence_ids, columns=GIVEN, fingerprint=scanned.fingerprint)
-        found += [tuple(ids[:_NEUTRAL]) for ids in table["token_ids"].to_pylist()]
+        found += [tuple(ids[:NEUTRAL]) for ids in table["token_ids"].to_pylist()]
     return [Context(tokens, own, run.architecture.context) for tokens in found]

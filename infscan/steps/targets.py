@@ -1,17 +1,19 @@
 """The influence of each token of published rows as a target: what predicting it taught the model of the completion.
 
 They add up to a row's score, and a score changes by exactly minus their sum where tokens are left out of the loss
-(`infscan.results.masks`). By a forward with a tangent for every row and query (`infscan.model.target_influence`), which
-a model that is cut over ranks can do.
+(`infscan.results.masks`). By a forward of every row that carries a tangent for each of its queries
+(`infscan.model.target_influence`), which a model that is cut over ranks can do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from infscan.config import fingerprint
 from infscan.corpus.plan import Plan
@@ -24,11 +26,21 @@ from infscan.results.publish import Ranking
 from infscan.results.refined import RefinedRows, unit_path, write_unit
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import preconditioned, query_groups
-from infscan.steps.refine import RefineTask, refine_units, stored_candidates, whole_units
+from infscan.steps.refine import (
+    RefineTask,
+    full_rank_key,
+    pairs_of,
+    refine_units,
+    stored_candidates,
+    whole_units,
+)
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
 
 SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 1 << 12
+# Queries whose tangents share a pass at most (docs/reports/truth.md#products-with-g-for-several-queries), and the pairs
+# that are worth a pass of their own.
+TOGETHER, _FEWEST = 8, 8
 Cell = tuple[int, int]
 
 
@@ -70,13 +82,14 @@ def targets(run: Run, plan: Plan, scanned: Scanned, ranking: Ranking, factors: F
     cells = [(unit, layers) for unit in range(len(units)) for layers in range(len(layer_groups))]
     path_of = {cell: unit_path(digest, number) for number, cell in enumerate(cells)}
     there = whole_units(run, digest)
+    gradients = full_rank_key(run, factors, config.query_group_bytes)
 
     def task(cell: Cell) -> RefineTask:
         unit, layers = units[cell[0]], layer_groups[cell[1]]
         return RefineTask(
             run=run.store,
             path=path_of[cell],
-            group=f"{unit.group}/{cell[1]}/{digest}",
+            group=f"{gradients}/{unit.group}/{cell[1]}",
             queries=tuple(run.queries[query] for query in groups[unit.group]),
             layers=layers,
             inverse=factors.inverse,
@@ -115,23 +128,21 @@ def targets_task(worker: ModelWorker, task: RefineTask) -> int:
     """
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
     sequences = stored_candidates(task.run, task.shards, task.fingerprint)
-    pairs: list[tuple[int, int]] = []
+    wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
+    pairs = pairs_of(wanted)
+    place_of = {pair: place for place, pair in enumerate(pairs)}
     longest = max(len(sequence) for sequence in sequences)
-    parts = []
-    for query in range(len(task.queries)):
-        rows = [row for row, one in enumerate(sequences) if query in task.wanted[one.sequence_id]]
-        if not rows:
-            continue
-        pairs += [(row, query) for row in rows]
-        found_rt = torch.zeros(len(rows), longest, dtype=worker.wide, device=worker.device)
-        P_q = {layer.name: P[layer.name][query] for layer in task.layers}
-        for batch in worker.batches([sequences[row] for row in rows], task.tokens_per_batch):
-            influence_bt = target_influence(worker, batch, task.layers, P_q, batch.loss())
-            if batch.scored:
+    found_nt = torch.zeros(len(pairs), longest, dtype=worker.wide, device=worker.device)
+    for queries, rows in passes(wanted):
+        P_k = {layer.name: _some(P[layer.name], queries) for layer in task.layers}
+        # A pass has as many tokens with its tangents as one query's would.
+        for batch in worker.batches([sequences[row] for row in rows], task.tokens_per_batch // len(queries)):
+            influence_kbt = target_influence(worker, batch, task.layers, P_k, batch.loss())
+            for place, row in enumerate(batch.rows.tolist()):
+                at = [place_of[rows[row], query] for query in queries]
                 # Of token t + 1 where position t predicts it.
-                found_rt[worker.to_device(batch.rows), 1 : influence_bt.shape[1]] = influence_bt[:, :-1]
-        parts.append(found_rt)
-    by_token = worker.reduce(torch.cat(parts)).float()
+                found_nt[at, 1 : influence_kbt.shape[2]] = influence_kbt[:, place, :-1]
+    by_token = worker.reduce(found_nt).float()
     if worker.leads:
         values = by_token.cpu().numpy()
         write_unit(
@@ -143,3 +154,26 @@ def targets_task(worker: ModelWorker, task: RefineTask) -> int:
             [layer.name for layer in task.layers],
         )
     return sum(len(sequences[row]) for row, _ in pairs)
+
+
+def passes(wanted: Sequences[Sequences[int]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """(queries, rows) of every pass over rows: every pair once. wanted: by row, its queries, ascending.
+
+    Rows that have the same queries go together, with a tangent for each; a few pairs go with other rows of their query.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, queries in enumerate(wanted):
+        for block in sorted({query // TOGETHER for query in queries}):
+            some = tuple(query for query in queries if query // TOGETHER == block)
+            alike.setdefault(some, []).append(row)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for queries, rows in sorted(alike.items()):
+        for some in [queries] if len(queries) * len(rows) >= _FEWEST else [(query,) for query in queries]:
+            found.setdefault(some, []).extend(rows)
+    return [(queries, sorted(rows)) for queries, rows in found.items()]
+
+
+def _some(P_qoi: Tensor, queries: tuple[int, ...]) -> Tensor:
+    """[K, O, I]; of adjacent queries without a copy."""
+    first, last = queries[0], queries[-1]
+    return P_qoi[first : last + 1] if last - first + 1 == len(queries) else P_qoi[list(queries)]

@@ -116,6 +116,9 @@ def test_every_method_is_judged_and_the_table_is_found_again(
         tracked=["mlp", "mlp+head"],
         steps=[1, 2],
         astra_steps=2,
+        iterated_auto=True,
+        iterated_sequences=[0, 10],
+        models=2,
         removal=["ekfac mlp 0.1", "random"],
         removed_queries=1,
         share=0.1,
@@ -130,6 +133,13 @@ def test_every_method_is_judged_and_the_table_is_found_again(
     labels = set(table["label"].to_pylist())
     assert {"identity mlp", "kfac mlp+head 1", "ekfac mlp auto", "cg-2 mlp 0.1", "astra-2 mlp 0.1"} <= labels
     assert {"bm25", "cosine", "random"} <= labels
+    assert {"cg-2 mlp auto of 10", "astra-2 mlp auto", "ekfac mlp auto x2", "cosine x2"} <= labels
+    assert "bm25 x2" not in labels
+    lds = {(row["label"], row["kind"]): row["lds"] for row in rows}
+    assert {row["method"] for row in rows if row["lead"] is not None} == {"ekfac", "kfac", "cg-1", "cg-2", "astra-2"}
+    for row in rows:
+        if row["label"].startswith("cg-2 mlp 0.1"):
+            assert row["lead"] == pytest.approx(row["lds"] - lds["ekfac mlp 0.1", row["kind"]])
     assert all(-1 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows)
     removed = [row for row in rows if row["removal"] is not None]
     assert {row["label"] for row in removed} == {"ekfac mlp 0.1", "random"}

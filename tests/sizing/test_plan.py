@@ -35,13 +35,18 @@ def texts(tmp_path: Path) -> list[str]:
     return [*packed, f"corpus.path={corpus}", f"queries.path={queries}"]
 
 
-@pytest.mark.parametrize("kind", ["documents", "texts", "sample", "identity"])
+@pytest.mark.parametrize("kind", ["documents", "texts", "sample", "identity", "rows"])
 def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> None:
     given = {
         "documents": ["factors.blocks=2", "factors.num_sequences=21"],
         "texts": texts(tmp_path) if kind == "texts" else [],
         "sample": ["corpus.max_sequences=17", "scan.scores=all", "factors.max_group_bytes=30000"],
         "identity": ["factors=identity", "scan.compression=plain", "queries.measure=tokens"],
+        # All that is done again with published rows, and before the scan.
+        "rows": [
+            *("scan.targets=2", "scan.stability=2", "scan.self_influence=2", "factors.damping.auto=true"),
+            *("factors.solver=cg", "factors.iteration.steps=2", "scan.rank=null"),
+        ],
     }[kind]
     config = small_run(tmp_path, *given)
     before = estimate(job(config))
@@ -53,6 +58,8 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
     assert before.corpus.tokens == summary["counts"]["scanned"]["tokens"]
     assert before.shards == summary["counts"]["planned"]["shards"] == before.writes["shards"]
     phases = {work.name: work for work in before.work}
+    # Every phase of the run, in its order, and no other.
+    assert list(phases) == list(summary["phases"])
     for name in ("covariance", "lambda", "scan"):
         if name in summary["phases"]:
             assert phases[name].tokens == summary["phases"][name]["tokens"]
@@ -60,6 +67,12 @@ def test_counts_and_bytes_are_those_of_the_run(kind: str, tmp_path: Path) -> Non
     # One query group here: no more sequences than there are, however many candidates.
     refined = summary["phases"]["refine"]["sequences"]
     assert refined <= phases["refine"].sequences <= summary["counts"]["planned"]["sequences"]
+    # At most: a row may be published for several queries.
+    for name in ("solve", "stability", "self_influence", "similarity", "targets"):
+        if name in phases:
+            assert summary["phases"][name]["sequences"] <= phases[name].sequences
+            assert phases[name].flop > 0
+            assert before.costs[name].memory.total > 0
     assert before.corpus.prepared_bytes == sum(
         entry.size for entry in store.list("corpus", suffix=".parquet") if "/part-" in entry.name
     )
@@ -133,7 +146,7 @@ def test_an_index_s_bytes_and_passes_are_planned(tmp_path: Path) -> None:
     assert before.bytes["codes"] <= sum(files) <= before.bytes["codes"] + len(files) * 16_384
     assert any("184 bytes" in note for note in before.notes)
     works = {work.name: work for work in before.work}
-    assert works.keys() == {"covariance", "eigenbasis", "lambda", "index"}
+    assert list(works) == ["prepare", "workers", "covariance", "eigenbasis", "lambda", "factors", "index"]
     suffix = {work.name: work for work in planned(alone, replace(settings, layers="layers.1")).work}
     assert suffix["index"].flop < works["index"].flop
     beside = planned(config, settings)
@@ -177,7 +190,8 @@ def test_a_model_that_is_a_configuration_alone_is_planned_by_numbers(tmp_path: P
     # A second between two shards, in which the device waits.
     assert scan.seconds == pytest.approx(computed + 2442)
     assert scan.own_flop / scan.tokens == pytest.approx(scoring, rel=0.05)
-    assert all(work.seconds for work in found.work)
+    # What loads and writes alone is timed by a finished run (plan.like), or not at all.
+    assert {work.name for work in found.work if not work.seconds} == {"workers", "publish"}
     assert found.rank_hours == pytest.approx(sum(work.seconds or 0 for work in found.work) / 3600)
     assert found.price == pytest.approx(2 * (found.rank_hours or 0))
 

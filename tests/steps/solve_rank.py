@@ -92,18 +92,18 @@ def solutions(worker: ModelWorker, folder: Path, family: str, solver: Solver) ->
 
 
 def targets(worker: ModelWorker) -> dict[str, Tensor]:
-    """What every token of some sequences taught, along a fixed direction."""
+    """What every token of some sequences taught, along three fixed directions."""
     draw = np.random.default_rng(1)
     sequences = [Sequence(n, draw.integers(1, VOCAB, length), (), 0, "") for n, length in enumerate(LENGTHS)]
     P = {
-        layer.name: torch.from_numpy(draw.standard_normal((layer.outputs, layer.inputs))).to(worker.wide)
+        layer.name: torch.from_numpy(draw.standard_normal((3, layer.outputs, layer.inputs))).to(worker.wide)
         for layer in worker.layers
     }
-    found = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=worker.wide)
+    found = torch.zeros(3, len(LENGTHS), max(LENGTHS), dtype=worker.wide)
     for batch in worker.batches(sequences, TOKENS_PER_BATCH):
         influence = target_influence(worker, batch, worker.layers, P, batch.loss())
         if batch.scored:
-            found[batch.rows, : influence.shape[1]] = influence
+            found[:, batch.rows, : influence.shape[2]] = influence
     return {"targets|": worker.reduce(found)}
 
 

@@ -17,6 +17,7 @@ from infscan.results.masks import write_masks
 from infscan.results.read import read_layers, read_scores, read_tokens, read_top
 from infscan.steps.explain import explain
 from infscan.steps.finished import reopen
+from infscan.steps.targets import passes
 from tests.steps.runs import EOS, answer_here, compose, tiny_model, token_corpus, token_queries, write_jsonl
 
 DOCUMENTS, QUERIES = 12, 2
@@ -120,6 +121,18 @@ def test_a_share_is_of_the_explained_tokens_and_queries_are_added_up(run: str) -
         assert score == pytest.approx(first.get(at, 0.0) + second.get(at, 0.0))
     tenth = run_masks(MasksJob(run=run, share=0.1, sides=Sides.both)).table
     assert sum(map(len, tenth["positions"].to_pylist())) == round(0.1 * len(scores(both)))
+
+
+def test_rows_that_share_their_queries_share_a_pass_and_every_pair_is_once() -> None:
+    draw = np.random.default_rng(0)
+    wanted = [tuple(np.flatnonzero(draw.random(20) < 0.2).tolist()) for _ in range(30)]
+    wanted += [(0, 2, 3, 9)] * 4
+    found = passes(wanted)
+    pairs = [(row, query) for queries, rows in found for row in rows for query in queries]
+    assert sorted(pairs) == [(row, query) for row, queries in enumerate(wanted) for query in queries]
+    assert ((0, 2, 3), [30, 31, 32, 33]) in found
+    assert passes([tuple(range(12))] * 5) == [(tuple(range(8)), [*range(5)]), (tuple(range(8, 12)), [*range(5)])]
+    assert [queries for queries, _ in passes([(0, 1), (1, 2)])] == [(0,), (1,), (2,)]
 
 
 def test_what_cannot_be_masked_is_refused(run: str) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from infscan.corpus.plan import Selection
+from infscan.errors import CorpusError
 from infscan.influence.similarity import RIDGE
-from infscan.results.read import read_top
+from infscan.results.read import read_summary, read_top
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
 
 
@@ -77,3 +78,25 @@ def test_it_may_be_of_the_strongest_rows_alone_or_left_out(root: Path) -> None:
         assert two["similarity"] == (one["similarity"] if two["rank"] <= 2 else None)
     answer_here(small_run(root, "model.dtype=float64", "scan.similarity=0", f"output={root / 'none'}"))
     assert table(root / "none")["similarity"].null_count == len(all_of_them)
+
+
+def test_what_cannot_be_whitened_is_null_and_what_cannot_be_compared_fails_the_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample is of the corpus, of which a part may be unreadable; the rows are of the run's own files."""
+
+    def broken(*_: object) -> None:
+        raise CorpusError("part-00000.parquet cannot be read")
+
+    config = small_run(root, "model.dtype=float64", f"output={root / 'broken'}")
+    with monkeypatch.context() as patched:
+        patched.setattr("infscan.steps.similarity.similarity_task", broken)
+        with pytest.raises(CorpusError, match="cannot be read"):
+            answer_here(config)
+    answer_here(config)
+    assert table(root / "broken").equals(table(root / "run"))
+    other = small_run(root, "model.dtype=float64", f"output={root / 'unread'}")
+    monkeypatch.setattr("infscan.steps.similarity.whitening_task", broken)
+    answer_here(other)
+    assert table(root / "unread")["similarity"].null_count == 3 * 2 * 5
+    assert any("top.similarity is null" in said for said in read_summary(str(root / "unread"))["warnings"])
