@@ -97,11 +97,15 @@ class Group:
         self.state, self.unit = State.busy, unit
         self.world.handed.append((self.index, unit, oom_retries))
         seconds, self.result = self.world.answer(self.index, unit, oom_retries)
-        if self.writing is not None:
-            # At its end it waits until the unit before is written.
-            seconds = max(seconds, self.writing[0] - self.world.now)
-        self.writes = self.world.write_s and ahead["behind"] and not isinstance(self.result, Exception)
-        self._ends(seconds if self.writes else seconds + self.world.write_s)
+        left = 0.0 if self.writing is None else max(0.0, self.writing[0] - self.world.now)
+        if not ahead["behind"]:
+            # The unit before is written first.
+            seconds += left
+        elif not isinstance(self.result, ConnectionError):
+            seconds = max(seconds, left)
+        fails = isinstance(self.result, Exception)
+        self.writes = self.world.write_s > 0 and ahead["behind"] and not fails
+        self._ends(seconds if self.writes or fails else seconds + self.world.write_s)
 
     def _ends(self, seconds: float) -> None:
         self.ends = self.world.now + seconds
