@@ -118,7 +118,7 @@ class SimulatedGroup:
     def is_placed(self) -> bool:
         return True
 
-    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0, following: Any) -> None:
+    def submit(self, unit: int, function: Any, task: Any, *shared: Any, oom_retries: int = 0, **ahead: Any) -> None:
         self.state, self.unit, self.running = State.busy, unit, [object()]
         sent = pickle.dumps(task, protocol=5)
         with self.away():
@@ -142,6 +142,13 @@ class SimulatedGroup:
         )
         n = len(task.sequence_ids)
         return hits, ShardCounts(n, n * self.sizes.tokens, 0, len(np.unique(places)), len(hits))
+
+    @property
+    def pending(self) -> list[object]:
+        return [] if self.state is State.idle else self.running
+
+    def poll_written(self) -> None:
+        return
 
     def poll(self) -> tuple[Outcome, Any] | None:
         if self.state is State.idle:

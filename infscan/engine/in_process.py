@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from infscan.engine.schedule import Schedule
 from infscan.errors import ConfigError, RunError
 from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import has_died
-from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.model.worker import ModelWorker, Unwritten, WorkerSettings
 from infscan.storage.host import resident_bytes, this_host
 from infscan.telemetry import PhaseView, Telemetry
 
@@ -144,9 +145,19 @@ class InProcessExecutor:
         schedule = Schedule(left, self.max_attempts, halvings)
         with self.telemetry.phase(step.name, len(left), step.unit_name) as phase:
             self.records.recovery.start_step()
-            while (unit := schedule.take()) is not None:
-                self.records.check()
-                self._attempt(step, schedule, unit, phase, on_done, on_given_up, shared)
+            # The unit that is computed, and what it will have returned once it is written.
+            computed: tuple[Any, Future[Any]] | None = None
+            try:
+                while (unit := schedule.take()) is not None or computed is not None:
+                    self.records.check()
+                    before = computed
+                    computed = None
+                    if unit is not None:
+                        computed = self._attempt(step, schedule, unit, phase, on_done, on_given_up, shared)
+                    if before is not None:
+                        self._settle(step, schedule, *before, phase, on_done, on_given_up)
+            finally:
+                self.worker.behind.wait()
         self._halvings[step.function] = schedule.halvings
         return schedule.given_up
 
@@ -168,22 +179,51 @@ class InProcessExecutor:
         on_done: OnDone | None,
         on_given_up: OnGivenUp | None,
         shared: Sequence[Any],
-    ) -> None:
+    ) -> tuple[Any, Future[Any]] | None:
+        """Returns the unit where its output is still to be written, and the result to come."""
         worker, recovery, metrics = self.worker, self.records.recovery, self.records.metrics
         retries, task = schedule.oom_retries.get(unit, 0), step.task(unit)
-        recovery.unit_started(0)
+        recovery.unit_started(0, unit)
         metrics.unit_started(0, unit, schedule.attempt(unit))
         try:
             following = schedule.promise(0)
             reads = None if following is None else step.reads(following)
             worker.tell = phase.at_work
-            result = worker.attempt(step.function, retries, task, *shared, following=reads)
+            behind = not schedule.losses.get(unit)
+            result = worker.attempt(step.function, retries, task, *shared, following=reads, behind=behind)
+        except Exception as error:
+            self._failed(schedule, unit, error, on_given_up)
+            return None
+        if isinstance(result, Unwritten):
+            metrics.unit_computed(0, unit)
+            return unit, result.result
+        self._succeed(step, schedule, unit, result, phase, on_done)
+        return None
+
+    def _settle(
+        self,
+        step: Step[Any],
+        schedule: Schedule,
+        unit: Any,
+        written: Future[Any],
+        phase: PhaseView,
+        on_done: OnDone | None,
+        on_given_up: OnGivenUp | None,
+    ) -> None:
+        """The end of a unit that was computed: once its output is in storage, or was not to be written."""
+        try:
+            result = written.result()
         except Exception as error:
             self._failed(schedule, unit, error, on_given_up)
             return
+        self._succeed(step, schedule, unit, result, phase, on_done)
+
+    def _succeed(
+        self, step: Step[Any], schedule: Schedule, unit: Any, result: Any, phase: PhaseView, on_done: OnDone | None
+    ) -> None:
         self._storage_failures = 0
-        recovery.unit_finished(0)
-        metrics.unit_finished(0, "done")
+        self.records.recovery.unit_finished(0, unit)
+        self.records.metrics.unit_finished(0, unit, "done")
         schedule.succeed(unit)
         finish_unit(step, phase, on_done, unit, result)
 
@@ -201,8 +241,8 @@ class InProcessExecutor:
             self.telemetry.warn(shrunk(schedule.halvings))
         self.oom_retries += verdict.cause == "memory" and not verdict.given_up
         log.warning("unit %s: %s; %s", unit, reason, "given up" if verdict.given_up else "tried again")
-        self.records.recovery.unit_failed(0)
-        self.records.metrics.unit_finished(0, verdict.cause)
+        self.records.recovery.unit_failed(0, unit)
+        self.records.metrics.unit_finished(0, unit, verdict.cause)
         if verdict.given_up:
             give_up(unit, error, reason, self.max_attempts, on_given_up)
         elif is_transient(error):

@@ -75,7 +75,8 @@ class RunMetrics:
         self.spans: list[tuple[int, Span]] = []
         # By rank of worker 0, over all the workers that this run has had.
         self._rank_spans: list[list[Span]] = []
-        self._running: dict[int, tuple[Any, int, float]] = {}
+        # By worker and unit: which attempt, when it began, and when it was computed, if it is.
+        self._running: dict[tuple[int, Any], tuple[int, float, float | None]] = {}
         self._idle_since: dict[int, float] = {}
         self._faults: Counter[str] = Counter()
 
@@ -116,16 +117,23 @@ class RunMetrics:
         since = self._idle_since.pop(worker, None)
         if since is not None and (found := self.metrics):
             found.waits.observe(max(0.0, now - since), tags={"phase": self.phase})
-        self._running[worker] = (unit, attempt, now)
+        self._running[worker, unit] = (attempt, now, None)
         log.debug("unit %s goes to worker %d", unit, worker, extra=self.facts(worker, unit, attempt))
 
-    def unit_finished(self, worker: int, outcome: str) -> None:
-        """Its unit is `done`, or is handed out again or given up because of an `error`, `memory`, `storage`, or because
+    def unit_computed(self, worker: int, unit: Any) -> None:
+        """The worker is free for another unit, while this one's output is written."""
+        now = self._idle_since[worker] = self.clock()
+        if found := self._running.get((worker, unit)):
+            self._running[worker, unit] = (*found[:2], now)
+
+    def unit_finished(self, worker: int, unit: Any, outcome: str) -> None:
+        """A unit is `done`, or is handed out again or given up because of an `error`, `memory`, `storage`, or because
         the worker was `lost`; or another worker was first, and this one `late`."""
         now = self.clock()
-        unit, attempt, began = self._running.pop(worker, (None, 0, now))
-        self._idle_since[worker] = now
-        if unit is None:
+        attempt, began, computed = self._running.pop((worker, unit), (0, now, None))
+        if computed is None:
+            self._idle_since[worker] = now
+        if not attempt:
             return
         if found := self.metrics:
             if outcome in ("done", "late"):
@@ -134,7 +142,7 @@ class RunMetrics:
                 found.retries.inc(1, tags={"phase": self.phase, "cause": outcome})
         facts = self.facts(worker, unit, attempt)
         if self.traced and len(self.spans) < _MOST_SPANS:
-            self.spans.append((worker, (self.phase, began, now, facts | {"outcome": outcome})))
+            self.spans.append((worker, (self.phase, began, computed or now, facts | {"outcome": outcome})))
         log.debug("unit %s on worker %d: %s", unit, worker, outcome, extra=facts | {"outcome": outcome})
 
     def facts(self, worker: int, unit: Any, attempt: int) -> dict[str, Any]:
@@ -160,14 +168,19 @@ class RunMetrics:
 
     def write_trace(self, store: Store, ranks: Sequence[Sequence[Span]]) -> None:
         """<output>/trace.json, for Perfetto or chrome://tracing: every worker's units, and what the first worker's
-        ranks did within them, beside what was written of those before them."""
+        ranks did within them and wrote of them, beside what was written of those before them."""
         self._rank_spans = [[*old, *new] for old, new in zip_longest(self._rank_spans, ranks, fillvalue=())]
         if not (self.spans or self._rank_spans):
             return
         events = [_named(1, "workers"), *(_event(1, worker, span) for worker, span in self.spans)]
         if self._rank_spans:
-            events.append(_named(2, "ranks of worker 0"))
-            events += [_event(2, rank, span) for rank, spans in enumerate(self._rank_spans) for span in spans]
+            # Units are written beside what is computed.
+            events += [_named(2, "ranks of worker 0"), _named(3, "what they write")]
+            events += [
+                _event(3 if span[0] == "write" else 2, rank, span)
+                for rank, spans in enumerate(self._rank_spans)
+                for span in spans
+            ]
         value = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": self.run}}
         store.write(TRACE, json.dumps(value).encode())
 

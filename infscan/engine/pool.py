@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayError
@@ -16,6 +17,7 @@ from infscan.engine.attempts import (
     LONGEST_BACK_OFF_S,
     NotMadeError,
     OnGivenUp,
+    Verdict,
     give_up,
     is_transient,
     judge,
@@ -44,10 +46,26 @@ _TICK_S = 0.5
 _RECORD_S = 1.0
 
 
+@dataclass
+class Attempt:
+    """A worker's attempt at a unit of the step with this function."""
+
+    unit: Any
+    function: Callable[..., Any]
+    # When it was handed out, and how often its micro-batches are halved.
+    handed_at: float
+    halved: int
+    # Whether another worker finished the unit first.
+    late: bool = False
+
+
 class Pool:
     """The worker groups, started together; `run` gives them one step's units.
 
     check: called at every turn of the loop; what it raises ends the step (a driver that lost its lease).
+
+    A worker is at two units at most: one that is computed, and the one before, whose output is written meanwhile. Each
+    ends by itself; where the worker is lost, both wait again.
 
     What a finished unit costs this process does not grow with the number of workers: a turn of the loop looks at those
     that answered, and at all of them once in `_TICK_S` for what no answer tells (silence, deadlines).
@@ -82,12 +100,11 @@ class Pool:
         self._oom_kills: dict[str, int] = {}
         self._died_with: dict[int, Any] = {}
         self.health = Health()
-        # When each group was handed its unit; those whose unit another one finished first, and what they are at.
-        self._handed_at: dict[int, float] = {}
-        self._late: dict[int, Callable[..., Any]] = {}
-        # How often a group's micro-batches are halved for what others hold of its GPU, and those of its unit are.
+        # By group: what it computes, and what it writes.
+        self._computing: dict[int, Attempt] = {}
+        self._writing: dict[int, Attempt] = {}
+        # How often a group's micro-batches are halved for what others hold of its GPU.
         self._short: dict[int, int] = {}
-        self._halved: dict[int, int] = {}
         # What was said of forecasts: of which group, for which step.
         self._told: set[tuple[int, Callable[..., Any]]] = set()
         # By a step's function: how often its micro-batches are halved for every unit.
@@ -142,13 +159,14 @@ class Pool:
         def submit(group: WorkerGroup, unit: Any) -> None:
             short = max(self._short.get(group.index, 0), self._forecast(group, function))
             halvings = max(schedule.oom_retries.get(unit, 0), short)
-            self._halved[group.index] = halvings
             group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
             following = schedule.promise(group.index)
             ahead = None if following is None else reads(following)
-            group.submit(unit, function, task(unit), *shared, oom_retries=halvings, following=ahead)
-            self._handed_at[group.index] = time.monotonic()
-            self.recovery.unit_started(group.index)
+            # A unit that was lost before has its worker for itself, so that what it does to a worker is its own doing.
+            behind = not schedule.losses.get(unit)
+            group.submit(unit, function, task(unit), *shared, oom_retries=halvings, following=ahead, behind=behind)
+            self._computing[group.index] = Attempt(unit, function, time.monotonic(), halvings)
+            self.recovery.unit_started(group.index, unit)
             self.metrics.unit_started(group.index, unit, schedule.attempt(unit))
 
         def hand_out(group: WorkerGroup) -> None:
@@ -156,6 +174,27 @@ class Pool:
                 return
             if (unit := schedule.take(group.index)) is not None:
                 submit(group, unit)
+
+        def ended(group: WorkerGroup, outcome: Outcome, result: Any, of: dict[int, Attempt]) -> None:
+            """What a group computed, or wrote, came to an end; or the group was lost, whatever it was at."""
+            if outcome is Outcome.lost:
+                self._lost(schedule, group, result, on_given_up)
+                return
+            attempt = of.pop(group.index)
+            if attempt.late:
+                self._came_late(group, attempt, outcome, result, function, written=of is self._writing)
+            elif outcome is Outcome.done:
+                self._storage_failures = self.failed_starts = 0
+                self.health.well(group.index)
+                times.add(time.monotonic() - attempt.handed_at)
+                self.recovery.unit_finished(group.index, attempt.unit)
+                self.metrics.unit_finished(group.index, attempt.unit, "done")
+                for other in self._attempts():
+                    other.late |= other.unit == attempt.unit
+                schedule.succeed(attempt.unit)
+                on_done(attempt.unit, result)
+            else:
+                self._failed(schedule, group, attempt, result, on_given_up, shared, written=of is self._writing)
 
         self._died_with.clear()
         self.recovery.start_step()
@@ -166,31 +205,20 @@ class Pool:
                 submit(group, unit)
             self._record_states(schedule)
             if at_work is not None and time.monotonic() >= self._look_at:
-                at_work(sum(group.heartbeats.share for group in self._at_work()))
+                at_work(self._share_done())
             for group in self.wait():
-                was, unit = group.state, group.unit
-                answer = group.poll()
-                if answer is None:
+                if (answer := group.poll_written()) is not None:
+                    ended(group, *answer, of=self._writing)
+                was = group.state
+                if (answer := group.poll()) is None:
                     continue
                 outcome, result = answer
                 if was is State.starting:
                     self._started(group, outcome, result, schedule)
-                elif was is State.idle:
-                    self._rebuild(group, result)
-                elif group.index in self._late:
-                    self._came_late(group, outcome, result, function)
-                elif outcome is Outcome.done:
-                    self._storage_failures = self.failed_starts = 0
-                    self.health.well(group.index)
-                    times.add(time.monotonic() - self._handed_at[group.index])
-                    self.recovery.unit_finished(group.index)
-                    self.metrics.unit_finished(group.index, "done")
-                    if schedule.copies.get(unit):
-                        self._late |= {other.index: function for other in self._at_work() if other.unit == unit}
-                    schedule.succeed(unit)
-                    on_done(unit, result)
+                elif outcome is Outcome.computed:
+                    self._is_computed(group, function)
                 else:
-                    self._attempt_failed(schedule, group, unit, outcome, result, on_given_up, shared)
+                    ended(group, outcome, result, of=self._computing)
                 # Not when all have been heard: where a thousand answered, the first would wait for them.
                 hand_out(group)
         self._halvings[function] = schedule.halvings
@@ -209,44 +237,73 @@ class Pool:
             self.warn(need.said(name, min(free), f"a GPU of worker {group.index}"))
         return halvings
 
-    def _at_work(self) -> list[WorkerGroup]:
-        """The groups that are at units of this step."""
-        return [group for group in self.groups if group.state is State.busy and group.index not in self._late]
+    def _attempts(self) -> list[Attempt]:
+        """What all groups are at: units that they compute, and those that they write."""
+        return [*self._computing.values(), *self._writing.values()]
+
+    def _share_done(self) -> float:
+        """How many units' worth is done of those of this step that are not done yet."""
+        at_work = (self.groups[index] for index, attempt in self._computing.items() if not attempt.late)
+        written = sum(not attempt.late for attempt in self._writing.values())
+        return written + sum(group.heartbeats.share for group in at_work)
 
     def _late_units(self, schedule: Schedule, times: UnitTimes) -> list[tuple[WorkerGroup, Any]]:
         """Idle groups, and the units that they try as well: those that are late, the latest first, once each."""
         now, limit_s = time.monotonic(), times.late_after_s
-        idle = [group for group in self.groups if group.state is State.idle]
+        idle = [group for group in self.groups if group.state is State.idle and group.index not in self._writing]
         if schedule.any_waits or not idle or now < self._back_off_until:
             return []
-        alone = [group for group in self._at_work() if not schedule.copies.get(group.unit)]
-        late = [group for group in alone if now - self._handed_at[group.index] > limit_s]
-        late.sort(key=lambda group: self._handed_at[group.index])
+        alone = [
+            (index, attempt)
+            for of in (self._computing, self._writing)
+            for index, attempt in of.items()
+            if not attempt.late and not schedule.copies.get(attempt.unit)
+        ]
+        late = [(index, attempt) for index, attempt in alone if now - attempt.handed_at > limit_s]
+        late.sort(key=lambda found: found[1].handed_at)
         found = []
-        for group, slow in zip(idle, late, strict=False):
+        for group, (index, slow) in zip(idle, late, strict=False):
             log.warning(
                 "unit %s has been with worker %d for %.0f s, and they usually take %.0f s: worker %d tries it too",
-                slow.unit, slow.index, now - self._handed_at[slow.index], times.usual_s, group.index,
+                slow.unit, index, now - slow.handed_at, times.usual_s, group.index,
             )  # fmt: skip
             schedule.take_again(slow.unit)
             self.recovery.reissued += 1
             found.append((group, slow.unit))
         return found
 
-    def _came_late(self, group: WorkerGroup, outcome: Outcome, result: Any, function: Callable[..., Any]) -> None:
+    def _is_computed(self, group: WorkerGroup, function: Callable[..., Any]) -> None:
+        """A group is free for another unit while what it computed is written. function: the step's."""
+        attempt = self._writing[group.index] = self._computing.pop(group.index)
+        self.health.well(group.index)
+        self.metrics.unit_computed(group.index, attempt.unit)
+        if attempt.function is not function:
+            # It was at work when the others dropped what that step had cached.
+            group.forget()
+
+    def _came_late(
+        self,
+        group: WorkerGroup,
+        attempt: Attempt,
+        outcome: Outcome,
+        result: Any,
+        function: Callable[..., Any],
+        *,
+        written: bool,
+    ) -> None:
         """An attempt at a unit that another group finished first has ended, in this step or a later one."""
-        earlier = self._late.pop(group.index)
-        self.metrics.unit_finished(group.index, "late")
-        if outcome is Outcome.done:
-            self.recovery.unit_failed(group.index)
-            if earlier is not function:
-                # It was at work when the others dropped what that step had cached.
-                group.forget()
-        elif outcome is Outcome.lost or self.sharded or (self.gpus and is_fault(result)):
+        self.metrics.unit_finished(group.index, attempt.unit, "late")
+        if outcome is Outcome.failed and not written and (self.sharded or (self.gpus and is_fault(result))):
             self._rebuild(group, result)
-        else:
-            self.recovery.unit_failed(group.index)
+            return
+        self.recovery.unit_failed(group.index, attempt.unit)
+        if written:
+            return
+        if outcome is Outcome.failed:
             group.state = State.idle
+        elif attempt.function is not function:
+            # As in `_is_computed`.
+            group.forget()
 
     def _record_states(self, schedule: Schedule) -> None:
         """Record what is in which state, at most once a second and at the step's end."""
@@ -261,8 +318,7 @@ class Pool:
         """Wait until a rank answers, a tick at most. Returns the groups to look at."""
         self.check()
         self.placing.check(self.groups)
-        waits = (State.starting, State.busy)
-        asked = {ref: group for group in self.groups if group.state in waits for ref in group.running}
+        asked = {ref: group for group in self.groups for ref in group.pending}
         answered = self.answers(list(asked), _TICK_S)
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + _TICK_S
@@ -304,46 +360,88 @@ class Pool:
             log.warning("unit %s: the kernel killed a process of its worker for memory; micro-batches are halved", unit)
             self.oom_retries += schedule.allow_smaller(unit)
 
-    def _attempt_failed(
+    def _failed(
         self,
         schedule: Schedule,
         group: WorkerGroup,
-        unit: Any,
-        outcome: Outcome,
+        attempt: Attempt,
         error: Exception,
         on_given_up: OnGivenUp | None,
         shared: Sequence[Any],
+        *,
+        written: bool,
     ) -> None:
-        reason, killed = _reason(error), isinstance(error, OutOfMemoryError)
+        """A unit went wrong as it was computed, or written: then the group goes on with the one that it computes."""
         # A GPU's process is not to be trusted after an error that is neither its memory's nor a person's. Where it is
-        # the only one, there is no other to tell the unit's fault from the machine's.
-        fault = self.gpus > 0 and not killed and is_fault(error)
-        lost = outcome is Outcome.lost or (fault and len(self._used()) > 1)
-        size = schedule.halvings
-        verdict = judge(schedule, unit, error, reason, lost=lost, killed=killed, worker=group.index)
+        # the only one, there is no other to tell the unit's fault from the machine's. No GPU takes part in writing.
+        fault = self.gpus > 0 and not written and is_fault(error)
+        lost = fault and len(self._used()) > 1
+        verdict = self._judge(schedule, group, attempt, error, lost=lost, worker=group.index)
         if isinstance(error, NotMadeError):
             self._make_again(shared, group, error)
         if isinstance(error, RankMemoryError) and error.foreign:
-            self._short[group.index] = self._halved[group.index] + 1
+            self._short[group.index] = attempt.halved + 1
+        if not lost and is_transient(error):
+            self._back_off()
+        # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again. Nor can a
+        # sharded model whose parameters were gathered when it stopped.
+        if not written and (fault or self.sharded):
+            self._died_with[group.index] = attempt.unit
+            self._rebuild(group, error, attempt.unit, struck=fault, schedule=schedule)
+        else:
+            self.recovery.unit_failed(group.index, attempt.unit)
+            if not written:
+                group.state = State.idle
+        if verdict.given_up:
+            give_up(attempt.unit, error, _reason(error), self.cluster.max_attempts, on_given_up)
+
+    def _lost(self, schedule: Schedule, group: WorkerGroup, error: Exception, on_given_up: OnGivenUp | None) -> None:
+        """A group died or fell silent: what it computed waits again, and so does what it had not written yet."""
+        killed = isinstance(error, OutOfMemoryError)
+        computing, writing = self._computing.pop(group.index, None), self._writing.pop(group.index, None)
+        # What was computed is taken for the reason; what was written, where nothing was.
+        blamed = computing or writing
+        given_up = []
+        for attempt in (writing, computing):
+            if attempt is None:
+                continue
+            if attempt.late:
+                self.metrics.unit_finished(group.index, attempt.unit, "late")
+                continue
+            worker = group.index if attempt is blamed else None
+            kill = killed and attempt is blamed
+            if self._judge(schedule, group, attempt, error, lost=True, killed=kill, worker=worker).given_up:
+                given_up.append(attempt.unit)
+        at = blamed.unit if blamed and not blamed.late else None
+        if at is not None:
+            self._died_with[group.index] = at
+        struck = computing is not None and not computing.late and self.gpus > 0 and not killed and is_fault(error)
+        self._rebuild(group, error, at, struck=struck, schedule=schedule)
+        for unit in given_up:
+            give_up(unit, error, _reason(error), self.cluster.max_attempts, on_given_up)
+
+    def _judge(
+        self,
+        schedule: Schedule,
+        group: WorkerGroup,
+        attempt: Attempt,
+        error: Exception,
+        *,
+        lost: bool,
+        killed: bool = False,
+        worker: int | None,
+    ) -> Verdict:
+        """Record what an attempt failed of, and say so."""
+        size, unit, reason = schedule.halvings, attempt.unit, _reason(error)
+        verdict = judge(schedule, unit, error, reason, lost=lost, killed=killed, worker=worker)
         if schedule.halvings > size:
             self.warn(shrunk(schedule.halvings))
         self.oom_retries += verdict.cause == "memory" and not verdict.given_up
         facts = self.metrics.facts(group.index, unit, schedule.attempt(unit))
         what = "given up" if verdict.given_up else "tried again"
         log.warning("unit %s on worker %d: %s; %s", unit, group.index, reason, what, extra=facts)
-        self.metrics.unit_finished(group.index, verdict.cause)
-        if not lost and is_transient(error):
-            self._back_off()
-        # The other ranks of a group whose one rank failed wait in a collective: they cannot be used again. Nor can a
-        # sharded model whose parameters were gathered when it stopped.
-        if lost or fault or self.sharded:
-            self._died_with[group.index] = unit
-            self._rebuild(group, error, unit, struck=fault, schedule=schedule)
-        else:
-            self.recovery.unit_failed(group.index)
-            group.state = State.idle
-        if verdict.given_up:
-            give_up(unit, error, reason, self.cluster.max_attempts, on_given_up)
+        self.metrics.unit_finished(group.index, unit, verdict.cause)
+        return verdict
 
     def _make_again(self, shared: Sequence[Any], group: WorkerGroup, error: NotMadeError) -> None:
         for one in shared:

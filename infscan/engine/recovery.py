@@ -34,7 +34,8 @@ class WorkerFailure:
     reason: str
     # When it was found.
     at: float
-    # How long ago its unit had been handed out, the time until the failure was found included; 0 where it had none.
+    # How long ago its unit, or the first of its two, had been handed out, the time until the failure was found
+    # included; 0 where it had none.
     lost_work_s: float
     # Of the step that it failed in.
     pace: Pace
@@ -77,7 +78,8 @@ class RecoveryLog:
     reissued: int = 0
     _opened: float = field(init=False)
     _pace: Pace = field(init=False, default_factory=Pace)
-    _started_at: dict[int, float] = field(init=False, default_factory=dict)
+    # By worker: when its units were handed out, the one that it computes and the one that it writes.
+    _started_at: dict[int, dict[Any, float]] = field(init=False, default_factory=dict)
     _away: dict[int, WorkerFailure] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,9 +92,10 @@ class RecoveryLog:
     def start_step(self) -> None:
         self._pace = Pace()
 
-    def unit_started(self, worker: int) -> None:
+    def unit_started(self, worker: int, unit: Any) -> None:
         """A unit went to the worker."""
-        now = self._started_at[worker] = self.clock()
+        now = self.clock()
+        self._started_at.setdefault(worker, {})[unit] = now
         if self.first_unit_s is None:
             self.first_unit_s = now - self._opened
             if self.followed:
@@ -102,8 +105,9 @@ class RecoveryLog:
         for other in self._away.values():
             other.units_by_others += 1
 
-    def unit_finished(self, worker: int) -> None:
-        took = self.clock() - self._started_at.pop(worker)
+    def unit_finished(self, worker: int, unit: Any) -> None:
+        now = self.clock()
+        took = now - self._started_at.get(worker, {}).pop(unit, now)
         self._pace.units += 1
         self._pace.seconds += took
         self._pace.longest = max(self._pace.longest, took)
@@ -115,15 +119,16 @@ class RecoveryLog:
             return most
         return min(most, max(least, _TIMES_LONGEST * self._pace.longest))
 
-    def unit_failed(self, worker: int) -> None:
-        """Its unit went wrong, and it is still there."""
-        self._started_at.pop(worker, None)
+    def unit_failed(self, worker: int, unit: Any) -> None:
+        """The unit went wrong, and the worker is still there."""
+        self._started_at.get(worker, {}).pop(unit, None)
 
     def worker_lost(self, worker: int, reason: str) -> None:
         now = self.clock()
         if before := self._away.pop(worker, None):
             before.recovery_s = now - before.at
-        failure = WorkerFailure(worker, reason, now, now - self._started_at.pop(worker, now), self._pace)
+        began = min(self._started_at.pop(worker, {}).values(), default=now)
+        failure = WorkerFailure(worker, reason, now, now - began, self._pace)
         self.failures.append(failure)
         self._away[worker] = failure
 

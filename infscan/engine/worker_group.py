@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
@@ -37,7 +39,7 @@ from infscan.engine.node_share import NodeShare
 from infscan.errors import ConfigError
 from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import RankMemoryError
-from infscan.model.worker import ModelWorker, Span, WorkerSettings
+from infscan.model.worker import ModelWorker, Span, Unwritten, WorkerSettings
 from infscan.storage import Store, storage_faults
 from infscan.storage.host import resident_bytes
 
@@ -56,6 +58,8 @@ class RankActor:
     def __init__(self) -> None:
         self._worker: ModelWorker | None = None
         self._before, self._loaded_bytes = ProcessBytes(), 0
+        # Of units that were computed: what `written` answers, in their order.
+        self._unwritten: deque[Future[Any]] = deque()
 
     def address(self) -> str:
         """host:port at which the group's ranks will meet; asked of rank 0 only."""
@@ -81,12 +85,26 @@ class RankActor:
         return facts_of(self._worker.model, host, node, self._before, self._loaded_bytes)
 
     def run(
-        self, function: Callable[..., Any], oom_retries: int, *arguments: Any, following: Reads | None = None
+        self,
+        function: Callable[..., Any],
+        oom_retries: int,
+        *arguments: Any,
+        following: Reads | None = None,
+        behind: bool = False,
     ) -> Any:
         """function(worker, *arguments): one of a step's tasks, with micro-batches halved so many times, while what
-        follows is read."""
+        follows is read. `Outcome.computed` where the result is to be had from `written`."""
         assert self._worker is not None
-        return self._worker.attempt(function, oom_retries, *arguments, following=following)
+        result = self._worker.attempt(function, oom_retries, *arguments, following=following, behind=behind)
+        if not isinstance(result, Unwritten):
+            return result
+        self._unwritten.append(result.result)
+        return Outcome.computed
+
+    @ray.method(concurrency_group="writing")
+    def written(self) -> Any:
+        """The result of the earliest unit that was computed and not asked for yet, once its output is in storage."""
+        return self._unwritten.popleft().result()
 
     @ray.method(concurrency_group="heartbeat")
     def ping(self) -> Beat:
@@ -132,7 +150,9 @@ def gpu_index(mine: Sequence[int | str], visible: str | None) -> int:
 
 
 # Never restarted by Ray itself: the driver counts attempts and rebuilds the whole group.
-_ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"heartbeat": 1})(RankActor)
+_ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"heartbeat": 1, "writing": 1})(
+    RankActor
+)
 
 
 @ray.remote(num_cpus=0)
@@ -163,6 +183,8 @@ class Outcome(Enum):
     """What became of a group's step: all ranks answered, the work went wrong, or a machine under it did."""
 
     done = auto()
+    # The ranks are free for another unit, and the first is still writing what this one's task left.
+    computed = auto()
     failed = auto()
     lost = auto()
 
@@ -172,6 +194,9 @@ class WorkerGroup:
 
     # What the next unit may take; None is cluster.deadline_s.
     unit_limit_s: float | None = None
+    # Rank 0's answer to the unit that it is still writing, and until when it may take.
+    writing: ray.ObjectRef | None = None
+    _written_by = 0.0
 
     def __init__(self, index: int, settings: WorkerSettings, cluster: ClusterConfig, gpus: float) -> None:
         self.index, self.settings, self.cluster, self.gpus = index, settings, cluster, gpus
@@ -189,6 +214,7 @@ class WorkerGroup:
 
     def start(self) -> None:
         """Make new actors in the same placement group and have them load the model; returns at once."""
+        self.writing = None
         world = self.cluster.ranks_per_worker
         self.actors = [
             _ACTOR.options(
@@ -228,11 +254,13 @@ class WorkerGroup:
         *arguments: Any,
         oom_retries: int = 0,
         following: Reads | None = None,
+        behind: bool = False,
     ) -> None:
         """Have every rank run function(worker, *arguments): object references among the arguments are fetched there,
         and of a `NodeShare` it gets its node's copy.
 
-        following: what the unit after this one will most likely read.
+        following: what the unit after this one will most likely read. behind: whether its output may be written while
+        the unit after it is computed.
         """
         assert self.state is State.idle
         self.refs = [
@@ -241,6 +269,7 @@ class WorkerGroup:
                 oom_retries,
                 *(one.on(rank.node) if isinstance(one, NodeShare) else one for one in arguments),
                 following=following,
+                behind=behind,
             )
             for actor, rank in zip(self.actors, self.facts, strict=True)
         ]
@@ -253,15 +282,37 @@ class WorkerGroup:
         self.running = list(self.refs)
         self.failed_at: float | None = None
 
+    @property
+    def pending(self) -> list[ray.ObjectRef]:
+        """What the group has yet to answer."""
+        running = self.running if self.state in (State.starting, State.busy) else []
+        return running if self.writing is None else [*running, self.writing]
+
+    def poll_written(self) -> tuple[Outcome, Any] | None:
+        """What became of the unit that was being written, with its result or the exception; None while it is, and
+        where there is none. Never waits."""
+        if self.writing is None or not ray.wait([self.writing], timeout=0, fetch_local=False)[0]:
+            return None
+        ref, self.writing = self.writing, None
+        try:
+            return Outcome.done, ray.get(ref)
+        except RayTaskError as error:
+            return Outcome.failed, error.cause if isinstance(error.cause, Exception) else error
+        except RayError as error:
+            return Outcome.lost, error
+
     def poll(self) -> tuple[Outcome, Any] | None:
         """The step's outcome, with rank 0's result or the exception; None while it runs. Never waits.
 
         Where a rank failed and others still run, they have `_GRACE_S` to turn out lost: then that is the outcome. An
-        idle group has one outcome only: a rank that died or fell silent meanwhile.
+        idle group has one outcome only: a rank that died or fell silent meanwhile. A unit that failed, or is computed,
+        while the one before is written, is told of once that has ended.
         """
         if self.state is State.retired:
             return None
         answer = None if self.state is State.idle else self._answer()
+        if self.writing is not None and time.monotonic() > self._written_by:
+            return Outcome.lost, TimeoutError(f"its output was not written within {self.limit_s:g} s")
         if answer is not None or self.failed_at is not None:
             return answer
         trouble = self.heartbeats.trouble()
@@ -297,13 +348,23 @@ class WorkerGroup:
             self.failed_at = self.failed_at or time.monotonic()
             # The others wait for a rank without memory in a collective: it needs no other explanation.
             known = isinstance(failure, RankMemoryError) or not self.running
+            if self.writing is not None:
+                # What is still being written ends first: the failure may end the ranks.
+                return None
             return (Outcome.failed, failure) if known or time.monotonic() >= self.failed_at + _GRACE_S else None
         if self.running:
             return None
         if self.state is State.starting:
             self.facts = results
-        self.state = State.idle
-        return Outcome.done, results[0]
+        if results[0] is not Outcome.computed:
+            self.state = State.idle
+            return Outcome.done, results[0]
+        if self.writing is not None:
+            # The unit before is written by now, and its answer on the way: it comes first.
+            return None
+        self.state, self.writing = State.idle, self.actors[0].written.remote()
+        self._written_by = time.monotonic() + self.limit_s
+        return Outcome.computed, None
 
     def is_placed(self) -> bool:
         """Whether the cluster has given the group its room; asked of Ray at most once a second."""
@@ -345,7 +406,7 @@ class WorkerGroup:
     def retire(self) -> None:
         """Kill every rank for good; the placement group stays, with what it holds."""
         self.kill()
-        self.state, self.unit, self.running = State.retired, None, []
+        self.state, self.unit, self.running, self.writing = State.retired, None, [], None
 
     def close(self) -> None:
         self.kill()

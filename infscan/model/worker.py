@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from infscan.model.measure import next_tokens, predicting
 from infscan.model.out_of_memory import RankMemoryError, foreign_bytes, is_out_of_memory
 from infscan.model.probe import check_tracked
 from infscan.storage import Identity, Store
+from infscan.storage.write_behind import WriteBehind
 
 T = TypeVar("T")
 # What a rank did: a name, when it began and ended (seconds since 1970), and what is known of it.
@@ -85,6 +87,13 @@ class Batch:
         return self.mask_bt if self.loss_bt is None else predicting(self.loss_bt, self.mask_bt)
 
 
+@dataclass(frozen=True)
+class Unwritten:
+    """A unit that is computed, and whose output is being written. result: the unit's, once its files are in storage."""
+
+    result: Future[Any]
+
+
 class ModelWorker:
     """One rank's model and what every step does with it: dealing, capturing, reducing, one cached object per kind."""
 
@@ -99,6 +108,10 @@ class ModelWorker:
             check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}
         self.ahead = ReadAhead()
+        self.behind = WriteBehind()
+        # Whether this unit's output may be written while the next one is computed; and what then writes it.
+        self._writes_later = False
+        self._write: Callable[[], Any] | None = None
         self._keeps_documents_apart = False
         # How often this unit's micro-batches are halved because memory ran out in its earlier attempts.
         self.oom_retries = 0
@@ -158,29 +171,53 @@ class ModelWorker:
         self._at = None
 
     def attempt(
-        self, function: Callable[..., T], oom_retries: int, *arguments: Any, following: Reads | None = None
-    ) -> T:
+        self,
+        function: Callable[..., T],
+        oom_retries: int,
+        *arguments: Any,
+        following: Reads | None = None,
+        behind: bool = False,
+    ) -> T | Unwritten:
         """function(self, *arguments) with micro-batches halved `oom_retries` times.
 
-        following: what the unit after this one reads, if it is known; read while this one is computed.
+        following: what the unit after this one reads, if it is known; read while this one is computed. behind: whether
+        what the function hands to `later` may be written after it; if not, nothing is written beside it either.
 
         Raises:
             RankMemoryError: where memory runs out, once the batch is let go; anything else passes as it is.
         """
         self.oom_retries, self._at, self.share, self.ahead.next = oom_retries, None, 0.0, following
+        self._writes_later, self._write = behind, None
+        if not behind:
+            self.behind.wait()
         try:
-            return function(self, *arguments)
+            result = function(self, *arguments)
+            write, self._write = self._write, None
+            return result if write is None else Unwritten(self.behind.begin(write))
         except Exception as error:
             if not is_out_of_memory(error, self.device):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rows, longest = self._at or (None, 0)
             found = RankMemoryError(reason, rows, (rows or 0) * longest, foreign_bytes(self.device))
+        finally:
+            self._writes_later = False
         # Out of the handler: the traceback, whose frames held the batch, is gone.
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         raise found
+
+    def later(self, write: Callable[[], T]) -> T | None:
+        """Write a unit's output, as the last that its task does: now, or while the next unit is computed.
+
+        write: returns the unit's result, and holds nothing on the device: bytes and arrays of the host. What it raises
+        is this unit's error.
+        """
+        if not self._writes_later:
+            return write()
+        self._write = write
+        return None
 
     @contextmanager
     def span(self, name: str, **facts: Any) -> Iterator[None]:

@@ -32,7 +32,7 @@ def fit_damping(
     plan: FactorsPlan,
     labels: Labels,
     seed: int,
-    squares: Callable[[ModelWorker, FitTask], int],
+    squares: Callable[[ModelWorker, FitTask], int | None],
 ) -> None:
     """Find the damping of every layer of the finished factors in `store` that has none there yet.
 
@@ -78,7 +78,7 @@ def _step(
     corpus: CorpusAddress,
     plan: FactorsPlan,
     seed: int,
-    squares: Callable[[ModelWorker, FitTask], int],
+    squares: Callable[[ModelWorker, FitTask], int | None],
 ) -> Step[tuple[int, int]]:
     bases = [eigenbases_digest(store, plan.group(group)) for group in range(len(plan.groups))]
 

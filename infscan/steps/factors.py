@@ -29,7 +29,7 @@ from infscan.influence.precision import Multiply, multiplying
 from infscan.influence.routed import Routed
 from infscan.influence.span import Rotation, SpannedBasis, add_sketch, add_spanned_squares, sketch_matrix
 from infscan.model.worker import Batch, LayerConsumer, ModelWorker
-from infscan.results.tensor_files import damaged, read_facts, read_tensor, write_tensors
+from infscan.results.tensor_files import damaged, read_facts, read_tensor, tensor_bytes
 from infscan.steps.damping import fit_damping
 from infscan.steps.eigenbases import (
     check_eigenbases,
@@ -238,7 +238,7 @@ class _Fitting:
         self,
         name: str,
         groups: list[int],
-        function: Callable[..., int],
+        function: Callable[..., int | None],
         task: Callable[[Cell], FitTask],
         is_done: Callable[[Cell], bool],
     ) -> Step[Cell]:
@@ -314,11 +314,11 @@ def decompose_task(worker: ModelWorker, task: DecomposeTask) -> None:
 
 
 @multiplying("exact")
-def covariance_task(worker: ModelWorker, task: FitTask) -> int:
+def covariance_task(worker: ModelWorker, task: FitTask) -> int | None:
     """Sum a a^T and s s^T over the slice's tokens for the group's layers; rank 0 writes the partial file.
 
     Every position that is not padding counts, the last one included; of sequences with a loss mask those alone that
-    predict a token with a loss (`Batch.positions`). Returns the tokens read.
+    predict a token with a loss (`Batch.positions`). Rank 0 returns the tokens read.
     """
     sequences = task.sequences(worker)
     layers = task.plan.group(task.group)
@@ -339,12 +339,41 @@ def covariance_task(worker: ModelWorker, task: FitTask) -> int:
     for name, (sketch_oc, trace) in sums.sketches.items():
         blocks |= {sketch_key(name): worker.reduce(sketch_oc), trace_key(name): worker.reduce(trace)}
     blocks |= {tokens_key(name): worker.reduce(count) for name, count in sums.tokens.items()}
-    targets.store()
-    counted = worker.reduce(counted)
-    if worker.leads:
-        path = partial_path("covariance", task.group, task.slice)
-        write_tensors(task.factors, path, blocks | {"tokens": counted})
-    return sum(len(sequence) for sequence in sequences)
+    labels, counted = targets.stored(), worker.reduce(counted)
+    path, tokens = partial_path("covariance", task.group, task.slice), sum(len(sequence) for sequence in sequences)
+    return _write_partial(worker, task.factors, path, blocks | {"tokens": counted}, {}, tokens, labels)
+
+
+def _write_partial(
+    worker: ModelWorker,
+    factors: Store,
+    path: str,
+    sums: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    tokens: int,
+    first: Callable[[], None] = lambda: None,
+) -> int | None:
+    """Rank 0 writes a slice's sums, after what goes `first`, and returns its tokens.
+
+    What waits for its writing is in the host's memory once: a GPU's sums as they are, to be serialised by the writer;
+    those of a CPU, which the next slice's stand beside, as the file's bytes. Neither is made before the slice before is
+    written.
+    """
+    if not worker.leads:
+        return None
+    worker.behind.wait()
+    waiting: bytes | dict[str, Tensor]
+    if worker.device == "cpu":
+        waiting = tensor_bytes(sums, facts, path)
+    else:
+        waiting = {name: total.to("cpu") for name, total in sums.items()}
+
+    def write() -> int:
+        first()
+        factors.write(path, waiting if isinstance(waiting, bytes) else tensor_bytes(waiting, facts, path))
+        return tokens
+
+    return worker.later(write)
 
 
 class CovarianceSums:
@@ -400,7 +429,7 @@ Bases = Mapping[str, tuple[Rotation, BlockDiagonal]]
 
 
 @multiplying("exact")
-def lambda_task(worker: ModelWorker, task: FitTask) -> int:
+def lambda_task(worker: ModelWorker, task: FitTask) -> int | None:
     """Sum (Q_S^T g Q_A)^2 over the slice's sequences; the partial carries the digest of its eigenbases."""
     sequences = task.sequences(worker)
     layers = task.plan.group(task.group)
@@ -413,10 +442,8 @@ def lambda_task(worker: ModelWorker, task: FitTask) -> int:
         consume = lambda_consumer(Lambda, bases, task.plan.matmul)
         worker.backward(batch, layers, targets.loss(batch), consume, ones=False)
     sums = {name: worker.reduce(total) for name, total in Lambda.items()}
-    if worker.leads:
-        path = partial_path(task.squares, task.group, task.slice)
-        write_tensors(task.factors, path, sums, {"eigenbases": digest})
-    return sum(len(sequence) for sequence in sequences)
+    path, tokens = partial_path(task.squares, task.group, task.slice), sum(len(sequence) for sequence in sequences)
+    return _write_partial(worker, task.factors, path, sums, {"eigenbases": digest}, tokens)
 
 
 def lambda_sums(layers: tuple[Layer, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:

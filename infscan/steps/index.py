@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -254,7 +254,8 @@ def index_task(worker: ModelWorker, task: IndexTask) -> CodesFile | None:
         losses_b = worker.backward(batch, layers, batch.loss(), codes.consume, ones=False, ends_at=end)
         if batch.scored:
             codes.losses_n[codes.now] = losses_b
-    return codes.write(sequences, task.sequence_ids)
+    write = codes.written(sequences, task.sequence_ids)
+    return None if write is None else worker.later(write)
 
 
 def layer_codes(
@@ -305,21 +306,29 @@ class ShardCodes:
         if self.task.gradient_norm:
             self.norms_n[self.now] += squared_norms(layer, s, a, routed)
 
-    def write(self, sequences: Sequence[corpus_of.Sequence], ids: np.ndarray) -> CodesFile | None:
-        """Write the file in one atomic put; returns what index.json says of it, on rank 0."""
-        task = self.task
+    def written(self, sequences: Sequence[corpus_of.Sequence], ids: np.ndarray) -> Callable[[], CodesFile] | None:
+        """What writes the file in one atomic put and returns what index.json says of it; None but on rank 0.
+
+        It holds the file's bytes alone. They are made once the file before is written: two would be too much.
+        """
+        task, worker = self.task, self.worker
         columns = self._columns([len(sequence) for sequence in sequences], ids)
-        if not self.worker.leads:
+        if not worker.leads:
             return None
+        worker.behind.wait()
         path = codes_path(task.shard)
         nonfinite = int((columns.pop("finite") == 0).sum())
         counts = {"rows": len(sequences), "tokens": int(columns["tokens"].sum()), "nonfinite": nonfinite}
-        with self.worker.span("write", shard=task.shard):
-            data, seal = codes_bytes(path, columns, task.fingerprint, counts)
-            if not task.run.create(path, data):
-                # Another attempt was first: its file is the one that counts, also where kernels round differently.
-                return read_header(task.run, path, task.fingerprint)
-        return CodesFile(len(data), counts["rows"], counts["tokens"], nonfinite, seal)
+        data, seal = codes_bytes(path, columns, task.fingerprint, counts)
+
+        def write() -> CodesFile:
+            with worker.span("write", shard=task.shard):
+                if not task.run.create(path, data):
+                    # Another attempt was first: its file is the one that counts, also where kernels round differently.
+                    return read_header(task.run, path, task.fingerprint)
+            return CodesFile(len(data), counts["rows"], counts["tokens"], nonfinite, seal)
+
+        return write
 
     def _keep(self, layer: Layer, kept: Stored) -> None:
         to = self.worker.to_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,18 +76,23 @@ class Targets:
             rows, T = self.worker.to_device(batch.rows), batch.ids_bt.shape[1]
             self.labels_nt[rows, :T] = loss.labels_bt * loss.weights_bt
 
-    def store(self) -> None:
-        """Put drawn labels in storage if none are there; labels that differ from those there void this attempt.
+    def stored(self) -> Callable[[], None]:
+        """What puts drawn labels in storage, if none are there; labels that differ from those there void this attempt.
 
         A label drawn twice can differ where rounding moved a boundary. The sums must belong to the labels in storage.
         """
         if not (self.task.draw_labels and self.labels_nt is not None):
-            return
+            return lambda: None
         labels_nt = self.worker.reduce(self.labels_nt)
-        if self.worker.leads:
-            path = labels_path(self.task.slice)
-            data = tensor_bytes({"labels": labels_nt.to(torch.int32)}, name=path)
-            if not self.task.factors.create(path, data) and self.task.factors.read(path) != data:
+        if not self.worker.leads:
+            return lambda: None
+        path, factors = labels_path(self.task.slice), self.task.factors
+        data = tensor_bytes({"labels": labels_nt.to(torch.int32)}, name=path)
+
+        def store() -> None:
+            if not factors.create(path, data) and factors.read(path) != data:
                 raise RuntimeError(
                     f"{path} was drawn by another attempt with other labels; this attempt does not count"
                 )
+
+        return store

@@ -208,8 +208,9 @@ class RefineTask:
 
 
 @multiplying("exact")
-def refine_task(worker: ModelWorker, task: RefineTask) -> int:
-    """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0. Returns the tokens."""
+def refine_task(worker: ModelWorker, task: RefineTask) -> int | None:
+    """score_t(q, z) = sum over layers of s_t^T P_q a_t for every wanted pair, written by rank 0, which returns the
+    tokens."""
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
     sequences = stored_candidates(task.run, task.shards, task.fingerprint)
     if task.before is not None:
@@ -227,8 +228,11 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int:
 
     score_pairs(worker, sequences, wanted, task.layers, P, task.tokens_per_batch, keep, task.inverse.matmul)
     layer_scores, token_scores = worker.reduce(layer_scores), worker.reduce(token_scores)
-    if worker.leads:
-        by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
+    if not worker.leads:
+        return None
+    by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
+
+    def write() -> int:
         write_unit(
             task.run,
             task.path,
@@ -237,7 +241,9 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int:
             [by_token[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
             [layer.name for layer in task.layers],
         )
-    return sum(len(sequence) for sequence in sequences)
+        return sum(len(sequence) for sequence in sequences)
+
+    return worker.later(write)
 
 
 # keep(layer, pairs_n, scores_nt): of some pairs (their numbers in `pairs_of`), a layer's scores by input position.

@@ -325,10 +325,11 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         losses_b = worker.backward(batch, layers, batch.loss(), consume, ones=False, ends_at=task.ends_at)
         if batch.scored:
             scores_nq[rows], losses_n[rows] = partial_bq, losses_b
+    write_codes = None
     if codes is not None:
         # Ranks sum into what they reduce.
         codes.losses_n.copy_(losses_n)
-        codes.write(sequences, task.sequence_ids)
+        write_codes = codes.written(sequences, task.sequence_ids)
     scores_nq, losses_n = worker.reduce(scores_nq), worker.reduce(losses_n)
     if not worker.leads:
         return None
@@ -347,16 +348,23 @@ def scan_task(worker: ModelWorker, task: ScanTask, query_batch: Pieces | QueryBa
         spread=ShardSpread.of(scores),
         sources=count_sources(sequences),
     )
-    if task.run.exists(shard_path(task.shard)):
-        # Another attempt was first: its rows and scores are the ones that count, also where kernels round differently.
-        return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
-    with worker.span("write", shard=task.shard):
-        if task.dense:
-            write_scores(task.scores or task.run, task.shard, sequences, scores, own_ids, task.fingerprint)
-        facts = (task.query_ids, counts, task.fingerprint)
-        if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
+
+    def write() -> ShardResult:
+        if write_codes is not None:
+            write_codes()
+        if task.run.exists(shard_path(task.shard)):
+            # Another attempt was first: its rows and scores are the ones that count, also where kernels round
+            # differently.
             return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
-    return hits, counts
+        with worker.span("write", shard=task.shard):
+            if task.dense:
+                write_scores(task.scores or task.run, task.shard, sequences, scores, own_ids, task.fingerprint)
+            facts = (task.query_ids, counts, task.fingerprint)
+            if not write_shard(task.run, task.shard, sequences, losses, hits, *facts, tokens=task.tokens):
+                return read_hits(task.run, task.shard, task.query_ids, task.fingerprint)
+        return hits, counts
+
+    return worker.later(write)
 
 
 def _kept(task: ScanTask, scores_nq: Tensor) -> ScoredRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,22 +89,28 @@ class Result:
 
 def in_flight_s(events: Sequence[Event], ended: float) -> float:
     """Seconds since the units that were not done at the end had been handed out, in all."""
-    out: dict[int, float] = {}
+    out: dict[int, deque[float]] = defaultdict(_at_once)
     for event in events:
-        out.pop(event.worker, None)
         if event.what == "handed":
-            out[event.worker] = event.when
-    return sum(ended - when for when in out.values())
+            out[event.worker].append(event.when)
+        elif out[event.worker]:
+            out[event.worker].popleft()
+    return sum(ended - when for units in out.values() for when in units)
+
+
+def _at_once() -> deque[float]:
+    """A worker's units: the one that it writes, and the one that it computes."""
+    return deque(maxlen=2)
 
 
 def mean_unit_s(events: Iterable[Event]) -> float | None:
-    handed: dict[int, float] = {}
+    handed: dict[int, deque[float]] = defaultdict(_at_once)
     seconds = []
     for event in events:
         if event.what == "handed":
-            handed[event.worker] = event.when
-        elif event.worker in handed:
-            seconds.append(event.when - handed.pop(event.worker))
+            handed[event.worker].append(event.when)
+        elif handed[event.worker]:
+            seconds.append(event.when - handed[event.worker].popleft())
     return statistics.mean(seconds) if seconds else None
 
 

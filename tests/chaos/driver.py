@@ -59,9 +59,9 @@ def main(argv: list[str]) -> int:
         if handed_out == order["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def noted(self: RecoveryLog, worker: int) -> None:
+    def noted(self: RecoveryLog, worker: int, unit: Any) -> None:
         note("done", worker)
-        done(self, worker)
+        done(self, worker, unit)
 
     WorkerGroup.submit = counted  # type: ignore[method-assign]
     RecoveryLog.unit_finished = noted  # type: ignore[method-assign]

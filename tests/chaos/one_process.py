@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -23,8 +24,9 @@ from infscan.engine.ray_executor import RayExecutor
 from infscan.engine.worker_group import Outcome, State
 from infscan.model.architecture import describe
 from infscan.model.loaded import RankContext
-from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.model.worker import ModelWorker, Unwritten, WorkerSettings
 from infscan.steps import run
+from infscan.storage.write_behind import WriteBehind
 from infscan.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -64,6 +66,27 @@ def _as_task(work: Callable[[], T]) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+class Deferred(Future[Any]):
+    """What is written when it is first asked for: after the next unit was handed out, in the same order each time."""
+
+    def __init__(self, write: Callable[[], Any]) -> None:
+        super().__init__()
+        self._write: Callable[[], Any] | None = write
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        write, self._write = self._write, None
+        if write is not None:
+            try:
+                self.set_result(_as_rank(write))
+            except BaseException as error:
+                self.set_exception(error)
+        return super().exception(timeout)
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.exception()
+        return super().result(timeout)
+
+
 class HereGroup:
     """A worker group of one rank in this process, with the interface that the pool knows."""
 
@@ -79,24 +102,45 @@ class HereGroup:
 
     def start(self) -> None:
         self.state, self.unit = State.starting, None
+        self.writing: Future[Any] | None = None
         key = repr(self.settings)
         if key not in self._ranks:
             self._ranks[key] = ModelWorker(self.settings, RankContext())
         self.rank = self._ranks[key]
         self.rank.forget()
+        # A process that died has taken with it what it had not written.
+        self.rank.behind = WriteBehind()
 
     def is_placed(self) -> bool:
         return True
 
     def submit(
-        self, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0, following: Reads | None
+        self,
+        unit: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        oom_retries: int = 0,
+        following: Reads | None,
+        behind: bool,
     ) -> None:
         assert self.state is State.idle
         self.state, self.unit, self.step = (
             State.busy,
             unit,
-            lambda: self.rank.attempt(function, oom_retries, *arguments, following=following),
+            lambda: self.rank.attempt(function, oom_retries, *arguments, following=following, behind=behind),
         )
+
+    def poll_written(self) -> tuple[Outcome, Any] | None:
+        """What was computed is written once the next unit is handed out, or none is."""
+        if self.writing is None:
+            return None
+        written, self.writing = self.writing, None
+        try:
+            return Outcome.done, written.result()
+        except RankKilled:
+            return Outcome.lost, ConnectionError("the rank was killed")
+        except Exception as error:
+            return Outcome.failed, error
 
     def poll(self) -> tuple[Outcome, Any] | None:
         if self.state is State.idle:
@@ -111,6 +155,9 @@ class HereGroup:
         except Exception as error:
             return Outcome.failed, error
         self.state = State.idle
+        if isinstance(result, Unwritten):
+            self.writing = result.result
+            return Outcome.computed, None
         return Outcome.done, result
 
     def rebuild(self) -> None:
@@ -175,5 +222,6 @@ def without_ray() -> Iterator[None]:
         patch.setattr(HereExecutor, "fill", lambda *given: None)
         # In turn, so that storage is called in the same order each time.
         patch.setattr(ReadAhead, "begin", lambda ahead, work: work())
+        patch.setattr(WriteBehind, "start", lambda behind, write: Deferred(write))
         patch.setattr(pool_module.Pool, "wait", _wait_here)
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import signal
 import threading
@@ -43,6 +44,7 @@ from infscan.steps import factors as fit
 from infscan.steps import queries
 from infscan.steps.scan import ScanTask, scan_task
 from infscan.storage import Store
+from infscan.storage.write_behind import WriteBehind
 from tests.chaos.conftest import Trouble
 from tests.corpus.builders import corpus_config, prepare
 from tests.steps.runs import CONTEXT, EOS, VOCAB, small_run, token_corpus, token_queries
@@ -162,6 +164,52 @@ def test_a_rank_that_is_late_is_not_waited_for(
     assert_counts_add_up(config)
     workers = read_summary(config.output)["workers"]
     assert (workers["rebuilds"], workers["reissued"]) == (0, 1)
+
+
+def test_a_rank_that_dies_between_computing_and_writing_loses_both_units_and_no_row(
+    twin: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer waits until another shard is being computed, and then takes the process with it."""
+    submit, given = WorkerGroup.submit, list[tuple[str, bool]]()
+
+    def handed(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if isinstance(arguments[0], ScanTask):
+            given.append((arguments[0].shard, options["behind"]))
+            function = dies_writing if len(given) == 5 else scan_task
+        submit(self, unit, function, *arguments, **options)
+
+    monkeypatch.setattr(WorkerGroup, "submit", handed)
+    config = disturbed(twin, tmp_path)
+    answer(config)
+    assert_same_answer(config, twin)
+    assert_counts_add_up(config)
+    (loss,) = read_summary(config.output)["workers"]["losses"]
+    assert loss["unit_s"] > 0
+    again = [shard for shard, behind in given if not behind]
+    assert Counter(shard for shard, _ in given) == Counter(finished_shards(Store(config.output))) + Counter(again)
+    # The one that was not written, and the one that was computed.
+    assert len(again) == 2
+    assert given[4][0] in again
+
+
+def dies_writing(worker: ModelWorker, *arguments: Any) -> Any:
+    start, computing = WriteBehind.start, threading.Event()
+
+    def die() -> None:
+        computing.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def read(address: Any, ids: Any) -> Any:
+        computing.set()
+        time.sleep(60)
+
+    def begin(write: Callable[[], Any]) -> Any:
+        # The next shard begins with reading.
+        worker.read = read  # type: ignore[method-assign]
+        return start(worker.behind, die)
+
+    worker.behind.start = begin  # type: ignore[method-assign]
+    return scan_task(worker, *arguments)
 
 
 def test_a_worker_that_fails_whatever_it_is_given_is_retired(

@@ -17,6 +17,7 @@ from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import CorpusError
 from infscan.model.loaded import RankContext
 from infscan.storage import Store
+from infscan.storage.write_behind import WriteBehind
 
 CORPUS = CorpusAddress(Store("memory://corpus"))
 # A test that would wait so long has failed.
@@ -52,11 +53,13 @@ def run(corpus: Corpus, units: int, compute: Callable[[int], None]) -> tuple[lis
         compute(unit)
         return sequences
 
-    def attempt(function: Callable[..., Any], oom_retries: int, *arguments: Any, following: Reads | None) -> Any:
+    def attempt(
+        function: Callable[..., Any], oom_retries: int, *arguments: Any, following: Reads | None, behind: bool
+    ) -> Any:
         ahead.next = following
         return function(None, *arguments)
 
-    worker: Any = SimpleNamespace(context=RankContext(), device="cpu", attempt=attempt)
+    worker: Any = SimpleNamespace(context=RankContext(), device="cpu", attempt=attempt, behind=WriteBehind())
     step = Step("scan", "shards", range(units), function, lambda unit: unit, reads=reads)
     given_up: dict[int, str] = {}
     executor = InProcessExecutor.on(worker)

@@ -33,6 +33,9 @@ class Simulation:
     answer: Callable[[int, Any, int], Answer]
     gpus: float = 1.0
     start_s: float = 30.0
+    # Seconds that writing a unit takes, and what comes of it: its result, or the error that it raises.
+    write_s: float = 0.0
+    written: Callable[[int, Any], Any] = lambda worker, unit: unit
     # Workers that cannot start.
     broken: frozenset[int] = frozenset()
     now: float = 0.0
@@ -83,24 +86,49 @@ class Group:
 
     def start(self) -> None:
         self.state, self.unit, self.result = State.starting, None, None
+        # Of the unit that is being written: when that ends, and its result or the error that it raises.
+        self.writing: tuple[float, Any] | None = None
         if self.index in self.world.broken:
             self.result = RuntimeError("CUDA error: uncorrectable ECC error encountered")
         self._ends(self.world.start_s)
 
-    def submit(self, unit: Any, function: Any, task: Any, *shared: Any, oom_retries: int = 0, following: Any) -> None:
+    def submit(self, unit: Any, function: Any, task: Any, *shared: Any, oom_retries: int = 0, **ahead: Any) -> None:
         assert self.state is State.idle
         self.state, self.unit = State.busy, unit
         self.world.handed.append((self.index, unit, oom_retries))
         seconds, self.result = self.world.answer(self.index, unit, oom_retries)
-        self._ends(seconds)
+        left = 0.0 if self.writing is None else max(0.0, self.writing[0] - self.world.now)
+        if not ahead["behind"]:
+            # The unit before is written first.
+            seconds += left
+        elif not isinstance(self.result, ConnectionError):
+            seconds = max(seconds, left)
+        fails = isinstance(self.result, Exception)
+        self.writes = self.world.write_s > 0 and ahead["behind"] and not fails
+        self._ends(seconds if self.writes or fails else seconds + self.world.write_s)
 
     def _ends(self, seconds: float) -> None:
         self.ends = self.world.now + seconds
         heapq.heappush(self.world.events, (self.ends, self.index))
 
+    def poll_written(self) -> tuple[Outcome, Any] | None:
+        if self.writing is None or self.world.now < self.writing[0]:
+            return None
+        (_, result), self.writing = self.writing, None
+        return (Outcome.failed if isinstance(result, Exception) else Outcome.done), result
+
     def poll(self) -> tuple[Outcome, Any] | None:
         if self.state in (State.idle, State.retired) or self.world.now < self.ends:
             return None
+        if isinstance(self.result, ConnectionError):
+            return Outcome.lost, self.result
+        if self.writing is not None and self.state is State.busy:
+            return None
+        if self.state is State.busy and self.writes:
+            self.state = State.idle
+            self.writing = self.world.now + self.world.write_s, self.world.written(self.index, self.unit)
+            heapq.heappush(self.world.events, (self.writing[0], self.index))
+            return Outcome.computed, None
         if isinstance(self.result, Exception):
             return Outcome.failed, self.result
         self.state = State.idle

@@ -18,6 +18,7 @@ from infscan.engine.schedule import SHRINKS_ALL
 from infscan.errors import CorpusError, RunError
 from infscan.model.loaded import RankContext
 from infscan.model.out_of_memory import RankMemoryError
+from infscan.storage.write_behind import WriteBehind
 from tests.engine.simulated import Answer, Simulation, run, with_sick
 
 UNITS = 2000
@@ -134,7 +135,8 @@ def test_a_process_whose_gpu_died_ends_the_step(monkeypatch: pytest.MonkeyPatch)
     rank: Any = SimpleNamespace(
         context=RankContext(),
         device="cpu",
-        attempt=lambda function, oom_retries, *arguments, following: function(*arguments),
+        behind=WriteBehind(),
+        attempt=lambda function, oom_retries, *arguments, following, behind: function(*arguments),
     )
     given_up: dict[Any, str] = {}
     step = Step("work", "units", [1, 2], work, lambda unit: unit)

@@ -1,4 +1,4 @@
-"""A run whose ranks read ahead leaves what one leaves whose ranks do not, byte for byte."""
+"""A run whose ranks read ahead and write behind leaves what one leaves whose ranks do not, byte for byte."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from infscan.corpus.read_ahead import ReadAhead
+from infscan.model.worker import ModelWorker
 from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run
 
@@ -38,3 +39,11 @@ def test_what_is_written_does_not_depend_on_when_it_was_read(tmp_path: Path, mon
     ahead, in_turn = content(tmp_path / "ahead"), content(tmp_path / "in turn")
     assert ahead.keys() == in_turn.keys()
     assert [name for name in ahead if ahead[name] != in_turn[name]] == []
+
+    # A shard's file has the rows above the thresholds that were known when it was handed out: one shard earlier.
+    monkeypatch.setattr(ModelWorker, "later", lambda worker, write: write())
+    answer_here(small_run(tmp_path, "scan.scores=all", f"output={tmp_path / 'at once'}"))
+    at_once = content(tmp_path / "at once")
+    assert at_once.keys() == ahead.keys()
+    differing = [name for name in ahead if ahead[name] != at_once[name]]
+    assert all(name.startswith("shards/") for name in differing)
