@@ -28,8 +28,9 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query
 from infscan.steps.factor_files import store_plan
 from infscan.steps.factors import fit_factors, plan_factors
+from infscan.steps.gradients import Tokens, backward_of_part
 from infscan.steps.inputs import Inputs, open_inputs
-from infscan.steps.preconditioner import Preconditioner, Tokens, backward_of_part, core, layer_factors
+from infscan.steps.preconditioner import Preconditioner, core, layer_factors
 from infscan.steps.prepare import prepare
 from infscan.storage import Store
 

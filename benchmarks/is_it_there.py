@@ -6,45 +6,60 @@ python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary ...
     [--folder runs/is-it-there] [--documents 72] [--tracked REGEX] [--sequences 48] [--factors FOLDER]
 
 Questions are those of `make demo-real` and of benchmarks/questions/is_it_there.jsonl. A hash of the id puts each into
-the first set, on which the rule was chosen, or the second, on which it is counted. Each set has a corpus of its own:
-the entries that answer its questions and others, none of which states the answer of a question that none answers.
-The corpora share no entry. What is scanned stays in the folder and is found again.
+the first set, on which the rule was chosen, or the second, on which it is counted. The third, `wide`, was written
+later, for a count with more questions: its rows say so, and `elsewhere` marks those that nothing answers though the
+words of their completions stand in the corpus, of something else. Each set has a corpus of its own: the entries that
+answer its questions and others, none of which states the answer of another question that none answers. The corpora
+share no entry. What is scanned stays in the folder and is found again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from exact_scores import ready, score
+from exact_scores import Ready, ready, score
+from numpy.typing import NDArray
 from rankings import table
 
 from infscan.influence.certificate import binomial_interval
+from infscan.influence.similarity import StateMoments, Whitening, best_cosines
 from infscan.influence.spread import ShardSpread, Spread
+from infscan.model.hidden import hidden_states
+from infscan.model.worker import Batch
+from infscan.queries import Query
 from infscan.results.answers import STANDS_OUT, STANDS_OUT_STATING, Scale
 from infscan.results.statements import UNLIKELY, Asked
 from infscan.steps.inputs import read_measured_queries
+from infscan.steps.similarity import counted
 from infscan.storage import Store
 from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries, write_documents, write_questions
 
-SETS = ("first", "held-out")
+SETS = ("first", "held-out", "wide")
 # A question takes 4 bytes for every tracked weight.
 MOST = 22
 BANK = Path(__file__).parent / "questions/is_it_there.jsonl"
 
 
+def bank() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in BANK.read_text("utf-8").splitlines()]
+
+
 def questions_of(name: str) -> list[Question]:
-    """A set's questions, at most so many of each kind; the real demo's are in the first set."""
-    rows = [json.loads(line) for line in BANK.read_text("utf-8").splitlines()]
-    bank = [Question(row["id"], row["prompt"], row["completion"], tuple(row["entries"])) for row in rows]
-    digests = {one.id: sha256(one.id.encode()).digest() for one in bank}
-    mine = [one for one in bank if digests[one.id][0] % 2 == SETS.index(name)]
+    """A set's questions, of the first two at most so many of each kind; the real demo's are in the first set."""
+    rows = bank()
+    several = [Question(row["id"], row["prompt"], row["completion"], tuple(row["entries"])) for row in rows]
+    later = {row["id"]: row["set"] for row in rows if "set" in row}
+    if name in later.values():
+        return [one for one in several if later.get(one.id) == name]
+    digests = {one.id: sha256(one.id.encode()).digest() for one in several}
+    mine = [one for one in several if one.id not in later and digests[one.id][0] % 2 == SETS.index(name)]
     mine = [*(QUESTIONS if name == SETS[0] else ()), *sorted(mine, key=lambda one: digests[one.id])]
     answered = [one for one in mine if one.entries][:MOST]
     return [*answered, *[one for one in mine if not one.entries][:MOST]]
@@ -57,16 +72,21 @@ def states(question: Question, text: str) -> bool:
 def documents_of(name: str, entries: dict[str, str], count: int) -> dict[str, str]:
     """A set's corpus: an entry may be in one of them, by its hash; those that answer are where they are asked for."""
     questions = questions_of(name)
-    others = {entry for each in SETS if each != name for one in questions_of(each) for entry in one.entries}
+    earlier = SETS[:2] if name not in SETS[:2] else [each for each in SETS[:2] if each != name]
+    others = {entry for each in earlier for one in questions_of(each) for entry in one.entries}
     wanted = {entry for one in questions for entry in one.entries}
-    unanswered = [one for one in questions if not one.entries]
+    elsewhere = {row["id"] for row in bank() if row.get("elsewhere")}
+    unanswered = [one for one in questions if not one.entries and one.id not in elsewhere]
+    if name not in SETS[:2]:
+        # The hash leaves nothing to a third set but what the first two did not choose.
+        others |= {entry for each in SETS[:2] for entry in documents_of(each, entries, count)}
     mine = {
         entry: text
         for entry, text in entries.items()
         if entry in wanted
         or (
             entry not in others
-            and sha256(entry.encode()).digest()[1] % 2 == SETS.index(name)
+            and (name not in SETS[:2] or sha256(entry.encode()).digest()[1] % 2 == SETS.index(name))
             and not any(states(one, text) for one in unanswered)
         )
     }
@@ -103,10 +123,36 @@ def compute(folder: Path, name: str, given: argparse.Namespace) -> None:
     np.savez(
         folder / name / "scores.npz",
         **found,
+        similarity=likeness(it, queries),
         names=np.asarray(it.names),
         queries=np.asarray([one.id for one in queries]),
         measured=np.asarray([len(one.parts[0].positions) for one in queries]),
     )
+
+
+def likeness(it: Ready, queries: Sequence[Query]) -> NDArray[np.float32]:
+    """Similarity of every question to every document [Q, N], as `top.similarity` has it; whitened by all documents."""
+    worker, moments = it.worker, None
+    states = []
+    for batch in worker.batches(it.sequences, it.config.tokens_per_batch):
+        h_btd = hidden_states(worker.model, batch.ids_bt).to(worker.wide)
+        moments = moments or StateMoments(h_btd.shape[-1], worker.device)
+        moments.add(h_btd[counted(batch)])
+        states.append((batch, h_btd))
+    assert moments is not None
+    whitening = Whitening.of(moments.total_nn).to(worker.device, worker.wide)
+    found = np.zeros((len(queries), len(it.sequences)), np.float32)
+    own = []
+    for query in queries:
+        ids = np.asarray([query.parts[0].token_ids], np.int64)
+        one = Batch(np.arange(1), torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.bool))
+        h_btd = hidden_states(worker.model, one.ids_bt).to(worker.wide)
+        own.append(whitening.directions(h_btd[counted(one)]))
+    for batch, h_btd in states:
+        x_btd, counts_bt = whitening.directions(h_btd), counted(batch)
+        for number, own_id in enumerate(own):
+            found[number, batch.rows] = best_cosines(own_id, x_btd, counts_bt).numpy()
+    return found
 
 
 def judged(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ typed `infscan.Config`. Progress is shown as in a terminal. What a user can fix 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -357,8 +359,22 @@ class StatusResult:
             show_status(next(iter(self.runs.values())))
 
 
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Within it Python looks for no cyclic garbage: importing torch and transformers makes half a million objects that
+    stay, and looking at them again and again takes a fifth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def run_scan(config: Config) -> RunResult:
-    from infscan.pipeline import answer
+    with _no_collecting():
+        from infscan.pipeline import answer
 
     answer(config)
     return RunResult(config.output)
@@ -380,10 +396,11 @@ def run_prepare(config: Config) -> PrepareResult:
 
 
 def run_fit(config: Config) -> FitResult:
-    from infscan.sizing.reserve import use_machine
-    from infscan.steps.factors import fit
-    from infscan.steps.prepare import prepare_factors_corpus
-    from infscan.steps.run import open_run
+    with _no_collecting():
+        from infscan.sizing.reserve import use_machine
+        from infscan.steps.factors import fit
+        from infscan.steps.prepare import prepare_factors_corpus
+        from infscan.steps.run import open_run
 
     with open_run(config, needs_queries=False) as run:
         use_machine(run, prepare_factors_corpus(run).sequence_length)
@@ -392,9 +409,10 @@ def run_fit(config: Config) -> FitResult:
 
 
 def run_plan(config: PlanJob) -> PlanResult:
-    from infscan.sizing.plan import estimate
+    with _no_collecting():
+        from infscan.sizing.plan import estimate
 
-    return PlanResult(estimate(config), config)
+        return PlanResult(estimate(config), config)
 
 
 def run_tfidf(config: TfidfJob) -> TfidfResult:
@@ -407,15 +425,17 @@ def run_tfidf(config: TfidfJob) -> TfidfResult:
 
 
 def run_index(config: IndexJob) -> IndexResult:
-    from infscan.pipeline import make_index
+    with _no_collecting():
+        from infscan.pipeline import make_index
 
     make_index(config)
     return IndexResult(config.output)
 
 
 def run_ask(job: AskJob) -> RunResult:
-    from infscan.pipeline import ask
-    from infscan.steps.ask import ask_config, read_indexes
+    with _no_collecting():
+        from infscan.pipeline import ask
+        from infscan.steps.ask import ask_config, read_indexes
 
     if job.queries is None and job.prompt is None and job.completion is None:
         raise ConfigError("no question is given; add queries=<JSONL file>, or prompt=... completion=...")

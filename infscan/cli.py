@@ -5,6 +5,8 @@ Settings are read, checked and composed before anything heavy is imported: help 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -32,6 +34,8 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> Non
     _never_fail_to_print()
     if arguments is None:
         _heed_signals()
+        # As it ends, Python would look for garbage among all that torch and transformers left: a second, for nothing.
+        atexit.register(gc.freeze)
     with exit_on_user_error():
         if name is None:
             if not words or words[0] in _HELP:

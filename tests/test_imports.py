@@ -109,7 +109,7 @@ def package_of(module: str) -> str:
 
 def modules_after(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter has loaded after some code."""
-    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -174,6 +174,22 @@ def test_the_mathematics_and_the_steps_import_neither_ray_nor_deepspeed() -> Non
 
 def test_reading_a_run_brings_neither_torch_nor_ray() -> None:
     assert not modules_after("import infscan; infscan.read_top") & {"torch", "ray", "transformers"}
+
+
+def test_a_command_brings_what_it_needs_and_no_more() -> None:
+    """By what is imported, since that is what a start takes: planning needs the model's code, and no cluster."""
+
+    def loaded(*words: str) -> set[str]:
+        quiet = "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):"
+        run = f"main(None, {list(words)})"
+        return modules_after(f"import contextlib, io; from infscan.cli import main\n{quiet}\n    {run}")
+
+    cluster = {"ray", "deepspeed", "s3fs", "botocore", "aiobotocore"}
+    planned = loaded("plan", "model=demo", "plan.sequences=100", "plan.queries=2")
+    assert "transformers" in planned
+    assert not planned & {*cluster, "matplotlib", "duckdb", "polars"}
+    for words in (["--help"], ["scan", "--help"], ["status", "no-such-run"]):
+        assert not loaded(*words) & {*cluster, "torch", "transformers"}, words
 
 
 def test_jobs_are_thin() -> None:

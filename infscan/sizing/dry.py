@@ -43,25 +43,34 @@ class Dry(TorchDispatchMode):
             # Models ask whether masks are all true, to leave them out.
             return True
         # What comes in and was not made here (weights, queries) is no part of what is counted.
-        given = list(_tensors((args, kwargs)))
+        kwargs = kwargs or {}
+        given: list[Tensor] = []
+        key = (func, _described(args, given), _described(kwargs, given) if kwargs else None)
         self._known.update(map(_key, given))
-        key = (func, *_described(args), *_described(kwargs or {}))
         before = self._results.get(key)
         if before is not None:
             out: Any = args[0] if before.in_place else before.again()
             self.flop += before.flop
         else:
-            out = func(*args, **(kwargs or {}))
+            out = func(*args, **kwargs)
             flop = _flop(func, args, out)
             self.flop += flop
             if key not in self._results:
-                after = (func, *_described(args), *_described(kwargs or {}))
+                after = (func, _described(args, []), _described(kwargs, []) if kwargs else None)
                 plain = key == after and all(one.is_meta for one in given)
                 in_place = plain and func._schema.is_mutable and bool(args) and out is args[0]
                 self._results[key] = Result((), False, flop, True) if in_place else Result.of(func, given, out, flop)
-        for tensor in _tensors(out):
-            self._made(tensor)
+        if isinstance(out, Tensor):
+            self._made(out)
+        else:
+            for tensor in _tensors(out):
+                self._made(tensor)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled within: torch need not load its compiler to keep out of this, for every operation."""
+        return False
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -144,20 +153,16 @@ class Result:
         return made[0] if self.alone else made
 
 
-def _described(tree: Any) -> Iterator[Hashable]:
-    """Arguments by their kinds and shapes, flat."""
+def _described(tree: Any, tensors: list[Tensor]) -> Hashable:
+    """Arguments by their kinds and shapes; their tensors are added to `tensors`."""
     if isinstance(tree, Tensor):
-        yield from (tree.device, tree.dtype, tree.shape, tree.stride())
-    elif isinstance(tree, list | tuple):
-        yield len(tree)
-        for one in tree:
-            yield from _described(one)
-    elif isinstance(tree, dict):
-        for key, one in tree.items():
-            yield key
-            yield from _described(one)
-    else:
-        yield (type(tree), tree)
+        tensors.append(tree)
+        return tree.device, tree.dtype, tree.shape, tree.stride()
+    if isinstance(tree, list | tuple):
+        return tuple([_described(one, tensors) for one in tree])
+    if isinstance(tree, dict):
+        return tuple([(key, _described(one, tensors)) for key, one in tree.items()])
+    return type(tree), tree
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -21,7 +21,6 @@ from infscan.corpus.plan import Plan, Selection, default_shard_sequences
 from infscan.corpus.splits import InputSplit
 from infscan.corpus.tokenizer import Tokenizer, load_tokenizer
 from infscan.engine.executor import RankMemory
-from infscan.engine.in_process import InProcessExecutor
 from infscan.errors import ConfigError
 from infscan.model.architecture import Architecture, describe
 from infscan.model.suffix import last_blocks
@@ -41,7 +40,7 @@ from infscan.steps.factor_files import COMPLETE, slice_count
 from infscan.steps.factors import slice_bounds
 from infscan.steps.inputs import in_dtype
 from infscan.steps.plan import few_shards
-from infscan.steps.prepare import prepare_pieces
+from infscan.steps.prepare import prepare_here
 from infscan.steps.sizes import settled
 from infscan.steps.volume import FactorFiles, factor_files, no_room, scan_bytes
 from infscan.storage import Store
@@ -306,7 +305,7 @@ def _look(
         how = f"estimated from {share:.2%} of the corpus"
     if corpus.deduplicate:
         how, corpus = f"{how}, duplicates not taken out", replace(corpus, deduplicate=False)
-    made = prepare_pieces(corpus, pack, architecture.folder, tokenizer, pieces, store, InProcessExecutor())
+    made = prepare_here(corpus, pack, tokenizer, pieces, store)
     return _seen(made, share, how, round(sum(part.bytes for part in made.manifest.parts) / share))
 
 

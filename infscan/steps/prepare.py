@@ -36,6 +36,7 @@ from infscan.corpus.prepared import (
     check_allowed,
     earlier_rules,
     finished_parts,
+    prepare_part,
     prepare_settings,
     prepare_task,
     store_hashes,
@@ -185,15 +186,38 @@ def prepare_pieces(
             progress=lambda index, done: done,
         )
     )
-    write_manifest(store, config, pack, digest, finished_parts(store, pieces), files_aside=len(aside))
     if aside:
         names = ", ".join(file_name(file.uri) for file in aside[:4]) + (", ..." if len(aside) > 4 else "")
         executor.telemetry.warn(f"{config.path}: {len(aside)} files lie beside the data and are left aside ({names})")
+    corpus = _of_parts(config, pack, digest, pieces, store, executor.telemetry, len(aside))
     if config.deduplicate:
         for entry in store.list(_HASHES):
             store.remove(entry.name)
+    return corpus
+
+
+def prepare_here(
+    config: CorpusConfig, pack: PackSettings, tokenizer: Tokenizer | None, pieces: Sequence[InputSplit], store: Store
+) -> PreparedCorpus:
+    """`prepare_pieces` in this process, with the tokenizer that it has; duplicates are not looked for."""
+    for index, piece in enumerate(pieces):
+        prepare_part(piece, index, config, pack, tokenizer, store, NOTHING)
+    return _of_parts(config, pack, tokenizer.digest if tokenizer else None, pieces, store, Telemetry())
+
+
+def _of_parts(
+    config: CorpusConfig,
+    pack: PackSettings,
+    digest: str | None,
+    pieces: Sequence[InputSplit],
+    store: Store,
+    telemetry: Telemetry,
+    files_aside: int = 0,
+) -> PreparedCorpus:
+    """The corpus whose parts are all there: numbered, opened, and what is odd about it said."""
+    write_manifest(store, config, pack, digest, finished_parts(store, pieces), files_aside=files_aside)
     corpus = open_prepared(store, Reading.of(config))
-    _warn_of(corpus, executor.telemetry)
+    _warn_of(corpus, telemetry)
     return corpus
 
 
