@@ -10,19 +10,27 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from infscan.influence.counting import counter
 
 Bits = Literal[1, 8]
 # int32 sums of products of two bytes: D may be so large.
 _MOST_COORDINATES = (2**31 - 1) // 127**2
 # Whole numbers up to here are exact in float32.
 _EXACT = 1 << 24
-# With so few queries, bits are counted and not unpacked.
+# With so few queries, bits are counted and not unpacked where numpy counts.
 _FEW = 3
+# Bits of a query's weight where a row has signs (infscan.influence.counting has a line for each): the squared error of
+# rounding to them is a fiftieth of that of a sign.
+_PLANES = 4
+_LARGEST_ODD = (1 << _PLANES) - 1
+# Steps that are tried for such weights, in shares of that which cuts nothing off.
+_STEPS = np.geomspace(1, 0.1, 12, dtype=np.float32)
 # Of the two-byte floats that norms are stored as.
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -74,7 +82,7 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
 
 @dataclass(frozen=True, eq=False)
 class QueryCodes:
-    """Queries' side of one layer, in bytes: v is near step_q w_q, w from -127 to 127.
+    """Queries' side of one layer: v is near step_q w_q, w from -127 to 127; odd, from -15 to 15, where rows have signs.
 
     weights: int8 [K, Q], in the order of the coordinates that `unpacked` gives. steps: float32 [Q]. sums: int32 [Q], of
     each query's weights.
@@ -88,11 +96,25 @@ class QueryCodes:
 
     @staticmethod
     def of(v_qd: NDArray[np.float32], bits: Bits) -> QueryCodes:
-        """Round v to bytes, query by query: an error of at most 1/254 of a query's largest coordinate."""
+        """Round v query by query.
+
+        Eight bits: an error of at most 1/254 of the query's largest coordinate. One bit: the step of least squared
+        error among a few, since a large coordinate is better cut off than all others rounded coarsely; then the step
+        with which <v, step w> = |v|^2. Over rotations the inner product with any row is unbiased, as of `store`.
+        """
         D = v_qd.shape[1]
         assert D <= _MOST_COORDINATES, f"{D} coordinates"
-        steps = np.abs(v_qd).max(axis=1) / np.float32(127)
-        w_qd = np.rint(v_qd / np.where(steps > 0, steps, 1)[:, None]).astype(np.int8)
+        steps = np.abs(v_qd).max(axis=1) / np.float32(_LARGEST_ODD if bits == 1 else 127)
+        there = np.where(steps > 0, steps, 1).astype(np.float32)
+        if bits == 1:
+            errors = [((v_qd - step[:, None] * _odd(v_qd, step)) ** 2).sum(axis=1, dtype=np.float64)
+                      for step in (share * there for share in _STEPS)]  # fmt: skip
+            w_qd = _odd(v_qd, there * _STEPS[np.argmin(errors, axis=0)])
+            squares = np.einsum("qd,qd->q", v_qd, v_qd, dtype=np.float64)
+            steps = _ratio(squares, np.einsum("qd,qd->q", v_qd, w_qd, dtype=np.float64))
+        else:
+            w_qd = np.rint(v_qd / there[:, None])
+        w_qd = w_qd.astype(np.int8)
         sums = w_qd.sum(axis=1, dtype=np.int32)
         if bits == 1:
             # Coordinate 8 b + j is bit j of byte b: all lowest bits first, then all second ones, ...
@@ -110,10 +132,11 @@ class QueryCodes:
 
     @cached_property
     def planes(self) -> NDArray[np.uint8]:
-        """Of one bit: [Q, 8, b], the k-th bits of w + 128, packed as codes are."""
-        u_jbq = (self.weights.astype(np.int16) + 128).astype(np.uint8).reshape(8, -1, self.weights.shape[1])
-        planes = np.zeros((u_jbq.shape[2], 8, u_jbq.shape[1]), np.uint8)
-        for k in range(8):
+        """Of one bit: [Q, 4, b], the k-th bits of (w + 15) / 2, packed as codes are; zero, as codes are, beyond D."""
+        u_kq = np.where(self.weights == 0, 0, (self.weights + np.int8(_LARGEST_ODD)) >> 1)
+        u_jbq = u_kq.astype(np.uint8).reshape(8, -1, self.weights.shape[1])
+        planes = np.zeros((u_jbq.shape[2], _PLANES, u_jbq.shape[1]), np.uint8)
+        for k in range(_PLANES):
             for j in range(8):
                 planes[:, k] |= (((u_jbq[j] >> k) & 1) << j).T
         return planes
@@ -134,18 +157,46 @@ def inner_products(
 
     scratch: uint8 [at least n, K], where bits are unpacked; it may be used again for the next rows.
     """
-    if queries.bits == 1:
-        few = len(queries.steps) <= _FEW
-        # c = 2 bit - 1.
-        sums_nq = _counted(codes, queries) if few else _products(unpacked(codes, scratch), queries.weights, 1)
-        sums_nq = 2 * sums_nq - queries.sums
+    scores_nq = np.zeros((len(codes), len(queries.steps)), np.float32)
+    add_inner_products(scores_nq, codes, scales, queries, scratch)
+    return scores_nq
+
+
+def add_inner_products(
+    scores_nq: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    queries: QueryCodes,
+    scratch: NDArray[np.uint8] | None = None,
+) -> None:
+    """scores += `inner_products`, in place: the same bits, however they are multiplied."""
+    if queries.bits == 8:
+        sums_nq = _products(codes, queries.weights, 127 * 127)
+    elif counts_bits(queries):
+        # c = 2 bit - 1, and w is the sum of 2^p (2 bit_p - 1): where bits differ, 2^p is taken off, else added.
+        most = _LARGEST_ODD * queries.D
+        words, planes = _in_words(codes, queries)
+        if add := counter():
+            add(words, planes, scales, queries.steps, most, scores_nq)
+            return
+        sums_nq = most - 2 * _differing(words, planes)
     else:
-        sums_nq = _products(codes, queries.weights, 127)
-    return sums_nq.astype(np.float32) * (scales[:, None] * queries.steps)
+        sums_nq = 2 * _products(unpacked(codes, scratch), queries.weights, _LARGEST_ODD) - queries.sums
+    scores_nq += sums_nq.astype(np.float32) * (scales[:, None] * queries.steps)
+
+
+def counts_bits(queries: QueryCodes) -> bool:
+    """Whether rows stay packed: then no scratch is needed, and any number of rows goes at once."""
+    return queries.bits == 1 and (counter() is not None or len(queries.steps) <= _FEW)
+
+
+def _odd(v_qd: NDArray[np.float32], steps_q: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The nearest odd numbers."""
+    return (2 * np.floor(v_qd / (2 * steps_q[:, None])) + 1).clip(-_LARGEST_ODD, _LARGEST_ODD)
 
 
 def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8], largest: int) -> NDArray[np.int32]:
-    """Of signed bytes, the left ones at most `largest` in size, summed exactly.
+    """Of signed bytes, products at most `largest` in size, summed exactly.
 
     A CPU whose products of bytes are slower than those of float32 (without AVX-512, by thirty times) multiplies so many
     coordinates at a time that no sum leaves float32's whole numbers.
@@ -156,7 +207,7 @@ def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8], largest:
         left, right = torch.from_numpy(left_nk.view(np.int8)), torch.from_numpy(weights_kq)
     if _multiplies_bytes():
         return np.asarray(torch._int_mm(left, right).numpy(), np.int32)
-    at_once = _EXACT // (127 * largest)
+    at_once = _EXACT // largest
     sums = [
         (one.float() @ other.float()).to(torch.int32)
         for one, other in zip(left.split(at_once, dim=1), right.split(at_once), strict=True)
@@ -169,24 +220,27 @@ def _multiplies_bytes() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _counted(codes: NDArray[np.uint8], queries: QueryCodes) -> NDArray[np.int32]:
-    """Sums of w over set bits, [n, Q]: plane by plane of w + 128, the bits that both have are counted."""
+def _in_words(codes: NDArray[np.uint8], queries: QueryCodes) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Codes and planes as the widest words that their bytes are whole numbers of."""
     b = codes.shape[1]
     wide = next(kind for kind in (np.uint64, np.uint32, np.uint16, np.uint8) if b % np.dtype(kind).itemsize == 0)
-    words, planes = np.ascontiguousarray(codes).view(wide), queries.planes.view(wide)
-    both, counts = np.empty_like(words), np.empty(words.shape, np.uint8)
-    set_n = np.bitwise_count(words, out=counts).sum(axis=1, dtype=np.int32)
-    sums_nq = np.empty((len(codes), len(planes)), np.int32)
-    # At most 64 bits of a word times 255.
+    return np.ascontiguousarray(codes).view(wide), queries.planes.view(wide)
+
+
+def _differing(words: NDArray[Any], planes: NDArray[Any]) -> NDArray[np.int32]:
+    """The sum over planes p of 2^p times how many bits of a row differ from the plane's: [n, Q]."""
+    sums_nq = np.empty((len(words), len(planes)), np.int32)
+    differ, counts = np.empty_like(words), np.empty(words.shape, np.uint8)
+    # At most 64 bits of a word times 15.
     weighed = np.empty(words.shape, np.uint16)
     for query, mine in enumerate(planes):
         weighed[:] = 0
         for plane in mine[::-1]:
-            np.bitwise_and(words, plane, out=both)
-            np.bitwise_count(both, out=counts)
+            np.bitwise_xor(words, plane, out=differ)
+            np.bitwise_count(differ, out=counts)
             np.left_shift(weighed, 1, out=weighed)
             np.add(weighed, counts, out=weighed)
-        sums_nq[:, query] = weighed.sum(axis=1, dtype=np.int32) - 128 * set_n
+        sums_nq[:, query] = weighed.sum(axis=1, dtype=np.int32)
     return sums_nq
 
 

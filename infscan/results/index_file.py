@@ -150,12 +150,14 @@ def _opened(store: Store, name: str, columns: Sequence[str] = ()) -> Iterator[tu
         view = store.mapped(name)
         source: Any = store.open(name) if view is None else pa.BufferReader(pa.py_buffer(view))
         with source:
-            names = pa.ipc.open_file(source).schema.names
-            wanted = [names.index(column) for column in columns]
+            reader = pa.ipc.open_file(source)
             source.seek(0, 2)
             size = source.tell()
-            source.seek(0)
-            reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
+            if view is None:
+                # Of what is mapped nothing is read that is not looked at, and chosen columns would be copied.
+                wanted = [reader.schema.names.index(column) for column in columns]
+                source.seek(0)
+                reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
             yield size, reader, _facts(store, name, (reader.schema.metadata or {}).get(_METADATA))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(store, name, " ".join(str(error).split())) from error

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from infscan.influence.packed import QueryCodes, inner_products
+from infscan.influence.packed import QueryCodes, add_inner_products, counts_bits
 from infscan.influence.shard_rows import shard_rows
+from infscan.influence.topk import PROPONENT, SIDES
 from infscan.influence.topk_tracker import ScoredRows, Thresholds, TopKTracker
 from infscan.results.index_file import column_of, read_columns
 from infscan.storage import Store
 
 # Bytes of bits that a thread has unpacked at once: as much as its cache may hold.
 _UNPACKED = 1 << 21
+# Rows, and scores, of the files that a thread searches before it chooses among their rows.
+_ROWS, _SCORES = 1 << 16, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,60 @@ def search_files(group: FileGroup, search: Search, threads: int = 1) -> ScoredRo
         DamagedError: where a file does not hold what was written.
     """
     tracker = TopKTracker(search.count, search.sides, search.capacity)
+    batches = list(_batches(group, max(1, min(_ROWS, _SCORES // search.count))))
     if threads == 1:
-        for name, seal in group.files:
-            tracker.add(_best_of(group, name, seal, search, tracker.thresholds))
+        for files in batches:
+            tracker.add(_best_of(group, files, search, tracker.thresholds))
         return tracker.best()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for found in _in_turn(pool, group, search, tracker, 2 * threads):
+        for found in _in_turn(pool, group, batches, search, tracker, 2 * threads):
             tracker.add(found)
     return tracker.best()
 
 
+def _batches(group: FileGroup, rows: int) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Files one after the other, so many that they have about so many rows, if all have as many."""
+    at_once = max(1, rows * len(group.files) // max(1, group.rows))
+    for start in range(0, len(group.files), at_once):
+        yield group.files[start : start + at_once]
+
+
 def _in_turn(
-    pool: ThreadPoolExecutor, group: FileGroup, search: Search, tracker: TopKTracker, ahead: int
+    pool: ThreadPoolExecutor,
+    group: FileGroup,
+    batches: Sequence[Sequence[tuple[str, str]]],
+    search: Search,
+    tracker: TopKTracker,
+    ahead: int,
 ) -> Iterator[ScoredRows]:
-    """What is found in each file, a few files ahead: later ones know the thresholds of earlier ones."""
+    """What is found in each batch of files, a few ahead: later ones know the thresholds of earlier ones."""
     waiting: list[Future[ScoredRows]] = []
-    for name, seal in group.files:
+    for files in batches:
         if len(waiting) == ahead:
             yield waiting.pop(0).result()
-        waiting.append(pool.submit(_best_of, group, name, seal, search, tracker.thresholds))
+        waiting.append(pool.submit(_best_of, group, files, search, tracker.thresholds))
     for one in waiting:
         yield one.result()
 
 
-def _best_of(group: FileGroup, name: str, seal: str, search: Search, thresholds: Thresholds) -> ScoredRows:
-    sequence_ids, scores_nq = file_scores(group.store, name, search.queries, seal, verify=search.verify)
-    scores = torch.from_numpy(scores_nq)
-    return shard_rows(scores, sequence_ids + group.first_id, search.sides, search.capacity, thresholds)
+def _best_of(group: FileGroup, files: Sequence[tuple[str, str]], search: Search, thresholds: Thresholds) -> ScoredRows:
+    parts = [file_scores(group.store, name, search.queries, seal, verify=search.verify) for name, seal in files]
+    ids, scores_nq = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    # Nearly all rows are below every threshold once there are some, and choosing takes longer than counting.
+    kept = _within(scores_nq, search.sides, thresholds)
+    scores = torch.from_numpy(scores_nq[kept])
+    return shard_rows(scores, ids[kept] + group.first_id, search.sides, search.capacity, thresholds)
+
+
+def _within(scores_nq: NDArray[np.float32], sides: Sequence[str], thresholds: Thresholds) -> NDArray[np.intp]:
+    """The rows that some query and side's threshold does not exclude."""
+    kept = []
+    for side in sides:
+        bars_q = thresholds.strengths_qs[:, SIDES.index(side)]
+        within_nq = scores_nq >= bars_q if side == PROPONENT else scores_nq <= -bars_q
+        # Few are, and reducing every row takes longer.
+        kept.append(np.flatnonzero(within_nq) // len(bars_q))
+    return np.unique(np.concatenate(kept))
 
 
 def file_scores(
@@ -96,14 +126,16 @@ def file_scores(
     columns = read_columns(store, name, ["sequence_id", *wanted], seal, verify=verify)
     n = len(columns["sequence_id"])
     scores_nq = np.zeros((n, len(next(iter(queries.values())).steps)), np.float32)
-    widest = max(columns[column_of("code", layer)].shape[1] for layer in queries)
-    at_once = max(1, min(n, _UNPACKED // (8 * widest)))
-    scratch = np.empty(at_once * 8 * widest, np.uint8)
+    at_once, scratch = max(1, n), None
+    if not all(counts_bits(asked) for asked in queries.values()):
+        widest = max(columns[column_of("code", layer)].shape[1] for layer in queries)
+        at_once = max(1, min(n, _UNPACKED // (8 * widest)))
+        scratch = np.empty(at_once * 8 * widest, np.uint8)
     for start in range(0, n, at_once):
         rows = slice(start, start + at_once)
         for layer, asked in queries.items():
             codes, scales = columns[column_of("code", layer)][rows], columns[column_of("scale", layer)][rows]
-            scores_nq[rows] += inner_products(codes, scales, asked, scratch)
+            add_inner_products(scores_nq[rows], codes, scales, asked, scratch)
     return columns["sequence_id"], scores_nq
 
 
