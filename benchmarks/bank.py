@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=[0], help="that CG's G is of; 0 is all")
     parser.add_argument("--tracked", nargs="+", default=["mlp"], help="the sets of layers for CG and ASTRA")
     parser.add_argument("--models", type=int, default=1, help="full models whose scores are added up too")
+    parser.add_argument("--epochs", nargs="*", default=[], help="of the full model's training, judged as it was then")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
@@ -116,6 +117,7 @@ def main() -> None:
     job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
     methods = METHODS + (["cg", "astra"] if options.iterated else [])
     sweep = [f"sweep.methods=[{','.join(methods)}]", f"sweep.models={options.models}"]
+    sweep += [f"sweep.epochs=[{','.join(options.epochs)}]"]
     if options.iterated:
         sweep += [f"sweep.iterated=[{','.join(options.tracked)}]", "sweep.iterated_auto=true"]
         sweep += [f"sweep.iterated_sequences=[{','.join(map(str, options.sequences))}]"]

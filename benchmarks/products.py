@@ -3,6 +3,8 @@
 python benchmarks/products.py                  the floors
 python benchmarks/products.py --length 8192    the peak memory of one product, and of a sequence's own tokens explained,
                                                at that length; with --plain with attention in plain operations
+python benchmarks/products.py --targets        what taking rows apart by target costs beside refining them: rows that 12
+                                               questions share, and rows of one question (the demo's model)
 
 The floor is a forward and an activation-gradient backward, as in benchmarks/floor.py. Processor seconds, best of three.
 """
@@ -23,12 +25,15 @@ from infscan.config import Dtype, ModelConfig
 from infscan.corpus.sequences import Sequence
 from infscan.model import attention_blocks
 from infscan.model.architecture import describe
+from infscan.model.folder import model_folder
 from infscan.model.gauss_newton import GaussNewton
 from infscan.model.loaded import RankContext
 from infscan.model.losses import Loss
 from infscan.model.measure import next_tokens
 from infscan.model.token_influence import own_tokens
 from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.refine import score_pairs
+from infscan.steps.targets import pair_targets
 
 VOCAB = 512
 
@@ -78,6 +83,27 @@ def floors() -> None:
         print(f"{count} vectors: {spent:.2f} floors, {spent / count:.2f} a vector", flush=True)
 
 
+def targets(wanted: list[tuple[int, ...]], apart: int) -> None:
+    """wanted: by row, its questions. apart: so many rows are taken apart, all are refined."""
+    folder = str(model_folder("infscan://demo/model"))
+    settings = WorkerSettings(ModelConfig(folder, Dtype.float32), describe(folder, "mlp").layers, sharded=False)
+    worker, layers, rows = ModelWorker(settings, RankContext()), settings.layers, sequences(len(wanted), 64)
+    P = {layer.name: torch.randn(12, layer.outputs, layer.inputs) for layer in layers}
+    refined = seconds(lambda: score_pairs(worker, rows, wanted, layers, P, 4096, lambda *_: None))
+    spent = seconds(lambda: pair_targets(worker, rows[:apart], wanted[:apart], layers, P, 4096))
+
+    def alone() -> None:
+        for query in wanted[0]:
+            pair_targets(worker, rows[:apart], [(query,)] * apart, layers, P, 4096)
+
+    both, one_by_one = 1 + spent / refined, 1 + seconds(alone) / refined
+    print(
+        f"{len(wanted)} rows refined for {len(wanted[0])} questions, {apart} taken apart: {refined:.2f} s, together "
+        f"{both:.2f} times that; question by question {one_by_one:.2f} times",
+        flush=True,
+    )
+
+
 def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -101,5 +127,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--targets", action="store_true")
     asked = parser.parse_args()
-    memory(asked.length, asked.plain) if asked.length else floors()
+    if asked.targets:
+        targets([tuple(range(12))] * 32, 32)
+        targets([tuple(range(12))] * 64, 16)
+        targets([(0,)] * 64, 16)
+    elif asked.length:
+        memory(asked.length, asked.plain)
+    else:
+        floors()

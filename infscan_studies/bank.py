@@ -41,6 +41,7 @@ JUDGED = pa.schema(
         ("damping", pa.float64()),
         ("sequences", pa.int64()),
         ("models", pa.int64()),
+        ("epochs", pa.string()),
         ("kind", pa.string()),
         *((name, pa.float64()) for name in ("lds", "low", "high", "ceiling", "share", *LEAD)),
         ("queries", pa.int64()),
@@ -68,8 +69,10 @@ class Cell:
     name: str
     study: RetrainingStudy
 
-    def model_store(self, seed: int) -> Store:
-        """The folder of a full model, its factors and its scores."""
+    def model_store(self, seed: int, until: int | None = None) -> Store:
+        """The folder of a full model, its factors and its scores. until: of that model after so many epochs."""
+        if until is not None:
+            return self.study.store / f"epoch-{until}"
         return self.study.store / f"seed-{seed}" if seed else self.study.store
 
     def facts(self) -> dict[str, Any]:
@@ -97,6 +100,9 @@ class _Labelled:
     def of_models(self, number: int) -> _Labelled:
         said = f" x{number}" if number > 1 else ""
         return replace(self, label=f"{self.label}{said}", facts=self.facts | {"models": number})
+
+    def of_epochs(self, said: str) -> _Labelled:
+        return replace(self, label=f"{self.label} at {said}", facts=self.facts | {"models": 1, "epochs": said})
 
 
 class Bank:
@@ -147,15 +153,20 @@ class Bank:
                 f"{self.job.max_hours}; take fewer, or raise max_hours (trainings that are finished are kept)."
             )
         for cell in self.cells:
-            for seed in range(self.job.sweep.models):
-                folder = cell.model_store(seed).local_path(MODEL)
+            models = [(seed, None) for seed in range(self.job.sweep.models)]
+            for seed, until in [*models, *((0, epoch) for epoch in self._epochs(cell))]:
+                folder = cell.model_store(seed, until).local_path(MODEL)
                 if folder is None:
                     raise ConfigError(
                         f"output={self.job.output}: trained models are written to a local folder; give one."
                     )
                 if not folder.exists():
                     folder.parent.mkdir(parents=True, exist_ok=True)
-                    save_full_model(cell.study, folder, self.job.tokenizer, seed)
+                    save_full_model(cell.study, folder, self.job.tokenizer, seed, until)
+
+    def _epochs(self, cell: Cell) -> list[int]:
+        """Those below the recipe's last."""
+        return sorted({one for one in self.job.sweep.epochs if one < cell.study.study.training.epochs})
 
     def train(self, report: Callable[[str], None]) -> None:
         """The trainings that are missing, as many as the job allows: recipe by recipe, subset by subset."""
@@ -204,8 +215,8 @@ class Bank:
         self.store.write(JUDGED_TABLE, to_parquet(table, {"of": JUDGED_TABLE, **self._footer()}))
         return table
 
-    def _scored(self, cell: Cell, seed: int) -> RecipeScores:
-        store, counts = cell.model_store(seed), (self.corpus.sequences, len(self.queries))
+    def _scored(self, cell: Cell, seed: int, until: int | None = None) -> RecipeScores:
+        store, counts = cell.model_store(seed, until), (self.corpus.sequences, len(self.queries))
         model, sweep = str(store.local_path(MODEL)), self.job.sweep
         config = RecipeScores.config_of(
             model, self.job.corpus.path, self.job.queries.path, counts, store.uri, self.job.seed, sweep
@@ -233,7 +244,7 @@ class Bank:
             columns = [ids.index(name) for name in one.query_ids]
             lds_q = lds_by_query(kept_mn, one.scores_nq, actual_mq[:, columns])
             facts = {"recipe": cell.name, "subsets": len(kept_mn), "label": one.label, **one.facts}
-            if facts["method"] == BankMethod.ekfac.value and facts["models"] == 1 and one.same:
+            if facts["method"] == BankMethod.ekfac.value and one.same and one.same not in ekfac:
                 ekfac[one.same] = lds_q
             before_q = ekfac.get(one.same) if one.same else None
             rows += rows_of(
@@ -260,11 +271,12 @@ class Bank:
         return rows
 
     def _added_up(self, cell: Cell, report: Callable[[str], None]) -> Iterator[_Labelled]:
-        """The rows of the first full model, of the first two added up, ...; and random scores.
+        """The rows of the first full model, of the first two added up, ...; of the first one's earlier epochs, and all
+        of them added up; and random scores.
 
         Words are the same for every model: their row is of one.
         """
-        sums: list[_Labelled] = []
+        sums, first = list[_Labelled](), list[_Labelled]()
         for number in range(1, self.job.sweep.models + 1):
             mine = list(self._labelled(self._scored(cell, number - 1), report))
             if number > 1:
@@ -272,7 +284,16 @@ class Bank:
                 before = {one.label: one for one in sums}
                 mine = [before[one.label].with_another(one) for one in mine]
             sums = mine
+            first = first or mine
             yield from (one.of_models(number) for one in sums)
+        epochs, path = self._epochs(cell), [one for one in first if one.facts["method"] != BankMethod.bm25.value]
+        for epoch in epochs:
+            then = {one.label: one for one in self._labelled(self._scored(cell, 0, epoch), report)}
+            yield from (then[one.label].of_epochs(str(epoch)) for one in path)
+            path = [one.with_another(then[one.label]) for one in path]
+        if epochs:
+            said = "+".join(map(str, [*epochs, cell.study.study.training.epochs]))
+            yield from (one.of_epochs(said) for one in path)
         control = random_scores(self.corpus.sequences, len(self.queries), self.job.seed)
         yield _Labelled(RANDOM, {"method": RANDOM}, control, tuple(query.id for query in self.queries)).of_models(1)
 

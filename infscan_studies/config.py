@@ -595,6 +595,9 @@ class SweepConfig:
     """Queries of each kind that cg and astra solve for; null is all."""
     models: int = 1
     """Full models, of seeds 0, 1, ..., whose scores are judged added up too: of the first two, the first three, ..."""
+    epochs: list[int] = field(default_factory=list)
+    """Epochs of the first full model's training after which it is judged as it was then: each alone, and all added up
+    with the last."""
     removal: list[str] = field(default_factory=list)
     """Rows of the table, by their labels (`ekfac mlp 0.1`), whose strongest sequences models are trained without."""
     removed_queries: int = 3
@@ -618,14 +621,11 @@ class SweepConfig:
             )
         if min([*self.damping, *self.iterated_damping], default=1) <= 0:
             raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
-        counts = [*self.steps, self.removed_queries, self.removal_seeds, self.models]
+        counts = [*self.steps, *self.epochs, self.removed_queries, self.removal_seeds, self.models]
         if min(counts) < 1 or min(self.iterated_sequences, default=0) < 0 or self.resamples < 20:
-            raise ConfigError(
-                f"sweep.steps={self.steps}, sweep.iterated_sequences={self.iterated_sequences}, sweep.resamples="
-                f"{self.resamples}, sweep.removed_queries={self.removed_queries}, sweep.removal_seeds="
-                f"{self.removal_seeds}, sweep.models={self.models}: give at least 1 (sequences: or 0, all), and 20 "
-                "resamples."
-            )
+            names = "steps", "epochs", "iterated_sequences", "removed_queries", "removal_seeds", "models", "resamples"
+            said = ", ".join(f"sweep.{name}={getattr(self, name)}" for name in names)
+            raise ConfigError(f"{said}: give at least 1 (iterated_sequences: or 0, all), and 20 resamples.")
 
 
 @dataclass

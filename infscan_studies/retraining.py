@@ -101,10 +101,10 @@ class RetrainingStudy:
                 "settings, or another output=..."
             )
 
-    def full_model(self, seed: int = 0) -> GPTNeoXForCausalLM:
-        """Trained on all sequences."""
+    def full_model(self, seed: int = 0, until: int | None = None) -> GPTNeoXForCausalLM:
+        """Trained on all sequences. until: as it was after so many epochs."""
         self.afford([(self.sequence_ids, seed)])
-        model = self.trainer.train(self.sequence_ids, seed)
+        model = self.trainer.train(self.sequence_ids, seed, until)
         assert isinstance(model, GPTNeoXForCausalLM)
         return model
 
@@ -276,11 +276,13 @@ def open_study(job: LdsJob) -> RetrainingStudy:
     return RetrainingStudy(job.study, corpus, queries, Store(job.output))
 
 
-def save_full_model(study: RetrainingStudy, folder: Path, tokenizer: str | None, seed: int = 0) -> None:
+def save_full_model(
+    study: RetrainingStudy, folder: Path, tokenizer: str | None, seed: int = 0, until: int | None = None
+) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
-    study.full_model(seed).save_pretrained(partial)
+    study.full_model(seed, until).save_pretrained(partial)
     if tokenizer:
         for path in model_folder(tokenizer).iterdir():
             if path.name.startswith(TOKENIZER_FILES):

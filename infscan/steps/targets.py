@@ -7,6 +7,7 @@ They add up to a row's score, and a score changes by exactly minus their sum whe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from infscan.config import fingerprint
 from infscan.corpus.plan import Plan
+from infscan.corpus.sequences import Sequence
 from infscan.engine.executor import Step
+from infscan.influence.layers import Layer
 from infscan.influence.precision import multiplying
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.target_influence import target_influence
@@ -130,18 +133,7 @@ def targets_task(worker: ModelWorker, task: RefineTask) -> int:
     sequences = stored_candidates(task.run, task.shards, task.fingerprint)
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
     pairs = pairs_of(wanted)
-    place_of = {pair: place for place, pair in enumerate(pairs)}
-    longest = max(len(sequence) for sequence in sequences)
-    found_nt = torch.zeros(len(pairs), longest, dtype=worker.wide, device=worker.device)
-    for queries, rows in passes(wanted):
-        P_k = {layer.name: _some(P[layer.name], queries) for layer in task.layers}
-        # A pass has as many tokens with its tangents as one query's would.
-        for batch in worker.batches([sequences[row] for row in rows], task.tokens_per_batch // len(queries)):
-            influence_kbt = target_influence(worker, batch, task.layers, P_k, batch.loss())
-            for place, row in enumerate(batch.rows.tolist()):
-                at = [place_of[rows[row], query] for query in queries]
-                # Of token t + 1 where position t predicts it.
-                found_nt[at, 1 : influence_kbt.shape[2]] = influence_kbt[:, place, :-1]
+    found_nt = pair_targets(worker, sequences, wanted, task.layers, P, task.tokens_per_batch)
     by_token = worker.reduce(found_nt).float()
     if worker.leads:
         values = by_token.cpu().numpy()
@@ -154,6 +146,33 @@ def targets_task(worker: ModelWorker, task: RefineTask) -> int:
             [layer.name for layer in task.layers],
         )
     return sum(len(sequences[row]) for row, _ in pairs)
+
+
+def pair_targets(
+    worker: ModelWorker,
+    sequences: Sequences[Sequence],
+    wanted: Sequences[Sequences[int]],
+    layers: Sequences[Layer],
+    P: Mapping[str, Tensor],
+    tokens_per_batch: int,
+) -> Tensor:
+    """<P_q, grad l_t> of every wanted pair (`pairs_of`) by token: [n, T of the longest], float32 or wider.
+
+    P: [Q, O, I] by layer, full rank. Each rank of a group has its own micro-batches' rows; those of others are zero.
+    """
+    place_of = {pair: place for place, pair in enumerate(pairs_of(wanted))}
+    longest = max(len(sequence) for sequence in sequences)
+    found_nt = torch.zeros(len(place_of), longest, dtype=worker.wide, device=worker.device)
+    for queries, rows in passes(wanted):
+        P_k = {layer.name: _some(P[layer.name], queries) for layer in layers}
+        # A pass has as many tokens with its tangents as one query's would.
+        for batch in worker.batches([sequences[row] for row in rows], tokens_per_batch // len(queries)):
+            influence_kbt = target_influence(worker, batch, layers, P_k, batch.loss())
+            for place, row in enumerate(batch.rows.tolist()):
+                at = [place_of[rows[row], query] for query in queries]
+                # Of token t + 1 where position t predicts it.
+                found_nt[at, 1 : influence_kbt.shape[2]] = influence_kbt[:, place, :-1]
+    return found_nt
 
 
 def passes(wanted: Sequences[Sequences[int]]) -> list[tuple[tuple[int, ...], list[int]]]:

@@ -105,11 +105,12 @@ class LanguageModelTrainer:
         self.build, self.sequences, self.settings, self.queries = build, sequences, settings, queries
         self.vary_initial = vary_initial
 
-    def train(self, chosen: NDArray[np.int64], seed: int) -> nn.Module:
-        """A model trained on these rows, in eval mode."""
+    def train(self, chosen: NDArray[np.int64], seed: int, until: int | None = None) -> nn.Module:
+        """A model trained on these rows, in eval mode. until: as it was after so many epochs."""
         model = self.build(seed if self.vary_initial else 0)
         ids = [self.sequences[row] for row in chosen.tolist()]
-        train_language_model(model, [row for row in ids if len(row) > 1], replace(self.settings, seed=seed))
+        rows = [row for row in ids if len(row) > 1]
+        train_language_model(model, rows, replace(self.settings, seed=seed), until=until)
         return model
 
     def __call__(self, chosen: NDArray[np.int64], seed: int) -> NDArray[np.float64]:

@@ -66,6 +66,7 @@ def train_language_model(
     *,
     losses: Sequence[Mask] | None = None,
     alpha: float = 0.0,
+    until: int | None = None,
 ) -> TrainingRecord:
     """Train ``model`` (a transformers causal LM, on its own device) in place and leave it in eval mode.
 
@@ -73,6 +74,7 @@ def train_language_model(
     that ``losses`` says (a mask of each sequence's tokens, None for all). ``heldout`` is scored after each epoch;
     ``on_epoch(epoch, record)`` is called after that. ``alpha`` adds alpha/2 |theta - theta_0|^2, theta_0 being the
     weights at the start, to the loss of a batch (docs/method.md#multi-stage; with reduction=sum, on its own scale).
+    ``until`` stops after so many epochs, the schedule being that of all.
     Raises ConfigError for impossible settings, CorpusError where a sequence has no token to predict and ModelError
     where the loss stops being finite.
     """
@@ -97,7 +99,7 @@ def train_language_model(
     started, cpu_started = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # dropout, where the model has any
-        for epoch in range(settings.epochs):
+        for epoch in range(settings.epochs if until is None else until):
             model.train()
             epoch_nats, epoch_tokens = 0.0, 0
             for batch in _batches(examples, settings.batch_sequences, order):

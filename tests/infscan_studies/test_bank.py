@@ -119,13 +119,15 @@ def test_every_method_is_judged_and_the_table_is_found_again(
         iterated_auto=True,
         iterated_sequences=[0, 10],
         models=2,
+        epochs=[1],
         removal=["ekfac mlp 0.1", "random"],
         removed_queries=1,
         share=0.1,
         random_draws=1,
         resamples=50,
     )
-    asked = job(inputs, tmp_path / "judged", recipes=RECIPES[:1], sweep=sweep)
+    recipe = replace(RECIPES[0], training=replace(RECIPES[0].training, epochs=2))
+    asked = job(inputs, tmp_path / "judged", recipes=[recipe], sweep=sweep)
     table = run_bank(asked).judged
     assert table is not None
     rows = table.to_pylist()
@@ -135,6 +137,7 @@ def test_every_method_is_judged_and_the_table_is_found_again(
     assert {"bm25", "cosine", "random"} <= labels
     assert {"cg-2 mlp auto of 10", "astra-2 mlp auto", "ekfac mlp auto x2", "cosine x2"} <= labels
     assert "bm25 x2" not in labels
+    assert {"identity mlp at 1", "cg-2 mlp 0.1 at 1+2", "cosine at 1+2"} <= labels
     lds = {(row["label"], row["kind"]): row["lds"] for row in rows}
     assert {row["method"] for row in rows if row["lead"] is not None} == {"ekfac", "kfac", "cg-1", "cg-2", "astra-2"}
     for row in rows:

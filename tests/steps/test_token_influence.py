@@ -22,6 +22,8 @@ from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Part, Query, by_token
 from infscan.steps.explain import Explained, ExplainTask, explain_task
 from infscan.steps.preconditioner import Preconditioner, preconditioned
+from infscan.steps.refine import pairs_of
+from infscan.steps.targets import pair_targets
 from infscan.storage import Store
 from tests.corpus.builders import prepare, write_rows
 from tests.corpus.builders import settings as pack_settings
@@ -132,6 +134,24 @@ def test_targets_are_the_output_tokens_in_one_forward(
         for place, row in enumerate(batch.rows.tolist()):
             close(found_bt[place, : len(sequences[row]) - 1], expected[row][query].output_t[1:])
             assert not found_bt[place, len(sequences[row]) - 1 :].any()
+
+
+def test_pairs_that_share_a_pass_have_the_numbers_of_pairs_alone(
+    opened: tuple[ModelWorker, PreparedCorpus], inverse: Preconditioner
+) -> None:
+    """Rows that share all their queries, rows with some of them, and rows with one."""
+    rank, corpus = opened
+    sequences = sequences_of(corpus)
+    P = {name: torch.cat([V, V.flip(0) + V]) for name, V in preconditioned(rank, QUERIES, rank.layers, inverse).items()}
+    wanted = [(0, 1, 2, 3)] * 3 + [(0, 2), (1,), (0, 1, 2, 3), (3,)]
+    together_nt = pair_targets(rank, sequences, wanted, rank.layers, P, 64).numpy()
+    pairs = pairs_of(wanted)
+    assert len(pairs) == len(together_nt) == 20
+    for (row, query), found_t in zip(pairs, together_nt, strict=True):
+        [alone_t] = pair_targets(rank, [sequences[row]], [(query,)], rank.layers, P, 64).numpy()
+        tolerance = 1e-6 * np.abs(alone_t).max()
+        np.testing.assert_allclose(found_t[: len(alone_t)], alone_t, rtol=1e-6, atol=tolerance)
+        assert not found_t[len(alone_t) :].any()
 
 
 @contextmanager
