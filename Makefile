@@ -69,6 +69,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/job_memory.py
 	$(BIN)/python benchmarks/read_ahead.py
+	$(BIN)/python benchmarks/first_wave.py
 	$(BIN)/python benchmarks/driver.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/certificate.py --runs 40

@@ -118,28 +118,45 @@ def write_shard(
     sequences: all of the shard's, in the plan's order, with losses [n] in nats; only those with a hit are written.
     Without `tokens`, of a sequence there are its number, its loss and its hits.
     """
-    by_sequence: dict[int, list[dict[str, Any]]] = {}
-    # Sorted, so that the file's bytes depend on the hits and not on their order.
-    for query, side, sequence_id, score in sorted(hits.rows()):
-        hit = {"query_id": query_ids[query], "side": SIDES[side], "scan_score": score}
-        by_sequence.setdefault(sequence_id, []).append(hit)
+    kept, lists = _by_sequence(np.array([sequence.sequence_id for sequence in sequences], np.int64), hits, query_ids)
     rows = [
         {
-            "sequence_id": sequence.sequence_id,
-            "loss": float(loss),
-            "hits": by_sequence[sequence.sequence_id],
-            **(_content(sequence) if tokens else {}),
+            "sequence_id": sequences[place].sequence_id,
+            "loss": float(losses[place]),
+            **(_content(sequences[place]) if tokens else {}),
         }
-        for sequence, loss in zip(sequences, losses, strict=True)
-        if sequence.sequence_id in by_sequence
+        for place in kept
     ]
-    table = pa.Table.from_pylist(rows, schema=CANDIDATES)
+    table = pa.Table.from_pylist(rows, schema=CANDIDATES.remove(CANDIDATES.get_field_index("hits")))
+    table = table.append_column(CANDIDATES.field("hits"), lists)
     path = shard_path(name)
     told = {name: value for name, value in vars(counts).items() if name not in ("spread", "sources")}
     facts: dict[str, Any] = {"counts": told, "sources": counts.sources, "fingerprint": fingerprint, OF: path}
     if counts.spread is not None:
         facts["spread"] = counts.spread.to_text()
     return store.create(path, to_parquet(table, facts))
+
+
+def _by_sequence(
+    sequence_ids: NDArray[np.int64], hits: ScoredRows, query_ids: Sequences[str]
+) -> tuple[list[int], pa.Array]:
+    """The places among `sequence_ids` that have hits, ascending, and the hits of each as CANDIDATES has them.
+
+    Hits are sorted, so that the file's bytes depend on them and not on their order. A first shard may have a million:
+    they are never objects of Python.
+    """
+    by_id = np.argsort(sequence_ids)
+    places = by_id[np.searchsorted(sequence_ids, hits.sequence_ids, sorter=by_id)]
+    order = np.lexsort((hits.sides, hits.queries, places))
+    kept, counts = np.unique(places, return_counts=True)
+    columns = [
+        pa.array(query_ids, pa.string()).take(pa.array(hits.queries[order])),
+        pa.array(SIDES, pa.string()).take(pa.array(hits.sides[order])),
+        pa.array(hits.scores[order], pa.float32()),
+    ]
+    of_all = pa.StructArray.from_arrays(columns, fields=list(CANDIDATES.field("hits").type.value_type))
+    starts = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    return kept.tolist(), pa.ListArray.from_arrays(starts, of_all)
 
 
 def _content(sequence: Sequence) -> dict[str, Any]:

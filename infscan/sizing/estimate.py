@@ -159,13 +159,13 @@ def _fitting(run: Pricing, fitted: Counted) -> list[Work]:
         # A pass like Lambda's over a part of its sequences.
         some = min(fitted.sequences, MOST_SEQUENCES)
         part = run.work("lambda", some, share(fitted, some), again)
-        damping.append(replace(part, name="damping", stored=2 * Lambda + moments / slices, units=units))
+        damping.append(replace(part, name="damping", stored=2 * Lambda + moments / slices, behind=Lambda, units=units))
     return [
-        replace(covariance, stored=moments, units=units),
+        replace(covariance, stored=moments, behind=moments, units=units),
         # It reads the sums of every slice, and writes factors and eigenvectors.
         Work("eigenbasis", 0, 0, 0.0, cpu_flop=eigh, stored=moments * (1 + 2 / slices), units=len(layers)),
         # It reads the eigenvectors of a group once.
-        replace(lam, stored=Lambda + moments / slices, units=units),
+        replace(lam, stored=Lambda + moments / slices, behind=Lambda, units=units),
         # Lambda's sums are read again at the end.
         Work("factors", 0, 0, 0.0, stored=Lambda),
         *damping,

@@ -33,10 +33,11 @@ class Work:
     products: str = ""
     # The dtype that the model is in.
     dtype: str = ""
-    # Bytes that ranks of one worker gather of each other's weights, each of them; and that are written to storage, or
-    # read, while a device waits.
+    # Bytes that ranks of one worker gather of each other's weights, each of them; that are written to storage, or read;
+    # and of these, the units' own sums, which are written while the next units are computed.
     gathered: float = 0.0
     stored: float = 0.0
+    behind: float = 0.0
     # Units, between two of which a rank waits.
     units: int = 0
 
@@ -81,8 +82,8 @@ def _as_measured(one: Work, known: Mapping[str, float], workers: int) -> float:
 
 
 def by_rates(one: Work, rates: Rates, workers: int, ranks: int) -> float | None:
-    """A phase's seconds: its parts one after the other, as nothing hides one behind the other yet. None where a rate
-    that it needs is not known, or nothing of it is counted."""
+    """A phase's seconds: its parts one after the other, but for what is written while the next units are computed, of
+    every worker's units but its last. None where a rate that it needs is not known, or nothing of it is counted."""
     count = workers * ranks
     parts = [
         (one.flop - one.own_flop, rates.model.get(one.dtype), count),
@@ -96,7 +97,9 @@ def by_rates(one: Work, rates: Rates, workers: int, ranks: int) -> float | None:
     ]
     if not any(amount for amount, _, _ in parts) or any(amount and not speed for amount, speed, _ in parts):
         return None
-    return sum(amount / speed / together for amount, speed, together in parts if amount and speed)
+    seconds = [amount / speed / together if amount and speed else 0.0 for amount, speed, together in parts]
+    others = 1 - min(1.0, workers / one.units) if one.units else 0.0
+    return sum(seconds) - others * min(one.behind / _STORED_PER_S / workers, seconds[0] + seconds[1])
 
 
 def rates_of(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:

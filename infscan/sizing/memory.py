@@ -257,8 +257,8 @@ def other_passes(
         found["check"] = scan.total + gradients(config.query_group_bytes)
     if fitting and config.factors.solver is not Solver.identity:
         for name, (stays, sums) in _fitting_bytes(config, architecture.layers).items():
-            at_end = 0 if gpus else 2 * sums
-            found[name] = scan.weights + scan.allocator + stays + max(scan.activations, at_end)
+            waiting, at_end = (0, 0) if gpus else (sums, 2 * sums)
+            found[name] = scan.weights + scan.allocator + stays + max(scan.activations + waiting, at_end)
     return found
 
 
@@ -402,12 +402,12 @@ def _largest_query_group(sized: DryWorker, queries: int, most: int) -> tuple[lis
 
 def _covariance(sized: DryWorker, *, masked: bool) -> PassCost:
     """A and S of a layer group are summed; at the end they are serialised, three copies at once, on a GPU in the host's
-    memory."""
+    memory. The slice before may still wait to be written, once."""
     group, blocks = _largest_group(sized.config, sized.layers), sized.config.factors.blocks
     sums = CovarianceSums(group, blocks, sized.worker.wide, "meta")
     sampled = sized.config.factors.labels is Labels.sampled
     seen = sized.backward(group, sums.consumer, sized.batch(masked=masked), labels=sampled)
-    return _cost(sized, seen, factors=sums.nbytes, at_end=2 * sums.nbytes)
+    return _cost(sized, seen, factors=sums.nbytes, waiting=sums.nbytes, at_end=2 * sums.nbytes)
 
 
 def _eigenbasis(sized: DryWorker) -> PassCost:
@@ -426,7 +426,7 @@ def _lambda(sized: DryWorker, *, masked: bool) -> PassCost:
     seen = sized.backward(group, lambda _: consume, sized.batch(masked=masked))
     sums = sum(total.nbytes for total in Lambda.values())
     held = sum(basis.nbytes for pair in bases.values() for basis in pair)
-    return _cost(sized, seen, factors=held + sums, at_end=2 * sums)
+    return _cost(sized, seen, factors=held + sums, waiting=sums, at_end=2 * sums)
 
 
 def _largest_group(config: Config, layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -502,16 +502,24 @@ def _bytes(queries: Iterable[LayerQueries]) -> int:
 
 
 def _cost(
-    sized: DryWorker, seen: Dry, *, queries: int = 0, factors: int = 0, gradients: int = 0, at_end: int = 0
+    sized: DryWorker,
+    seen: Dry,
+    *,
+    queries: int = 0,
+    factors: int = 0,
+    gradients: int = 0,
+    waiting: int = 0,
+    at_end: int = 0,
 ) -> PassCost:
-    """at_end: bytes that a task holds beside what stays when its micro-batches are over."""
+    """waiting: host memory of the unit before, whose file may wait to be written. at_end: bytes that a task holds
+    beside what stays when its micro-batches are over, and nothing waits any more."""
     widest = max(max(layer.outputs, layer.inputs) for layer in sized.layers)
     memory = PassMemory(
         weights=sized.weights,
         queries=queries,
         factors=factors,
         gradients=gradients,
-        activations=max(seen.peak, at_end if sized.device == "cpu" else 0),
+        activations=max(seen.peak + waiting, at_end) if sized.device == "cpu" else seen.peak,
         allocator=_KEPT_WIDTHS * sized.B * sized.T * widest * sized.itemsize if sized.device == "cpu" else 0,
     )
     tokens = sized.B * sized.T

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from infscan.config import Config, Offload
+from infscan.config import Offload
 from infscan.corpus.plan import default_shard_sequences
 from infscan.engine.executor import DeviceNeed
 from infscan.errors import ModelError
@@ -31,6 +31,8 @@ log = logging.getLogger("infscan")
 _PROCESS_BYTES = 1 << 30
 # Of a sequence beside its token ids: its documents' names and offsets, two of them. Measured, with tracemalloc.
 _SEQUENCE_BYTES = 800
+# Of a row that a shard keeps, while its file is made. Measured (benchmarks/first_wave.py).
+_ROW_BYTES = 150
 # Sequences of a corpus whose shards are as large as they become.
 _MANY = 10**9
 
@@ -93,7 +95,7 @@ def use_machine(run: Run, T: int, codes: Codes | None = None) -> dict[str, int] 
         on_host = (
             held if stage.inputs.device != "cuda" else serialised_bytes(stage.config, stage.inputs.layers) * fitting
         )
-        stage.executor.fill(_process_bytes(stage.config, T) + on_host, 1 + len(run.later))
+        stage.executor.fill(_process_bytes(stage.inputs, T) + on_host, 1 + len(run.later))
     return planned
 
 
@@ -145,16 +147,20 @@ def host_bytes(inputs: Inputs, T: int, codes: Codes | None = None) -> int | None
     except ModelError:
         return None
     if not gpus:
-        return _process_bytes(config, T) + largest(costs)[1].total
+        return _process_bytes(inputs, T) + largest(costs)[1].total
     serialised = 3 * costs["covariance"].memory.factors if "covariance" in costs else 0
     offloaded = 0 if config.model.zero.offload is Offload.none else largest(costs)[1].weights
-    return _process_bytes(config, T) + serialised + offloaded
+    return _process_bytes(inputs, T) + serialised + offloaded
 
 
-def _process_bytes(config: Config, T: int) -> int:
-    """A rank's process, with the sequences of the unit at work and of the next, which it reads meanwhile."""
+def _process_bytes(inputs: Inputs, T: int) -> int:
+    """A rank's process, with the sequences of the unit at work, of the next, which it reads meanwhile, and of the last,
+    which it writes; of that one also the scores and the rows, of which the first shards keep the most."""
+    config = inputs.config
     of_a_unit = config.scan.shard_sequences or default_shard_sequences(_MANY)
-    return _PROCESS_BYTES + 2 * of_a_unit * (8 * T + _SEQUENCE_BYTES)
+    queries = len(inputs.queries) + config.scan.background_queries
+    rows = 2 * min(of_a_unit, config.candidates_of(_MANY)) * queries
+    return _PROCESS_BYTES + of_a_unit * (3 * (8 * T + _SEQUENCE_BYTES) + 4 * queries) + rows * _ROW_BYTES
 
 
 def larger_pass(scan: PassMemory, name: str, held: int) -> str:

@@ -232,6 +232,12 @@ def test_every_part_of_a_phase_takes_its_own_time_and_ranks_share_it() -> None:
     products, waiting = 200 / 20 + 100 / 10, 5e9 / 5e8 + 6
     assert timed([one], Rate(RATES), workers=1, ranks=1)[0].seconds == products + 80 / 40 + waiting
     assert timed([one], Rate(RATES), workers=2, ranks=2)[0].seconds == products / 4 + 80 / 40 + waiting / 2
+    # Written while the next unit is computed, of all units but a worker's last; and never longer than computing takes.
+    behind = replace(one, behind=3e9)
+    hidden = timed([one, behind], Rate(RATES), workers=2, ranks=1)
+    assert (hidden[0].seconds or 0) - (hidden[1].seconds or 0) == pytest.approx(4 / 6 * 3e9 / 5e8 / 2)
+    hidden = timed([one, replace(one, behind=1e12)], Rate(RATES), workers=1, ranks=1)
+    assert (hidden[0].seconds or 0) - (hidden[1].seconds or 0) == pytest.approx(5 / 6 * products)
     assert timed([Work("eigenbasis", 0, 0, 0.0, 9.0)], Rate(RATES), workers=3, ranks=1)[0].seconds == 1.0
     unknown = Work("scan", 1, 1, 10.0, own_flop=5.0, products="tf32", dtype="bfloat16")
     assert timed([unknown], Rate(RATES), workers=1, ranks=1)[0].seconds is None
