@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from rankings import table
 
 from infscan.influence.certificate import binomial_interval
-from infscan.influence.similarity import StateMoments, Whitening, best_cosines
+from infscan.influence.similarity import StateMoments, Whitening, best_cosines, standing
 from infscan.influence.spread import ShardSpread, Spread
 from infscan.model.hidden import hidden_states
 from infscan.model.worker import Batch
 from infscan.queries import Query
-from infscan.results.answers import STANDS_OUT, STANDS_OUT_STATING, Scale
+from infscan.results.answers import ALIKE_STATING, STANDS_OUT, STANDS_OUT_STATING, Scale
 from infscan.results.statements import UNLIKELY, Asked
 from infscan.steps.inputs import read_measured_queries
 from infscan.steps.similarity import counted
@@ -44,6 +44,7 @@ from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries,
 SETS = ("first", "held-out", "wide")
 # A question takes 4 bytes for every tracked weight.
 MOST = 22
+ALIKE = 6.5
 BANK = Path(__file__).parent / "questions/is_it_there.jsonl"
 
 
@@ -156,8 +157,9 @@ def likeness(it: Ready, queries: Sequence[Query]) -> NDArray[np.float32]:
 
 
 def judged(folder: Path, name: str) -> list[dict[str, Any]]:
-    """A set's questions with what the rule is given: z of the strongest document and of the strongest one that states
-    the completion, and nats a token."""
+    """A set's questions with what the rules are given: z of the strongest document and of the strongest one that states
+    the completion, similarity's z of the most similar document and of the most similar one that states it, and nats a
+    token. Documents are all, for both scales."""
     found = dict(np.load(folder / name / "scores.npz"))
     texts = {row["id"]: row["text"] for row in map(json.loads, (folder / name / "corpus.jsonl").open(encoding="utf-8"))}
     spread = Spread(len(found["queries"]))
@@ -169,6 +171,7 @@ def judged(folder: Path, name: str) -> list[dict[str, Any]]:
         z = (scores - scale.centres[query]) / scale.scales[query]
         stating = [row for row, doc in enumerate(found["names"].tolist()) if states(question, texts[doc])]
         order = np.argsort(-scores)
+        alike = standing(found["similarity"][query], np.full(len(scores), query, np.int32), found["similarity"])
         rows.append(
             {
                 "id": query_id,
@@ -177,6 +180,9 @@ def judged(folder: Path, name: str) -> list[dict[str, Any]]:
                 "stating": stating,
                 "strongest_states": bool(order[0] in stating),
                 "z_stating": float(max(z[row] for row in stating)) if stating else None,
+                "alike": float(alike.max()),
+                "alike_stating": float(max(alike[row] for row in stating)) if stating else None,
+                "elsewhere": bool(stating) and not question.entries,
                 "document": str(found["names"][order[0]]),
                 "nats": float(found["nats"][query] / found["measured"][query]),
                 "opponents": sum(scores[row] < 0 for row in stating),
@@ -190,11 +196,17 @@ def verdicts(rows: list[dict[str, Any]], rule: Callable[[dict[str, Any]], bool])
     """What a rule says of the questions whose completion the model knows, with exact intervals."""
     known = [row for row in rows if -row["nats"] >= UNLIKELY]
     lines = []
-    for answered, what in ((True, "missed"), (False, "falsely there")):
-        mine = [row for row in known if row["answered"] is answered]
+    for answered, elsewhere, what in (
+        (True, False, "missed"),
+        (False, False, "falsely there"),
+        (False, True, "falsely there, though only the words are"),
+    ):
+        mine = [row for row in known if row["answered"] is answered and row["elsewhere"] is elsewhere]
+        if not mine:
+            continue
         wrong = [row["id"] for row in mine if rule(row) is not answered]
         low, high = binomial_interval(len(wrong), len(mine))
-        left = sum(row["answered"] is answered for row in rows) - len(mine)
+        left = sum(row["answered"] is answered and row["elsewhere"] is elsewhere for row in rows) - len(mine)
         named = f": {', '.join(wrong)}" if wrong else ""
         lines.append(f"{what} {len(wrong)} of {len(mine)} [{low:.1%}, {high:.1%}]{named}; {left} not judged")
     return lines
@@ -208,6 +220,16 @@ def strongest(row: dict[str, Any]) -> bool:
 def any_stating(row: dict[str, Any]) -> bool:
     """The same, or any document that states the completion stands out so far."""
     return row["z"] >= STANDS_OUT or (row["z_stating"] is not None and row["z_stating"] >= STANDS_OUT_STATING)
+
+
+def stating_or_alike(row: dict[str, Any]) -> bool:
+    """The same, or one that states it reads like the question: the rule of `infscan.results.answers`."""
+    return any_stating(row) or (row["alike_stating"] is not None and row["alike_stating"] >= ALIKE_STATING)
+
+
+def alike_alone(row: dict[str, Any]) -> bool:
+    """What the first set would have chosen of similarity alone: any document that is so like the question."""
+    return bool(row["alike"] >= ALIKE)
 
 
 def main() -> None:
@@ -230,9 +252,11 @@ def main() -> None:
         rows = judged(given.folder, name)
         print(f"\n{name}: {len(rows)} questions")
         for row in sorted(rows, key=lambda row: (not row["answered"], -row["z"])):
-            also = "" if row["z_stating"] is None else f", stating {row['z_stating']:.1f}"
-            print(f"  {row['id']:14} z {row['z']:8.1f}{also:>16}  {row['nats']:5.2f} nats a token  {row['document']}")
-        for rule in (strongest, any_stating):
+            stating = row["z_stating"] is not None
+            also = f", stating {row['z_stating']:.1f}" if stating else ""
+            like = f"alike {row['alike']:4.1f}" + (f", stating {row['alike_stating']:4.1f}" if stating else "")
+            print(f"  {row['id']:14} z {row['z']:8.1f}{also:>16}  {like:25} {row['nats']:5.2f} nats a token")
+        for rule in (strongest, any_stating, stating_or_alike, alike_alone):
             print(f"  {rule.__name__}: {'; '.join(verdicts(rows, rule))}")
         found = dict(np.load(given.folder / name / "scores.npz"))
         print("\n".join(table(found, [row["stating"] if row["answered"] else [] for row in rows])))

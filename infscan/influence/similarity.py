@@ -11,11 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Of the mean variance, what is added to every one: a sample may have fewer tokens than the states have entries.
 RIDGE = 1e-2
+# Of fewer sampled sequences a median distance says little.
+_FEWEST = 32
+# Of a normal distribution, the standard deviation in median absolute deviations.
+_NORMAL = 1.4826
 
 
 class StateMoments:
@@ -65,3 +71,19 @@ def best_cosines(own_id: Tensor, x_btd: Tensor, counts_bt: Tensor) -> Tensor:
     """
     cosines_bti = x_btd @ own_id.T
     return cosines_bti.masked_fill(~counts_bt[..., None], -torch.inf).amax(dim=1).mean(dim=1)
+
+
+def standing(
+    values: NDArray[np.float32], queries: NDArray[np.int32], sampled_qn: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """z = (similarity - median) / (1.4826 MAD), median and MAD of the query's similarities to a sample of the corpus.
+
+    values: similarities of some rows, and their queries. sampled_qn: [Q, n]. NaN where the sample has fewer than 32
+    sequences, or all of one similarity.
+    """
+    if sampled_qn.shape[1] < _FEWEST:
+        return np.full(len(values), np.nan, np.float32)
+    median_q = np.median(sampled_qn, axis=1)
+    scale_q = _NORMAL * np.median(np.abs(sampled_qn - median_q[:, None]), axis=1)
+    known_q = np.where(scale_q > 0, scale_q, np.nan)
+    return ((values - median_q[queries]) / known_q[queries]).astype(np.float32)

@@ -6,6 +6,7 @@ the threshold lies far above a normal distribution's (docs/reading.md has what i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from infscan.influence.topk import PROPONENT, SIDES
 from infscan.results.schema import ANSWERS
 
 # A row stands out from here on; below, the strongest one of a question without an answer would do as well. One that
-# states the completion does so earlier.
-STANDS_OUT, STANDS_OUT_STATING = 21.0, 10.0
+# states the completion does so earlier, or where it reads so like the question.
+STANDS_OUT, STANDS_OUT_STATING, ALIKE_STATING = 21.0, 10.0, 5.0
 # Of fewer sequences a median distance says little.
 FEWEST = 32
 NOT_FOUND = "no sequence stands out: the answer is probably not in this corpus"
@@ -31,19 +32,28 @@ class Standing:
     """How rows stand among all scanned sequences, as columns of one length.
 
     z: float32, NaN where it is not known (fewer than FEWEST sequences, or scores that do not vary). shares: float32, of
-    all scores of the row's sign; NaN where not known. states: which rows state the completion. stands_out: |z| is at
-    least STANDS_OUT, or STANDS_OUT_STATING for those.
+    all scores of the row's sign; NaN where not known. states: which rows state the completion. alike: float32, their
+    similarity's z (`infscan.influence.similarity.standing`), NaN where not known. stands_out: |z| is at least
+    STANDS_OUT, or of rows that state the completion |z| at least STANDS_OUT_STATING or similarity's ALIKE_STATING.
     """
 
     z: NDArray[np.float32]
     shares: NDArray[np.float32]
     states: NDArray[np.bool_]
+    alike: NDArray[np.float32]
 
     @property
     def stands_out(self) -> pa.Array:
         known = np.isfinite(self.z)
         least = np.where(self.states, STANDS_OUT_STATING, STANDS_OUT)
-        return pa.array(np.abs(np.where(known, self.z, 0)) >= least, pa.bool_(), mask=~known)
+        strong = np.abs(np.where(known, self.z, 0)) >= least
+        like = is_alike(self.states, self.alike)
+        return pa.array(strong | like, pa.bool_(), mask=~known & ~like)
+
+
+def is_alike(states: NDArray[np.bool_], alike: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which rows state the completion and read like the question. states, alike: as of `Standing`."""
+    return states & (np.where(np.isfinite(alike), alike, 0) >= ALIKE_STATING)
 
 
 class Scale:
@@ -64,14 +74,35 @@ class Scale:
         sides: NDArray[np.int8],
         scores: NDArray[np.float32],
         states: NDArray[np.bool_] | None = None,
+        alike: NDArray[np.float32] | None = None,
     ) -> Standing:
-        """Rows, by query, side, refined score, and whether they state the completion (None: nobody knows)."""
+        """Rows, by query, side, refined score, whether they state the completion and how like the question they are
+        (None: nobody knows)."""
         z = (scores - self.centres[queries]) / self.scales[queries]
         sums = self.sums_qs[queries, sides]
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = np.where(sums != 0, scores / sums, np.nan)
         states = np.zeros(len(scores), np.bool_) if states is None else states
-        return Standing(z.astype(np.float32), shares.astype(np.float32), states)
+        alike = np.full(len(scores), np.nan, np.float32) if alike is None else alike
+        return Standing(z.astype(np.float32), shares.astype(np.float32), states, alike)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Of a query's published rows of both sides, the most similar one: its document and z; and whether one of them
+    reads like the question and states the completion."""
+
+    document_id: str
+    z: float
+    stating: bool
+
+
+def most_alike(document_ids: Sequences[str], alike: NDArray[np.float32], states: NDArray[np.bool_]) -> Alike | None:
+    """None where no row was compared. alike, states: as of `Standing`."""
+    if not np.isfinite(alike).any():
+        return None
+    at = int(np.nanargmax(alike))
+    return Alike(document_ids[at], float(alike[at]), bool(is_alike(states, alike).any()))
 
 
 @dataclass(frozen=True)
@@ -102,10 +133,14 @@ def best_of(
 
 
 def answers_table(
-    query_ids: Sequences[str], scale: Scale, best: dict[int, Best], unlikely: Sequences[bool] = ()
+    query_ids: Sequences[str],
+    scale: Scale,
+    best: Mapping[int, Best],
+    unlikely: Sequences[bool] = (),
+    alike: Mapping[int, Alike] | None = None,
 ) -> pa.Table:
     """One row per query, whether or not anything was published for it. unlikely: whose completion the model hardly
-    knows; none where nobody measured it."""
+    knows; none where nobody measured it. alike: by query, where rows were compared."""
     rows = []
     for query, query_id in enumerate(query_ids):
         mine = best.get(query)
@@ -136,6 +171,11 @@ def answers_table(
                 "found": None if stands_out[0] is None else any(stands_out),
                 "stating_rank": mine.stating[1] if mine.stating else None,
             }
+        if alike is not None and query in alike:
+            like = alike[query]
+            row |= {"similar_document_id": like.document_id, "similarity_z": like.z}
+            if like.stating:
+                row["found"] = True
         if len(unlikely) and unlikely[query]:
             row |= {"found": None, "verdict": NOT_KNOWN}
         elif row.get("found") is False:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from infscan.influence.spread import Spread
 from infscan.influence.topk import PROPONENT, SIDES, best_rows
 from infscan.influence.topk_tracker import ScoredRows
-from infscan.results.answers import Best, Scale, answers_table, best_of
+from infscan.results.answers import Alike, Best, Scale, answers_table, best_of, most_alike
 from infscan.results.documents import SequenceDocuments
 from infscan.results.manifest import TABLES, Part, is_table_part, table_part_name
 from infscan.results.refined import Margins
@@ -230,6 +230,7 @@ class Publisher:
         row_bytes = 4 * (len(self.layers) + (1 + (targets is not None)) * most_tokens)
         part = 0
         best: dict[int, Best] = {}
+        alike: dict[int, Alike] = {}
         for parts in _together(_row_parts(ranking, len(self.query_ids)), _MARGINS_BYTES // row_bytes):
             first, last = parts[0][0], parts[-1][1]
             found = margins(ranking.rows[first:last])
@@ -238,13 +239,12 @@ class Publisher:
                 given = {name: column[start:stop] for name, column in (beside or {}).items()}
                 stretch = ranking.stretch(start, stop)
                 taught = targets(stretch) if targets is not None else None
-                best |= self._write_part(part, stretch, mine, documents, given, taught)
+                strongest, likest = self._write_part(part, stretch, mine, documents, given, taught)
+                best |= strongest
+                alike |= likest
                 part += 1
-        self._write(
-            "answers",
-            0,
-            answers_table(self.query_ids.to_pylist(), self.scale, best, [one.unlikely for one in self.asked]),
-        )
+        unlikely = [one.unlikely for one in self.asked]
+        self._write("answers", 0, answers_table(self.query_ids.to_pylist(), self.scale, best, unlikely, alike))
 
     def _write_part(
         self,
@@ -254,11 +254,12 @@ class Publisher:
         documents: SequenceDocuments,
         beside: Mapping[str, pa.Array],
         targets: Sequences[NDArray[np.float32] | None] | None,
-    ) -> dict[int, Best]:
-        """Returns the strongest proponents, by query."""
+    ) -> tuple[dict[int, Best], dict[int, Alike]]:
+        """Returns the strongest proponents and the rows most like the question, by query."""
         sequence_ids, sides = ranking.sequence_ids, ranking.candidates.sides[ranking.rows]
         stated = beside["states_completion"].to_numpy(zero_copy_only=False) if "states_completion" in beside else None
-        standing = self.scale.standing(ranking.queries, sides, ranking.scores, stated)
+        alike = beside["similarity_z"].to_numpy(zero_copy_only=False) if "similarity_z" in beside else None
+        standing = self.scale.standing(ranking.queries, sides, ranking.scores, stated, alike)
         query_ids = self.query_ids.take(pa.array(ranking.queries))
         split = documents.split(sequence_ids, ranking.scores, margins.token_scores)
         strongest = pa.array(split.strongest)
@@ -307,12 +308,16 @@ class Publisher:
         ]
         self._write("documents", part, pa.table(by_document, schema=ROW_DOCUMENTS))
         named = [table[name].to_pylist() for name in ("document_id", "source", "score", "states_completion")]
-        best = {}
+        best, likest = {}, {}
         for query in np.unique(ranking.queries).tolist():
-            mine = np.flatnonzero((ranking.queries == query) & (sides == SIDES.index(PROPONENT)))
+            both = np.flatnonzero(ranking.queries == query)
+            mine = both[sides[both] == SIDES.index(PROPONENT)]
             if found := best_of(*([column[row] for row in mine.tolist()] for column in named)):
                 best[query] = found
-        return best
+            ids = [named[0][row] for row in both.tolist()]
+            if like := most_alike(ids, standing.alike[both], standing.states[both]):
+                likest[query] = like
+        return best, likest
 
     def _labels(self, sequence_ids: NDArray[np.int64]) -> pa.Array:
         return pa.array(map(self.label, sequence_ids.tolist()), pa.string())

@@ -71,7 +71,7 @@ TOP = pa.schema(
         ("score", pa.float32()),
         ("scan_score", pa.float32()),
         # Among all scanned sequences: robust standard deviations from the median, the part of all scores of its sign,
-        # and whether |z| is beyond `infscan.results.answers.STANDS_OUT`. Null where the scan does not say.
+        # and whether the row stands out (`infscan.results.answers`). Null where the scan does not say.
         ("z", pa.float32()),
         ("share", pa.float32()),
         ("stands_out", pa.bool_()),
@@ -90,6 +90,8 @@ TOP = pa.schema(
         # Of what the model reads in the sequence and in the query: mean over the query's tokens of the best whitened
         # cosine of hidden states, from -1 to 1; null for rows beyond scan.similarity.
         ("similarity", pa.float32()),
+        # The same in robust standard deviations from its median over a sample of the corpus.
+        ("similarity_z", pa.float32()),
         # g' (G + lambda)^-1 g of the sequence's own gradient; and the rank by |score| / sqrt of it (l-RelatIF), among
         # those of the query and side that have it, from 1. Null for rows beyond scan.self_influence.
         ("self_influence", pa.float32()),
@@ -131,8 +133,8 @@ SEQUENCES = pa.schema(
 ANSWERS = pa.schema(
     [
         ("query_id", pa.string()),
-        # Whether it stands out, or the strongest one that states the completion does; null where the scan does not say,
-        # or the model hardly knows the completion.
+        # Whether a published row stands out (`infscan.results.answers`); null where the scan does not say, or the model
+        # hardly knows the completion.
         ("found", pa.bool_()),
         # What to say where it is not found.
         ("verdict", pa.string()),
@@ -146,6 +148,9 @@ ANSWERS = pa.schema(
         ("share", pa.float32()),
         # The rank of the strongest proponent that states the completion; null where no published one does.
         ("stating_rank", pa.int32()),
+        # Of the published row that is the most like the question, whichever its side; null where none was compared.
+        ("similar_document_id", pa.string()),
+        ("similarity_z", pa.float32()),
         # Of the scan scores: how many are finite, their median, 1.4826 MAD, and the sums of either sign.
         ("sequences", pa.int64()),
         ("median", pa.float64()),

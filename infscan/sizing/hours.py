@@ -9,7 +9,15 @@ from typing import Any
 from infscan.sizing.devices import Rates
 
 # Phases that have the model in scan.refine_dtype.
-AS_REFINED = ("refine", "stability", "self_influence", "whitening", "similarity", "targets")
+AS_REFINED = (
+    "refine",
+    "stability",
+    "self_influence",
+    "whitening",
+    "similarity_sample",
+    "similarity",
+    "targets",
+)
 # Bytes per second at which a rank takes sums from its device, hashes, serialises and stores them, or reads them back.
 _STORED_PER_S = 5e8
 # Seconds between two units, in which a rank's device has nothing to do: choosing rows, writing, being handed the next

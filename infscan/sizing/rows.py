@@ -49,7 +49,7 @@ def row_costs(
     if scan.self_influence:
         found["self_influence"] = costs.get("lambda", forward)
     if scan.similarity != 0 and blocks:
-        found |= {"whitening": forward, "similarity": forward}
+        found |= dict.fromkeys(("whitening", "similarity_sample", "similarity"), forward)
     if scan.targets != 0:
         groups, grouped = query_groups(queries, layers, config.query_group_bytes)
         largest = max(sum(layer.size for layer in group) for group in grouped)
@@ -128,13 +128,16 @@ class _Rows:
         return Work("stability", again * n, again * tokens, flop, own_flop=own, units=again * _units(n, groups))
 
     def similarity(self, most: int | None) -> list[Work]:
-        """Forwards of a sample and of the rows: half of a forward and backward, or less."""
+        """Forwards of a sample, once more for each group of queries, and of the rows: half of a forward and backward, or
+        less."""
         forward = self.run.forward_and_backward("refine") / 2
+        groups = -(-self.queries // alike.QUERIES_PER_GROUP)
         sampled = min(alike.SAMPLED, self.scanned.sequences)
-        n, _ = self.of(most, -(-self.queries // alike.QUERIES_PER_GROUP))
+        n, _ = self.of(most, groups)
         tokens = share(self.scanned, sampled), share(self.scanned, n)
         return [
             Work("whitening", 0, 0, tokens[0] * forward),
+            Work("similarity_sample", 0, 0, groups * tokens[0] * forward, units=groups),
             Work("similarity", n, tokens[1], tokens[1] * forward, units=-(-n // alike.SEQUENCES_PER_UNIT)),
         ]
 

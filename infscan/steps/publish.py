@@ -103,6 +103,7 @@ def publish(run: Run, plan: Plan, corpus: AddressableCorpus, scanned: Scanned, r
             beside |= _relative(found.own, ranking)
         if found.likeness is not None:
             beside["similarity"] = pa.array(found.likeness.of(ranking), from_pandas=True)
+            beside["similarity_z"] = pa.array(found.likeness.standing(ranking), from_pandas=True)
         by_target = found.taught.of if found.taught is not None else None
         publisher.write_rows(ranking, rows.margins, documents, corpus.sequence_length, beside, by_target)
         publisher.write_sequences(plan.by_shard(ranking.sequence_ids), documents)

@@ -18,7 +18,7 @@ from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, Selection
 from infscan.engine.executor import Step
 from infscan.errors import DamagedError
-from infscan.influence.similarity import StateMoments, Whitening, best_cosines
+from infscan.influence.similarity import StateMoments, Whitening, best_cosines, standing
 from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.hidden import hidden_states
 from infscan.model.worker import Batch, ModelWorker
@@ -32,18 +32,22 @@ from infscan.steps.scan import Scanned
 from infscan.storage import Store
 
 _NAME = "similarity"
-_WHITENING = "queries/whitening.safetensors"
-# Sequences that the whitening is of.
+_WHITENING, _SAMPLE = "queries/whitening.safetensors", "queries/similarity-{:04d}.safetensors"
+# Sequences that the whitening is of, and beside which a row's similarity stands.
 SAMPLED = 64
 QUERIES_PER_GROUP, SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 256, 1 << 14
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Of the rows that were compared, as columns: queries int32, sequence_ids int64, values float32."""
+    """Of the rows that were compared, as columns: queries int32, sequence_ids int64, values float32.
+
+    sampled_qn: float32 [Q, n], every query's similarity to a sample of the corpus.
+    """
 
     rows: ScoredRows
     values: NDArray[np.float32]
+    sampled_qn: NDArray[np.float32]
 
     def of(self, ranking: Ranking) -> NDArray[np.float32]:
         """Of a ranking's rows; NaN for those that were not compared."""
@@ -51,6 +55,10 @@ class Similarities:
         known = dict(zip(pairs, self.values.tolist(), strict=True))
         wanted = zip(ranking.queries.tolist(), ranking.sequence_ids.tolist(), strict=True)
         return np.asarray([known.get(pair, np.nan) for pair in wanted], np.float32)
+
+    def standing(self, ranking: Ranking) -> NDArray[np.float32]:
+        """The same in robust standard deviations from the median of the sample; NaN too where that is too small."""
+        return standing(self.of(ranking), ranking.queries, self.sampled_qn)
 
 
 def similarity(
@@ -107,32 +115,48 @@ def similarity(
         is_done=lambda number: paths[number] in there,
         progress=lambda number, tokens: (len(np.unique(units[number].sequence_ids)), tokens),
     )
-    if not all(map(step.is_done, step.units)):
+    whiten = WhiteningTask(run.store, CorpusAddress.of(corpus), sample, config.tokens_per_batch, key)
+
+    def sampling(number: int) -> SampleTask:
+        queries = tuple(run.queries[query] for query in groups[number])
+        return SampleTask(whiten, _SAMPLE.format(number), f"{number}/{key}", queries)
+
+    sampled = Step(
+        name="similarity_sample",
+        unit_name="query groups",
+        units=range(len(groups)),
+        function=sample_task,
+        task=sampling,
+        is_done=lambda number: _is_made(run, _SAMPLE.format(number), key),
+    )
+    if not all(all(map(each.is_done, each.units)) for each in (step, sampled)):
         # As the published scores are made.
         run.hold_model_in(config.refine_dtype)
-        whiten = WhiteningTask(run.store, CorpusAddress.of(corpus), sample, config.tokens_per_batch, key)
         whitening = Step(
-            "whitening", "samples", [0], whitening_task, lambda _: whiten, lambda _: _is_whitened(run, key)
+            "whitening", "samples", [0], whitening_task, lambda _: whiten, lambda _: _is_made(run, _WHITENING, key)
         )
 
         def on_given_up(_: int, reason: str) -> None:
-            # A part of the corpus that cannot be read is the scan's to quarantine, which needs no whitening.
-            run.telemetry.warn(f"top.similarity is null: the whitening of a sample of the corpus failed: {reason}")
+            # A part of the corpus that cannot be read is the scan's to quarantine, which needs no sample.
+            run.telemetry.warn(f"top.similarity is null: a sample of the corpus could not be compared: {reason}")
 
-        if run.executor.run(whitening, on_given_up=on_given_up):
+        if any(run.executor.run(each, on_given_up=on_given_up) for each in (whitening, sampled)):
             return None
         # Its rows come from the run's own files, as refining's do: what fails here fails the run.
         run.executor.run(step)
+    sampled_qn = np.concatenate(
+        [read_tensor(run.store, _SAMPLE.format(number), _NAME).numpy() for number in range(len(groups))]
+    )
     by_group: list[list[list[str]]] = [[[]] for _ in groups]
     for unit, path in zip(units, paths, strict=True):
         by_group[unit.group][0].append(path)
     found = RefinedRows(run.store, groups, by_group, [_NAME], inputs.query_ids, tried)
-    return Similarities(tried, found.scores)
+    return Similarities(tried, found.scores, sampled_qn)
 
 
-def _is_whitened(run: Run, key: str) -> bool:
+def _is_made(run: Run, name: str, key: str) -> bool:
     try:
-        return run.store.exists(_WHITENING) and read_facts(run.store, _WHITENING).get("fingerprint") == key
+        return run.store.exists(name) and read_facts(run.store, name).get("fingerprint") == key
     except DamagedError as error:
         run.telemetry.warn(f"{error} It is computed again now.")
         return False
@@ -147,6 +171,21 @@ class WhiteningTask:
     sequence_ids: np.ndarray
     tokens_per_batch: int
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """The queries of a group beside the sample that the whitening is of. name: of the file. group: as of
+    `SimilarityTask`."""
+
+    sample: WhiteningTask
+    name: str
+    group: str
+    queries: tuple[Query, ...]
+
+    @property
+    def run(self) -> Store:
+        return self.sample.run
 
 
 @dataclass(frozen=True)
@@ -176,6 +215,27 @@ def whitening_task(worker: ModelWorker, task: WhiteningTask) -> None:
     total_nn = worker.reduce(moments.total_nn)
     if worker.leads:
         write_tensors(task.run, _WHITENING, {"total": total_nn}, {"fingerprint": task.fingerprint})
+
+
+def sample_task(worker: ModelWorker, task: SampleTask) -> int:
+    """Similarity of every query to every sequence of the sample, [Q, n] float32, written by rank 0. Returns the
+    tokens."""
+    whitening, own = worker.cached("similarity", task.group, lambda: _own(worker, task))
+    sequences = worker.read(task.sample.corpus, task.sample.sequence_ids)
+    values_qn = torch.zeros(len(own), len(sequences), dtype=torch.float64, device=worker.device)
+    for batch in worker.batches(sequences, task.sample.tokens_per_batch):
+        h_btd = _states(worker, batch)
+        if not batch.scored:
+            continue
+        counts_bt, x_btd = counted(batch), whitening.directions(h_btd)
+        rows = torch.from_numpy(batch.rows).to(worker.device)
+        for query, own_id in enumerate(own):
+            values_qn[query, rows] = best_cosines(own_id, x_btd, counts_bt).to(values_qn.dtype)
+    values_qn = worker.reduce(values_qn)
+    if worker.leads:
+        facts = {"fingerprint": task.sample.fingerprint}
+        write_tensors(task.run, task.name, {_NAME: values_qn.float().cpu()}, facts)
+    return sum(len(sequence) for sequence in sequences)
 
 
 def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
@@ -208,7 +268,7 @@ def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _own(worker: ModelWorker, task: SimilarityTask) -> tuple[Whitening, list[Tensor]]:
+def _own(worker: ModelWorker, task: SimilarityTask | SampleTask) -> tuple[Whitening, list[Tensor]]:
     """The whitening, and the directions [i, d] of every query's tokens, prompt and completion."""
     total_nn = read_tensor(task.run, _WHITENING, "total")
     whitening = Whitening.of(total_nn).to(worker.device, worker.wide)

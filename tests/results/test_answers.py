@@ -8,6 +8,7 @@ import pytest
 from infscan.influence.spread import ShardSpread, Spread
 from infscan.results import read
 from infscan.results.answers import (
+    ALIKE_STATING,
     NOT_FOUND,
     NOT_KNOWN,
     STANDS_OUT,
@@ -16,6 +17,7 @@ from infscan.results.answers import (
     Scale,
     answers_table,
     best_of,
+    most_alike,
 )
 from infscan.results.statements import Asked
 from infscan.storage import Store
@@ -108,6 +110,28 @@ def test_a_row_that_states_the_completion_stands_out_earlier() -> None:
     score = np.full(2, scale.centres[0] + z * scale.scales[0], np.float32)
     standing = scale.standing(np.zeros(2, np.int32), np.zeros(2, np.int8), score, np.asarray([True, False]))
     assert standing.stands_out.to_pylist() == [True, False]
+
+
+def test_a_row_that_states_the_completion_and_reads_like_the_question_answers_it_on_either_side() -> None:
+    """However little it does; one that states it and is not like it, or the other way round, does not."""
+    scale = Scale(spread_of(background()), 3)
+    best = {0: Best("strongest", "web", float(scale.centres[0] + scale.scales[0]), None)}
+
+    def found(*rows: tuple[float, bool]) -> list[object]:
+        """Of rows by similarity's z, and whether they state the completion."""
+        z, states = np.asarray([z for z, _ in rows], np.float32), np.asarray([one for _, one in rows])
+        zeros = np.zeros(len(rows), np.int32)
+        scores = np.full(len(rows), scale.centres[0] - scale.scales[0], np.float32)
+        out = scale.standing(zeros, zeros.astype(np.int8), scores, states, z).stands_out.to_pylist()
+        like = most_alike([f"d{row}" for row in range(len(rows))], z, states)
+        row = answers_table(QUERIES[:1], scale, best, alike={0: like} if like else {}).to_pylist()[0]
+        return [row["found"], row["similar_document_id"], *out]
+
+    nan = float("nan")
+    assert found((ALIKE_STATING + 1, False), (ALIKE_STATING, True)) == [True, "d0", False, True]
+    assert found((ALIKE_STATING + 9, False), (ALIKE_STATING - 1, True)) == [False, "d0", False, False]
+    assert found((nan, True), (1.0, False)) == [False, "d1", False, False]
+    assert found((nan, True)) == [False, None, False]
 
 
 def test_of_a_completion_that_the_model_hardly_knows_nothing_is_found() -> None:

@@ -27,7 +27,7 @@ def states(model: torch.nn.Module, ids: list[int]) -> Tensor:
 
 
 def table(output: Path) -> pa.Table:
-    return read_top(str(output)).select(["query_id", "side", "rank", "sequence_id", "similarity"])
+    return read_top(str(output)).select(["query_id", "side", "rank", "sequence_id", "similarity", "similarity_z"])
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,18 @@ def test_it_is_the_mean_over_query_tokens_of_the_best_whitened_cosine(root: Path
         x = (states(model, ids) - sample.mean(dim=0)) @ whiten
         return x / x.norm(dim=1, keepdim=True)
 
+    def alike(query: str, number: int) -> float:
+        return float((directions(asked[query]) @ directions(rows[number]).T).amax(dim=1).mean())
+
     found = table(root / "run").to_pylist()
     assert len(found) == 3 * 2 * 5
+    sampled = {query: [alike(query, number) for number in Selection.of(100, 64, 0).ids().tolist()] for query in asked}
     for row in found:
-        expected = (directions(asked[row["query_id"]]) @ directions(rows[row["sequence_id"]]).T).amax(dim=1).mean()
-        assert row["similarity"] == pytest.approx(float(expected), abs=1e-6)
+        expected = alike(row["query_id"], row["sequence_id"])
+        assert row["similarity"] == pytest.approx(expected, abs=1e-6)
+        median = np.median(sampled[row["query_id"]])
+        scale = 1.4826 * np.median(np.abs(sampled[row["query_id"]] - median))
+        assert row["similarity_z"] == pytest.approx((expected - median) / scale, rel=1e-3, abs=1e-3)
 
 
 def test_it_does_not_depend_on_how_the_work_is_cut(root: Path) -> None:
@@ -67,8 +74,10 @@ def test_it_does_not_depend_on_how_the_work_is_cut(root: Path) -> None:
     )
     answer_here(other)
     one, two = table(root / "run"), table(root / "other")
-    assert one.drop_columns("similarity").equals(two.drop_columns("similarity"))
-    assert np.asarray(one["similarity"]) == pytest.approx(np.asarray(two["similarity"]), abs=1e-6)
+    names = ["similarity", "similarity_z"]
+    assert one.drop_columns(names).equals(two.drop_columns(names))
+    for name, most in zip(names, (1e-6, 1e-3), strict=True):
+        assert np.asarray(one[name]) == pytest.approx(np.asarray(two[name]), abs=most)
 
 
 def test_it_may_be_of_the_strongest_rows_alone_or_left_out(root: Path) -> None:
