@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from compression import say
 from index import narrowed
+from sieve import found_by, recall
 from torch import Tensor
 
 from infscan.config import CorpusConfig, DampingConfig, Dtype, Labels, ModelConfig, Packing, QueriesConfig, Solver
@@ -36,8 +37,10 @@ from infscan.corpus.packing import pack_settings
 from infscan.corpus.plan import Selection
 from infscan.corpus.prepared import prepare_part, write_manifest
 from infscan.corpus.splits import InputSplit
+from infscan.corpus.tfidf import document_frequencies
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.engine.in_process import InProcessExecutor
+from infscan.influence.agreement import pearson
 from infscan.influence.codes import CodeSettings, Kind, layer_code
 from infscan.influence.layers import Layer
 from infscan.influence.packed import QueryCodes, inner_products, store
@@ -55,6 +58,8 @@ from infscan.storage import Store, expand
 HERE = Path(__file__).parent
 WIDTHS: dict[Kind, tuple[int, ...]] = {"projected": (16, 24, 32, 45, 64, 91, 128), "sketched": (32, 45, 64, 128)}
 WIDEST = 128
+SIEVE_SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (10, 0.05), (100, 0.02), (100, 0.05), (100, 0.1))
+CODE_SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (100, 0.05))
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -275,8 +280,8 @@ def clocked(spent: dict[str, float], name: str) -> Iterator[None]:
 
 
 def run_pass(options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
     made = Material(options)
+    (made.folder / "facts.json").write_text(json.dumps(facts(made)))
     N = made.corpus.sequences
     say(f"{N} documents, {made.corpus.tokens} tokens, {len(made.queries)} queries, {len(made.layers)} layers")
     passing, order = Pass(made), np.random.default_rng(options.seed).permutation(N)[: options.documents]
@@ -301,6 +306,174 @@ def run_pass(options: argparse.Namespace) -> None:
             break
 
 
+def facts(made: Material) -> dict[str, Any]:
+    """What the tables are to know. multiply_adds: of a token, of a block's layers and of the head."""
+    block = sum(p.numel() for p in made.rank.model.module.model.layers[0].parameters() if p.dim() == 2)
+    return {
+        "layers": [layer.name for layer in made.layers],
+        "queries": [query.parts[0].token_ids.tolist() for query in made.queries],
+        "scanned": made.options.scanned,
+        "vocabulary": made.architecture.vocab_size,
+        "multiply_adds": {"block": block, "head": made.head.size},
+    }
+
+
+class Scored:
+    """What the pass has left so far: by layer, document and query."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(path for path in folder.glob("scores-*.npz") if ".partial" not in path.name)
+        self.files = [dict(np.load(path)) for path in paths]
+        self.ids = np.concatenate([file["ids"] for file in self.files])
+        self.facts = json.loads((folder / "facts.json").read_text())
+        self.blocks = np.array([int(name.split(".layers.")[1].split(".")[0]) for name in self.facts["layers"]])
+        self.exact = self.of("exact")
+
+    def of(self, name: str) -> Floats:
+        """[layers, N, Q], or [N, Q]. Sketches are of the first documents."""
+        parts = [file[name] for file in self.files if name in file]
+        return np.concatenate(parts, axis=parts[0].ndim - 2)
+
+
+def sieve_rows(scored: Scored, tfidf: Floats) -> list[dict[str, Any]]:
+    """Suffixes of blocks, other sieves and unions."""
+    exact, B = scored.exact.sum(axis=0).T, int(scored.blocks.max()) + 1
+    ends = {k: scored.exact[scored.blocks >= B - k].sum(axis=0).T for k in (1, 2, 3, 5, 10, 15, 20, 25)}
+    costs = scored.facts["multiply_adds"]
+    floor = 2 * (B * costs["block"] + costs["head"])
+    others = {"output head": (scored.of("head").T, B * costs["block"] + costs["head"]), "TF-IDF": (tfidf, 0)}
+    for name in sorted(scored.files[0]):
+        if name.startswith("hidden"):
+            block = int(name.split()[1])
+            others[f"hidden states of block {block}"] = (scored.of(name).T, block * costs["block"])
+    tried: dict[str, tuple[list[Floats], float]] = {}
+    for k, end in ends.items():
+        tried[f"last {k} of {B} blocks"] = ([end], floor / 2 + costs["head"] + k * costs["block"])
+    for name, (mine, cost) in others.items():
+        tried[name] = ([mine], cost)
+    for k in (3, 10, 15):
+        suffix = tried[f"last {k} of {B} blocks"]
+        for name, (mine, _) in others.items():
+            # Hidden states and the head are by-products of the suffix's own forward.
+            tried[f"last {k} and {name}"] = ([*suffix[0], mine], suffix[1])
+    every = scored.exact[scored.blocks % 3 == 2].sum(axis=0).T
+    tried["every third block"] = ([every], floor)
+    N = exact.shape[1]
+    return [
+        {
+            "sieve": name,
+            "floors": cost / floor,
+            "recall": {f"{top} in {share:.1%}": recall(exact, found_by(parts, round(share * N)), top)
+                       for top, share in SIEVE_SHARES},
+        }
+        for name, (parts, cost) in tried.items()
+    ]  # fmt: skip
+
+
+def code_bytes(kind: Kind, width: int, layers: int) -> int:
+    return layers * -(-(width**2 if kind == "projected" else 1 << (width**2 - 1).bit_length()) // 8)
+
+
+def code_rows(scored: Scored) -> list[dict[str, Any]]:
+    """Codes of all layers, of some blocks, and of widths that differ by layer, against exact scores of all layers."""
+    exact, blocks, B = scored.exact.sum(axis=0), scored.blocks, int(scored.blocks.max()) + 1
+    projected = {width: scored.of(f"projected {width}") for width in WIDTHS["projected"]}
+    subsets = {
+        "all blocks": np.ones(len(blocks), np.bool_),
+        "every other block": blocks % 2 == 1,
+        "every third block": blocks % 3 == 2,
+        "every sixth block": blocks % 6 == 5,
+        "last 10 blocks": blocks >= B - 10,
+        "last 15 blocks": blocks >= B - 15,
+    }
+    rows = []
+    for subset, chosen in subsets.items():
+        of_all = scored.exact[chosen].sum(axis=0)
+        rows.append(code_row(f"exact scores of {subset}", 0, exact, of_all))
+        for width, mine in projected.items():
+            size = code_bytes("projected", width, int(chosen.sum()))
+            rows.append(code_row(f"projected {width}, {subset}", size, exact, mine[chosen].sum(axis=0), of_all))
+    some = blocks % 6 == 5
+    first = scored.of("sketched 64").shape[1]
+    for kind, mine in (("projected", some), ("sketched", slice(None))):
+        for width in WIDTHS["sketched"]:
+            found = scored.of(f"{kind} {width}")[mine][:, :first].sum(axis=0)
+            size, wanted = code_bytes(kind, width, int(some.sum())), scored.exact[some][:, :first].sum(axis=0)
+            rows.append(code_row(f"first {first} documents, every sixth block: {kind} {width}", size, wanted, found))
+    half = len(exact) // 2
+    for subset in ("all blocks", "every third block"):
+        chosen = subsets[subset]
+        for budget in (4096, 8192, 16384, 32768):
+            widths = allotted(
+                scored.exact[chosen, :half], {w: mine[chosen, :half] for w, mine in projected.items()}, budget
+            )
+            size = sum(code_bytes("projected", width, 1) for width in widths)
+            found = sum(
+                projected[width][layer, half:] for layer, width in zip(np.flatnonzero(chosen), widths, strict=True)
+            )
+            rows.append(code_row(f"second half, {subset}: widths by layer", size, exact[half:], np.asarray(found)))
+    return rows
+
+
+def allotted(exact: Floats, projected: dict[int, Floats], budget: int) -> list[int]:
+    """A width for every layer: least squared error within so many bytes (or the least widths), the layers' errors being
+    independent, by what is known of some documents."""
+    scale = exact.sum(axis=0).std(axis=0)
+    squares = np.stack([(((mine - exact) / scale) ** 2).mean(axis=(1, 2)) for mine in projected.values()], axis=1)
+    sizes = np.array([code_bytes("projected", width, 1) for width in projected])
+    low, high = 0.0, float(squares.max())
+    for _ in range(60):
+        price = (low + high) / 2
+        within = sizes[(squares + price * sizes).argmin(axis=1)].sum() <= budget
+        low, high = (low, price) if within else (price, high)
+    return [list(projected)[one] for one in (squares + high * sizes).argmin(axis=1)]
+
+
+def code_row(name: str, size: int, exact: Floats, found: Floats, own: Floats | None = None) -> dict[str, Any]:
+    """own: the exact scores of what is coded."""
+    r = pearson(exact.T, found.T)
+    row = {"code": name, "bytes": size, "pearson": float(r.mean()), "pearson_min": float(r.min())}
+    row["pearson_own"] = float(pearson(own.T, found.T).mean()) if own is not None else None
+    N = len(exact)
+    for top, share in CODE_SHARES:
+        kept = found_by([found.T], max(top, round(share * N)))
+        row[f"{top} in {share:.1%}"] = recall(exact.T, kept, top)
+    return row
+
+
+def tables(options: argparse.Namespace) -> None:
+    scored = Scored(options.folder)
+    made = open_corpus(Store(str(options.folder.absolute())) / "corpus").read(scored.ids)
+    vocab, Q = scored.facts["vocabulary"], len(scored.facts["queries"])
+    documents = [one.token_ids[: scored.facts["scanned"]] for one in made]
+    idf = document_frequencies(iter(documents), vocab).idf()
+    weights = np.stack([np.bincount(ids, minlength=vocab) * idf for ids in scored.facts["queries"]])
+    tfidf = np.stack([weights[:, np.unique(ids)].sum(axis=1) for ids in documents], axis=1).astype(np.float32)
+    result = {
+        "documents": len(scored.ids),
+        "queries": Q,
+        "strength": strengths(scored.exact.sum(axis=0)),
+        "sieves": sieve_rows(scored, tfidf),
+        "codes": code_rows(scored),
+    }
+    say(f"{len(scored.ids)} documents, {Q} queries; z of rank 1, 10, 100: {result['strength']}")
+    for row in result["sieves"]:
+        say(f"{row['sieve']:40s} {row['floors']:.2f}  " + "  ".join(f"{value:.3f}" for value in row["recall"].values()))
+    for row in result["codes"]:
+        shown = [row[key] for key in row if key not in ("code", "bytes")]
+        said = "  ".join("  -  " if value is None else f"{value:.3f}" for value in shown)
+        say(f"{row['code']:56s} {row['bytes']:7d} {said}")
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "real-model.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def strengths(exact: Floats) -> list[float]:
+    """How many standard deviations the mean query's rows of rank 1, 10 and 100 stand out."""
+    z = (exact - exact.mean(axis=0)) / exact.std(axis=0)
+    ranked = -np.sort(-z, axis=0)
+    return [round(float(ranked[rank - 1].mean()), 1) for rank in (1, 10, 100)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["pass", "tables"])
@@ -321,7 +494,8 @@ def main() -> None:
     parser.add_argument("--until", help="HH:MM, after which no more documents are begun")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    run_pass(options)
+    torch.set_num_threads(1)
+    run_pass(options) if options.part == "pass" else tables(options)
 
 
 if __name__ == "__main__":
