@@ -128,8 +128,8 @@ class _Rows:
         return Work("stability", again * n, again * tokens, flop, own_flop=own, units=again * _units(n, groups))
 
     def similarity(self, most: int | None) -> list[Work]:
-        """Forwards of a sample, once more for each group of queries, and of the rows: half of a forward and backward, or
-        less."""
+        """Forwards of a sample, once more for each group of queries, and of the rows: at most half of a forward and
+        backward each."""
         forward = self.run.forward_and_backward("refine") / 2
         groups = -(-self.queries // alike.QUERIES_PER_GROUP)
         sampled = min(alike.SAMPLED, self.scanned.sequences)
