@@ -4,10 +4,10 @@ python benchmarks/index_lds.py [--folder runs/index-lds] [--recipes adamw adamw-
 
 The bank of benchmarks/data/bank.parquet (benchmarks/bank.py): nothing is retrained but the model of the whole corpus.
 LDS of exact full-rank scores, and of what codes of several sizes make of them. Beside them two other stores, written
-here after their papers and not their programs: like LoGra (arXiv 2405.13954), two-sided random projections of unwhitened
-gradients, in two bytes a number, with the second moment of the projected gradients of a layer inverted; and like
-TrackStar (arXiv 2410.17413), gradients divided by the roots of their own second moments' outer product fit, projected,
-whitened by the root of the projected moment, and brought to length 1, in two bytes a number.
+here after their papers and not their programs, in two bytes a number: like LoGra (arXiv 2405.13954), two-sided random
+projections of unwhitened gradients, with the second moment of a layer's projected gradients inverted; and like
+TrackStar (arXiv 2410.17413), gradients divided by the roots of an outer product near their entries' second moments,
+projected, whitened by the root of the projected moment, and brought to length 1.
 """
 
 from __future__ import annotations
@@ -187,6 +187,45 @@ def summed(recipe: Recipe, scores: dict[Any, Scores], tracked: str) -> Scores:
     return total
 
 
+def judged(
+    recipe: Recipe, tracked: str, scores: dict[Any, Scores], exact: dict[str, Scores], full_q: NDArray[np.float64]
+) -> dict[str, Any]:
+    """full_q: LDS of the exact scores; difference: to it, with its 95 % interval over queries."""
+    mine, own = summed(recipe, scores, tracked), summed(recipe, exact, tracked)
+    lds_q = recipe.lds(mine)
+    difference = over_queries(lds_q - full_q, 0, 2000)
+    return {
+        "subsets": len(recipe.kept),
+        "tracked": tracked,
+        "lds": float(lds_q.mean()),
+        "of_exact": float(lds_q.mean() / full_q.mean()),
+        "difference": (difference.mean, difference.low, difference.high),
+        "pearson": float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(own, mine, strict=True)])),
+    }
+
+
+def rows_of(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    exact, rows = recipe.exact(), list[dict[str, Any]]()
+    full = {tracked: recipe.lds(summed(recipe, exact, tracked)) for tracked in SETS}
+
+    def add(label: str, scores: dict[Any, Scores], sizes: dict[str, int]) -> None:
+        for tracked in SETS:
+            row = judged(recipe, tracked, scores, exact, full[tracked])
+            size = sum(sizes.get(layer, 0) for layer in recipe.sets[tracked])
+            rows.append(row | {"recipe": name, "store": label, "bytes": size})
+            mean, low, high = row["difference"]
+            say(f"{name:12s} {tracked:9s} {label:24s} {size:7d} bytes  LDS {row['lds']:.3f} ({row['of_exact']:.0%} of "
+                f"exact; {mean:+.3f} [{low:+.3f}, {high:+.3f}])  Pearson {row['pearson']:.2f}")  # fmt: skip
+
+    add("exact", exact, {})
+    for kind, width, bits in CODES:
+        add(f"{kind} {width}, {bits} bit", *codes(recipe, kind, width, bits))
+    for like in ("LoGra", "TrackStar"):
+        for width in OTHERS:
+            add(f"like {like}, {width} x {width}", *others(recipe, like, width))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "index-lds")
@@ -205,32 +244,7 @@ def main() -> None:
         "bank", f"corpus.path={folder}/prepared/corpus", f"queries.path={folder}/queries.jsonl", f"recipes={recipes}",
         "subsets=100", "seeds=2", "max_hours=24", f"known={DATA}", "trainings=0", f"output={folder}/bank",
     )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for name in options.recipes:
-        recipe = Recipe(folder, name, options.damping)
-        exact = recipe.exact()
-        full = {tracked: recipe.lds(summed(recipe, exact, tracked)) for tracked in SETS}
-
-        def add(label: str, scores: dict[Any, Scores], sizes: dict[str, int], name: str = name, recipe: Recipe = recipe,
-                exact: dict[str, Scores] = exact, full: dict[str, Any] = full) -> None:  # fmt: skip
-            for tracked in SETS:
-                mine, own = summed(recipe, scores, tracked), summed(recipe, exact, tracked)
-                lds_q = recipe.lds(mine)
-                share, difference = lds_q.mean() / full[tracked].mean(), over_queries(lds_q - full[tracked], 0, 2000)
-                r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(own, mine, strict=True)])
-                size = sum(sizes.get(layer, 0) for layer in recipe.sets[tracked])
-                rows.append({"recipe": name, "subsets": len(recipe.kept), "tracked": tracked, "store": label, "bytes": size,
-                             "lds": float(lds_q.mean()), "of_exact": float(share), "difference": vars(difference),
-                             "pearson": float(r)})  # fmt: skip
-                say(f"{name:12s} {tracked:9s} {label:24s} {size:7d} bytes  LDS {lds_q.mean():.3f} ({share:.0%} of exact; "
-                    f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}])  Pearson {r:.2f}")  # fmt: skip
-
-        add("exact", exact, {})
-        for kind, width, bits in CODES:
-            add(f"{kind} {width}, {bits} bit", *codes(recipe, kind, width, bits))
-        for like in ("LoGra", "TrackStar"):
-            for width in OTHERS:
-                add(f"like {like}, {width} x {width}", *others(recipe, like, width))
+    rows = [row for name in options.recipes for row in rows_of(Recipe(folder, name, options.damping), name)]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
