@@ -138,21 +138,49 @@ def test_an_audit_says_what_was_missed_and_how_far_rows_stand_out(made: tuple[Pa
     assert rows_of(whole).keys() == rows_of(Path(config.output)).keys()
 
 
-def test_every_sequence_has_one_row_whose_scores_are_the_scan_s(made: tuple[Path, Config, Path]) -> None:
-    """At 8 bits and nearly the layers' width the index's own scores are within a few percent of exact ones."""
-    folder, config, index = made
-    answer_here(replace(config, output=str(folder / "dense"), scan=replace(config.scan, scores=Scores.all, rank=None)))
-    dense = read_run(str(folder / "dense")).scores()
+def own_scores(folder: Path, index: Path, *layers: str) -> tuple[list[int], np.ndarray]:
+    """Sequence ids in order, and what the index's codes make of their scores, [N, Q]; of some of its layers."""
     found = read_index(str(index))
     run_config = ask_config([found], AskJob(index=str(index), queries=str(folder / "queries.jsonl"), cluster=HERE))
     with open_run(replace(run_config, output=str(folder / "asked"))) as run:
         codes = query_codes(run, found, fit(run))
-    ids, scores = zip(*(file_scores(found.store, name, codes) for name in found.manifest.files), strict=True)
+    chosen = {name: codes[name] for name in layers or codes}
+    ids, scores = zip(*(file_scores(found.store, name, chosen) for name in found.manifest.files), strict=True)
     order = np.argsort(np.concatenate(ids))
-    assert np.concatenate(ids)[order].tolist() == dense["sequence_id"].to_pylist() == list(range(40))
+    return np.concatenate(ids)[order].tolist(), np.concatenate(scores)[order]
+
+
+def check_scores(folder: Path, config: Config, scores_nq: np.ndarray, least: float) -> None:
+    """At 8 bits and nearly the layers' width the index's own scores are within a few percent of exact ones."""
+    answer_here(replace(config, output=str(folder / "dense"), scan=replace(config.scan, scores=Scores.all, rank=None)))
+    dense = read_run(str(folder / "dense")).scores()
+    assert dense["sequence_id"].to_pylist() == list(range(40))
     for query in range(3):
-        exact = dense[f"score_q{query}"].to_numpy()
-        assert np.corrcoef(exact, np.concatenate(scores)[order, query])[0, 1] > 0.98
+        assert np.corrcoef(dense[f"score_q{query}"].to_numpy(), scores_nq[:, query])[0, 1] > least
+
+
+def test_every_sequence_has_one_row_whose_scores_are_the_scan_s(made: tuple[Path, Config, Path]) -> None:
+    folder, config, index = made
+    ids, scores_nq = own_scores(folder, index)
+    assert ids == list(range(40))
+    check_scores(folder, config, scores_nq, 0.98)
+
+
+def test_the_head_is_indexed_as_any_layer(tmp_path: Path) -> None:
+    """With the other layers, and alone, where nothing goes back through the blocks."""
+    config = small_run(tmp_path, f"factors.path={tmp_path / 'factors'}", "model.tracked=mlp+head")
+    for name, settings in (("index", {}), ("head", {"layers": "lm_head"})):
+        pipeline.make_index(index_job(unasked(config), tmp_path / name, bits=8, **settings))
+    (head,) = read_manifest(Store(str(tmp_path / "head"))).layers
+    whole = read_manifest(Store(str(tmp_path / "index"))).layers
+    assert head in whole
+    assert len(whole) > 1
+    # The vocabulary is twice as wide as the code.
+    check_scores(tmp_path, config, own_scores(tmp_path, tmp_path / "index")[1], 0.95)
+    alone = own_scores(tmp_path, tmp_path / "head")[1]
+    np.testing.assert_allclose(
+        own_scores(tmp_path, tmp_path / "index", head)[1], alone, rtol=1e-3, atol=0.01 * alone.std()
+    )
 
 
 def test_norms_stand_beside_the_codes(made: tuple[Path, Config, Path]) -> None:
