@@ -49,11 +49,11 @@ def on_rank() -> bool:
 
 
 def _as_rank(work: Callable[[], T]) -> T:
-    _At.rank = True
+    before, _At.rank = _At.rank, True
     try:
         return work()
     finally:
-        _At.rank = False
+        _At.rank = before
 
 
 def _as_task(work: Callable[[], T]) -> T:
@@ -213,15 +213,21 @@ def _wait_here(pool: pool_module.Pool) -> list[Any]:
 
 
 @contextmanager
+def in_turn() -> Iterator[None]:
+    """Within it, what is read ahead and written behind is so in this thread: storage is called in one order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadAhead, "begin", lambda ahead, work: work())
+        patch.setattr(WriteBehind, "start", lambda behind, write: Deferred(write))
+        yield
+
+
+@contextmanager
 def without_ray() -> Iterator[None]:
     """Within it, infscan.pipeline.answer(config) runs in this process, through the pool."""
-    with pytest.MonkeyPatch.context() as patch:
+    with in_turn(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "connect_backend", lambda cluster: HereBackend(cluster))
         patch.setattr(RunMetrics, "metrics", None)
         patch.setattr(pool_module, "WorkerGroup", HereGroup)
         patch.setattr(HereExecutor, "fill", lambda *given: None)
-        # In turn, so that storage is called in the same order each time.
-        patch.setattr(ReadAhead, "begin", lambda ahead, work: work())
-        patch.setattr(WriteBehind, "start", lambda behind, write: Deferred(write))
         patch.setattr(pool_module.Pool, "wait", _wait_here)
         yield

@@ -7,7 +7,7 @@ server, and an index meets a full disk.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from infscan.config.jobs import AskJob, IndexConfig, IndexJob
 from infscan.errors import StorageError
 from infscan.results.index_file import FOLDER, MANIFEST, verify_index
 from infscan.results.manifest import TABLES
+from infscan.sizing import reserve
+from infscan.sizing.memory import pass_costs
 from infscan.storage import Store
 from tests.chaos.disks import small_disk
 from tests.chaos.every_call import CHANGING, Call, Crash, crash_driver, tiny_inputs, tiny_run, watched
+from tests.chaos.one_process import in_turn
 from tests.chaos.test_every_call import SEED
 from tests.conftest import Bucket
 
@@ -44,7 +47,7 @@ class Made:
 
     @classmethod
     def undisturbed(cls, make: Make, output: str, kept: tuple[str, ...]) -> Made:
-        with watched(crash_driver(None)) as wire:
+        with in_turn(), watched(crash_driver(None)) as wire:
             make(output)
         return cls(make, kept, content(output, kept), wire.calls)
 
@@ -57,9 +60,10 @@ class Made:
     def crash_and_resume(self, strikes: list[tuple[int, str]], output: Callable[[str], str]) -> None:
         for at, moment in strikes:
             place = output(f"{at}-{moment}")
-            with watched(crash_driver(at, moment)) as wire, pytest.raises(Crash):
+            with in_turn():
+                with watched(crash_driver(at, moment)) as wire, pytest.raises(Crash):
+                    self.make(place)
                 self.make(place)
-            self.make(place)
             assert content(place, self.kept) == self.files, (SEED, at, moment, wire.struck)
 
 
@@ -75,16 +79,32 @@ def some(strikes: list[tuple[int, str]], count: int) -> list[tuple[int, str]]:
 
 def index_of(root: Path, **changed: Any) -> Make:
     """Makes an index of the tiny corpus, beside a scan unless there are no queries."""
+    # Composed once: that takes as long as all else.
+    config = replace(tiny_run(root, root / "output"), cluster=HERE, **changed)
+    config = replace(config, factors=replace(config.factors, path=str(root / "factors")))
 
     def make(output: str) -> None:
-        config = replace(tiny_run(root, output), cluster=HERE, **changed)
-        made = replace(config, factors=replace(config.factors, path=str(root / "factors")))
-        pipeline.make_index(IndexJob(**vars(made), index=IndexConfig(width=8)))
+        pipeline.make_index(IndexJob(**vars(replace(config, output=output)), index=IndexConfig(width=8)))
 
     return make
 
 
 UNASKED: dict[str, Any] = {"queries": QueriesConfig(path="")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sized_once() -> Iterator[None]:
+    """A tiny run spends a third of its time on what its ranks will hold, which makes no storage call."""
+    known: dict[Any, Any] = {}
+
+    def sized(config: Any, architecture: Any, queries: int, *rest: Any, **more: Any) -> Any:
+        if queries not in known:
+            known[queries] = pass_costs(config, architecture, queries, *rest, **more)
+        return known[queries]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reserve, "pass_costs", sized)
+        yield
 
 
 @pytest.fixture(scope="module")

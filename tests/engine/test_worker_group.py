@@ -56,6 +56,7 @@ def failed(cause: Exception) -> RayTaskError:
     return RayTaskError("run", "a traceback", cause)
 
 
+DAMAGED = CorpusError("a damaged part")
 LOST = [ActorDiedError(), ActorUnavailableError("unavailable", None), WorkerCrashedError(), OutOfMemoryError("memory")]
 
 
@@ -93,6 +94,61 @@ def test_done_when_every_rank_has_answered(monkeypatch: pytest.MonkeyPatch) -> N
     answers.ranks[1] = "another"
     assert group.poll() == (Outcome.done, "result")
     assert group.state is State.idle
+
+
+def writing(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> WorkerGroup:
+    """A group that has computed its unit, and is handed the next one while it writes; it has 1,000 s for each."""
+    group = busy(answers, monkeypatch)
+    answers.ranks[0], answers.beats["written"] = Outcome.computed, None
+    group.actors = [SimpleNamespace(written=SimpleNamespace(remote=lambda: "written"))]
+    assert group.poll() == (Outcome.computed, None)
+    assert (group.state, group.poll_written(), group.pending) == (State.idle, None, ["written"])
+    answers.ranks[0] = None
+    group._began(State.busy, 8, limit_s=1000.0)
+    assert group.pending == [0, "written"]
+    return group
+
+
+@pytest.mark.parametrize(
+    ("said", "becomes"),
+    [
+        (Outcome.computed, (Outcome.computed, None)),
+        (failed(DAMAGED), (Outcome.failed, DAMAGED)),
+    ],
+)
+def test_a_unit_is_heard_of_after_the_one_before_is_written(
+    said: Any, becomes: tuple[Outcome, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is mixed up with the other: a failure may end the ranks that still write."""
+    answers = Answers(None)
+    group = writing(answers, monkeypatch)
+    answers.ranks[0] = said
+    assert pass_time(group, answers, 5) is None
+    answers.beats["written"] = "a result"
+    assert group.poll_written() == (Outcome.done, "a result")
+    assert group.poll_written() is None
+    assert group.poll() == becomes
+
+
+def test_a_write_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, cause = Answers(None), CorpusError("refused")
+    group = writing(answers, monkeypatch)
+    answers.beats["written"] = failed(cause)
+    assert group.poll_written() == (Outcome.failed, cause)
+    assert group.poll() is None
+    assert group.state is State.busy
+
+
+@pytest.mark.parametrize("said", [None, failed(CorpusError("a damaged part"))])
+def test_a_unit_that_is_written_for_too_long_loses_its_worker(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(None)
+    group = writing(answers, monkeypatch)
+    answers.ranks[0] = said
+    answers.beats["beat 0"] = Beat({}, 0.5)
+    group.deadline += 5000.0
+    outcome, error = pass_time(group, answers, 1001) or pytest.fail("no outcome")
+    assert outcome is Outcome.lost
+    assert str(error) == "its output was not written within 1000 s"
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
