@@ -3,7 +3,7 @@
 What was found is in docs/reports/answers.md.
 
 python benchmarks/is_it_there.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
-    [--folder runs/is-it-there] [--documents 72] [--tracked REGEX] [--sequences 48] [--factors FOLDER]
+    [--folder runs/is-it-there] [--documents 72] [--tracked REGEX] [--sequences 48] [--factors FOLDER] [--signs]
 
 Questions are those of `make demo-real` and of benchmarks/questions/is_it_there.jsonl. A hash of the id puts each into
 the first set, on which the rule was chosen, or the second, on which it is counted. The third, `wide`, was written
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from exact_scores import Ready, ready, score
 from numpy.typing import NDArray
 from rankings import table
 
+from infscan.config import Measure
+from infscan.corpus.sequences import Sequence as CorpusSequence
 from infscan.influence.certificate import binomial_interval
 from infscan.influence.similarity import StateMoments, Whitening, best_cosines, standing
 from infscan.influence.spread import ShardSpread, Spread
@@ -37,6 +40,7 @@ from infscan.queries import Query
 from infscan.results.answers import ALIKE_STATING, STANDS_OUT, STANDS_OUT_STATING, Scale
 from infscan.results.statements import UNLIKELY, Asked
 from infscan.steps.inputs import read_measured_queries
+from infscan.steps.refine import Context
 from infscan.steps.similarity import counted
 from infscan.storage import Store
 from infscan_studies.demo.real import QUESTIONS, Question, choose, read_entries, write_documents, write_questions
@@ -129,6 +133,44 @@ def compute(folder: Path, name: str, given: argparse.Namespace) -> None:
         queries=np.asarray([one.id for one in queries]),
         measured=np.asarray([len(one.parts[0].positions) for one in queries]),
     )
+
+
+def signs(it: Ready, name: str, texts: dict[str, str]) -> dict[str, NDArray[np.float32]]:
+    """Scores of the documents that state an answer for its question, [n] each: as they are, without the separator
+    before them, and on the completion's first token alone."""
+    asked = [one for one in questions_of(name) if one.entries]
+    pairs = [
+        (number, row) for number, one in enumerate(asked) for row, doc in enumerate(it.names) if states(one, texts[doc])
+    ]
+    rows = sorted({row for _, row in pairs})
+    place = {row: number for number, row in enumerate(rows)}
+    golds = [it.sequences[row] for row in rows]
+    separator = int(golds[0].token_ids[0])
+    bare = [Context((), (separator,), it.inputs.architecture.context).before(one) for one in golds]
+    ids = {one.id for one in asked}
+
+    def of(measure: Measure, sequences: Sequence[CorpusSequence]) -> NDArray[np.float32]:
+        config = replace(it.config, queries=replace(it.config.queries, measure=measure))
+        queries = [one for one in read_measured_queries(replace(it.inputs, config=config)) if one.id in ids]
+        number = {one.id: at for at, one in enumerate(queries)}
+        found = score(it, queries, sequences)["ekfac"]
+        return np.asarray([found[number[asked[query].id], place[row]] for query, row in pairs])
+
+    return {
+        "as they are": of(Measure.completion, golds),
+        "without the separator": of(Measure.completion, bare),
+        "on the first token": of(Measure.first, golds),
+    }
+
+
+def sign_lines(found: dict[str, NDArray[np.float32]]) -> list[str]:
+    """How many are opponents in each way, and how many change their sign."""
+    usual = np.sign(found["as they are"])
+    lines = []
+    for way, scores in found.items():
+        changed = int((np.sign(scores) != usual).sum())
+        lines.append(f"{way}: {int((scores < 0).sum())} of {len(scores)} opponents, {changed} with another sign")
+    return lines
 
 
 def likeness(it: Ready, queries: Sequence[Query]) -> NDArray[np.float32]:
@@ -241,10 +283,17 @@ def main() -> None:
     asked.add_argument("--tracked", default=r"layers\.(13|29)\.mlp\..*")
     asked.add_argument("--sequences", type=int, default=48)
     asked.add_argument("--factors", help="where they are; else they are fitted on the first set's corpus")
+    asked.add_argument("--signs", action="store_true", help="of the documents that answer alone, in three ways")
     asked.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     given = asked.parse_args()
     torch.set_num_threads(1)
     for name in SETS:
+        if given.signs:
+            if name in given.sets:
+                it = ready(settings(given.folder, name, given), Store(given.factors))
+                texts = map(json.loads, (given.folder / name / "corpus.jsonl").open(encoding="utf-8"))
+                print(f"\n{name}", *sign_lines(signs(it, name, {row["id"]: row["text"] for row in texts})), sep="\n  ")
+            continue
         if name in given.sets and not (given.folder / name / "scores.npz").exists():
             compute(given.folder, name, given)
         if not (given.folder / name / "scores.npz").exists():

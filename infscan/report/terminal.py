@@ -10,6 +10,7 @@ from rich.text import Text
 
 from infscan.influence.topk import PROPONENT, SIDES
 from infscan.queries import measured_rows
+from infscan.results.answers import ALIKE_STATING
 from infscan.results.read import read_if_there, read_sequences, read_summary, read_tokens, read_top
 from infscan.storage import Store
 
@@ -73,9 +74,18 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
     sequences = {row["sequence_id"]: row for row in read_sequences(uri).to_pylist()}
     names = {question["id"] for question in questions[:_QUERIES]}
     by_query: dict[str, list[dict]] = {}
+    alike: dict[str, dict] = {}
     for row in read_top(uri).to_pylist():
-        if row["rank"] <= rows + _BEHIND and row["query_id"] in names:
+        if row["query_id"] not in names:
+            continue
+        if row["rank"] <= rows + _BEHIND:
             by_query.setdefault(row["query_id"], []).append(row)
+        # Runs of earlier versions do not say.
+        likeness = row.get("similarity_z") or 0
+        if row.get("states_completion") and likeness >= alike.get(row["query_id"], {}).get(
+            "similarity_z", ALIKE_STATING
+        ):
+            alike[row["query_id"]] = row
     hub = hub_from(questions, read_summary(uri))
     folds = {query_id: [folded(some, side, rows, hub) for side in SIDES] for query_id, some in by_query.items()}
     by_query = {query_id: [row for kept, _ in both for row in kept] for query_id, both in folds.items()}
@@ -96,6 +106,9 @@ def show(uri: str, *, rows: int = _ROWS) -> None:
                 console.print(_row(row, sequences[row["sequence_id"]], scores[pair]))
             if hubs:
                 console.print(Text(f"  {_fold_line(hubs)}", style="dim"))
+        like = alike.get(question["id"])
+        if like and like not in by_query.get(question["id"], []):
+            console.print(Text(f"  {_alike_line(like)}"))
         if question["id"] not in folds:
             console.print("  no sequence moved it")
     if len(questions) > _QUERIES:
@@ -191,6 +204,14 @@ def _fold_line(hubs: Sequence[dict]) -> str:
     named = ", ".join(f"{sign}{row['rank']} {one_line(row['document_id'])[:24]}" for row in hubs[:4])
     more = f" and {len(hubs) - 4} more" if len(hubs) > 4 else ""
     return f"folded, near the top of other questions too: {named}{more}"
+
+
+def _alike_line(row: dict) -> str:
+    """`-37 ftp states it and reads like the question (similarity 6.6 deviations off)`."""
+    sign = "+" if row["side"] == PROPONENT else "-"
+    document = one_line(row["document_id"])[:24]
+    z = row["similarity_z"]
+    return f"{sign}{row['rank']} {document} states it and reads like the question (similarity {z:.1f} deviations off)"
 
 
 def _row(row: dict, sequence: dict, token_scores: Sequence[float]) -> Text:

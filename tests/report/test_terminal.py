@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from infscan.report.terminal import asked, excerpt, folded, one_line, show, window
 from infscan.results.answers import NOT_FOUND
 from infscan.results.manifest import SUCCESS
+from infscan.results.read import read_top
 from infscan.results.schema import ANSWERS, QUERIES, read_parquet, to_parquet
 from infscan.storage import Store
 from tests.results.builders import ROWS, margins_of, published, publisher, ranked
@@ -53,6 +54,15 @@ def a_run(
     store.write_json("summary.json", COUNTS)
     store.write(SUCCESS, b"")
     return store
+
+
+def instead(store: Store, **columns: pa.Array) -> None:
+    """Put other columns into the run's table top."""
+    [name] = store.names("top")
+    table = read_parquet(store, name)
+    for column, values in columns.items():
+        table = table.set_column(table.column_names.index(column), column, values)
+    store.write(name, to_parquet(table.replace_schema_metadata(None), {}))
 
 
 def shown(store: Store, capsys: pytest.CaptureFixture[str], **options: int) -> list[str]:
@@ -180,16 +190,23 @@ def test_hubs_are_folded_and_what_is_behind_them_is_shown(rows: list[tuple[int, 
 
 def test_folded_hubs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = a_run(tmp_path, "words")
-    [name] = store.names("top")
-    table = read_parquet(store, name)
-    tops = [row["rank"] == 1 and row["side"] == "proponent" for row in table.to_pylist()]
-    hubs = pa.array([9 if top else 0 for top in tops], pa.int32())
-    table = table.set_column(table.column_names.index("hub"), "hub", hubs)
-    store.write(name, to_parquet(table.replace_schema_metadata(None), {}))
+    tops = [row["rank"] == 1 and row["side"] == "proponent" for row in read_top(store.uri).to_pylist()]
+    instead(store, hub=pa.array([9 if top else 0 for top in tops], pa.int32()))
     lines = shown(store, capsys)
     start = lines.index("alpha: The capital is → Paris")
     assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["+2", "+3", "folded,"]
     assert lines[start + 3].endswith("too: +1 doc")
+
+
+def test_a_row_that_answers_is_named_where_it_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = a_run(tmp_path, "words")
+    rows = read_top(store.uri).to_pylist()
+    third = [row["rank"] == 3 and row["side"] == "proponent" and row["query_id"] == "alpha" for row in rows]
+    alike = pa.array([6.6 if one else 0.0 for one in third], pa.float32())
+    instead(store, states_completion=pa.array(third), similarity_z=alike)
+    said = "+3 doc states it and reads like the question (similarity 6.6 deviations off)"
+    assert [line for line in shown(store, capsys, rows=2) if "reads like" in line] == [f"  {said}"]
+    assert not any("reads like" in line for line in shown(store, capsys, rows=3))
 
 
 def test_a_contrast_is_part_of_the_question() -> None:
