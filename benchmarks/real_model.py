@@ -383,8 +383,8 @@ def code_rows(scored: Scored) -> list[dict[str, Any]]:
         "every other block": blocks % 2 == 1,
         "every third block": blocks % 3 == 2,
         "every sixth block": blocks % 6 == 5,
-        "last 10 blocks": blocks >= B - 10,
         "last 15 blocks": blocks >= B - 15,
+        f"blocks {B // 3} to {B - B // 4 - 1}": (blocks >= B // 3) & (blocks < B - B // 4),
     }
     rows = []
     for subset, chosen in subsets.items():

@@ -24,9 +24,9 @@ _ROWS = 32
 def counter() -> Counter | None:
     """add(words_nw, planes_qpw, scales_n, steps_q, most, scores_nq), which needs no interpreter; None without numba.
 
-    scores[n, q] += (most - 2 d) scale_n step_q, d = the sum over the four planes p of 2^p |w_n xor plane_qp|, |.| being
-    the number of set bits: in float32 each, in this order. It is compiled at the first call, in about a second. Words
-    of both are of one unsigned type and contiguous.
+    scores[n, q] += (most - 2 d) scale_n step_q, d = the sum over planes p, four or eight, of 2^p |w_n xor plane_qp|,
+    |.| being the number of set bits: in float32 each, in this order. It is compiled at the first call, in about a
+    second. Words of both are of one unsigned type and contiguous.
     """
     try:
         from numba import njit, types
@@ -46,16 +46,18 @@ def counter() -> Counter | None:
         n, W = words.shape
         for first in range(0, n, _ROWS):
             for q in range(len(planes)):
-                # One after the other by name: of an inner loop over planes no vectors are made.
-                ones, twos, fours, eights = planes[q, 0], planes[q, 1], planes[q, 2], planes[q, 3]
                 for row in range(first, min(n, first + _ROWS)):
                     total = np.int64(0)
-                    for k in range(W):
-                        word = words[row, k]
-                        weighed = np.int64(set_bits(word ^ eights[k]))
-                        weighed = 2 * weighed + np.int64(set_bits(word ^ fours[k]))
-                        weighed = 2 * weighed + np.int64(set_bits(word ^ twos[k]))
-                        total += 2 * weighed + np.int64(set_bits(word ^ ones[k]))
+                    for p in range(planes.shape[1] - 4, -1, -4):
+                        # Four by name: of a loop over planes within that over words no vectors are made.
+                        ones, twos, fours, eights = planes[q, p], planes[q, p + 1], planes[q, p + 2], planes[q, p + 3]
+                        total *= 16
+                        for k in range(W):
+                            word = words[row, k]
+                            weighed = np.int64(set_bits(word ^ eights[k]))
+                            weighed = 2 * weighed + np.int64(set_bits(word ^ fours[k]))
+                            weighed = 2 * weighed + np.int64(set_bits(word ^ twos[k]))
+                            total += 2 * weighed + np.int64(set_bits(word ^ ones[k]))
                     scores[row, q] += np.float32(most - 2 * total) * (scales[row] * steps[q])
 
     return add

@@ -25,10 +25,9 @@ _MOST_COORDINATES = (2**31 - 1) // 127**2
 _EXACT = 1 << 24
 # With so few queries, bits are counted and not unpacked where numpy counts.
 _FEW = 3
-# Bits of a query's weight where a row has signs (infscan.influence.counting has a line for each): the squared error of
-# rounding to them is a fiftieth of that of a sign.
-_PLANES = 4
-_LARGEST_ODD = (1 << _PLANES) - 1
+# Of a query's weights where a row has signs: odd numbers of four bits, or where these lose more than this share of its
+# square (a few large coordinates, which signs lose the more), of eight. A sign itself loses a third of a row's.
+_LARGEST_ODD, _LARGEST_BYTE, _LOST = 15, 127, 0.02
 # Steps that are tried for such weights, in shares of that which cuts nothing off.
 _STEPS = np.geomspace(1, 0.1, 12, dtype=np.float32)
 # Of the two-byte floats that norms are stored as.
@@ -82,7 +81,7 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
 
 @dataclass(frozen=True, eq=False)
 class QueryCodes:
-    """Queries' side of one layer: v is near step_q w_q, w from -127 to 127; odd, from -15 to 15, where rows have signs.
+    """Queries' side of one layer: v is near step_q w_q, w from -127 to 127; odd where rows have signs.
 
     weights: int8 [K, Q], in the order of the coordinates that `unpacked` gives. steps: float32 [Q]. sums: int32 [Q], of
     each query's weights.
@@ -98,22 +97,20 @@ class QueryCodes:
     def of(v_qd: NDArray[np.float32], bits: Bits) -> QueryCodes:
         """Round v query by query.
 
-        Eight bits: an error of at most 1/254 of the query's largest coordinate. One bit: the step of least squared
-        error among a few, since a large coordinate is better cut off than all others rounded coarsely; then the step
-        with which <v, step w> = |v|^2. Over rotations the inner product with any row is unbiased, as of `store`.
+        Eight bits: an error of at most 1/254 of the query's largest coordinate. One bit: with the step of least squared
+        error among a few, since a large coordinate is better cut off than all others rounded coarsely; then with that
+        for which <v, step w> = |v|^2: over rotations the inner product with any row is unbiased, as of `store`.
         """
         D = v_qd.shape[1]
         assert D <= _MOST_COORDINATES, f"{D} coordinates"
-        steps = np.abs(v_qd).max(axis=1) / np.float32(_LARGEST_ODD if bits == 1 else 127)
-        there = np.where(steps > 0, steps, 1).astype(np.float32)
         if bits == 1:
-            errors = [((v_qd - step[:, None] * _odd(v_qd, step)) ** 2).sum(axis=1, dtype=np.float64)
-                      for step in (share * there for share in _STEPS)]  # fmt: skip
-            w_qd = _odd(v_qd, there * _STEPS[np.argmin(errors, axis=0)])
+            w_qd, lost_q = _odd_weights(v_qd, _LARGEST_ODD)
+            w_qd = np.where((lost_q > _LOST)[:, None], _odd_weights(v_qd, _LARGEST_BYTE)[0], w_qd)
             squares = np.einsum("qd,qd->q", v_qd, v_qd, dtype=np.float64)
             steps = _ratio(squares, np.einsum("qd,qd->q", v_qd, w_qd, dtype=np.float64))
         else:
-            w_qd = np.rint(v_qd / there[:, None])
+            steps = np.abs(v_qd).max(axis=1) / np.float32(127)
+            w_qd = np.rint(v_qd / np.where(steps > 0, steps, 1)[:, None])
         w_qd = w_qd.astype(np.int8)
         sums = w_qd.sum(axis=1, dtype=np.int32)
         if bits == 1:
@@ -132,11 +129,13 @@ class QueryCodes:
 
     @cached_property
     def planes(self) -> NDArray[np.uint8]:
-        """Of one bit: [Q, 4, b], the k-th bits of (w + 15) / 2, packed as codes are; zero, as codes are, beyond D."""
-        u_kq = np.where(self.weights == 0, 0, (self.weights + np.int8(_LARGEST_ODD)) >> 1)
+        """Of one bit: [Q, P, b], the k-th bits of (w + 2^P - 1) / 2, P = 4 or 8, packed as codes are; zero, as codes
+        are, beyond D."""
+        P = 4 if np.abs(self.weights).max(initial=0) <= _LARGEST_ODD else 8
+        u_kq = np.where(self.weights == 0, 0, (self.weights.astype(np.int16) + (1 << P) - 1) >> 1)
         u_jbq = u_kq.astype(np.uint8).reshape(8, -1, self.weights.shape[1])
-        planes = np.zeros((u_jbq.shape[2], _PLANES, u_jbq.shape[1]), np.uint8)
-        for k in range(_PLANES):
+        planes = np.zeros((u_jbq.shape[2], P, u_jbq.shape[1]), np.uint8)
+        for k in range(P):
             for j in range(8):
                 planes[:, k] |= (((u_jbq[j] >> k) & 1) << j).T
         return planes
@@ -171,17 +170,17 @@ def add_inner_products(
 ) -> None:
     """scores += `inner_products`, in place: the same bits, however they are multiplied."""
     if queries.bits == 8:
-        sums_nq = _products(codes, queries.weights, 127 * 127)
+        sums_nq = _products(codes, queries.weights, _LARGEST_BYTE**2)
     elif counts_bits(queries):
         # c = 2 bit - 1, and w is the sum of 2^p (2 bit_p - 1): where bits differ, 2^p is taken off, else added.
-        most = _LARGEST_ODD * queries.D
         words, planes = _in_words(codes, queries)
+        most = ((1 << planes.shape[1]) - 1) * queries.D
         if add := counter():
             add(words, planes, scales, queries.steps, most, scores_nq)
             return
         sums_nq = most - 2 * _differing(words, planes)
     else:
-        sums_nq = 2 * _products(unpacked(codes, scratch), queries.weights, _LARGEST_ODD) - queries.sums
+        sums_nq = 2 * _products(unpacked(codes, scratch), queries.weights, _LARGEST_BYTE) - queries.sums
     scores_nq += sums_nq.astype(np.float32) * (scales[:, None] * queries.steps)
 
 
@@ -190,9 +189,18 @@ def counts_bits(queries: QueryCodes) -> bool:
     return queries.bits == 1 and (counter() is not None or len(queries.steps) <= _FEW)
 
 
-def _odd(v_qd: NDArray[np.float32], steps_q: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The nearest odd numbers."""
-    return (2 * np.floor(v_qd / (2 * steps_q[:, None])) + 1).clip(-_LARGEST_ODD, _LARGEST_ODD)
+def _odd_weights(v_qd: NDArray[np.float32], largest: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The nearest odd numbers of at most this size, with the best step of a few, and what share of |v|^2 they lose."""
+    longest = np.abs(v_qd).max(axis=1) / np.float32(largest)
+    longest = np.where(longest > 0, longest, 1).astype(np.float32)
+    best_qd, least_q = np.empty_like(v_qd), np.full(len(v_qd), np.inf)
+    for share in _STEPS:
+        step = (share * longest)[:, None]
+        w_qd = (2 * np.floor(v_qd / (2 * step)) + 1).clip(-largest, largest)
+        lost_q = ((v_qd - step * w_qd) ** 2).sum(axis=1, dtype=np.float64)
+        better = lost_q < least_q
+        best_qd[better], least_q[better] = w_qd[better], lost_q[better]
+    return best_qd, _ratio(least_q, np.einsum("qd,qd->q", v_qd, v_qd, dtype=np.float64))
 
 
 def _products(left_nk: NDArray[np.uint8], weights_kq: NDArray[np.int8], largest: int) -> NDArray[np.int32]:
@@ -231,7 +239,7 @@ def _differing(words: NDArray[Any], planes: NDArray[Any]) -> NDArray[np.int32]:
     """The sum over planes p of 2^p times how many bits of a row differ from the plane's: [n, Q]."""
     sums_nq = np.empty((len(words), len(planes)), np.int32)
     differ, counts = np.empty_like(words), np.empty(words.shape, np.uint8)
-    # At most 64 bits of a word times 15.
+    # At most 64 bits of a word times 255.
     weighed = np.empty(words.shape, np.uint16)
     for query, mine in enumerate(planes):
         weighed[:] = 0

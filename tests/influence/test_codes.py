@@ -131,6 +131,8 @@ def test_every_way_to_multiply_gives_the_same_bits(
         monkeypatch.setattr(packed, "counter", lambda: None)
     u_nd, v_qd = normal(1, 9, D).float().numpy(), normal(2, 5, D).float().numpy()
     u_nd[0], v_qd[0] = 1, 1
+    # A few large coordinates: such weights have eight bits, others four.
+    v_qd[3] **= 7
     kept = store(u_nd, bits, entries=100)
     whole = QueryCodes.of(v_qd, bits)
     c = (
