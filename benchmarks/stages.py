@@ -55,13 +55,13 @@ from infscan.steps.solve import ekfac_factors
 from infscan.steps.stages import StageTask, stage_task
 from infscan.storage import Store
 from infscan_studies.against_cg import by_lissa, score_solutions
+from infscan_studies.config import LissaConfig, ValidateConfig, ValidateJob
 from infscan_studies.demo.answers import answers, questions
 from infscan_studies.in_process import Study, open_study
 from infscan_studies.truth import lds
 from infscan_studies.truth.bm25 import bm25_scores
 from infscan_studies.truth.retrain import Retrainer, measure_queries, trainings
 from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
-from infscan_studies.validation import LissaConfig, ValidateConfig, ValidateJob
 
 Row = dict[str, Any]
 DEMO = files("infscan.demo")
