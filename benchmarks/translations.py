@@ -1,13 +1,14 @@
 """A question in English, answered in French and German only: does influence find the answer? (docs/studies.md)
 
 python benchmarks/translations.py --model runs/real/inputs/model --handbook .../usr/share/doc/debian-handbook/html
-    [--folder runs/translations] [--questions 14] [--paragraphs 56] [--tracked REGEX] [--sequences 64]
+    [--folder runs/translations] [--questions 14] [--paragraphs 56] [--longest 160] [--wordless] [--sequences 64]
 
 The handbook has every paragraph in many languages. Of some paragraphs the first English sentence is the question: its
 last words are the completion, the rest is the prompt, and the paragraph itself is in the corpus in French and German
 alone. Other paragraphs are there in all three. Each question ranks all of them, by EK-FAC influence at full rank, by
 the gradient dot product and its cosine, and by BM25. Scores are kept in the folder (scores.npz), from which the tables
-are made again.
+are made again. --wordless: only questions that share no word of four letters with either answer, which no search for
+words can find.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from infscan.storage import Store
 from infscan_studies.truth.bm25 import bm25_scores
 
 LANGUAGES = {"en": "en-US", "fr": "fr-FR", "de": "de-DE"}
-# Characters of an English paragraph: its translations are to fit T tokens.
-_SHORTEST, _LONGEST = 80, 160
+# Characters of an English paragraph, at least.
+_SHORTEST = 80
 # Words of a question, and those of them that are its completion.
 _WORDS, _COMPLETION = (10, 26), 5
 
 
-def paragraphs(handbook: Path) -> dict[str, dict[str, str]]:
-    """The paragraphs that are translated into every language: id -> language -> text.
+def paragraphs(handbook: Path, longest: int) -> dict[str, dict[str, str]]:
+    """The paragraphs, of so many English characters at most, that are translated into every language: id -> language ->
+    text.
 
     Files have the same paragraphs in the same order in every language; where they do not, a file is left out.
     """
@@ -50,7 +52,7 @@ def paragraphs(handbook: Path) -> dict[str, dict[str, str]]:
         if len({len(one) for one in texts.values()}) != 1:
             continue
         for number, each in enumerate(zip(*texts.values(), strict=True)):
-            if _SHORTEST <= len(each[0]) <= _LONGEST and all(_translated(each[0], other) for other in each[1:]):
+            if _SHORTEST <= len(each[0]) <= longest and all(_translated(each[0], other) for other in each[1:]):
                 found[f"{file.stem}-{number}"] = dict(zip(texts, each, strict=True))
     return found
 
@@ -76,12 +78,12 @@ def question_of(text: str) -> tuple[str, str] | None:
     return " ".join(words[:-_COMPLETION]), " " + " ".join(words[-_COMPLETION:])
 
 
-def make(folder: Path, handbook: Path, questions: int, count: int) -> None:
+def make(folder: Path, given: argparse.Namespace) -> None:
     """Write corpus.jsonl and queries.jsonl. What is taken is drawn by the hash of its id."""
-    found = paragraphs(handbook)
+    found = paragraphs(given.handbook, given.longest)
     order = sorted(found, key=lambda name: sha256(name.encode()).digest())
-    asked = [name for name in order if question_of(found[name]["en"])][:questions]
-    chosen = sorted({*asked, *[name for name in order if name not in asked][: count - len(asked)]})
+    asked = [name for name in order if _can_be_asked(found[name], wordless=given.wordless)][: given.questions]
+    chosen = sorted({*asked, *[name for name in order if name not in asked][: given.paragraphs - len(asked)]})
     print(f"{len(found)} paragraphs are in {', '.join(LANGUAGES)}; {len(chosen)} taken, {len(asked)} of them asked")
     rows = [
         {"id": f"{name}-{language}", "text": text, "source": language}
@@ -95,6 +97,13 @@ def make(folder: Path, handbook: Path, questions: int, count: int) -> None:
         queries.append({"id": _query_id(name), "prompt": prompt, "completion": completion})
     for path, lines in (("corpus.jsonl", rows), ("queries.jsonl", queries)):
         (folder / path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), "utf-8")
+
+
+def _can_be_asked(texts: dict[str, str], *, wordless: bool) -> bool:
+    question = question_of(texts["en"])
+    if question is None:
+        return False
+    return not wordless or not any(_shared("".join(question), texts[language]) for language in ("fr", "de"))
 
 
 def _query_id(name: str) -> str:
@@ -179,15 +188,19 @@ def main() -> None:
     asked.add_argument("--folder", type=Path, default=Path("runs/translations"))
     asked.add_argument("--questions", type=int, default=14)
     asked.add_argument("--paragraphs", type=int, default=56)
+    asked.add_argument(
+        "--longest", type=int, default=160, help="characters: the translations are to fit --length tokens"
+    )
     asked.add_argument("--tracked", default=r"layers\.(13|27)\.mlp\..*")
     asked.add_argument("--sequences", type=int, default=64)
     asked.add_argument("--factors", help="where they are; else they are fitted on this corpus")
     asked.add_argument("--length", type=int, default=128)
+    asked.add_argument("--wordless", action="store_true", help="questions that share no word with their answers")
     given = asked.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if not (given.folder / "corpus.jsonl").exists():
-        make(given.folder, given.handbook, given.questions, given.paragraphs)
+        make(given.folder, given)
     if not (given.folder / "golds.npz").exists():
         compute(given.folder, given)
     report(given.folder)

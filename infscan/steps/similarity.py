@@ -25,7 +25,9 @@ from infscan.model.worker import Batch, ModelWorker
 from infscan.queries import Query, queries_fingerprint
 from infscan.results.publish import Ranking
 from infscan.results.refined import RefinedRows, unit_path, write_unit
+from infscan.results.shard_file import quarantined_shards
 from infscan.results.tensor_files import read_facts, read_tensor, write_tensors
+from infscan.steps.candidates import FOLDER as SIEVE
 from infscan.steps.refine import pairs_of, refine_units, stored_candidates, whole_units
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
@@ -137,10 +139,12 @@ def similarity(
         )
 
         def on_given_up(_: int, reason: str) -> None:
-            # A part of the corpus that cannot be read is the scan's to quarantine, which needs no sample.
             run.telemetry.warn(f"top.similarity is null: a sample of the corpus could not be compared: {reason}")
 
-        if any(run.executor.run(each, on_given_up=on_given_up) for each in (whitening, sampled)):
+        # What the scan, or its sieve, could not read either, and lists, ends no run; any other trouble does.
+        gave_up = any(quarantined_shards(store) for store in (run.store, run.store / SIEVE))
+        forgiven = on_given_up if gave_up else None
+        if any(run.executor.run(each, on_given_up=forgiven) for each in (whitening, sampled)):
             return None
         # Its rows come from the run's own files, as refining's do: what fails here fails the run.
         run.executor.run(step)

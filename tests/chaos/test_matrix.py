@@ -58,13 +58,15 @@ def test_what_is_found_damaged_while_it_is_used_is_made_again_by_the_same_comman
     ]
     cases = [case for case in struck if case.name.startswith(MADE_AGAIN)]
     shards = [case for case in cases if "shard-000001" in case.name and case.name.startswith("run/shards")]
-    chosen = [*random.Random(SEED).sample(shards, 3), *random.Random(SEED).sample(cases, 3)]
+    # Of the columns some are not read again: what is cut off is found in any case.
+    cut_off = [next(one for one in shards if one.moment == moment and one.damage == "truncated") for moment in moments]
+    chosen = [*cut_off, *random.Random(SEED).sample(shards, 3), *random.Random(SEED).sample(cases, 3)]
     refused = 0
     for case in chosen:
         if matrix.outcome(case) == "refused":
             refused += 1
             matrix.resumed(case)
-    assert refused
+    assert refused >= len(cut_off)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ from infscan.corpus.plan import Selection
 from infscan.errors import CorpusError
 from infscan.influence.similarity import RIDGE
 from infscan.results.read import read_summary, read_top
+from infscan.steps import scan as scanning
+from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
 
 
@@ -89,7 +92,7 @@ def test_it_may_be_of_the_strongest_rows_alone_or_left_out(root: Path) -> None:
     assert table(root / "none")["similarity"].null_count == len(all_of_them)
 
 
-def test_what_cannot_be_whitened_is_null_and_what_cannot_be_compared_fails_the_run(
+def test_what_cannot_be_compared_fails_the_run_unless_the_scan_gave_up_shards_too(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sample is of the corpus, of which a part may be unreadable; the rows are of the run's own files."""
@@ -106,6 +109,16 @@ def test_what_cannot_be_whitened_is_null_and_what_cannot_be_compared_fails_the_r
     assert table(root / "broken").equals(table(root / "run"))
     other = small_run(root, "model.dtype=float64", f"output={root / 'unread'}")
     monkeypatch.setattr("infscan.steps.similarity.whitening_task", broken)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        answer_here(other)
+    task = scanning.scan_task
+
+    def poisoned(worker: Any, given: Any, batch: Any) -> Any:
+        return broken() if given.shard == "shard-000003" else task(worker, given, batch)
+
+    monkeypatch.setattr(scanning, "scan_task", poisoned)
+    Store(other.output).remove("shards/shard-000003.parquet")
+    other.scan.allow_quarantined = 1
     answer_here(other)
     assert table(root / "unread")["similarity"].null_count == 3 * 2 * 5
     assert any("top.similarity is null" in said for said in read_summary(str(root / "unread"))["warnings"])
