@@ -32,7 +32,8 @@ class StateMoments:
         self.total_nn = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=device)
 
     def add(self, h_md: Tensor) -> None:
-        """h_md: float32 or wider, the states of M tokens."""
+        """h_md: float32 or wider, the states of M tokens; those that are not finite are left out."""
+        h_md = h_md[h_md.isfinite().all(dim=1)]
         h_mn = torch.cat([h_md.new_ones(len(h_md), 1), h_md], dim=1)
         self.total_nn += h_mn.T @ h_mn
 
@@ -46,8 +47,8 @@ class Whitening:
 
     @staticmethod
     def of(total_nn: Tensor) -> Whitening:
-        """From the sums of `StateMoments`; float64."""
-        count = total_nn[0, 0]
+        """From the sums of `StateMoments`; float64. Of no token it has no meaning, and is no error."""
+        count = total_nn[0, 0].clamp_min(1)
         mean_d = total_nn[0, 1:] / count
         cov_dd = total_nn[1:, 1:] / count - torch.outer(mean_d, mean_d)
         ridge = RIDGE * cov_dd.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -79,11 +80,13 @@ def standing(
     """z = (similarity - median) / (1.4826 MAD), median and MAD of the query's similarities to a sample of the corpus.
 
     values: similarities of some rows, and their queries. sampled_qn: [Q, n]. NaN where the sample has fewer than 32
-    sequences, or all of one similarity.
+    sequences with a finite similarity, or all of one.
     """
-    if sampled_qn.shape[1] < _FEWEST:
-        return np.full(len(values), np.nan, np.float32)
-    median_q = np.median(sampled_qn, axis=1)
-    scale_q = _NORMAL * np.median(np.abs(sampled_qn - median_q[:, None]), axis=1)
-    known_q = np.where(scale_q > 0, scale_q, np.nan)
-    return ((values - median_q[queries]) / known_q[queries]).astype(np.float32)
+    median_q, scale_q = np.full((2, len(sampled_qn)), np.nan)
+    for query, sampled_n in enumerate(sampled_qn):
+        known_n = sampled_n[np.isfinite(sampled_n)]
+        if len(known_n) >= _FEWEST:
+            median_q[query] = np.median(known_n)
+            scale = _NORMAL * np.median(np.abs(known_n - median_q[query]))
+            scale_q[query] = scale if scale > 0 else np.nan
+    return ((values - median_q[queries]) / scale_q[queries]).astype(np.float32)

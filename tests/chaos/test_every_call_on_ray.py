@@ -47,19 +47,32 @@ def test_a_driver_that_ends_at_some_of_its_calls_resumes(twin: Twin, tmp_path: P
 
 
 def deadly(function: Callable[..., Any], at: int, moment: str) -> Callable[..., Any]:
-    """`function` in a process that is killed at its n-th storage call, if it comes to that."""
+    """`function`, and what writes its output behind it, in a process that is killed at its n-th storage call, if it
+    comes to that."""
 
     def run(rank: Any, *arguments: Any) -> Any:
         from tests.chaos.every_call import kill_process
 
-        with watched(kill_process(at, moment)):
+        wire, start = kill_process(at, moment), rank.behind.start
+
+        def over_the_wire(write: Callable[[], Any]) -> Any:
+            def writing() -> Any:
+                with watched(wire):
+                    return write()
+
+            return start(writing)
+
+        rank.behind.start = over_the_wire
+        with watched(wire):
             return function(rank, *arguments)
 
     return run
 
 
-# A shard's calls, once its corpus is open: is the file there (stat), write the scores, create the file.
-@pytest.mark.parametrize(("at", "moment"), [(0, "before"), (1, "amid"), (1, "after"), (2, "amid"), (2, "after")])
+# A shard's calls: those that read its sequences, and then: is the file there (stat), write the scores, create the file.
+@pytest.mark.parametrize(
+    ("at", "moment"), [(0, "before"), (1, "after"), (2, "before"), (3, "amid"), (4, "after"), (5, "amid")]
+)
 def test_a_rank_killed_at_a_storage_call_of_a_shard_costs_one_attempt(
     twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, moment: str
 ) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from infscan.corpus.plan import Selection
 from infscan.errors import CorpusError
-from infscan.influence.similarity import RIDGE
+from infscan.influence.similarity import RIDGE, StateMoments, Whitening, standing
 from infscan.results.read import read_summary, read_top
 from infscan.steps import scan as scanning
 from infscan.storage import Store
@@ -122,3 +122,22 @@ def test_what_cannot_be_compared_fails_the_run_unless_the_scan_gave_up_shards_to
     answer_here(other)
     assert table(root / "unread")["similarity"].null_count == 3 * 2 * 5
     assert any("top.similarity is null" in said for said in read_summary(str(root / "unread"))["warnings"])
+
+
+def test_states_that_are_not_finite_take_no_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h_md = torch.randn(40, 6, dtype=torch.float64, generator=generator)
+    whole, broken = StateMoments(6, "cpu"), StateMoments(6, "cpu")
+    whole.add(h_md)
+    poisoned_d = torch.tensor([[1.0, torch.nan, *[0.0] * 4], [torch.inf, *[0.0] * 5]], dtype=torch.float64)
+    broken.add(torch.cat([h_md[:9], poisoned_d, h_md[9:]]))
+    torch.testing.assert_close(Whitening.of(broken.total_nn).root_dd, Whitening.of(whole.total_nn).root_dd)
+    Whitening.of(StateMoments(6, "cpu").total_nn)
+    sampled_qn = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    values, queries = np.asarray([1, 2], np.float32), np.asarray([0, 1], np.int32)
+    known = standing(values, queries, sampled_qn[:, :40])
+    sampled_qn[0, 40:] = np.nan
+    sampled_qn[1, 20:] = np.nan
+    found = standing(values, queries, sampled_qn)
+    assert found[0] == known[0]
+    assert np.isnan(found[1])
