@@ -65,6 +65,15 @@ def write_queries(path: Path, corpus: Path) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def prepare(folder: Path) -> None:
+    """Write the bank's documents and queries, and prepare the documents in <folder>/prepared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_corpus(folder / "corpus.jsonl")
+    write_queries(folder / "queries.jsonl", folder / "corpus.jsonl")
+    shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
+    job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
+
+
 def _rare(texts: Iterable[str], documents: Sequence[str]) -> list[tuple[list[str], int]]:
     """Beginnings of held-out texts, each with the place of its first rare word; every word once."""
     having = Counter(word for document in documents for word in set(re.findall(r"\w{5,}", document)))
@@ -110,11 +119,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     options = parser.parse_args()
     folder: Path = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_corpus(folder / "corpus.jsonl")
-    write_queries(folder / "queries.jsonl", folder / "corpus.jsonl")
-    shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
-    job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
+    prepare(folder)
     methods = METHODS + (["cg", "astra"] if options.iterated else [])
     sweep = [f"sweep.methods=[{','.join(methods)}]", f"sweep.models={options.models}"]
     sweep += [f"sweep.epochs=[{','.join(options.epochs)}]"]

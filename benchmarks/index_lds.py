@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bank import DATA, RECIPES, write_queries
+from bank import DATA, RECIPES, prepare
 from compression import say
 from numpy.typing import NDArray
-from retraining import LENGTH, ROOT, job, write_corpus
+from retraining import ROOT, job
 from torch import Tensor
 
 from infscan.influence.codes import CodeSettings, Kind, layer_code, random_frame
@@ -121,8 +121,9 @@ def codes(recipe: Recipe, kind: Kind, width: int, bits: Bits) -> tuple[dict[str,
     return scores, sizes
 
 
-def others(recipe: Recipe, like: str, width: int) -> tuple[dict[str, Scores], dict[str, int]]:
-    """The other stores. Of TrackStar scores are cosines over all layers of a set, so they come as shares of vectors."""
+def others(recipe: Recipe, like: str, width: int) -> tuple[dict[Any, Scores], dict[str, int]]:
+    """The other stores. Of TrackStar scores are cosines over all layers of a set, so that the squared lengths of what
+    is stored come with them, by (layer, "length")."""
     sides = {
         layer.name: [torch.from_numpy(random_frame(n, min(width, n), f"{layer.name}|{side}")).float()
                      for n, side in ((layer.outputs, "outputs"), (layer.inputs, "inputs"))]
@@ -139,7 +140,8 @@ def others(recipe: Recipe, like: str, width: int) -> tuple[dict[str, Scores], di
         return lambda s, a: torch.bmm(((s / o) @ S).transpose(1, 2), (a / i) @ A).flatten(1)
 
     u = recipe.of_sequences({layer.name: project(layer.name) for layer in recipe.layers})
-    scores, sizes = {}, {}
+    scores: dict[Any, Scores] = {}
+    sizes = {}
     for layer in recipe.layers:
         (S, A), root = sides[layer.name], roots[layer.name]
         V = recipe.V[layer.name].float()
@@ -153,7 +155,7 @@ def others(recipe: Recipe, like: str, width: int) -> tuple[dict[str, Scores], di
         asked = v if like == "LoGra" else v @ power(inverse, 0.5)
         scores[layer.name] = (asked @ stored.T).numpy()
         if like != "LoGra":
-            scores[layer.name, "length"] = stored.square().sum(dim=1).numpy()  # type: ignore[index]
+            scores[layer.name, "length"] = stored.square().sum(dim=1).numpy()
         sizes[layer.name] = 2 * mine.shape[1]
     return scores, sizes
 
@@ -234,11 +236,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_corpus(folder / "corpus.jsonl")
-    write_queries(folder / "queries.jsonl", folder / "corpus.jsonl")
-    shape = ("corpus.packing=document", f"corpus.sequence_length={LENGTH}")
-    job("prepare", "model=demo", f"corpus.path={folder}/corpus.jsonl", *shape, f"output={folder}/prepared")
+    prepare(folder)
     recipes = json.dumps([{"name": name, **RECIPES[name]} for name in options.recipes]).replace('"', "")
     job(
         "bank", f"corpus.path={folder}/prepared/corpus", f"queries.path={folder}/queries.jsonl", f"recipes={recipes}",

@@ -17,8 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from compression import say
-from index import narrowed
-from sieve import found_by, recall
+from index import clocked, narrowed
+from sieve import block_of, found_by, recall
 from torch import Tensor
 
 from infscan.config import CorpusConfig, DampingConfig, Dtype, Labels, ModelConfig, Packing, QueriesConfig, Solver
@@ -61,10 +60,6 @@ WIDEST = 128
 SIEVE_SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (10, 0.05), (100, 0.02), (100, 0.05), (100, 0.1))
 CODE_SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (100, 0.05))
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-
-
-def block_of(layer: Layer) -> int:
-    return int(layer.name.split(".layers.")[1].split(".")[0])
 
 
 class Material:
@@ -269,14 +264,6 @@ class Pass:
 
             made.rank.backward(batch, made.rank.layers, batch.loss(), consume, ones=False)
         return found
-
-
-@contextmanager
-def clocked(spent: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of a core that its body takes."""
-    began = time.process_time()
-    yield
-    spent[name] += time.process_time() - began
 
 
 def run_pass(options: argparse.Namespace) -> None:

@@ -189,7 +189,7 @@ class InProcessExecutor:
             following = schedule.promise(0)
             reads = None if following is None else step.reads(following)
             worker.tell = phase.at_work
-            behind = not schedule.losses.get(unit)
+            behind = schedule.writes_behind(unit)
             result = worker.attempt(step.function, retries, task, *shared, following=reads, behind=behind)
         except Exception as error:
             self._failed(schedule, unit, error, on_given_up)

@@ -162,8 +162,7 @@ class Pool:
             group.unit_limit_s = self.recovery.limit_s(self.cluster.deadline_s, _shortest_limit_s())
             following = schedule.promise(group.index)
             ahead = None if following is None else reads(following)
-            # A unit that was lost before has its worker for itself, so that what it does to a worker is its own doing.
-            behind = not schedule.losses.get(unit)
+            behind = schedule.writes_behind(unit)
             group.submit(unit, function, task(unit), *shared, oom_retries=halvings, following=ahead, behind=behind)
             self._computing[group.index] = Attempt(unit, function, time.monotonic(), halvings)
             self.recovery.unit_started(group.index, unit)

@@ -113,6 +113,11 @@ class Schedule:
         spent = self.losses[unit] >= self.max_attempts * LOSSES_PER_ATTEMPT
         return self._again(unit, reason, spent or self._is_guilty(unit))
 
+    def writes_behind(self, unit: Any) -> bool:
+        """Whether a unit's output may be written beside another unit: not if it was lost before. Then it has its worker
+        for itself, so that what becomes of the worker is its own doing."""
+        return not self.losses.get(unit)
+
     def acquit(self, worker: int) -> None:
         """What failed under this worker was the worker's: it counts on no unit."""
         for unit, workers in self.felled.items():

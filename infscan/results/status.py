@@ -113,7 +113,7 @@ def read_status(uri: str, *, rows: int = 3) -> Status:
         raise RunError(
             f"{store.uri} is no run's folder: it has {holds} plan.json and no config.yaml; give a run's output."
         )
-    files, kind = _shards(store)
+    files, kind = _shards(store, asks=bool(there))
     published = store.exists(SUCCESS)
     finished = published or (kind == "index" and store.exists(index_file.MANIFEST))
     summary = _object(store, "summary.json") if published else None
@@ -170,11 +170,12 @@ def _json(store: Store, name: str) -> Any:
         return None
 
 
-def _shards(store: Store) -> tuple[list[Entry], str]:
-    """The shard files of the pass that goes on, and its name: `sieve`, `index` (without a scan beside it) or `scan`."""
+def _shards(store: Store, *, asks: bool) -> tuple[list[Entry], str]:
+    """The shard files of the pass that goes on, and its name: `sieve`, `index` or, where the run has queries (`asks`),
+    `scan`."""
     if not store.exists(_LEFT) and (sieved := store.list(f"{_SIEVE}/{FOLDER}", suffix=SUFFIX)):
         return sieved, "sieve"
-    if not store.list("queries") and (codes := store.list(index_file.FOLDER, suffix=index_file.SUFFIX)):
+    if not asks and (codes := store.list(index_file.FOLDER, suffix=index_file.SUFFIX)):
         return codes, "index"
     return store.list(FOLDER, suffix=SUFFIX), "scan"
 

@@ -216,10 +216,9 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int | None:
     if task.before is not None:
         sequences = [task.before.before(sequence) for sequence in sequences]
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
-    pairs = pairs_of(wanted)
-    longest = max(len(sequence) for sequence in sequences)
-    layer_scores = torch.zeros(len(pairs), len(task.layers), dtype=worker.wide, device=worker.device)
-    token_scores = torch.zeros(len(pairs), longest, dtype=worker.wide, device=worker.device)
+    n, longest = sum(map(len, wanted)), max(len(sequence) for sequence in sequences)
+    layer_scores = torch.zeros(n, len(task.layers), dtype=worker.wide, device=worker.device)
+    token_scores = torch.zeros(n, longest, dtype=worker.wide, device=worker.device)
     column = {layer.name: index for index, layer in enumerate(task.layers)}
 
     def keep(layer: Layer, pairs_n: Tensor, scores_nt: Tensor) -> None:
@@ -233,17 +232,25 @@ def refine_task(worker: ModelWorker, task: RefineTask) -> int | None:
     by_layer, by_token = layer_scores.float().cpu().numpy(), token_scores.float().cpu().numpy()
 
     def write() -> int:
-        write_unit(
-            task.run,
-            task.path,
-            [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
-            by_layer,
-            [by_token[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
-            [layer.name for layer in task.layers],
-        )
+        write_pairs(task, sequences, by_layer, by_token)
         return sum(len(sequence) for sequence in sequences)
 
     return worker.later(write)
+
+
+def write_pairs(
+    task: RefineTask, sequences: Sequences[Sequence], by_layer: NDArray[np.float32], by_token: NDArray[np.float32]
+) -> None:
+    """Write a unit. by_layer [n, layers], by_token [n, T of the longest]: of every wanted pair (`pairs_of`)."""
+    pairs = pairs_of([task.wanted[sequence.sequence_id] for sequence in sequences])
+    write_unit(
+        task.run,
+        task.path,
+        [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
+        by_layer,
+        [by_token[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
+        [layer.name for layer in task.layers],
+    )
 
 
 # keep(layer, pairs_n, scores_nt): of some pairs (their numbers in `pairs_of`), a layer's scores by input position.

@@ -6,6 +6,8 @@ sequence; the whitening is of the whole corpus, by a seeded sample. With stages,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 from infscan.config import fingerprint
 from infscan.corpus.addressable import AddressableCorpus, CorpusAddress
 from infscan.corpus.plan import Plan, Selection
+from infscan.corpus.sequences import Sequence
 from infscan.engine.executor import Step
 from infscan.errors import DamagedError
 from infscan.influence.similarity import StateMoments, Whitening, best_cosines, standing
@@ -227,11 +230,7 @@ def sample_task(worker: ModelWorker, task: SampleTask) -> int:
     whitening, own = worker.cached("similarity", task.group, lambda: _own(worker, task))
     sequences = worker.read(task.sample.corpus, task.sample.sequence_ids)
     values_qn = torch.zeros(len(own), len(sequences), dtype=torch.float64, device=worker.device)
-    for batch in worker.batches(sequences, task.sample.tokens_per_batch):
-        h_btd = _states(worker, batch)
-        if not batch.scored:
-            continue
-        counts_bt, x_btd = counted(batch), whitening.directions(h_btd)
+    for batch, x_btd, counts_bt in _directions(worker, sequences, task.sample.tokens_per_batch, whitening):
         rows = torch.from_numpy(batch.rows).to(worker.device)
         for query, own_id in enumerate(own):
             values_qn[query, rows] = best_cosines(own_id, x_btd, counts_bt).to(values_qn.dtype)
@@ -250,11 +249,7 @@ def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
     pairs = pairs_of(wanted)
     first = np.cumsum([0, *map(len, wanted)]).tolist()
     values_n = torch.zeros(len(pairs), dtype=torch.float64, device=worker.device)
-    for batch in worker.batches(sequences, task.tokens_per_batch):
-        h_btd = _states(worker, batch)
-        if not batch.scored:
-            continue
-        counts_bt, x_btd = counted(batch), whitening.directions(h_btd)
+    for batch, x_btd, counts_bt in _directions(worker, sequences, task.tokens_per_batch, whitening):
         for place, row in enumerate(batch.rows.tolist()):
             for offset, query in enumerate(wanted[row]):
                 one = slice(place, place + 1)
@@ -270,6 +265,17 @@ def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
             [_NAME],
         )
     return sum(len(sequence) for sequence in sequences)
+
+
+def _directions(
+    worker: ModelWorker, sequences: Sequences[Sequence], tokens_per_batch: int, whitening: Whitening
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """This rank's micro-batches, with their tokens' directions [B, T, d] and which of them take part [B, T]."""
+    for batch in worker.batches(sequences, tokens_per_batch):
+        # A dummy's too: the ranks of a group go forward together.
+        h_btd = _states(worker, batch)
+        if batch.scored:
+            yield batch, whitening.directions(h_btd), counted(batch)
 
 
 def _own(worker: ModelWorker, task: SimilarityTask | SampleTask) -> tuple[Whitening, list[Tensor]]:

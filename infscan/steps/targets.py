@@ -26,7 +26,7 @@ from infscan.influence.topk_tracker import ScoredRows
 from infscan.model.target_influence import target_influence
 from infscan.model.worker import ModelWorker
 from infscan.results.publish import Ranking
-from infscan.results.refined import RefinedRows, unit_path, write_unit
+from infscan.results.refined import RefinedRows, unit_path
 from infscan.steps.factors import Factors
 from infscan.steps.preconditioner import preconditioned, query_groups
 from infscan.steps.refine import (
@@ -36,6 +36,7 @@ from infscan.steps.refine import (
     refine_units,
     stored_candidates,
     whole_units,
+    write_pairs,
 )
 from infscan.steps.run import Run
 from infscan.steps.scan import Scanned
@@ -132,20 +133,11 @@ def targets_task(worker: ModelWorker, task: RefineTask) -> int:
     P = worker.cached("full-rank", task.group, lambda: preconditioned(worker, task.queries, task.layers, task.inverse))
     sequences = stored_candidates(task.run, task.shards, task.fingerprint)
     wanted = [task.wanted[sequence.sequence_id] for sequence in sequences]
-    pairs = pairs_of(wanted)
     found_nt = pair_targets(worker, sequences, wanted, task.layers, P, task.tokens_per_batch)
     by_token = worker.reduce(found_nt).float()
     if worker.leads:
-        values = by_token.cpu().numpy()
-        write_unit(
-            task.run,
-            task.path,
-            [(task.queries[query].id, sequences[row].sequence_id) for row, query in pairs],
-            np.zeros((len(pairs), len(task.layers)), np.float32),
-            [values[index, : len(sequences[row])] for index, (row, _) in enumerate(pairs)],
-            [layer.name for layer in task.layers],
-        )
-    return sum(len(sequences[row]) for row, _ in pairs)
+        write_pairs(task, sequences, np.zeros((len(by_token), len(task.layers)), np.float32), by_token.cpu().numpy())
+    return sum(len(sequences[row]) for row, _ in pairs_of(wanted))
 
 
 def pair_targets(
