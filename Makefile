@@ -75,7 +75,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/certificate.py --runs 40
 	$(BIN)/python benchmarks/sieve.py --model infscan://demo/model
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py layout=prepared
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/corpus_tfidf.py --layout prepared
 	$(BIN)/python benchmarks/corpus_prepare.py
 
 # The whole job beside its rivals, each in an environment of its own: about an hour on two cores.

@@ -1,6 +1,6 @@
 """What checking costs: the scan of a corpus with every check of its inputs, and with all of them taken out, by turns.
 
-    python benchmarks/checks.py [sequences] [pairs]
+    python benchmarks/checks.py --sequences 20000 --pairs 7
 
 Taken out: the looks at corpus files and parts before and after they are read, the sampled digests, the fingerprint of
 the model that a rank loaded, and the question to storage whether the lease is this driver's. All of it is CPU time of
@@ -10,8 +10,8 @@ was spent within them.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +43,12 @@ CHECKS: list[tuple[Any, str]] = [
 within: list[float] = []
 
 
-def main(sequences: int = 20_000, pairs: int = 7) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=20_000, help=f"of {T} tokens each")
+    parser.add_argument("--pairs", type=int, default=7, help="scans with checks, and as many without")
+    given = parser.parse_args()
+    sequences, pairs = given.sequences, given.pairs
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tiny_model(root / "model", layers=1, width=32)
@@ -116,4 +121,4 @@ def _timed(check: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -1,17 +1,17 @@
 """What preparing costs: tokenising and packing against the tokenizer library alone, reading back, planning.
 
-python benchmarks/corpus_prepare.py [files=1000000]
+python benchmarks/corpus_prepare.py --files 1000000
 
 The texts are benchmarks/corpus/minipile.jsonl.gz, the tokenizer the embedded demo's, all on one thread. The million
 files are hard links to a few small ones; the file of a terabyte is a name and a size.
 """
 
+import argparse
 import gzip
 import json
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -38,14 +38,16 @@ PER_FOLDER = 1000
 
 
 def main() -> None:
-    files = int(sys.argv[1].partition("=")[2]) if len(sys.argv) > 1 else 1_000_000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=1_000_000, help="small ones, to be listed and planned")
+    given = parser.parse_args()
     model = str(localise("infscan://demo/model", ()))
     tokenizer = load_tokenizer(model)
     assert tokenizer is not None
     with tempfile.TemporaryDirectory() as folder:
         tokenising(Path(folder), tokenizer, tokenizers.Tokenizer.from_file(f"{model}/tokenizer.json"))
     with tempfile.TemporaryDirectory() as folder:
-        planning(Path(folder), files)
+        planning(Path(folder), given.files)
 
 
 def tokenising(folder: Path, tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:

@@ -1,13 +1,13 @@
 """How fast the TF-IDF filter reads, counts and scores, on one core, and how its memory grows: a corpus made here.
 
-python benchmarks/corpus_tfidf.py [sequences=200000] [length=512] [layout=npy|prepared]
+python benchmarks/corpus_tfidf.py --sequences 200000 --length 512 --layout npy
 
-Token ids are drawn from a Zipf distribution over 50,304, as an array of uint16; with layout=prepared that array is
+Token ids are drawn from a Zipf distribution over 50,304, as an array of uint16; with `--layout prepared` that array is
 prepared first, and the filter reads the Parquet parts.
 """
 
+import argparse
 import resource
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -61,9 +61,12 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    sequences, length = int(given.get("sequences", 200_000)), int(given.get("length", 512))
-    layout = given.get("layout", "npy")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=200_000)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--layout", choices=("npy", "prepared"), default="npy", help="what the filter reads")
+    given = parser.parse_args()
+    sequences, length, layout = given.sequences, given.length, given.layout
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder) / "a.npy", sequences, length)
         # In a process of its own, whose memory is not this one's.

@@ -14,6 +14,7 @@ and its scores of 60 other sequences are held against those of `own` fitted on 4
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
 
 import numpy as np
@@ -155,6 +156,7 @@ def scores(factors, asked: list[Tokens], sequences: list[Tokens]) -> np.ndarray:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_default_dtype(torch.float32)
     model = trained()
     torch.set_default_dtype(torch.float64)
