@@ -42,7 +42,7 @@ class Part:
         if len(data) != self.size or sha256(data).hexdigest() != self.sha256:
             raise DamagedError(
                 f"{where} is not what {SUCCESS} says was published ({self.size} bytes, SHA-256 {self.sha256[:12]}); "
-                "run the same command again, which publishes it again, or restore it."
+                "give the run's own command again, which publishes it again, or restore it."
             )
 
 
@@ -96,7 +96,7 @@ def read_manifest(store: Store) -> Manifest | None:
         value = parse_json(data)
     except ValueError:
         value = None
-    damaged = f"{store.uri}/{SUCCESS} is damaged; run the same command again, which publishes again."
+    damaged = f"{store.uri}/{SUCCESS} is damaged; give the run's own command again, which publishes again."
     if not checksum_ok(value):
         raise DamagedError(damaged)
     version = value.get("schema_version")

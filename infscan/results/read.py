@@ -103,7 +103,8 @@ def _score_parts(store: Store, manifest: Manifest | None) -> list[str]:
         if there.get(name) != size:
             gone = f"{there[name]} bytes where {size} were written" if name in there else "it is gone"
             raise DamagedError(
-                f"{store.uri}/{name} is missing or damaged ({gone}); run the same command again, which makes it again."
+                f"{store.uri}/{name} is missing or damaged ({gone}); give the run's own command again, "
+                "which makes it again."
             )
     return sorted(wanted)
 
@@ -159,8 +160,8 @@ def finished(uri: str, unfinished: bool) -> Store:
         if store.exists(INDEX):
             raise RunError(f"{uri} is an index, no run: infscan ask index={uri} asks it, and its output is a run.")
         raise RunError(
-            f"{uri} has no {SUCCESS}: the run is not finished, or this is no run folder; run the same command again to "
-            "finish it (from Python, unfinished=True reads what there is)."
+            f"{uri} has no {SUCCESS}: the run is not finished, or this is no run folder; check the path, or give the "
+            "run's own command again to finish it (from Python, unfinished=True reads what there is)."
         )
     return store
 

@@ -352,8 +352,8 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
 def damaged(where: str, reason: str) -> DamagedError:
     """The error for a table that does not hold what was written."""
     return DamagedError(
-        f"{where} is damaged ({reason}); remove it (of scores/, the shards/ file of the same name too) and run the "
-        "same command again."
+        f"{where} is damaged ({reason}); remove it (of scores/, the shards/ file of the same name too) and give the "
+        "run's own command again."
     )
 
 

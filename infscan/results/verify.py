@@ -87,7 +87,7 @@ def _strangers(store: Store, manifest: Manifest | None) -> list[str]:
         return []
     there = (name for folder in TABLES for name in _parquet(store, folder))
     return [
-        f"{store.uri}/{name} is not of this publication; remove it, or run the same command again."
+        f"{store.uri}/{name} is not of this publication; remove it, or give the run's own command again."
         for name in there
         if is_table_part(name) and name not in manifest.parts
     ]

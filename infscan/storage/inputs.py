@@ -81,7 +81,7 @@ def _nothing(backend: LocalDisk | ObjectStore, address: str, is_pattern: bool) -
         return "no file matches; check the pattern (*, ?, [...], and ** for any folders)"
     if scheme_of(address) == "file" and os.path.isdir(address):
         return "no file is in this folder; put some there, or name another"
-    return "there is no such file or folder; check the path (what is on a hub or a web page is downloaded first)"
+    return "there is no such file or folder; check the path (download what is on a hub or a web page first)"
 
 
 def root_of(pattern: str, uri: str) -> str:
