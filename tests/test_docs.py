@@ -16,7 +16,7 @@ from infscan.config.commands import command_of, commands, compose
 from infscan.config.sweep import sweep_cells
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "infscan" / "demo" / "README.md"])
 # What a user copies; the changelog also quotes settings of versions before.
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 FILE = re.compile(r"`((?:tests|docker|jobs|conf|infscan|infscan_studies|docs)/[\w./-]*\w/?)`")
