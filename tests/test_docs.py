@@ -82,6 +82,13 @@ def test_the_readme_links_to_every_page() -> None:
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} <= linked
 
 
+@NAMED
+def test_no_line_of_prose_is_longer_than_150_characters(page: Path) -> None:
+    """Rows of tables, and what a terminal printed, are as long as they are; so is the generated page of settings."""
+    if page.name != "configuration.md":
+        assert [line for line in prose(page).splitlines() if len(line) > 150 and not line.startswith("|")] == []
+
+
 def known_keys() -> set[str]:
     return {key for command in commands().values() for key in command.all_settings}
 
