@@ -99,7 +99,7 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
     keys = known_keys()
     groups = {key.partition(".")[0] for key in keys if "." in key}
     for name in KEY.findall(prose(page)):
-        is_file = name.endswith((".json", ".jsonl", ".py", ".md", ".yaml", ".parquet"))
+        is_file = name.endswith((".json", ".jsonl", ".gz", ".py", ".md", ".yaml", ".parquet"))
         is_module = (ROOT / "infscan" / f"{name.replace('.', '/')}.py").exists()
         if is_file or is_module or name.partition(".")[0] not in groups:
             continue
