@@ -133,6 +133,8 @@ IMPOSSIBLE: list[tuple[str, list[str]]] = [
     ("scan.max_nonfinite", ["scan.max_nonfinite=1.5"]),
     ("scan.max_nonfinite", ["scan.max_nonfinite=-0.1"]),
     ("scan.allow_quarantined", ["scan.allow_quarantined=-1"]),
+    ("scan.tokens_per_batch=4194305: more than is possible; give at most 4194304", ["scan.tokens_per_batch=4194305"]),
+    ("factors.iteration.tokens_per_batch", ["factors.iteration.tokens_per_batch=4194305"]),
     ("cluster.gpus_per_rank", ["cluster.gpus_per_rank=-1"]),
     ("cluster.gpus_per_rank", ["cluster.gpus_per_rank=2"]),
     ("cluster.gpus_per_rank", ["cluster.gpus_per_rank=0.5", "cluster.ranks_per_worker=2"]),

@@ -141,6 +141,8 @@ def test_every_key_of_a_stage_at_every_extreme(key: str) -> None:
         settled(composed(True), key, value)
 
 
+# What a key needs beside it, without which it is refused.
+BESIDE = {"scan.sieve_candidates": {"scan.sieve": 1}, "scan.audit_sequences": {"scan.sieve": 1}}
 LARGEST = [key for key in keys(False) if key in BOUNDS and not key.startswith(("cluster.", "model."))]
 
 
@@ -148,6 +150,9 @@ LARGEST = [key for key in keys(False) if key in BOUNDS and not key.startswith(("
 @pytest.mark.parametrize("key", LARGEST)
 def test_the_whole_job_at_the_most_that_a_key_may_be(possible: DictConfig, tmp_path: Path, key: str) -> None:
     """No number is so large that a phase hangs, fills the memory or overflows: the run ends, or says why it cannot."""
+    possible = copy.deepcopy(possible)
+    for other, value in BESIDE.get(key, {}).items():
+        OmegaConf.update(possible, other, value)
     config = settled(possible, key, min(BOUNDS[key][1], sys.float_info.max))
     assert config is not None
     config = replace(config, output=str(tmp_path / "run"), factors=replace(config.factors, path=str(tmp_path / "f")))

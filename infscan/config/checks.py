@@ -35,6 +35,8 @@ _LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # (least, most) of what a number may be, by key, where it is not any that Parquet holds; a stage's as at the top.
 _COUNT = (1, _MOST_INTEGER)
 _COUNT_OR_NONE = (0, _MOST_INTEGER)
+# Of a micro-batch: more are no faster, and every forecast of memory goes through all of them.
+_TOKENS = (1, 1 << 22)
 _SECONDS = (math.nextafter(0, 1), _MOST_SECONDS)
 _ABOVE_ZERO = (math.nextafter(0, 1), math.inf)
 _SHARE = (0.0, 1.0)
@@ -55,7 +57,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "factors.iteration.tolerance": _ABOVE_ZERO,
     "factors.iteration.batch": _COUNT,
     "factors.iteration.step_size": _ABOVE_ZERO,
-    "factors.iteration.tokens_per_batch": _COUNT,
+    "factors.iteration.tokens_per_batch": _TOKENS,
     "factors.iteration.queries": _COUNT,
     "scan.rank": _COUNT,
     "scan.top_k": _COUNT,
@@ -64,7 +66,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scan.self_influence": _COUNT_OR_NONE,
     # More say no more.
     "scan.background_queries": (0, 1_000),
-    "scan.tokens_per_batch": _COUNT,
+    "scan.tokens_per_batch": _TOKENS,
     "scan.shard_sequences": _COUNT,
     "scan.allow_quarantined": _COUNT_OR_NONE,
     "scan.max_nonfinite": _SHARE,
@@ -277,7 +279,8 @@ def _check_value(key: str, value: object) -> None:
     if (least, most) == _SHARE:
         raise ConfigError(f"{key}={value}: a share of sequences, between 0 and 1.")
     if value > most:
-        raise ConfigError(f"{key}={value}: more than is possible; give at most {most:g}.")
+        said = str(most) if isinstance(most, int) else f"{most:g}"
+        raise ConfigError(f"{key}={value}: more than is possible; give at most {said}.")
     raise ConfigError(f"{key}={value}: must be {'0 or more' if least == 0 else 'greater than 0'}.")
 
 
