@@ -183,7 +183,9 @@ class Bench:
         model = build_model(sizes, self.vocab_size, self.options.length, self.options.seed).to(self.options.device)
         everything = self.corpus.read(np.arange(self.corpus.sequences))
         say(f"training on {self.corpus.tokens} tokens, {settings.epochs} epochs, into {self.folder}")
-        with torch.autocast(self.options.device.partition(":")[0], enabled=self.options.training_dtype == "bfloat16"):
+        narrow, device = self.options.training_dtype == "bfloat16", self.options.device.partition(":")[0]
+        # Without the cache, which keeps the weights' narrow copies for as long as the context lasts.
+        with torch.autocast(device, torch.bfloat16, enabled=narrow, cache_enabled=False):
             training = train_language_model(
                 model,
                 [one.token_ids.tolist() for one in everything if len(one) > 1],
