@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,7 @@ from infscan.steps.scan import scoring
 from infscan.storage import Store
 
 HERE = Path(__file__).parent
+AT_ONCE = 1024  # sequences between two looks at the clock
 SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (100, 0.02), (100, 0.05))
 Floats = NDArray[np.float32]
 
@@ -103,10 +104,25 @@ class Sieves:
         Q, N = len(self.fitted.bench.queries), len(self.sequences)
         by_block = np.zeros((self.blocks, Q, N), np.float32)
         others = {name: np.zeros((Q, N), np.float32) for name in ("head", *self.hidden.values())}
+        began, done = time.process_time(), 0
+        while done < N and not self._late():
+            some = self.sequences[done : done + AT_ONCE]
+            self._score(some, done, by_block, others)
+            done += len(some)
+            say(f"{done} sequences in {time.process_time() - began:.0f} s of a core")
+        self.sequences = self.sequences[:done]
+        return {"by block": by_block[..., :done], **{name: found[:, :done] for name, found in others.items()}}
+
+    def _late(self) -> bool:
+        until = self.fitted.options.until
+        return until is not None and time.strftime("%H:%M") >= until
+
+    def _score(
+        self, some: Sequence[corpus.Sequence], first: int, by_block: Floats, others: Mapping[str, Floats]
+    ) -> None:
         asked = self.states
-        began = time.perf_counter()
-        for number, batch in enumerate(self.rank.batches(self.sequences, self.fitted.options.tokens_per_batch)):
-            rows = batch.rows
+        for batch in self.rank.batches(some, self.fitted.options.tokens_per_batch):
+            rows = first + batch.rows
 
             def consume(
                 layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows, mask: Any = batch.mask_bt
@@ -123,9 +139,6 @@ class Sieves:
                         others[self.hidden[layer]][query, rows] = cosines.amax(dim=1).sum(dim=1).numpy()
 
             self.rank.backward(batch, (*self.layers, *self.heads), batch.loss(), consume, ones=False)
-            if number % 20 == 19:
-                say(f"{number + 1} batches in {time.perf_counter() - began:.0f} s")
-        return {"by block": by_block, **others}
 
     def in_bfloat16(self, count: int) -> Floats:
         """Scores of the first sequences by block, [B, Q, n], by the model and with products in bfloat16."""
@@ -309,6 +322,7 @@ def main() -> None:
     parser.add_argument("--audited", type=float, default=0.1, help="share of the sequences")
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed; 0: none is")
+    parser.add_argument("--until", metavar="HH:MM", help="when the pass ends, with the sequences so far")
     parser.add_argument("--rank", type=int, default=32, help="of the queries; 0: full")
     parser.add_argument("--bfloat16-sieve", type=int, default=0, metavar="SEQUENCES", help="0: float32 alone")
     options = parser.parse_args()
@@ -317,6 +331,7 @@ def main() -> None:
     bench.architecture = describe(str(bench.folder / "model"), "mlp+head")
     sieves = Sieves(Fitted(bench, Dtype.float32, 0), options.rank or None)
     scores = all_scores(sieves, bench.folder / "sieves.npz")
+    sieves.sequences = sieves.sequences[: scores["by block"].shape[-1]]
     costs = sieves.costs(options.repeats) if options.repeats else {}
     by_block = scores.pop("by block")
     exact, Q, N = by_block.sum(axis=0), len(bench.queries), len(sieves.sequences)
