@@ -99,6 +99,7 @@ def options_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-sequences", type=int, default=32, help="of the training")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--training-dtype", choices=["float32", "bfloat16"], default="float32", help="of its products")
     parser.add_argument("--factor-sequences", type=int, default=2000)
     parser.add_argument("--damping", type=float, default=0.1, help="relative, as factors.damping.relative")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
@@ -140,7 +141,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         settings = training_settings(options)
-        shape = ("documents", "heldout", "queries_per_source", "length", "layers", "width", "threads", "device", "seed")
+        shape = ("documents", "heldout", "queries_per_source", "length", "layers", "width", "training_dtype", "threads",
+                 "device", "seed")  # fmt: skip
         key = fingerprint([{name: getattr(options, name) for name in shape}, asdict(settings)])
         self.folder: Path = options.folder.absolute() / key[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,16 +183,19 @@ class Bench:
         model = build_model(sizes, self.vocab_size, self.options.length, self.options.seed).to(self.options.device)
         everything = self.corpus.read(np.arange(self.corpus.sequences))
         say(f"training on {self.corpus.tokens} tokens, {settings.epochs} epochs, into {self.folder}")
-        training = train_language_model(
-            model,
-            [one.token_ids.tolist() for one in everything if len(one) > 1],
-            settings,
-            heldout,
-            lambda epoch, now: say(
-                f"epoch {epoch}: {now.train_losses[-1]:.3f} nats per token, held out {now.heldout_losses[-1]:.3f}, "
-                f"{now.seconds:.0f} s"
-            ),
-        )
+        narrow, device = self.options.training_dtype == "bfloat16", self.options.device.partition(":")[0]
+        # Without the cache, which keeps the weights' narrow copies for as long as the context lasts.
+        with torch.autocast(device, torch.bfloat16, enabled=narrow, cache_enabled=False):
+            training = train_language_model(
+                model,
+                [one.token_ids.tolist() for one in everything if len(one) > 1],
+                settings,
+                heldout,
+                lambda epoch, now: say(
+                    f"epoch {epoch}: {now.train_losses[-1]:.3f} nats per token, held out {now.heldout_losses[-1]:.3f}, "
+                    f"{now.seconds:.0f} s"
+                ),
+            )
         model.save_pretrained(self.folder / "model")
         record = {
             "optimizer": "AdamW",

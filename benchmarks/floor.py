@@ -59,6 +59,7 @@ from infscan.model.capture import capturing
 from infscan.model.load import load
 from infscan.model.loaded import RankContext
 from infscan.model.measure import next_tokens, summed_losses
+from infscan.model.suffix import ends_at, last_blocks
 from infscan.model.worker import Batch, ModelWorker, WorkerSettings
 from infscan.queries import Part, Query
 from infscan.results.index_file import codes_path
@@ -252,10 +253,14 @@ class Bench:
             f"index, {kind} {codes.code.width}, {codes.code.bits} bit", lambda: index_task(self.rank, task), ready
         )
 
-    def scan(self, count: int, prepared: int, rank: int | None, beside: Kind | None = None) -> Case:
-        """A whole shard against the first `count` of `prepared` queries, its file included; an index beside."""
+    def scan(
+        self, count: int, prepared: int, rank: int | None, beside: Kind | None = None, blocks: int | None = None
+    ) -> Case:
+        """A whole shard against the first `count` of `prepared` queries, its file included; an index beside, or, as a
+        sieve, the last `blocks` alone."""
         mine: dict[str, Layout[Array]] = {}
-        key = f"{rank}/{count}" + (f"/{beside}" if beside else "")
+        key = f"{rank}/{count}" + (f"/{beside}" if beside else "") + (f"/last-{blocks}" if blocks else "")
+        layers = last_blocks(self.plan.layers, blocks) if blocks else self.plan.layers
         codes, codes_ready = self.codes(beside) if beside else (None, lambda: None)
         task = ScanTask(
             run=self.run / key,
@@ -270,6 +275,8 @@ class Bench:
             tokens_per_batch=self.options.tokens_per_batch,
             dense=False,
             fingerprint=key,
+            layers=layers,
+            ends_at=ends_at(layers) if blocks else None,
             codes=codes,
         )
 
@@ -279,14 +286,16 @@ class Bench:
                 found = from_arrays([{key: array[:count] for key, array in self.compressed(prepared, rank).items()}])
                 # As the job lays them out.
                 plan = plan_layouts(found.spectra, self.plan.layers, self.options.length, _GROUP_BYTES // 4)
-                mine.update(lay_out(found.batch, plan))
+                laid_out = lay_out(found.batch, plan)
+                mine.update({layer.name: laid_out[layer.name] for layer in layers})
             # A rank lays its queries out once for all its shards; a shard's file that is there already would stay.
             self.rank.cached("queries", key, lambda: on_device(self.rank, mine))
             task.run.remove(shard_path(SHARD))
 
         return Case(
             f"scan, {count} quer{'y' if count == 1 else 'ies'}, {f'rank {rank}' if rank else 'full rank'}"
-            + (f", an index beside ({beside})" if beside else ""),
+            + (f", an index beside ({beside})" if beside else "")
+            + (f", last {blocks} of {self.options.layers} blocks" if blocks else ""),
             lambda: scan_task(self.rank, task, mine),
             ready,
         )
@@ -395,6 +404,10 @@ class Bench:
             self.arithmetic("Lambda: its products alone", squares),
         ]
 
+    def suffixes(self) -> list[int]:
+        """How many last blocks sieves score: one, a third, half."""
+        return sorted({max(1, self.options.layers // part) for part in (self.options.layers, 3, 2)})
+
     def cases(self) -> list[Case]:
         self.finish_factors()
         counts = sorted(set(self.options.queries))
@@ -412,6 +425,7 @@ class Bench:
             self.scan(middle, middle, None),
             *(self.index(kind) for kind in ("projected", "sketched")),
             self.scan(middle, counts[-1], self.options.rank, "projected"),
+            *(self.scan(count, counts[-1], self.options.rank, blocks=k) for k in self.suffixes() for count in counts),
             self.refine(middle, 1),
             *([self.refine(middle, middle)] if middle > 1 else []),
         ]

@@ -2,12 +2,13 @@
 
 python benchmarks/sieve.py [--folder runs/sieve] [--model infscan://demo/model] [--documents N] [--draws 200] ...
 
-One pass over a corpus keeps every sequence's score of every block and of the output head (rank 32), so that all
-suffixes of blocks come from it, and what other sieves make of the same sequences: whitened hidden states of middle
-blocks (cosine, the best sequence token for every measured query token) and TF-IDF. A sieve's candidates are its best
-rows by query; the truth is the strongest rows of all blocks together. Costs are CPU seconds of single passes in turns,
-over those of a plain forward and activation-gradient backward. Then audits are drawn from the stored scores and
-certified, with all queries' candidates together, as in a scan. Scores stay in the folder. Without --model a GPT-NeoX is
+One pass over a corpus keeps every sequence's score of every block and of the output head (rank 32; --rank 0: full
+rank), so that all suffixes of blocks come from it, and what other sieves make of the same sequences: whitened hidden
+states of middle blocks (cosine, the best sequence token for every measured query token) and TF-IDF. A sieve's
+candidates are its best rows by query; the truth is the strongest rows of all blocks together. Costs are CPU seconds of
+single passes in turns, over those of a plain forward and activation-gradient backward. Then audits are drawn from the
+stored scores and certified, with all queries' candidates together, as in a scan. --bfloat16-sieve N: suffixes in
+bfloat16 of the first N sequences, against the float32 truth. Scores stay in the folder. Without --model a GPT-NeoX is
 trained first.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -29,20 +30,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from infscan.config import Dtype
+from infscan.config import Dtype, ModelConfig
 from infscan.corpus import sequences as corpus
 from infscan.corpus.tfidf import document_frequencies
 from infscan.influence.certificate import Audit, Evidence, certify, certify_together
 from infscan.influence.layers import Layer
-from infscan.influence.score import score_layer
+from infscan.influence.score import LayerQueries, Scratch, score_layer
 from infscan.model.architecture import describe
+from infscan.model.loaded import RankContext
 from infscan.model.suffix import ends_at, last_blocks
-from infscan.steps.preconditioner import layer_factors
+from infscan.model.worker import ModelWorker, WorkerSettings
+from infscan.steps.preconditioner import core, full_rank, layer_factors, sources
 from infscan.steps.queries import on_device
 from infscan.steps.scan import scoring
 from infscan.storage import Store
 
 HERE = Path(__file__).parent
+AT_ONCE = 1024  # sequences between two looks at the clock
 SHARES = ((10, 0.005), (10, 0.01), (10, 0.02), (100, 0.02), (100, 0.05))
 Floats = NDArray[np.float32]
 
@@ -60,11 +64,11 @@ class FoundModel(Bench):
 class Sieves:
     """Every sequence's scores by block [B, Q, N], and those of the other sieves [Q, N]."""
 
-    def __init__(self, fitted: Fitted) -> None:
+    def __init__(self, fitted: Fitted, rank: int | None) -> None:
         self.fitted, self.rank = fitted, fitted.rank
         self.layers = tuple(layer for layer in fitted.plan.layers if block_of(layer) is not None)
         self.heads = tuple(layer for layer in fitted.plan.layers if block_of(layer) is None)
-        self.queries = on_device(fitted.rank, fitted.query_batch(32))
+        self.queries = on_device(fitted.rank, fitted.query_batch(rank)) if rank else self._full_rank()
         self.blocks = 1 + max(block_of(layer) or 0 for layer in self.layers)
         self.row = self.layers[0].name.partition(".layers.")[0] + ".layers"
         self.sequences = fitted.bench.corpus.read(np.arange(fitted.bench.corpus.sequences))
@@ -75,6 +79,18 @@ class Sieves:
         }
         self.whiten = {layer: self._whitening(layer) for layer in self.hidden}
         self.states = self.query_states()
+
+    def _full_rank(self) -> dict[str, LayerQueries]:
+        """A layer at a time, for these are the bench's largest tensors by far."""
+        found, scratch, inverse = {}, Scratch.on("cpu"), self.fitted.inverse
+        V = sources(self.rank, self.fitted.bench.queries, self.fitted.plan.layers, inverse)
+        for layer in self.fitted.plan.layers:
+            known, Q = layer_factors(inverse, layer, "cpu", torch.float32), len(self.fitted.bench.queries)
+            P_qoi = torch.empty(Q, layer.outputs, layer.inputs)
+            for q, one in enumerate(V[layer.name]):
+                P_qoi[q] = full_rank(core(one, layer, known), known)
+            found[layer.name] = LayerQueries.dense(P_qoi, scratch, bias=layer.bias)
+        return found
 
     def _whitening(self, layer: Layer) -> Tensor:
         known = layer_factors(self.fitted.inverse, layer, "cpu", torch.float32)
@@ -88,10 +104,25 @@ class Sieves:
         Q, N = len(self.fitted.bench.queries), len(self.sequences)
         by_block = np.zeros((self.blocks, Q, N), np.float32)
         others = {name: np.zeros((Q, N), np.float32) for name in ("head", *self.hidden.values())}
+        began, done = time.process_time(), 0
+        while done < N and not self._late():
+            some = self.sequences[done : done + AT_ONCE]
+            self._score(some, done, by_block, others)
+            done += len(some)
+            say(f"{done} sequences in {time.process_time() - began:.0f} s of a core")
+        self.sequences = self.sequences[:done]
+        return {"by block": by_block[..., :done], **{name: found[:, :done] for name, found in others.items()}}
+
+    def _late(self) -> bool:
+        until = self.fitted.options.until
+        return until is not None and time.strftime("%H:%M") >= until
+
+    def _score(
+        self, some: Sequence[corpus.Sequence], first: int, by_block: Floats, others: Mapping[str, Floats]
+    ) -> None:
         asked = self.states
-        began = time.perf_counter()
-        for number, batch in enumerate(self.rank.batches(self.sequences, self.fitted.options.tokens_per_batch)):
-            rows = batch.rows
+        for batch in self.rank.batches(some, self.fitted.options.tokens_per_batch):
+            rows = first + batch.rows
 
             def consume(
                 layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows, mask: Any = batch.mask_bt
@@ -108,9 +139,25 @@ class Sieves:
                         others[self.hidden[layer]][query, rows] = cosines.amax(dim=1).sum(dim=1).numpy()
 
             self.rank.backward(batch, (*self.layers, *self.heads), batch.loss(), consume, ones=False)
-            if number % 20 == 19:
-                say(f"{number + 1} batches in {time.perf_counter() - began:.0f} s")
-        return {"by block": by_block, **others}
+
+    def in_bfloat16(self, count: int) -> Floats:
+        """Scores of the first sequences by block, [B, Q, n], by the model and with products in bfloat16."""
+        model = ModelConfig(path=str(self.fitted.bench.folder / "model"), dtype=Dtype.bfloat16)
+        place, scratch = RankContext(threads=self.fitted.options.threads), Scratch.on("cpu")
+        worker = ModelWorker(WorkerSettings(model, self.layers, sharded=False), place)
+        queries = {
+            layer.name: LayerQueries.dense(self.queries[layer.name].densify().bfloat16(), scratch, bias=layer.bias)
+            for layer in self.layers
+        }
+        by_block = np.zeros((self.blocks, len(self.fitted.bench.queries), count), np.float32)
+        for batch in worker.batches(self.sequences[:count], self.fitted.options.tokens_per_batch):
+            rows = batch.rows
+
+            def consume(layer: Layer, s: Tensor, a: Tensor, _: object, rows: Any = rows) -> None:
+                by_block[block_of(layer) or 0][:, rows] += score_layer(s, a, queries[layer.name]).T.float().numpy()
+
+            worker.backward(batch, self.layers, batch.loss(), consume, ones=False)
+        return by_block
 
     def query_states(self) -> dict[Layer, list[Tensor]]:
         """Of every query, its whitened states where a measured token is predicted, [P, I]."""
@@ -252,20 +299,40 @@ def all_scores(sieves: Sieves, path: Path) -> dict[str, Floats]:
     return dict(np.load(path))
 
 
+def in_bfloat16(sieves: Sieves, by_block: Floats, count: int, folder: Path) -> list[dict[str, Any]]:
+    """What suffixes in bfloat16 find of the first sequences' strongest rows in float32, and float32's own do."""
+    path = folder / f"bfloat16-{count}.npy"
+    if not path.exists():
+        np.save(path, sieves.in_bfloat16(count))
+    exact, rows = by_block[:, :, :count].sum(axis=0), []
+    for blocks in sorted({*suffixes(len(by_block)), len(by_block)}):
+        for dtype, scores in (("float32", by_block[:, :, :count]), ("bfloat16", np.load(path))):
+            mine = scores[-blocks:].sum(axis=0)
+            recalls = [recall(exact, found_by([mine], round(share * count)), top) for top, share in SHARES]
+            rows.append({"sieve": f"last {blocks}", "dtype": dtype, "recall": recalls})
+            shown = "  ".join(f"{value:.3f}" for value in recalls)
+            say(f"{count} sequences, last {blocks}, {dtype}: {shown}")
+    return rows
+
+
 def main() -> None:
     parser = options_parser(__doc__)
     parser.set_defaults(folder=HERE.parent / "runs" / "sieve")
     parser.add_argument("--model", help="a model's folder, in place of one that is trained")
     parser.add_argument("--audited", type=float, default=0.1, help="share of the sequences")
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed")
+    parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed; 0: none is")
+    parser.add_argument("--until", metavar="HH:MM", help="when the pass ends, with the sequences so far")
+    parser.add_argument("--rank", type=int, default=32, help="of the queries; 0: full")
+    parser.add_argument("--bfloat16-sieve", type=int, default=0, metavar="SEQUENCES", help="0: float32 alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = FoundModel(options) if options.model else Bench(options)
     bench.architecture = describe(str(bench.folder / "model"), "mlp+head")
-    sieves = Sieves(Fitted(bench, Dtype.float32, 0))
+    sieves = Sieves(Fitted(bench, Dtype.float32, 0), options.rank or None)
     scores = all_scores(sieves, bench.folder / "sieves.npz")
-    costs = sieves.costs(options.repeats)
+    sieves.sequences = sieves.sequences[: scores["by block"].shape[-1]]
+    costs = sieves.costs(options.repeats) if options.repeats else {}
     by_block = scores.pop("by block")
     exact, Q, N = by_block.sum(axis=0), len(bench.queries), len(sieves.sequences)
     ends = {f"last {k}": by_block[-k:].sum(axis=0) for k in suffixes(len(by_block))}
@@ -287,10 +354,13 @@ def main() -> None:
         cost = f"{costs[name]:.2f}" if name in costs else "-"
         table.add_row(name, cost, *(f"{value:.3f}" for value in recalls), said)
     Console(width=170).print(table)
-    say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
+    if costs:
+        say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
+    narrow = in_bfloat16(sieves, by_block, options.bfloat16_sieve, bench.folder) if options.bfloat16_sieve else []
     (HERE / "results").mkdir(exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items()}
-    result = {"settings": settings, "sequences": N, "queries": Q, "costs": costs, "shares": SHARES, "sieves": rows}
+    result = {"settings": settings, "sequences": N, "queries": Q, "costs": costs, "shares": SHARES, "sieves": rows,
+              "bfloat16": narrow}  # fmt: skip
     (HERE / "results" / f"sieve-{options.layers}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -36,6 +36,7 @@ from infscan.corpus.plan import Selection
 from infscan.corpus.tokenizer import load_tokenizer
 from infscan.influence.agreement import agreement
 from infscan.model.architecture import describe
+from infscan.results.dense import FOLDER as SCORES
 from infscan.results.dense import score_column
 from infscan.results.read import read_scores, read_summary, read_top
 from infscan_studies.truth.train import Sizes, TrainingSettings, build_model, train_language_model
@@ -48,11 +49,12 @@ CONTEXT = 4096
 # What infscan's phases are in the words of the table.
 PHASES = {
     "fit": ("covariance", "eigenbasis", "lambda", "factors"),
-    "queries": ("queries", "joint", "check"),
+    "queries": ("measure", "queries", "joint", "check"),
+    "sieve": ("sieve",),
     "scan": ("scan",),
     "refine": ("refine",),
-    "publish": ("publish",),
 }
+OTHERS = "others"
 REFERENCE = "infscan, full rank, float32"
 
 
@@ -87,6 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--energy", type=float, default=0.95, help="of rank auto")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--ranks", nargs="+", default=["32", "auto"])
+    parser.add_argument(
+        "--sieves", type=int, nargs="*", default=[], help="last blocks of a sieve; each a run of its own"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--keep", action="store_true", help="read our own finished runs where they lie")
     parser.add_argument("--rounds", type=int, default=1, help="every program runs so many times, in turns")
@@ -129,6 +134,9 @@ class Job:
         self._write("fit", [(scanned[number], 0) for number in fitted.tolist()])
         # A prompt of 48 tokens and a completion of 16 that the model has not seen.
         self._write("queries", [(row[:64], 48) for row in asked])
+        # As infscan reads them, which takes no key that it does not know.
+        lines = [{"id": f"q{n}", "input_ids": row[:64], "prompt_len": 48} for n, row in enumerate(asked)]
+        (self.folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         self._train(scanned, asked)
 
     def _write(self, name: str, rows: list[tuple[list[int], int]]) -> None:
@@ -169,7 +177,7 @@ class Job:
             "corpus.path": self.folder / "scanned.jsonl",
             "corpus.tokens_field": "input_ids",
             "corpus.packing": "document",
-            "queries.path": self.folder / "queries.jsonl",
+            "queries.path": self.folder / "questions.jsonl",
             "factors.num_sequences": self.options.fitted,
             # Partial sums are for workers that share a fit, and for a fit that is interrupted.
             "factors.slices": 1,
@@ -197,13 +205,16 @@ class Job:
 
     def _outcome(self, output: Path, life: float) -> Outcome:
         seconds = {key: phase["seconds"] for key, phase in read_summary(str(output))["phases"].items()}
-        phases = {word: sum(seconds.get(key, 0.0) for key in keys) for word, keys in PHASES.items()}
-        scores = read_scores(str(output)).sort_by("sequence_id")
-        columns = [scores[score_column(query)].to_numpy() for query in self.ids]
+        phases = {word: sum(seconds.pop(key, 0.0) for key in keys) for word, keys in PHASES.items()}
+        phases[OTHERS] = sum(seconds.values())
         published: dict[str, set[int]] = {query: set() for query in self.ids}
         for row in read_top(str(output)).to_pylist():
             published[row["query_id"]].add(row["sequence_id"])
-        return Outcome(phases, life, np.stack(columns), published)
+        if not (output / SCORES).exists():
+            return Outcome(phases, life, None, published)
+        dense = read_scores(str(output)).sort_by("sequence_id")
+        scores = np.stack([dense[score_column(query)].to_numpy() for query in self.ids])
+        return Outcome(phases, life, scores, published)
 
     def rival(self, name: str, python: Path, *settings: str) -> Callable[[], Outcome]:
         output = self.folder / name
@@ -235,16 +246,16 @@ def judged(name: str, runs: list[Outcome], reference: Outcome, base: list[Outcom
     its own `top` highest scores.
     """
     assert reference.scores is not None
-    scores = runs[0].scores
-    assert scores is not None
-    published = runs[0].published
+    scores, published = runs[0].scores, runs[0].published
     best = np.argsort(-reference.scores, axis=1, kind="stable")[:, :top]
     if published is None:
+        assert scores is not None
         found = [set(row) for row in np.argsort(-scores, axis=1, kind="stable")[:, :top].tolist()]
     else:
         found = list(published.values())
     recall = float(np.mean([len(set(mine) & theirs) / top for mine, theirs in zip(best.tolist(), found, strict=True)]))
-    pearson = agreement(reference.scores, scores, seed=0, resamples=200)
+    # A sieve leaves most sequences without a score.
+    pearson = None if scores is None else agreement(reference.scores, scores, seed=0, resamples=200).mean
     times = [run.seconds / ours.seconds for run, ours in zip(runs, base, strict=True)]
     return {
         "program": name,
@@ -254,7 +265,7 @@ def judged(name: str, runs: list[Outcome], reference: Outcome, base: list[Outcom
         "times_infscan": median(times),
         "times_min": min(times),
         "times_max": max(times),
-        "pearson": pearson.mean,
+        "pearson": pearson,
         "recall": recall,
     }
 
@@ -282,7 +293,7 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             f"{row['seconds']:.1f}",
             f"{row['life']:.1f}",
             f"{row['times_infscan']:.2f} ({row['times_min']:.2f}-{row['times_max']:.2f})",
-            f"{row['pearson']:.4f}",
+            "-" if row["pearson"] is None else f"{row['pearson']:.4f}",
             f"{row['recall']:.3f}",
         )
     Console(width=170).print(table)
@@ -297,6 +308,12 @@ def main() -> None:
             programs[f"infscan, rank {rank}, {dtype}"] = job.infscan(
                 f"rank {rank} {dtype}", options.keep, **{"model.dtype": dtype, "scan.rank": rank}
             )
+            for blocks in options.sieves:
+                programs[f"infscan, rank {rank}, {dtype}, sieve of {blocks}"] = job.infscan(
+                    f"rank {rank} {dtype} sieve {blocks}",
+                    options.keep,
+                    **{"model.dtype": dtype, "scan.rank": rank, "scan.sieve": blocks, "scan.scores": "top"},
+                )
     if options.kronfluence:
         programs["kronfluence, rank 32, float32"] = job.rival("kronfluence", options.kronfluence)
     if options.bergson:
