@@ -65,13 +65,14 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.
             f"model.dtype={config.model.dtype.value}: a step of training is lost in the rounding of "
             f"{dtype_name(scored.worker.model.dtype)}; use float32."
         )
-    effect_nq, facts = measured_effects(scored.study, config, log)
+    effect_nq, measured = measured_effects(scored.study, config, log)
     rows = list(scored.labelled(log))
     ids = tuple(query.id for query in scored.study.queries)
-    control = random_scores(*effect_nq.shape, config.seed)
+    control = random_scores(len(effect_nq), len(ids), config.seed)
     rows.append(Labelled(RANDOM, {"method": RANDOM}, control, ids))
     table = pa.Table.from_pylist(judged(rows, ids, effect_nq, truth, config.seed), SCHEMA)
-    facts |= {
+    facts: dict[str, Any] = {
+        **measured,
         "sequences": len(effect_nq),
         "queries": list(ids),
         "optimizer": truth.optimizer.value,

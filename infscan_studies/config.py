@@ -486,6 +486,32 @@ class CoverageConfig(TruthConfig):
 
 
 @dataclass
+class StepScoresConfig(ScoresConfig):
+    methods: list[BankMethod] = field(
+        default_factory=lambda: [
+            BankMethod.ekfac,
+            BankMethod.kfac,
+            BankMethod.identity,
+            BankMethod.bm25,
+            BankMethod.cosine,
+        ]
+    )
+    """Of ekfac, kfac, identity, bm25, cosine, cg and astra."""
+    tracked: list[str] = field(
+        default_factory=lambda: [
+            "mlp",
+            "lower",
+            "middle",
+            "upper",
+            "attention",
+            "mlp+attention",
+            "head",
+            "mlp+head",
+        ]
+    )
+
+
+@dataclass
 class StepConfig(TruthConfig):
     """What one step of training on each scored sequence alone does to every query, and how well each method, damping
     and set of layers foretells it, by kind of query."""
@@ -501,12 +527,7 @@ class StepConfig(TruthConfig):
     """Strongest sequences by each row of the table, whose mean effect is in it."""
     against: str = "ekfac mlp 0.1"
     """The row of the table, by its label, that leads are over."""
-    sweep: ScoresConfig = field(
-        default_factory=lambda: ScoresConfig(
-            methods=[BankMethod.ekfac, BankMethod.kfac, BankMethod.identity, BankMethod.bm25, BankMethod.cosine],
-            tracked=["mlp", "lower", "middle", "upper", "attention", "mlp+attention", "head", "mlp+head"],
-        )
-    )
+    sweep: StepScoresConfig = field(default_factory=StepScoresConfig)
 
     def check(self) -> None:
         self.sweep.check()

@@ -19,7 +19,7 @@ from infscan.storage import Store
 from infscan_studies import against_step
 from infscan_studies.against_step import judged, measured_effects, validate
 from infscan_studies.bank_scores import Labelled, RecipeScores, layer_scores
-from infscan_studies.config import BankMethod, ScoresConfig, StepConfig, StepOptimizer, ValidateJob
+from infscan_studies.config import BankMethod, ScoresConfig, StepConfig, StepOptimizer, StepScoresConfig, ValidateJob
 from infscan_studies.swept import Way, sweep
 from infscan_studies.truth.retrain import measure_queries
 from infscan_studies.truth.steps import effects
@@ -126,7 +126,7 @@ def test_scores_that_are_the_effects_are_judged_right(tmp_path: Path) -> None:
         Labelled("wrong", {"method": "wrong"}, -effect_nq[:, 1:], ids[1:]),
         Labelled("bm25", {"method": "bm25"}, np.zeros((20, 3)), ids),
     ]
-    truth = StepConfig(top=2, against="truth", sweep=ScoresConfig(resamples=50))
+    truth = StepConfig(top=2, against="truth", sweep=StepScoresConfig(resamples=50))
     found = {(row["label"], row["kind"]): row for row in judged(rows, ids, effect_nq, truth, 0)}
     right = found["truth", "all"]
     assert (right["pearson"], right["spearman"], right["lead_top"]) == pytest.approx((1, 1, 0))
