@@ -1,14 +1,16 @@
-"""Damping, layers and methods against the effect of a step of training, on SmolLM2-135M (docs/reports/truth.md)
+"""Damping, layers and methods against the effect of a step of training (docs/reports/truth.md)
 
-python benchmarks/effect_sweep.py --model runs/real/inputs/model --dictionary .../usr/share/dictd
-    --handbook .../usr/share/doc/debian-handbook/html [--folder runs/effect-sweep] [--entries 38] ...
+python benchmarks/effect_sweep.py smollm2 --model runs/real/inputs/model --dictionary .../usr/share/dictd
+    --handbook .../usr/share/doc/debian-handbook/html [--folder runs/effect-sweep] [--set truth.learning_rate=1e-5]
+python benchmarks/effect_sweep.py demo [--folder runs/effect-sweep]
 
-Writes 72 documents and 34 queries of four kinds, and runs `infscan validate truth=step` on them, whose command it
-prints; what is fitted, measured and scored stays in the folder, and is found again. The model is that of `infscan
-real_demo`; the documents are entries of its dictionary and paragraphs of the Debian handbook in French and German. The
-kinds are facts that entries state; paraphrases: definitions of entries whose completions say it in other words (by
-hand, below); heldout: the last words of the beginnings of entries that are not among the documents; and translations:
-English sentences of the handbook of which the documents have the French and the German one alone.
+smollm2 writes 72 documents and 34 queries of four kinds, and runs `infscan validate truth=step` on them; what is fitted,
+measured and scored stays in the folder, and is found again. The model is that of `infscan real_demo`; the documents are
+entries of its dictionary, and paragraphs of the Debian handbook in French and German. The kinds: facts that entries
+state; paraphrases, definitions of entries whose completions say it in other words (by hand, below); heldout, words from
+the beginnings of entries that are not among the documents; and translations, English sentences of the handbook of which
+the documents have the French and the German one alone. demo: the embedded model, with the documents and queries of
+benchmarks/bank.py. Both print the command, and the table as docs/reports/truth.md has it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import json
 import re
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
+from bank import prepare
 from retraining import ROOT, job
 from translations import _can_be_asked, paragraphs, question_of
 
@@ -88,27 +93,59 @@ def _query(kind: str, name: str, prompt: str, completion: str) -> dict[str, str]
     return {"id": f"{kind}-{re.sub(r'[^A-Za-z0-9]', '_', name)[:40]}", "prompt": prompt, "completion": completion}
 
 
+def lines(path: Path) -> list[str]:
+    """The table of a validation in Markdown, the best Spearman over all queries first."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in pq.read_table(path).to_pylist():
+        rows.setdefault(row["label"], {})[row["kind"]] = row
+    kinds = [kind for kind in next(iter(rows.values())) if kind != "all"]
+    found = [
+        "| | "
+        + " | ".join(["Spearman [95 %]", *kinds, "Pearson [95 %]", "top, nats [95 %]", "over BM25's [95 %]", "seconds"])
+        + " |",
+        "|" + "---|" * (len(kinds) + 6),
+    ]
+    for label, its in sorted(rows.items(), key=lambda item: -item[1]["all"]["spearman"]):
+        by_kind = [f"{its[kind]['spearman']:+.2f}" if kind in its else "" for kind in kinds]
+        of_all = [_said(its["all"], name) for name in ("pearson", "top", "over_bm25")]
+        seconds = its["all"]["seconds"]
+        cells = [label, _said(its["all"], "spearman"), *by_kind, *of_all, "" if seconds is None else f"{seconds:.0f}"]
+        found.append("| " + " | ".join(cells) + " |")
+    return found
+
+
+def _said(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--dictionary", type=Path, required=True)
-    parser.add_argument("--handbook", type=Path, required=True)
+    parser.add_argument("of", choices=["smollm2", "demo"])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--dictionary", type=Path)
+    parser.add_argument("--handbook", type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "effect-sweep")
     parser.add_argument("--entries", type=int, default=38, help="beside those that answer")
-    parser.add_argument("--tracked", default=TRACKED)
-    parser.add_argument("--curvature", type=int, default=48, help="sequences that factors are fitted on")
+    parser.add_argument("--curvature", type=int, default=48, help="sequences that factors are fitted on (smollm2)")
     parser.add_argument("--set", nargs="*", default=[], help="further settings of the command")
     given = parser.parse_args()
-    folder: Path = given.folder.absolute()
+    folder: Path = given.folder.absolute() / given.of
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "queries.jsonl").exists():
-        write_inputs(folder, given)
+    if given.of == "demo":
+        prepare(folder)
+        shape = ["model=demo", "model.tracked=linear+head", f"corpus.path={folder}/prepared/corpus"]
+        shape.append("validate.curvature_sequences=300")
+    else:
+        if not (folder / "queries.jsonl").exists():
+            write_inputs(folder, given)
+        shape = [f"model.path={given.model.absolute()}", f"model.tracked='{TRACKED}'"]
+        shape += [f"corpus.path={folder}/corpus.jsonl", "corpus.packing=document", f"corpus.sequence_length={LENGTH}"]
+        shape += [f"validate.curvature_sequences={given.curvature}", "scan.tokens_per_batch=512"]
     job(
-        "validate", "truth=step", f"model.path={given.model.absolute()}", f"model.tracked='{given.tracked}'",
-        f"corpus.path={folder}/corpus.jsonl", "corpus.packing=document", f"corpus.sequence_length={LENGTH}",
-        f"queries.path={folder}/queries.jsonl", f"validate.curvature_sequences={given.curvature}",
-        "factors.damping.auto=true", "validate.queries=100", f"output={folder}/run", *given.set,
+        "validate", "truth=step", *shape, f"queries.path={folder}/queries.jsonl", "factors.damping.auto=true",
+        "validate.queries=100", f"output={folder}/run", *given.set,
     )  # fmt: skip
+    print("\n".join(lines(folder / "run" / "validate" / "against_step.parquet")))
 
 
 if __name__ == "__main__":

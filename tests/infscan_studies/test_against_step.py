@@ -20,6 +20,7 @@ from infscan_studies import against_step
 from infscan_studies.against_step import judged, measured_effects, validate
 from infscan_studies.bank_scores import Labelled, RecipeScores, layer_scores
 from infscan_studies.config import BankMethod, ScoresConfig, StepConfig, StepOptimizer, StepScoresConfig, ValidateJob
+from infscan_studies.report.validation import show_steps
 from infscan_studies.swept import Way, sweep
 from infscan_studies.truth.retrain import measure_queries
 from infscan_studies.truth.steps import effects
@@ -90,7 +91,7 @@ def test_one_pass_gives_what_a_pass_for_every_damping_gives(tmp_path: Path, span
 
 
 def test_every_sequence_is_trained_on_alone_and_what_foretells_that_agrees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A small step of SGD is the dot product over all parameters, of which the tracked layers are nearly all."""
     config = asked(tmp_path, "truth.optimizer=sgd", "truth.learning_rate=1e-5", "truth.top=2")
@@ -111,6 +112,10 @@ def test_every_sequence_is_trained_on_alone_and_what_foretells_that_agrees(
     assert base["lead_spearman"] == base["lead_top"] == 0
     other = rows["kfac mlp 1", "all"]
     assert other["lead_pearson"] == pytest.approx(other["pearson"] - base["pearson"])
+    show_steps(table, facts)
+    shown = capsys.readouterr().out
+    assert shown.startswith("The effect of a step of sgd (1e-05) on each of 14 sequences alone")
+    assert all(label in shown for label, _ in rows)
     assert all(row["pearson_low"] <= row["pearson"] <= row["pearson_high"] for row in rows.values())
     # Stopped and called again, nothing is trained or scored again.
     monkeypatch.setattr(against_step, "effects_on", pytest.fail)
