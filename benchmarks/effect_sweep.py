@@ -4,7 +4,7 @@ python benchmarks/effect_sweep.py smollm2 --model runs/real/inputs/model --dicti
     --handbook .../usr/share/doc/debian-handbook/html [--folder runs/effect-sweep] [--set truth.learning_rate=1e-5]
 python benchmarks/effect_sweep.py demo [--folder runs/effect-sweep]
 
-smollm2 writes 72 documents and 34 queries of four kinds, and runs `infscan validate truth=step` on them; what is fitted,
+smollm2 writes 72 documents and 34 queries of four kinds and runs `infscan validate truth=step` on them; what is fitted,
 measured and scored stays in the folder, and is found again. The model is that of `infscan real_demo`; the documents are
 entries of its dictionary, and paragraphs of the Debian handbook in French and German. The kinds: facts that entries
 state; paraphrases, definitions of entries whose completions say it in other words (by hand, below); heldout, words from
