@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from bank import prepare
+from retraining import LENGTH as SHORT
 from retraining import ROOT, job
 from translations import _can_be_asked, paragraphs, question_of
 
@@ -134,7 +135,7 @@ def main() -> None:
     if given.of == "demo":
         prepare(folder)
         shape = ["model=demo", "model.tracked=linear+head", f"corpus.path={folder}/prepared/corpus"]
-        shape.append("validate.curvature_sequences=300")
+        shape += ["corpus.packing=document", f"corpus.sequence_length={SHORT}", "validate.curvature_sequences=300"]
     else:
         if not (folder / "queries.jsonl").exists():
             write_inputs(folder, given)
