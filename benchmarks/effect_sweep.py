@@ -94,29 +94,49 @@ def _query(kind: str, name: str, prompt: str, completion: str) -> dict[str, str]
     return {"id": f"{kind}-{re.sub(r'[^A-Za-z0-9]', '_', name)[:40]}", "prompt": prompt, "completion": completion}
 
 
+NUMBERS = {"spearman": "Spearman", "pearson": "Pearson", "top": "effect of the strongest, nats"}
+# Of whose rows the kinds of queries are told apart, with intervals.
+BY_KIND = ("mlp 1e-05", "mlp 0.1", "mlp auto", "mlp 10", "mlp+attention 0.1", "head 0.1", "mlp+head 0.1")
+
+
 def lines(path: Path) -> list[str]:
-    """The table of a validation in Markdown, the best Spearman over all queries first."""
+    """The tables of a validation in Markdown: over all queries by layers and damping, then some rows by kind."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for row in pq.read_table(path).to_pylist():
         rows.setdefault(row["label"], {})[row["kind"]] = row
-    kinds = [kind for kind in next(iter(rows.values())) if kind != "all"]
-    found = [
-        "| | "
-        + " | ".join(["Spearman [95 %]", *kinds, "Pearson [95 %]", "top, nats [95 %]", "over BM25's [95 %]", "seconds"])
-        + " |",
-        "|" + "---|" * (len(kinds) + 6),
-    ]
-    for label, its in sorted(rows.items(), key=lambda item: -item[1]["all"]["spearman"]):
-        by_kind = [f"{its[kind]['spearman']:+.2f}" if kind in its else "" for kind in kinds]
-        of_all = [_said(its["all"], name) for name in ("pearson", "top", "over_bm25")]
-        seconds = its["all"]["seconds"]
-        cells = [label, _said(its["all"], "spearman"), *by_kind, *of_all, "" if seconds is None else f"{seconds:.0f}"]
-        found.append("| " + " | ".join(cells) + " |")
+    of_all = {label: its["all"] for label, its in rows.items()}
+    kinds = list(next(iter(rows.values())))
+    found = []
+    for method in ("ekfac", "kfac"):
+        mine = [row for row in of_all.values() if row["method"] == method]
+        if not mine:
+            continue
+        dampings = sorted({row["damping"] for row in mine if row["damping"] is not None})
+        columns = [*(f"{one:g}" for one in dampings), *(["auto"] if method == "ekfac" else [])]
+        for name, said in NUMBERS.items():
+            found += ["", f"{method}: {said}", "", f"| | {' | '.join(columns)} | dot product |"]
+            found.append("|" + "---|" * (len(columns) + 2))
+            for tracked in dict.fromkeys(row["tracked"] for row in mine):
+                labels = [*(f"{method} {tracked} {one}" for one in columns), f"identity {tracked}"]
+                cells = [f"{of_all[label][name]:+.2f}" if label in of_all else "" for label in labels]
+                found.append(f"| {tracked} | {' | '.join(cells)} |")
+    sets = [f"ekfac {one}" for one in BY_KIND] + ["identity mlp", "identity mlp+attention"]
+    others = [label for label, row in of_all.items() if row["method"] not in ("ekfac", "kfac", "identity")]
+    for name, said in NUMBERS.items():
+        found += ["", said, "", f"| | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
+        for label in [*(one for one in sets if one in rows), *others]:
+            cells = [_said(rows[label][kind], name) if kind in rows[label] else "" for kind in kinds]
+            found.append(f"| {label} | {' | '.join(cells)} |")
+    found += ["", "| | over BM25's | over any | over the default's | seconds |", "|---|---|---|---|---|"]
+    for label in [*(one for one in sets if one in rows), *others]:
+        row = of_all[label]
+        cells = [_said(row, name) if row[name] is not None else "" for name in ("over_bm25", "over_any", "lead_top")]
+        found.append(f"| {label} | {' | '.join(cells)} | {'' if row['seconds'] is None else round(row['seconds'])} |")
     return found
 
 
 def _said(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
+    return f"{row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
 
 
 def main() -> None:
