@@ -31,6 +31,7 @@ from infscan.influence.inverse import from_core, inverse_core
 from infscan.influence.layers import Layer
 from infscan.influence.packed import Bits, QueryCodes, inner_products, store
 from infscan.results.schema import read_parquet
+from infscan.steps.preconditioner import query_gradients
 from infscan.steps.solve import ekfac_factors
 from infscan.storage import Store
 from infscan_studies.bank_judged import lds_by_query, over_queries
@@ -72,7 +73,7 @@ class Recipe:
                 for one in subsets
             ]
         )
-        self.V, _ = found.gradients
+        self.V = query_gradients(self.worker, found.study.queries, self.worker.layers)
         names = self.sets["mlp+head"]
         self.layers = [layer for layer in self.worker.layers if layer.name in names]
         self.factors = ekfac_factors(self.worker, found.inverse(damping))

@@ -29,6 +29,7 @@ from infscan_studies.config import (
     RegressionConfig,
     SideBySideConfig,
     SparsityConfig,
+    StepConfig,
     StudyConfig,
     StudyJob,
     TrainDemoJob,
@@ -123,10 +124,11 @@ class ValidateResult:
     truth: TruthConfig
 
     def show(self) -> None:
-        from infscan_studies.report.validation import show, show_coverage
+        from infscan_studies.report.validation import show, show_coverage, show_steps
 
-        (show_coverage if isinstance(self.truth, CoverageConfig) else show)(self.table, self.facts)
-        print(f"\nBy query: {self.uri}")
+        shown = {CoverageConfig: show_coverage, StepConfig: show_steps}.get(type(self.truth), show)
+        shown(self.table, self.facts)
+        print(f"\n{'By kind of query' if isinstance(self.truth, StepConfig) else 'By query'}: {self.uri}")
 
 
 def of_run(config: ValidateJob) -> ValidateJob:
@@ -142,13 +144,14 @@ def of_run(config: ValidateJob) -> ValidateJob:
 
 def run_validate(config: ValidateJob) -> ValidateResult:
     from infscan.storage import Store
-    from infscan_studies import against_cg, against_pbrf, coverage, regression
+    from infscan_studies import against_cg, against_pbrf, against_step, coverage, regression
 
     studies: dict[type[TruthConfig], tuple[Callable[..., tuple[Any, pa.Table, dict[str, Any]]], str]] = {
         TruthConfig: (against_cg.validate, "against_cg"),
         PbrfConfig: (against_pbrf.validate, "against_pbrf"),
         RegressionConfig: (regression.validate, "against_pbrf_regression"),
         CoverageConfig: (coverage.validate, coverage.NAME),
+        StepConfig: (against_step.validate, against_step.NAME),
     }
     configure_logs()
     config.truth.check()

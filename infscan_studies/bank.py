@@ -8,7 +8,7 @@ on. <output>/bank.parquet has a row per training, sorted; a later bank takes fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan.storage.host import processor
 from infscan_studies.bank_judged import ALL, LEAD, ceilings, kinds_of, lds_by_query, over_queries, rows_of
-from infscan_studies.bank_scores import NO_LAYER, RecipeScores
+from infscan_studies.bank_scores import Labelled, RecipeScores
 from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, corpus_and_queries, save_full_model
 from infscan_studies.truth.lds import half_subsets, random_scores
@@ -79,30 +79,6 @@ class Cell:
         """For the table's footer."""
         retrainer = self.study.retrainer
         return {"fingerprint": retrainer.fingerprint, **self.study.recipe, "trained": self.study.trainer.optimiser}
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """A row of the sweep: its label, what it is of, scores [N, Q], and the ids of those queries."""
-
-    label: str
-    facts: dict[str, Any]
-    scores_nq: NDArray[np.float64]
-    query_ids: tuple[str, ...]
-    # The layers and damping by which it is compared with EK-FAC; None where it has neither.
-    same: tuple[str, str] | None = None
-
-    def with_another(self, other: _Labelled) -> _Labelled:
-        """Added up with another model's."""
-        facts = self.facts | {"seconds": self.facts["seconds"] + other.facts["seconds"]}
-        return replace(self, facts=facts, scores_nq=self.scores_nq + other.scores_nq)
-
-    def of_models(self, number: int) -> _Labelled:
-        said = f" x{number}" if number > 1 else ""
-        return replace(self, label=f"{self.label}{said}", facts=self.facts | {"models": number})
-
-    def of_epochs(self, said: str) -> _Labelled:
-        return replace(self, label=f"{self.label} at {said}", facts=self.facts | {"models": 1, "epochs": said})
 
 
 class Bank:
@@ -270,15 +246,15 @@ class Bank:
                 row |= removed.get((row["label"], row["kind"]), {})
         return rows
 
-    def _added_up(self, cell: Cell, report: Callable[[str], None]) -> Iterator[_Labelled]:
+    def _added_up(self, cell: Cell, report: Callable[[str], None]) -> Iterator[Labelled]:
         """The rows of the first full model, of the first two added up, ...; of the first one's earlier epochs, and all
         of them added up; and random scores.
 
         Words are the same for every model: their row is of one.
         """
-        sums, first = list[_Labelled](), list[_Labelled]()
+        sums, first = list[Labelled](), list[Labelled]()
         for number in range(1, self.job.sweep.models + 1):
-            mine = list(self._labelled(self._scored(cell, number - 1), report))
+            mine = list(self._scored(cell, number - 1).labelled(report))
             if number > 1:
                 mine = [one for one in mine if one.facts["method"] != BankMethod.bm25.value]
                 before = {one.label: one for one in sums}
@@ -288,34 +264,14 @@ class Bank:
             yield from (one.of_models(number) for one in sums)
         epochs, path = self._epochs(cell), [one for one in first if one.facts["method"] != BankMethod.bm25.value]
         for epoch in epochs:
-            then = {one.label: one for one in self._labelled(self._scored(cell, 0, epoch), report)}
+            then = {one.label: one for one in self._scored(cell, 0, epoch).labelled(report)}
             yield from (then[one.label].of_epochs(str(epoch)) for one in path)
             path = [one.with_another(then[one.label]) for one in path]
         if epochs:
             said = "+".join(map(str, [*epochs, cell.study.study.training.epochs]))
             yield from (one.of_epochs(said) for one in path)
         control = random_scores(self.corpus.sequences, len(self.queries), self.job.seed)
-        yield _Labelled(RANDOM, {"method": RANDOM}, control, tuple(query.id for query in self.queries)).of_models(1)
-
-    def _labelled(self, scored: RecipeScores, report: Callable[[str], None]) -> Iterator[_Labelled]:
-        ids = tuple(query.id for query in self.queries)
-        sets = scored.sets()
-        for one in scored.all(report):
-            facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds, "sequences": one.sequences}
-            damping = " auto" if one.auto else "" if one.damping is None else f" {one.damping:g}"
-            of = "" if one.sequences is None else f" of {one.sequences}"
-            mine = one.query_ids or ids
-            if one.tracked is None and set(one.by_layer) == {NO_LAYER}:
-                yield _Labelled(one.method, facts, one.of(None), mine)
-                continue
-            for tracked in self.job.sweep.tracked if one.tracked is None else [one.tracked]:
-                yield _Labelled(
-                    f"{one.method} {tracked}{damping}{of}",
-                    facts | {"tracked": tracked},
-                    one.of(None if one.tracked else sets[tracked]),
-                    mine,
-                    (tracked, damping) if damping else None,
-                )
+        yield Labelled(RANDOM, {"method": RANDOM}, control, tuple(query.id for query in self.queries)).of_models(1)
 
     def _removed(
         self, cell: Cell, wanted: Mapping[str, NDArray[np.float64]], report: Callable[[str], None]

@@ -8,11 +8,11 @@ presence is the fact that it is done.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +30,10 @@ from infscan.config import (
     fingerprint,
 )
 from infscan.corpus import sequences as corpus_sequences
-from infscan.corpus.addressable import CorpusAddress, open_corpus
 from infscan.corpus.plan import Selection
+from infscan.errors import ConfigError
 from infscan.influence.cg import conjugate_gradients, damped
-from infscan.influence.inverse import from_core, inverse_core
-from infscan.influence.layers import Layer, LayerFactors
+from infscan.influence.layers import Layer
 from infscan.influence.routed import Routed
 from infscan.influence.score import LayerQueries, score_layer
 from infscan.influence.similarity import StateMoments, Whitening, best_cosines
@@ -42,13 +41,15 @@ from infscan.model.gauss_newton import GaussNewton, damping_vector, join, split
 from infscan.model.tracked import block_kinds
 from infscan.model.worker import ModelWorker, WorkerSettings
 from infscan.queries import Query
+from infscan.report.thirds import THIRDS, block_of, thirds
 from infscan.results.tensor_files import read_facts, read_tensors, write_tensors
 from infscan.steps.preconditioner import Preconditioner, StoredGradients, query_gradients, read_vectors
 from infscan.steps.solve import SolveTask, ekfac_factors, ekfac_inverse, solve_task
 from infscan.storage import Store
-from infscan_studies.config import BankMethod, SweepConfig, ValidateConfig, ValidateJob
+from infscan_studies.config import BankMethod, ScoresConfig, ValidateConfig, ValidateJob
 from infscan_studies.in_process import Study, open_study
 from infscan_studies.side_by_side import kind_of
+from infscan_studies.swept import Way, sweep
 from infscan_studies.truth.bm25 import bm25_scores
 
 # What a file has where its scores are of no single layer.
@@ -57,6 +58,7 @@ _TOKENS_PER_BATCH = 4096
 # Queries that share the passes of a product with G.
 _TOGETHER = 6
 FOLDER = "scores"
+_IN_ONE_PASS = (BankMethod.ekfac, BankMethod.kfac, BankMethod.identity)
 T = TypeVar("T")
 
 
@@ -90,6 +92,30 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """A row of the sweep: its label, what it is of, scores [N, Q], and the ids of those queries."""
+
+    label: str
+    facts: dict[str, Any]
+    scores_nq: NDArray[np.float64]
+    query_ids: tuple[str, ...]
+    # The layers and damping by which it is compared with EK-FAC; None where it has neither.
+    same: tuple[str, str] | None = None
+
+    def with_another(self, other: Labelled) -> Labelled:
+        """Added up with another model's."""
+        facts = self.facts | {"seconds": self.facts["seconds"] + other.facts["seconds"]}
+        return replace(self, facts=facts, scores_nq=self.scores_nq + other.scores_nq)
+
+    def of_models(self, number: int) -> Labelled:
+        said = f" x{number}" if number > 1 else ""
+        return replace(self, label=f"{self.label}{said}", facts=self.facts | {"models": number})
+
+    def of_epochs(self, said: str) -> Labelled:
+        return replace(self, label=f"{self.label} at {said}", facts=self.facts | {"models": 1, "epochs": said})
+
+
+@dataclass(frozen=True)
 class _Row:
     """An iterated inverse: damping None is found by layer, sequences None are all."""
 
@@ -102,13 +128,13 @@ class _Row:
 class RecipeScores:
     """One recipe's full model, its factors of the whole corpus, and its scores, in a folder of their own."""
 
-    def __init__(self, store: Store, config: ValidateJob, sweep: SweepConfig) -> None:
+    def __init__(self, store: Store, config: ValidateJob, sweep: ScoresConfig) -> None:
         """config: of the model, with the corpus and the queries; its output is the folder of the factors."""
         self.store, self.config, self.sweep = store, config, sweep
 
     @staticmethod
     def config_of(
-        model: str, corpus: str, queries: str, counts: tuple[int, int], output: str, seed: int, sweep: SweepConfig
+        model: str, corpus: str, queries: str, counts: tuple[int, int], output: str, seed: int, sweep: ScoresConfig
     ) -> ValidateJob:
         """All linears and the head tracked, factors and scores of every sequence. counts: sequences, queries."""
         sequences, asked = counts
@@ -136,21 +162,21 @@ class RecipeScores:
         """Of the scores of this model, corpus, queries and factors."""
         return f"{FOLDER}/{fingerprint(self.study.fingerprints)[:16]}"
 
-    @cached_property
-    def gradients(self) -> tuple[dict[str, Tensor], float]:
-        """V of every query by layer, and the seconds it took."""
-        return cpu_timed(lambda: query_gradients(self.worker, self.study.queries, self.worker.layers))
-
     def sets(self) -> dict[str, tuple[str, ...]]:
         """The names of the layers of each set that is swept over."""
-        module = self.worker.model.module
-        kinds = block_kinds(module)
-        last = max(_block(name) for name, kind in kinds.items() if kind != "head")
-        parts = {
-            kind: tuple(name for name, its in kinds.items() if its == kind) for kind in ("mlp", "attention", "head")
-        }
-        parts["last"] = tuple(name for name in parts["mlp"] if _block(name) == last)
+        kinds = block_kinds(self.worker.model.module)
+        third = thirds(list(kinds))
+        tracked = [layer.name for layer in self.worker.layers if layer.name in kinds]
+        parts = {kind: tuple(name for name in tracked if kinds[name] == kind) for kind in ("mlp", "attention", "head")}
+        parts |= {one: tuple(name for name in parts["mlp"] if third[name] == one) for one in THIRDS}
+        last = max((block_of(name) for name in parts["mlp"]), default=-1)
+        parts["last"] = tuple(name for name in parts["mlp"] if block_of(name) == last)
         wanted = dict.fromkeys([*self.sweep.tracked, *self.sweep.iterated])
+        if missing := [part for one in wanted for part in one.split("+") if not parts[part]]:
+            raise ConfigError(
+                f"sweep.tracked: no tracked layer is of {missing[0]}; give other sets, or a model.tracked "
+                "that has them."
+            )
         return {one: tuple(name for part in one.split("+") for name in parts[part]) for one in wanted}
 
     def inverse(self, damping: float | None) -> Preconditioner:
@@ -161,11 +187,10 @@ class RecipeScores:
     def all(self, report: Callable[[str], None]) -> list[Scores]:
         """Every method's scores at every damping, from storage where they are there."""
         found: list[Scores] = []
+        self._sweep()
         for method in self.sweep.methods:
-            if method in (BankMethod.ekfac, BankMethod.kfac):
-                found += [self._stored(method, damping, self._by_factors) for damping in self.sweep.damping]
-                if method is BankMethod.ekfac and self.sweep.auto:
-                    found.append(self._stored(method, None, self._by_factors))
+            if method in _IN_ONE_PASS:
+                found += [self._stored(way) for way in self._ways(method)]
             elif method in (BankMethod.cg, BankMethod.astra):
                 dampings = [*self.sweep.iterated_damping, *([None] if self.sweep.iterated_auto else [])]
                 for tracked, damping in product(self.sweep.iterated, dampings):
@@ -175,28 +200,65 @@ class RecipeScores:
                     for sequences in self.sweep.iterated_sequences:
                         found += self._by_cg(tracked, damping, sequences or None, report)
             else:
-                make = {
-                    BankMethod.identity: self._by_gradients,
-                    BankMethod.bm25: self._by_words,
-                    BankMethod.cosine: self._by_states,
-                }[method]
-                found.append(self._stored(method, None, make))
+                way = Way(method, None)
+                if not self.store.exists(self._path(way)):
+                    scores, seconds = cpu_timed(self._by_words if method is BankMethod.bm25 else self._by_states)
+                    self._write(self._path(way), {NO_LAYER: scores}, seconds)
+                found.append(self._stored(way))
             report(f"scores of {method.value}")
         return found
 
-    def _stored(
-        self,
-        method: BankMethod,
-        damping: float | None,
-        make: Callable[[BankMethod, float | None], tuple[Mapping[str, NDArray[np.floating]], float]],
-    ) -> Scores:
-        said = f"-{damping:g}" if damping is not None else "-auto" if method is BankMethod.ekfac else ""
-        path = f"{self.folder}/{method.value}{said}.safetensors"
-        if not self.store.exists(path):
-            self._write(path, *make(method, damping))
-        by_layer, seconds = self._read(path)
-        auto = method is BankMethod.ekfac and damping is None
-        return Scores(method.value, damping, by_layer, seconds, auto=auto)
+    def labelled(self, report: Callable[[str], None]) -> Iterator[Labelled]:
+        """The rows of the sweep: every method's at every damping, by sets of layers where it has layers."""
+        ids = tuple(query.id for query in self.study.queries)
+        sets = self.sets()
+        for one in self.all(report):
+            facts = {"method": one.method, "damping": one.damping, "seconds": one.seconds, "sequences": one.sequences}
+            damping = " auto" if one.auto else "" if one.damping is None else f" {one.damping:g}"
+            of = "" if one.sequences is None else f" of {one.sequences}"
+            mine = one.query_ids or ids
+            if one.tracked is None and set(one.by_layer) == {NO_LAYER}:
+                yield Labelled(one.method, facts, one.of(None), mine)
+                continue
+            for tracked in self.sweep.tracked if one.tracked is None else [one.tracked]:
+                yield Labelled(
+                    f"{one.method} {tracked}{damping}{of}",
+                    facts | {"tracked": tracked},
+                    one.of(None if one.tracked else sets[tracked]),
+                    mine,
+                    (tracked, damping) if damping else None,
+                )
+
+    def _ways(self, method: BankMethod) -> list[Way]:
+        """What one pass over the sequences gives of a method."""
+        if method is BankMethod.identity:
+            return [Way(method, None)]
+        auto = method is BankMethod.ekfac and self.sweep.auto
+        return [Way(method, damping) for damping in [*self.sweep.damping, *([None] if auto else [])]]
+
+    def _sweep(self) -> None:
+        """The scores of every damping that are not there yet, and of the gradient dot product, from one pass."""
+        ways = [way for method in self.sweep.methods if method in _IN_ONE_PASS for way in self._ways(method)]
+        missing = [way for way in ways if not self.store.exists(self._path(way))]
+        if not missing:
+            return
+        study = self.study
+        tokens = sum(len(one) for one in study.curvature) / len(study.curvature)
+        found_by_way = sweep(
+            self.worker, study.queries, study.candidates, study.inverse, tokens, missing, self.config.tokens_per_batch
+        )
+        for way, found in found_by_way.items():
+            fit = 0.0 if way.method is BankMethod.identity else study.fit_cpu_seconds
+            self._write(self._path(way), found.by_layer, fit + found.seconds)
+
+    def _path(self, way: Way) -> str:
+        said = f"-{way.damping:g}" if way.damping is not None else "-auto" if way.method is BankMethod.ekfac else ""
+        return f"{self.folder}/{way.method.value}{said}.safetensors"
+
+    def _stored(self, way: Way) -> Scores:
+        by_layer, seconds = self._read(self._path(way))
+        auto = way.method is BankMethod.ekfac and way.damping is None
+        return Scores(way.method.value, way.damping, by_layer, seconds, auto=auto)
 
     def _write(self, path: str, by_layer: Mapping[str, NDArray[np.floating]], seconds: float) -> None:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(one, np.float32)) for name, one in by_layer.items()}
@@ -208,32 +270,12 @@ class RecipeScores:
             read_facts(self.store, path)["seconds"]
         )
 
-    def _by_factors(self, method: BankMethod, damping: float | None) -> tuple[dict[str, NDArray[np.floating]], float]:
-        V, before = self.gradients
-        factors = ekfac_factors(self.worker, self.inverse(damping))
-        if method is BankMethod.kfac and damping is not None:
-            tokens = sum(len(one) for one in self.study.curvature) / len(self.study.curvature)
-            factors = {name: _uncorrected(one, tokens, damping) for name, (one, _) in factors.items()}
-        P, seconds = cpu_timed(
-            lambda: {name: from_core(inverse_core(V[name], *known), known[0]) for name, known in factors.items()}
-        )
-        scores, scanned = cpu_timed(lambda: layer_scores(self.worker, self.study.candidates, P))
-        return scores, self.study.fit_cpu_seconds + before + seconds + scanned
-
-    def _by_gradients(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
-        V, before = self.gradients
-        scores, seconds = cpu_timed(lambda: layer_scores(self.worker, self.study.candidates, V))
-        return scores, before + seconds
-
-    def _by_words(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
+    def _by_words(self) -> NDArray[np.floating]:
         sequences = [one.token_ids for one in self.study.candidates]
-        asked = [query.parts[0].token_ids for query in self.study.queries]
-        scores, seconds = cpu_timed(lambda: bm25_scores(sequences, asked))
-        return {NO_LAYER: scores}, seconds
+        return bm25_scores(sequences, [query.parts[0].token_ids for query in self.study.queries])
 
-    def _by_states(self, *_: object) -> tuple[dict[str, NDArray[np.floating]], float]:
-        scores, seconds = cpu_timed(lambda: state_cosines(self.worker, self.study))
-        return {NO_LAYER: scores}, seconds
+    def _by_states(self) -> NDArray[np.floating]:
+        return state_cosines(self.worker, self.study)
 
     def _part(self, tracked: str) -> tuple[ModelWorker, list[Query]]:
         """A worker that tracks one set alone, and the queries that are solved for."""
@@ -336,8 +378,8 @@ class RecipeScores:
                 solver=Solver.astra,
                 settings=IterationConfig(steps=self.sweep.astra_steps),
                 ekfac=self.inverse(damping),
-                corpus=CorpusAddress.of(open_corpus(Store(self.config.corpus.path), foreign=True)),
-                curvature_ids=np.arange(len(self.study.curvature)),
+                corpus=self.study.corpus,
+                curvature_ids=np.array([one.sequence_id for one in self.study.curvature]),
                 curvature=self.folder,
                 fingerprints=tuple(names),
                 seed=self.config.seed,
@@ -390,13 +432,3 @@ def _states(worker: ModelWorker, token_ids: NDArray[np.int64]) -> Tensor:
     hidden = worker.model.module(input_ids=ids_1t, output_hidden_states=True, use_cache=False).hidden_states
     found: Tensor = hidden[-1][0].to(worker.wide)
     return found
-
-
-def _uncorrected(factors: LayerFactors, tokens: float, relative: float) -> tuple[LayerFactors, float]:
-    """K-FAC's eigenvalues in place of Lambda: those of A times those of S, and the tokens of a sequence."""
-    Lambda_oi = tokens * torch.outer(factors.S_eigenvalues.clamp_min(0), factors.A_eigenvalues.clamp_min(0))
-    return replace(factors, Lambda=Lambda_oi), relative * float(Lambda_oi.mean(dtype=torch.float64))
-
-
-def _block(name: str) -> int:
-    return max((int(part) for part in name.split(".") if part.isdigit()), default=-1)

@@ -52,6 +52,7 @@ COMMANDS = (
                 "pbrf": f"{_CONFIG}:PbrfConfig",
                 "pbrf_regression": f"{_CONFIG}:RegressionConfig",
                 "coverage": f"{_CONFIG}:CoverageConfig",
+                "step": f"{_CONFIG}:StepConfig",
             }
         },
         examples=(
@@ -59,6 +60,7 @@ COMMANDS = (
             "run=runs/mine output=runs/validate-mine",
             "truth=pbrf validate.curvature_sequences=300 output=runs/pbrf",
             "truth=pbrf_regression output=runs/regression",
+            "truth=step validate.sequences=200 validate.queries=12 output=runs/step",
             "truth=coverage truth.run=runs/demo truth.filter=runs/filter output=runs/coverage",
         ),
     ),

@@ -279,6 +279,87 @@ class ValidateConfig:
                 raise ConfigError(f"validate.{key}: too small to compare anything; give more (sequences: at least 3).")
 
 
+class BankMethod(StrEnum):
+    """How a sweep's models score sequences: EK-FAC, K-FAC (its eigenvalues uncorrected), the gradient dot product,
+    BM25, the whitened cosine of hidden states, and the iterated inverses."""
+
+    ekfac = "ekfac"
+    kfac = "kfac"
+    identity = "identity"
+    bm25 = "bm25"
+    cosine = "cosine"
+    cg = "cg"
+    astra = "astra"
+
+
+@dataclass
+class ScoresConfig:
+    """The scores that a sweep judges."""
+
+    methods: list[BankMethod] = field(default_factory=list)
+    """Of ekfac, kfac, identity, bm25, cosine, cg and astra; none where the bank is only trained."""
+    damping: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
+    """Values of factors.damping.relative, for ekfac and kfac."""
+    auto: bool = True
+    """Judge ekfac with factors.damping.auto as well."""
+    tracked: list[str] = field(
+        default_factory=lambda: ["mlp", "mlp+attention", "head", "mlp+head", "last", "last+head"]
+    )
+    """Sets of layers: of mlp, attention, head, the MLPs of the blocks' `lower`, `middle` and `upper` third and `last`
+    (the last block's), several joined by +."""
+    iterated: list[str] = field(default_factory=lambda: ["mlp"])
+    """The sets of layers that cg and astra are judged on."""
+    iterated_damping: list[float] = field(default_factory=lambda: [0.1])
+    """Values of factors.damping.relative, for cg and astra."""
+    iterated_auto: bool = False
+    """Judge cg and astra with factors.damping.auto as well."""
+    iterated_sequences: list[int] = field(default_factory=lambda: [0])
+    """Sequences that cg's G is of, as factors.iteration.batch has it; 0 is all."""
+    steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    """Iterations of cg that are judged."""
+    astra_steps: int = 50
+    """Steps of astra, of 32 sequences each."""
+    iterated_queries: int | None = None
+    """Queries of each kind that cg and astra solve for; null is all."""
+    resamples: int = 2000
+    """Bootstrap resamples, over queries, behind an interval."""
+
+    def check(self) -> None:
+        """Raises ConfigError at the first value that cannot work."""
+        parts = {part for one in [*self.tracked, *self.iterated] for part in one.split("+")}
+        known = ("mlp", "attention", "head", "lower", "middle", "upper", "last")
+        if unknown := parts - set(known):
+            raise ConfigError(
+                f"sweep.tracked: {', '.join(sorted(unknown))} is unknown; join {', '.join(known[:-1])} and {known[-1]} "
+                "by +."
+            )
+        if min([*self.damping, *self.iterated_damping], default=1) <= 0:
+            raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
+        self._check_counts(("steps", "resamples"))
+
+    def _check_counts(self, names: tuple[str, ...]) -> None:
+        found = [getattr(self, name) for name in names]
+        counts = [one for value in found for one in (value if isinstance(value, list) else [value])]
+        if min(counts) < 1 or min(self.iterated_sequences, default=0) < 0 or self.resamples < 20:
+            said = ", ".join(f"sweep.{name}={getattr(self, name)}" for name in (*names, "iterated_sequences"))
+            raise ConfigError(f"{said}: give at least 1 (iterated_sequences: or 0, all), and 20 resamples.")
+
+
+class StepOptimizer(StrEnum):
+    """What takes a training step."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+def check_step(learning_rate: float | None, fall: float) -> None:
+    """Raises ConfigError for a step that cannot be taken, or a rate that cannot be looked for."""
+    if learning_rate is not None and learning_rate <= 0:
+        raise ConfigError(f"learning_rate={learning_rate}: give a number above 0, or null.")
+    if not 0 < fall < 1:
+        raise ConfigError(f"fall={fall}: a share of a loss, between 0 and 1.")
+
+
 @dataclass
 class TruthConfig:
     """The group `truth`; cg, conjugate gradients on the damped Gauss-Newton system (validate.cg), has no keys here."""
@@ -402,6 +483,57 @@ class CoverageConfig(TruthConfig):
             )
         if min([*self.tops, *self.ks], default=0) < 1 or not self.tops or not self.ks:
             raise ConfigError(f"truth.tops={self.tops}, truth.ks={self.ks}: numbers of rows, each at least 1.")
+
+
+@dataclass
+class StepScoresConfig(ScoresConfig):
+    methods: list[BankMethod] = field(
+        default_factory=lambda: [
+            BankMethod.ekfac,
+            BankMethod.kfac,
+            BankMethod.identity,
+            BankMethod.bm25,
+            BankMethod.cosine,
+        ]
+    )
+    """Of ekfac, kfac, identity, bm25, cosine, cg and astra."""
+    tracked: list[str] = field(
+        default_factory=lambda: [
+            "mlp",
+            "lower",
+            "middle",
+            "upper",
+            "attention",
+            "mlp+attention",
+            "head",
+            "mlp+head",
+        ]
+    )
+
+
+@dataclass
+class StepConfig(TruthConfig):
+    """What one step of training on each scored sequence alone does to every query, and how well each method, damping
+    and set of layers foretells it, by kind of query."""
+
+    name: ClassVar[str] = "step"
+    optimizer: StepOptimizer = StepOptimizer.adamw
+    """What takes the step, from a state of its own and without weight decay."""
+    learning_rate: float | None = None
+    """Of the step; null is the smallest of 1e-8, 3.2e-8, ... at which a sequence's own loss falls by `fall`."""
+    fall: float = 0.05
+    """Share by which the own loss of half of eight of the sequences falls at the learning rate that is looked for."""
+    top: int = 3
+    """Strongest sequences by each row of the table, whose mean effect is in it."""
+    against: str = "ekfac mlp 0.1"
+    """The row of the table, by its label, that leads are over."""
+    sweep: StepScoresConfig = field(default_factory=StepScoresConfig)
+
+    def check(self) -> None:
+        self.sweep.check()
+        check_step(self.learning_rate, self.fall)
+        if self.top < 1:
+            raise ConfigError(f"truth.top={self.top}: give at least 1.")
 
 
 @dataclass
@@ -552,47 +684,10 @@ class BankRecipe:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
-class BankMethod(StrEnum):
-    """How a bank's full models score sequences: EK-FAC, K-FAC (its eigenvalues uncorrected), the gradient dot product,
-    BM25, the whitened cosine of hidden states, and the iterated inverses."""
-
-    ekfac = "ekfac"
-    kfac = "kfac"
-    identity = "identity"
-    bm25 = "bm25"
-    cosine = "cosine"
-    cg = "cg"
-    astra = "astra"
-
-
 @dataclass
-class SweepConfig:
+class SweepConfig(ScoresConfig):
     """What is judged by the bank."""
 
-    methods: list[BankMethod] = field(default_factory=list)
-    """Of ekfac, kfac, identity, bm25, cosine, cg and astra; none where the bank is only trained."""
-    damping: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
-    """Values of factors.damping.relative, for ekfac and kfac."""
-    auto: bool = True
-    """Judge ekfac with factors.damping.auto as well."""
-    tracked: list[str] = field(
-        default_factory=lambda: ["mlp", "mlp+attention", "head", "mlp+head", "last", "last+head"]
-    )
-    """Sets of layers: of mlp, attention, head and `last` (the last block's MLP), several joined by +."""
-    iterated: list[str] = field(default_factory=lambda: ["mlp"])
-    """The sets of layers that cg and astra are judged on."""
-    iterated_damping: list[float] = field(default_factory=lambda: [0.1])
-    """Values of factors.damping.relative, for cg and astra."""
-    iterated_auto: bool = False
-    """Judge cg and astra with factors.damping.auto as well."""
-    iterated_sequences: list[int] = field(default_factory=lambda: [0])
-    """Sequences that cg's G is of, as factors.iteration.batch has it; 0 is all."""
-    steps: list[int] = field(default_factory=lambda: [5, 10, 20])
-    """Iterations of cg that are judged."""
-    astra_steps: int = 50
-    """Steps of astra, of 32 sequences each."""
-    iterated_queries: int | None = None
-    """Queries of each kind that cg and astra solve for; null is all."""
     models: int = 1
     """Full models, of seeds 0, 1, ..., whose scores are judged added up too: of the first two, the first three, ..."""
     epochs: list[int] = field(default_factory=list)
@@ -608,24 +703,10 @@ class SweepConfig:
     """Random removals that are the baseline."""
     removal_seeds: int = 1
     """Trainings of each removal."""
-    resamples: int = 2000
-    """Bootstrap resamples, over queries, behind an interval."""
 
     def check(self) -> None:
-        """Raises ConfigError at the first value that cannot work."""
-        parts = {part for one in [*self.tracked, *self.iterated] for part in one.split("+")}
-        unknown = parts - {"mlp", "attention", "head", "last"}
-        if unknown:
-            raise ConfigError(
-                f"sweep.tracked: {', '.join(sorted(unknown))} is unknown; join mlp, attention, head and last by +."
-            )
-        if min([*self.damping, *self.iterated_damping], default=1) <= 0:
-            raise ConfigError(f"sweep.damping={self.damping}: every value has to be above 0.")
-        counts = [*self.steps, *self.epochs, self.removed_queries, self.removal_seeds, self.models]
-        if min(counts) < 1 or min(self.iterated_sequences, default=0) < 0 or self.resamples < 20:
-            names = "steps", "epochs", "iterated_sequences", "removed_queries", "removal_seeds", "models", "resamples"
-            said = ", ".join(f"sweep.{name}={getattr(self, name)}" for name in names)
-            raise ConfigError(f"{said}: give at least 1 (iterated_sequences: or 0, all), and 20 resamples.")
+        super().check()
+        self._check_counts(("steps", "epochs", "removed_queries", "removal_seeds", "models", "resamples"))
 
 
 @dataclass
@@ -672,13 +753,6 @@ class BankJob:
             raise ConfigError(f"trainings={self.trainings}: give 0 (none), or more.")
         for recipe in self.recipes:
             recipe.training.check()
-
-
-class StepOptimizer(StrEnum):
-    """What takes a training step."""
-
-    sgd = "sgd"
-    adamw = "adamw"
 
 
 @dataclass
@@ -729,10 +803,7 @@ class ProveJob:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
         if self.resamples < 20:
             raise ConfigError(f"resamples={self.resamples}: give at least 20; an interval of fewer says nothing.")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate={self.learning_rate}: give a number above 0, or null.")
-        if not 0 < self.fall < 1:
-            raise ConfigError(f"fall={self.fall}: a share of a loss, between 0 and 1.")
+        check_step(self.learning_rate, self.fall)
         if any(not 0 < count < self.steps for count in self.also_after):
             raise ConfigError(
                 f"also_after={self.also_after}: counts of steps on the way to steps={self.steps}, each from 1 to below "

@@ -35,6 +35,7 @@ class Study:
 
     worker: ModelWorker
     queries: list[Query]
+    corpus: CorpusAddress
     # The sequences that the factors are of.
     curvature: list[Sequence]
     # Those to score.
@@ -77,12 +78,13 @@ def open_study(config: ValidateJob) -> Study:
         fit_damping(executor, factors, corpus, plan, config.factors.labels, config.seed, lambda_task)
     # Another seed than the factors' sample: two samples of one seed would be one inside the other.
     candidates = Selection.of(corpus.sequences, config.validate.sequences, config.seed + 1)
-    worker, took = executor.worker, factors.read_json(_FIT)
+    worker, took, address = executor.worker, factors.read_json(_FIT), CorpusAddress.of(corpus)
     return Study(
         worker,
         chosen,
-        worker.read(CorpusAddress.of(corpus), plan.selection.ids()),
-        worker.read(CorpusAddress.of(corpus), candidates.ids()),
+        address,
+        worker.read(address, plan.selection.ids()),
+        worker.read(address, candidates.ids()),
         Preconditioner(factors, Solver.ekfac, config.factors.damping),
         float(took["seconds"]),
         # Factors of an earlier version have no such number.

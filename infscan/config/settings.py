@@ -133,4 +133,6 @@ def _default(value: Any) -> str:
         return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list) and any(isinstance(one, Enum) for one in value):
+        return str([one.value for one in value])
     return str(value) if value not in ({}, []) else "empty"

@@ -134,3 +134,24 @@ def show_bank(table: pa.Table) -> None:
             interval = f"[{whole['low']:+.2f}, {whole['high']:+.2f}]"
             print(f"{label:<28} {whole['lds']:+.3f} {interval} {whole['share']:.2f}{values}")
         print()
+
+
+def show_steps(table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """A line per row of the sweep, the best over all queries first; agreement by kind of query."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in table.to_pylist():
+        found.setdefault(row["label"], {})[row["kind"]] = row
+    kinds = [kind for kind in next(iter(found.values())) if kind != ALL]
+    print(
+        f"The effect of a step of {facts['optimizer']} ({facts['learning_rate']:.2g}) on each of {facts['sequences']} "
+        f"sequences alone, {facts['any']:+.3g} nats in the mean; over all queries, 95 % intervals:\n"
+        f"Spearman of scores and effects; Pearson; effect of the strongest {facts['top']}, nats; Spearman by kind"
+    )
+    for label, its in sorted(found.items(), key=lambda item: -item[1][ALL]["spearman"]):
+        said = "  ".join(
+            f"{its[ALL][name]:+.3f} [{its[ALL][f'{name}_low']:+.2f}, {its[ALL][f'{name}_high']:+.2f}]"
+            for name in ("spearman", "pearson", "top")
+        )
+        print(
+            f"{label:<24} {said}" + "".join(f"  {kind} {its[kind]['spearman']:+.2f}" for kind in kinds if kind in its)
+        )

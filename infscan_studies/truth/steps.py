@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from infscan_studies.truth.retrain import measure_queries
 
 # A search for a learning rate starts here and grows by _GROWTH, at most to _LARGEST.
 _SMALLEST, _LARGEST, _GROWTH = 1e-8, 1e2, math.sqrt(10)
+# Padded tokens of a forward that measures queries together.
+_TOKENS_MEASURED = 512
 
 
 def sequence_loss(worker: ModelWorker, sequence: corpus.Sequence) -> Tensor:
@@ -38,6 +41,12 @@ def sequence_loss(worker: ModelWorker, sequence: corpus.Sequence) -> Tensor:
     return summed_losses(logits_btv, loss.labels_bt, loss.weights_bt).sum()
 
 
+def weights_of(worker: ModelWorker) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """What a step moves, and a copy of it."""
+    parameters = [p for p in worker.model.module.parameters() if p.is_floating_point()]
+    return parameters, [p.detach().clone() for p in parameters]
+
+
 @contextmanager
 def trained(
     worker: ModelWorker,
@@ -46,18 +55,20 @@ def trained(
     learning_rate: float,
     steps: int,
     after_step: Callable[[int], None] = lambda step: None,
-) -> Iterator[tuple[float, float]]:
+    weights: tuple[list[nn.Parameter], list[Tensor]] | None = None,
+) -> Iterator[float]:
     """The model after `steps` steps on one sequence, while open; then its weights are what they were, bit by bit.
 
-    Yields L(z) before and after, nats. after_step: called with 1, 2, ... after each step but the last.
+    Yields L(z) before, nats. after_step: called with 1, 2, ... after each step but the last. weights: `weights_of` the
+    worker, where many sequences are trained on and one copy serves them all.
     """
     module = worker.model.module
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    before = [p.detach().clone() for p in parameters]
+    parameters, before = weights or weights_of(worker)
     module.requires_grad_(True)
     try:
         make: type[torch.optim.Optimizer] = torch.optim.SGD if optimizer is StepOptimizer.sgd else torch.optim.AdamW
-        stepper = make(parameters, lr=learning_rate, weight_decay=0.0)  # type: ignore[call-arg]
+        # In one pass over the weights, which a step is mostly made of.
+        stepper = make(parameters, lr=learning_rate, weight_decay=0.0, fused=True)  # type: ignore[call-arg]
         first = None
         for step in range(1, steps + 1):
             loss = sequence_loss(worker, sequence)
@@ -68,7 +79,7 @@ def trained(
             if step < steps:
                 after_step(step)
         assert first is not None
-        yield first, loss_now(worker, sequence)
+        yield first
     finally:
         module.requires_grad_(False)
         _restore(parameters, before)
@@ -116,9 +127,29 @@ def effects(
             found.append(After(steps, values, loss_now(worker, sequence)))
 
     last = counts[-1]
-    with trained(worker, sequence, optimizer, learning_rate, last, measure) as (before, after):
-        found.append(After(last, measure_queries(worker.model.module, queries).tolist(), after))
+    with trained(worker, sequence, optimizer, learning_rate, last, measure) as before:
+        measure(last)
     return before, found
+
+
+def effects_on(
+    worker: ModelWorker,
+    sequences: Sequence[corpus.Sequence],
+    queries: Sequence[Query],
+    optimizer: StepOptimizer,
+    learning_rate: float,
+) -> Tensor:
+    """What a step on each sequence alone adds to f of every query, nats: float64 [N, Q].
+
+    Queries are measured together, at the model as it is as after each step.
+    """
+    module, weights = worker.model.module, weights_of(worker)
+    before_q = measure_queries(module, queries, _TOKENS_MEASURED)
+    found = []
+    for sequence in sequences:
+        with trained(worker, sequence, optimizer, learning_rate, 1, weights=weights):
+            found.append(measure_queries(module, queries, _TOKENS_MEASURED) - before_q)
+    return torch.from_numpy(np.stack(found))
 
 
 def find_learning_rate(
@@ -129,12 +160,12 @@ def find_learning_rate(
     Raises:
         ModelError: where none does: larger steps only raise them.
     """
-    rate, best = _SMALLEST, 0.0
+    rate, best, weights = _SMALLEST, 0.0, weights_of(worker)
     while rate <= _LARGEST:
         falls = []
         for sequence in sequences:
-            with trained(worker, sequence, optimizer, rate, steps) as (before, after):
-                falls.append(1 - after / before)
+            with trained(worker, sequence, optimizer, rate, steps, weights=weights) as before:
+                falls.append(1 - loss_now(worker, sequence) / before)
         found = sorted(falls)[len(falls) // 2]
         if found >= fall:
             return rate

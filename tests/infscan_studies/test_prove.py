@@ -39,7 +39,7 @@ from infscan_studies.prove import (
     words,
 )
 from infscan_studies.truth.retrain import measure_queries
-from infscan_studies.truth.steps import effects, find_learning_rate, sequence_loss, trained
+from infscan_studies.truth.steps import effects, find_learning_rate, loss_now, sequence_loss, trained
 from tests.steps.runs import answer_here, compose, text_corpus, text_queries, tiny_model
 
 HERE = ClusterConfig(backend=Backend.in_process)
@@ -112,8 +112,8 @@ def test_more_steps_go_further_and_the_rate_is_the_smallest_that_goes_far_enough
     def falls(rate: float, steps: int = 1) -> list[float]:
         found = []
         for sequence in sequences:
-            with trained(worker, sequence, optimizer, rate, steps) as (before, after):
-                found.append(1 - after / before)
+            with trained(worker, sequence, optimizer, rate, steps) as before:
+                found.append(1 - loss_now(worker, sequence) / before)
         return sorted(found)
 
     rate = find_learning_rate(worker, sequences, optimizer, 0.05, 1)
