@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from infscan.config.arguments import read_arguments
@@ -488,14 +489,16 @@ def run_serve(job: ServeJob) -> ServeResult:
     return ServeResult()
 
 
-def open_index(uri: str) -> IndexResult:
+def open_index(uri: str | PathLike[str]) -> IndexResult:
     """A finished index, to be asked.
 
     Raises:
+        ConfigError: where `uri` is no address.
         RunError: where it is not finished, or is no index.
         DamagedError: where a file is missing, cut off or changed, as far as names and sizes say.
     """
-    found = IndexResult(absolute(uri))
+    (address,) = AskJob(index=uri).indexes
+    found = IndexResult(absolute(address))
     found.rows  # noqa: B018  (read now, so that what is wrong is said now)
     return found
 

@@ -17,6 +17,7 @@ from infscan.steps.certificate import certificate
 from infscan.steps.check import check
 from infscan.steps.factors import fit
 from infscan.steps.index import finish_index, index, index_pass
+from infscan.steps.inputs import Inputs
 from infscan.steps.measure import measure
 from infscan.steps.plan import make_plan
 from infscan.steps.prepare import prepare_corpora
@@ -119,15 +120,16 @@ def ask(
     *,
     queries: Sequence[Query] | None = None,
     machines: Machines | None = None,
+    inputs: Inputs | None = None,
     verify: bool = True,
     on_found: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer queries from an index: what it finds is scanned, refined and published as a run of its own.
 
-    queries, machines: as of `open_run`. verify: hold the index's files to their digests. on_found: called once
+    queries, machines, inputs: as of `open_run`. verify: hold the index's files to their digests. on_found: called once
     candidates.parquet is there.
     """
-    with open_run(config, queries=queries, machines=machines) as run:
+    with open_run(config, queries=queries, machines=machines, inputs=inputs) as run:
         corpus = prepare_corpora(run)
         vectors = pull_back_queries(run, measure(run))
         factors = solve(run, fit(run, vectors))

@@ -12,12 +12,14 @@ import pytest
 import infscan.api
 import infscan.steps.early
 from infscan import cli
+from infscan.api import settings_of_call
 from infscan.config.arguments import read_arguments
-from infscan.config.commands import CONF, commands
+from infscan.config.commands import CONF, commands, compose, settle
 from infscan.config.help import help_of, overview
-from infscan.config.jobs import StatusJob
+from infscan.config.jobs import AskJob, StatusJob
 from infscan.config.reference import markdown
 from infscan.config.schema import Config
+from infscan.errors import ConfigError
 from infscan.results.status import Driver, Status
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +175,9 @@ def test_a_path_without_a_key_may_look_like_one(path: str) -> None:
     ("word", "said"),
     [
         ("output=runs/${x}", "output=runs/${x}: ${x} stands for the value of a key, and there is none"),
-        ("prompt=echo ${HOME", "queries.prompt=echo ${HOME: it has a lone ${; write the query into a file"),
+        ("prompt=echo ${HOME", "queries.prompt=echo ${HOME holds ${, which stands for another key's; write it into a"),
+        ("prompt=in ${output}", "queries.prompt=in ${output} holds ${, which stands for another key's; write it into"),
+        ("prompt=???", "queries.prompt=??? stands for a value that is not given; write it into a file (queries.path"),
         ("scan.top_k=1,000", "scan.top_k=1,000: give a whole number."),
         ("corpus.text_field=a\x1bb", "holds a control character"),
     ],
@@ -184,6 +188,27 @@ def test_what_hydra_would_read_otherwise_is_refused_by_key(
     with pytest.raises(SystemExit, match="2"):
         cli.main(None, ["scan", "model=demo", "corpus=demo", "completion= b", word])
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("text", ["null", "'a'", '"a"', "[a, b]", "{a: b}", "a,b", "1e5", " a ", "\\", "it's\n"])
+@pytest.mark.parametrize(("job", "key"), [("ask", "prompt"), ("ask", "completion"), ("explain", "text")])
+def test_a_question_is_taken_letter_by_letter(job: str, key: str, text: str) -> None:
+    command = commands()[job]
+    words = read_arguments(command, ["x", f"{key}={text}"])
+    assert getattr(settle(command, compose(command, words)), key) == text
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${output}", "${", "\\${output}", "???"])
+def test_a_question_never_stands_for_something_else(text: str) -> None:
+    """From Python too, where texts may come from anybody: a prompt must not bring the environment's values with it."""
+    with pytest.raises(ConfigError, match=r"prompt=.* stands for .*; write it into a file \(queries=\.\.\.\)"):
+        settings_of_call("ask", (), {"index": "x", "prompt": text, "completion": "b"})
+    with pytest.raises(ConfigError, match=r"write it into a file \(queries=\.\.\.\)"):
+        settings_of_call("ask", (AskJob(index="x", prompt=text),), {})
+    with pytest.raises(ConfigError, match=r"write it into a file \(queries.path=\.\.\.\)"):
+        settings_of_call("scan", ("model=demo", "corpus=demo"), {"queries": {"prompt": text, "completion": "b"}})
+    with pytest.raises(ConfigError, match=r"write it into a file \(texts=\.\.\.\)"):
+        read_arguments(commands()["explain"], [f"text={text}"])
 
 
 def test_settings_are_printed_with_what_is_inherited(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
 
-from infscan.config.schema import RENAMED
+from infscan.config.schema import MISSING, RENAMED
 from infscan.config.settings import Setting
 from infscan.errors import ConfigError
 from infscan.secrets import MEND, holds_secret, redact
@@ -28,6 +28,8 @@ SWEEP_FLAGS = ("-m", "--multirun")
 _SEARCH = "hydra.searchpath=[file://"
 # One query of one's own, for short.
 _SHORT = {key: f"queries.{key}" for key in ("prompt", "completion", "contrast")}
+# What is measured, or scored, letter by letter.
+_VERBATIM = frozenset({*_SHORT, *_SHORT.values(), "text"})
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 # A list or an object, and no regular expression that begins like one.
 _STRUCTURE = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)
@@ -142,8 +144,10 @@ def _read(command: Command, known: dict[str, Setting], word: str, folders: Seque
         sign = "++"
     if value is None or not setting.is_text:
         return word if value is None else f"{sign}{key}={value}"
-    verbatim = key in _SHORT.values()
-    _check_references(key, value, known)
+    verbatim = key in _VERBATIM
+    check_text(key, value)
+    if not verbatim:
+        _check_references(key, value, known)
     return f"{sign}{key}={_text(value, sweep=sweep and not verbatim, verbatim=verbatim)}"
 
 
@@ -206,8 +210,20 @@ def _check_references(key: str, value: str, known: dict[str, Setting]) -> None:
     if other is None and len(names) == value.count("${"):
         return
     what = f"${{{other}}} stands for the value of a key, and there is none" if other is not None else "it has a lone ${"
-    hint = "; write the query into a file (queries.path)" if key in _SHORT.values() else ", so rename what it names"
-    raise ConfigError(f"{key}={_shorten(value)}: {what}{hint}.")
+    raise ConfigError(f"{key}={_shorten(value)}: {what}, so rename what it names.")
+
+
+def check_text(key: str, value: object) -> None:
+    """Refuse a text of the user's that would be read as a setting: another key's value, or one that is not given.
+
+    Raises:
+        ConfigError: where `key` is of a query or of a text to score, and its value is not taken letter by letter.
+    """
+    if key not in _VERBATIM or not isinstance(value, str) or not ("${" in value or value == MISSING):
+        return
+    what = "stands for a value that is not given" if value == MISSING else "holds ${, which stands for another key's"
+    file = "texts" if key == "text" else "queries.path" if key in _SHORT.values() else "queries"
+    raise ConfigError(f"{key}={_shorten(value)} {what}; write it into a file ({file}=...), where it is taken as it is.")
 
 
 def _text(value: str, *, sweep: bool, verbatim: bool) -> str:

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from infscan.config.identity import leaves, plain
 from infscan.config.schema import Config
 from infscan.config.settings import Setting, settings_of
 from infscan.errors import ConfigError
@@ -363,9 +364,17 @@ def compose(command: Command, overrides: Sequence[str]) -> Any:
 
 
 def structured(settings: Any) -> Any:
-    """Typed settings as a DictConfig, to be settled as composed ones are."""
+    """Typed settings as a DictConfig, to be settled as composed ones are.
+
+    Raises:
+        ConfigError: for a text that would not be taken as it is.
+    """
     from omegaconf import OmegaConf
 
+    from infscan.config.arguments import check_text
+
+    for key, value in leaves(plain(settings)):
+        check_text(key, value)
     return OmegaConf.structured(settings)
 
 
@@ -378,8 +387,9 @@ def assign(command: Command, cfg: Any, key: str, value: Any) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from infscan.config.arguments import refusal
+    from infscan.config.arguments import check_text, refusal
 
+    check_text(key, value)
     try:
         OmegaConf.update(cfg, key, value, force_add=True)
     except OmegaConfBaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import PurePath
 from typing import Any
 
 from infscan.config.schema import MISSING, Backend, ClusterConfig, Config, Measure, Sides
@@ -124,7 +125,15 @@ class AskJob:
 
     @property
     def indexes(self) -> list[str]:
-        return [str(one) for one in self.index] if isinstance(self.index, list) else [str(self.index)]
+        """Addresses of the indexes.
+
+        Raises:
+            ConfigError: where one is none.
+        """
+        found = self.index if isinstance(self.index, list) else [self.index]
+        if not found or not all(isinstance(one, str | PurePath) and str(one) for one in found):
+            raise ConfigError(f"index={self.index}: give a finished index, folder or URI, or a list of several.")
+        return [str(one) for one in found]
 
 
 @dataclass

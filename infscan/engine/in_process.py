@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import torch
@@ -63,8 +64,18 @@ class ResidentBackend(InProcessBackend):
 
     _held: tuple[tuple[Any, ...], ModelWorker] | None = None
 
+    def __init__(self, cluster: ClusterConfig) -> None:
+        super().__init__(cluster)
+        # Set where the process is to end now: whatever runs ends with its unit.
+        self.ended = Event()
+
     def executor(self, settings: WorkerSettings, telemetry: Telemetry, records: RunRecords) -> InProcessExecutor:
-        made = super().executor(settings, telemetry, records)
+        def check() -> None:
+            if self.ended.is_set():
+                raise RunError("this process was ended before the run was finished; run the same again.")
+            records.check()
+
+        made = super().executor(settings, telemetry, replace(records, check=check))
         key = (settings.model, settings.layers, settings.sharded, settings.identity)
         if self._held is None or self._held[0] != key:
             self._held = key, made.worker

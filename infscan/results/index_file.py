@@ -33,6 +33,8 @@ from infscan.storage.prefetch import prefetch
 FOLDER, SUFFIX, MANIFEST = "codes", ".arrow", "index.json"
 SCHEMA_VERSION = 1
 _METADATA = b"infscan"
+# Of whatever infscan began in a folder.
+_CONFIG = "config.yaml"
 
 Column = NDArray[Any]
 
@@ -235,10 +237,12 @@ def read_manifest(store: Store) -> IndexManifest:
     try:
         value = parse_json(store.read(MANIFEST))
     except MissingError:
-        raise RunError(
-            f"{store.uri} has no {MANIFEST}: it is no index, or one that is not finished; run infscan index with "
-            f"output={store.uri} to make or finish it."
-        ) from None
+        what = "there is nothing at this address; check it"
+        if store.exists(_CONFIG):
+            what = (
+                "it is an index that is not finished, which the same infscan index goes on with, or a run without one"
+            )
+        raise RunError(f"{store.uri} has no {MANIFEST}: {what}.") from None
     except ValueError:
         value = None
     if not checksum_ok(value):

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 from infscan.config import Config, QueriesConfig
 from infscan.config.jobs import ServeJob
 from infscan.engine.in_process import ResidentBackend
-from infscan.errors import InfscanError, QueryError, RunError
+from infscan.errors import InfscanError, QueryError, RunError, StorageError
 from infscan.pipeline import ask
 from infscan.queries import Query
 from infscan.report.write import report_page
@@ -60,6 +61,8 @@ class Question:
     exact_s: float | None = None
     # Questions that come with it in one run.
     together: int = 1
+    # What of its wording is probably not meant.
+    warnings: tuple[str, ...] = ()
 
 
 class Desk:
@@ -68,6 +71,7 @@ class Desk:
     def __init__(self, found: Indexes, config: Config, job: ServeJob) -> None:
         self.found, self.job = found, job
         self.store = Store(config.output)
+        self.store.check_writable()
         # The same model, factors and layers for every run.
         self.config = config
         self.machines = ResidentBackend(config.cluster)
@@ -96,8 +100,10 @@ class Desk:
             QueryError: for a question that cannot be measured, by what is wrong with it.
             BusyError: where too many wait.
         """
-        question = Question(f"q-{secrets.token_hex(12)}", self._query(asked))
-        question.query = replace(question.query, id=question.id)
+        question_id, query = f"q-{secrets.token_hex(12)}", self._query(asked)
+        # They are for who asks: a run would log them, and they quote the question.
+        warnings = tuple(said.removeprefix(f"query {query.id!r}: ") for said in query.warnings)
+        question = Question(question_id, replace(query, id=question_id, warnings=()), warnings=warnings)
         with self._condition:
             if len(self._waiting) >= self.job.most_waiting:
                 raise BusyError(f"{len(self._waiting)} questions wait already; ask again in a minute.")
@@ -142,6 +148,13 @@ class Desk:
         """Ask what waits, batch by batch, until `stop`."""
         while batch := self._next():
             self._ask(batch)
+        # Whoever asks a later server for them is told.
+        with suppress(StorageError):
+            for question in self._waiting:
+                self._record(question, f"{ANSWERS}/never-asked")
+
+    def _record(self, question: Question, run: str) -> None:
+        self.store.write_json(f"{QUESTIONS}/{question.id}.json", {"run": run})
 
     def _next(self) -> list[Question]:
         with self._condition:
@@ -159,11 +172,11 @@ class Desk:
         run = batch[0].run
         try:
             for question in batch:
-                self.store.write_json(f"{QUESTIONS}/{question.id}.json", {"run": run})
+                self._record(question, run)
             config = replace(self.config, output=(self.store / run).uri)
             queries = sorted((question.query for question in batch), key=lambda query: query.id)
-            ask(config, self.found, queries=queries, machines=self.machines, verify=not self._verified,
-                on_found=lambda: self._mark(batch, "first_s"))  # fmt: skip
+            ask(config, self.found, queries=queries, machines=self.machines, inputs=self.inputs,
+                verify=not self._verified, on_found=lambda: self._mark(batch, "first_s"))  # fmt: skip
             self._verified = True
             self._mark(batch, "exact_s")
             self._settle(batch, "done")
@@ -186,7 +199,16 @@ class Desk:
         """Let `work` end; a batch that is being asked is finished first."""
         with self._condition:
             self._stopped = True
+            asked = sum(question.state == "asking" for question in self._questions.values())
             self._condition.notify_all()
+        if asked:
+            log.info(
+                "ending      %d questions are being asked, and are answered first; end it again to leave them", asked
+            )
+
+    def abandon(self) -> None:
+        """Let a batch that is being asked fail at the end of its unit."""
+        self.machines.ended.set()
 
     def look(self, question_id: str) -> dict[str, Any] | None:
         """How far a question is, and the rows that there are; None where there is no such question."""
@@ -202,6 +224,7 @@ class Desk:
             ahead = self._waiting.index(question) if question in self._waiting else 0
             seen = {"id": question.id, "state": question.state, "error": question.error, "ahead": ahead}
             seen |= {"first_s": question.first_s, "exact_s": question.exact_s, "together": question.together}
+            seen |= {"warnings": list(question.warnings)}
             state = "found" if question.state == "asking" and question.first_s is not None else question.state
         return self._with_rows(seen | {"state": state}, question.run, state)
 

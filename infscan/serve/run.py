@@ -22,7 +22,8 @@ _LEAST_TOKEN = 16
 
 @contextmanager
 def serving(job: ServeJob) -> Iterator[Server]:
-    """A server at work, in threads of this process; what is being asked is finished at the end.
+    """A server at work, in threads of this process; what is being asked is finished at the end, unless that is
+    interrupted too.
 
     Raises:
         ConfigError: where it is to listen beyond this machine without a token, or where it cannot listen.
@@ -46,9 +47,16 @@ def serving(job: ServeJob) -> Iterator[Server]:
     finally:
         server.shutdown()
         desk.stop()
-        for thread in threads:
-            thread.join()
-        server.server_close()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            desk.abandon()
+            for thread in threads:
+                thread.join()
+            raise
+        finally:
+            server.server_close()
 
 
 def _token(job: ServeJob) -> str | None:

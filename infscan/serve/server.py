@@ -1,7 +1,7 @@
 """A small HTTP server over one index: a page, questions as JSON, answers as JSON or as the report's page.
 
 GET  /                      the page
-GET  /api/index             what is asked: model, corpus, sequences
+GET  /api/index             what is asked: model, corpus, sequences (HEAD, as GET without what it would send)
 POST /api/questions         {"prompt", "completion", "contrast"?, "measure"?} -> 202 {"id", "state"}
 GET  /api/questions/<id>    {"state": waiting | asking | found | done | failed, "rows": [...], "certificate", ...}
 GET  /answers/<id>          the report of a finished question
@@ -13,7 +13,10 @@ Nothing of a corpus or of a question is interpreted: texts go out as JSON string
 from __future__ import annotations
 
 import hmac
+import io
 import json
+import logging
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -30,9 +33,13 @@ from infscan.report.assemble import csp_hash
 from infscan.serve.desk import BusyError, Desk
 from infscan.storage import Store
 
+log = logging.getLogger("infscan")
+
 _PAGE = "infscan://serve/page"
 _COOKIE = "infscan"
 _BODY = 1 << 20
+# Digits of a body's length: more, and Python converts none of them.
+_DIGITS = 18
 # Seconds that a client may take over a request, and connections that are served at once.
 _TIMEOUT_S, _CONNECTIONS = 20, 512
 _MINUTE_S = 60.0
@@ -81,6 +88,7 @@ class Server(ThreadingHTTPServer):
             "frame-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
             "require-trusted-types-for 'script'; trusted-types 'none'"
         )
+        self.address_family = socket.AF_INET6 if ":" in job.host else socket.AF_INET
         super().__init__((job.host, job.port), Handler)
 
     @property
@@ -109,6 +117,28 @@ class _RefusedError(Exception):
         self.status, self.said = status, said
 
 
+class _Arriving(io.RawIOBase):
+    """What a client sends, all of a request within so many seconds: one that sends byte by byte holds no connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.deadline = 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not arrive in time")
+        self.connection.settimeout(left)
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            # An answer has as long again.
+            self.connection.settimeout(_TIMEOUT_S)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -117,11 +147,34 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "infscan", ""
     timeout = _TIMEOUT_S
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.arriving = _Arriving(self.connection)
+        self.rfile = io.BufferedReader(self.arriving)
+
+    def handle_one_request(self) -> None:
+        self.arriving.deadline = time.monotonic() + _TIMEOUT_S
+        super().handle_one_request()
+
     def log_message(self, format: str, *args: Any) -> None:
         """What people ask is not written to a log."""
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What is wrong before a request is looked at (its first line, a method that there is not), as any refusal."""
+        status = HTTPStatus(code)
+        if status is HTTPStatus.NOT_IMPLEMENTED:
+            message = f"{self.command[:20]!r} is no method of this server; there are GET, HEAD and POST"
+        # Also where the first line says nothing that is known, there is a status to read.
+        self.request_version, self.close_connection = self.protocol_version, True
+        self._json({"error": f"{(message or status.phrase)[:200]}."}, status)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         with self._refusing():
+            self._check_framing()
             self._check_host()
             if self.path == "/":
                 self._send(self.server.page, "text/html; charset=utf-8", policy=self.server.policy)
@@ -141,6 +194,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         with self._refusing():
+            self._check_framing()
             self._check_host()
             body = self._body()
             if self.path == "/api/login":
@@ -170,6 +224,22 @@ class Handler(BaseHTTPRequestHandler):
         except InfscanError as error:
             self.close_connection = True
             self._json({"error": str(error)}, HTTPStatus.INTERNAL_SERVER_ERROR)
+        except (ConnectionError, TimeoutError):
+            # The client is gone.
+            raise
+        except Exception:
+            log.exception("a request failed")
+            self.close_connection = True
+            said = "the request failed for a reason that the server's log has."
+            self._json({"error": said}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _check_framing(self) -> None:
+        """Where a request ends is to be beyond doubt: a proxy in front may otherwise see another one in its body."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers or len(lengths) > 1:
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "say the body's length, once; no other encoding is read.")
+        if self.command != "POST" and lengths not in ([], ["0"]):
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{self.command} has no body here.")
 
     def _check_host(self) -> None:
         """A page elsewhere must not reach a server of this machine under another name, nor post to any."""
@@ -208,7 +278,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "say the body's length.")
-        if int(length) > _BODY:
+        if len(length) > _DIGITS or int(length) > _BODY:
             raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {_BODY:,} bytes.")
         try:
             value = json.loads(self.rfile.read(int(length)))
@@ -245,7 +315,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
 
 def _cookie_of(token: str) -> str:

@@ -16,7 +16,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from infscan.config import Backend, Config, QueriesConfig, Scores, absolute, check, fingerprint, stored_config
+from infscan.config import (
+    Backend,
+    Config,
+    FactorsConfig,
+    QueriesConfig,
+    Scores,
+    Solver,
+    absolute,
+    check,
+    fingerprint,
+    stored_config,
+)
 from infscan.config.jobs import AskJob, IndexConfig, IndexJob
 from infscan.corpus.addressable import AddressableCorpus, open_corpus
 from infscan.corpus.filtered import FilteredCorpus, describe_filtered
@@ -34,6 +45,7 @@ from infscan.model.worker import ModelWorker
 from infscan.queries import Query
 from infscan.results.index_file import IndexManifest, read_columns, read_manifest
 from infscan.results.schema import read_parquet, read_with_footer, to_parquet
+from infscan.steps.factor_files import COMPLETE
 from infscan.steps.factors import Factors
 from infscan.steps.finished import read_what_was_prepared
 from infscan.steps.index import code_settings, index_fields, indexed_layers, layer_codes
@@ -117,6 +129,7 @@ def ask_config(found: Indexes, job: AskJob) -> Config:
 
     Raises:
         ConfigError: for a value that cannot work.
+        RunError: where the factors are not there.
     """
     made = {one.name: getattr(found[0].made_with, one.name) for one in fields(Config)}
     config = Config(**made)
@@ -157,7 +170,17 @@ def ask_config(found: Indexes, job: AskJob) -> Config:
             config = replace(config, factors=replace(config.factors, corpus=replace(was, path=path, paths={})))
         config = replace(config, corpus=replace(config.corpus, path=path, paths={}))
     check(config, ("queries.path",) if job.queries is None else ())
+    _check_fitted(config.factors, found)
     return config
+
+
+def _check_fitted(factors: FactorsConfig, found: Indexes) -> None:
+    """Raises RunError where the factors are gone: others would be fitted, for hours, of which the codes say nothing."""
+    if factors.solver is not Solver.identity and not Store(str(factors.path)).exists(COMPLETE):
+        raise RunError(
+            f"{factors.path} holds no complete factors, and {found[0].store.uri} answers for its own fit alone; "
+            "restore them, or say where they are now (factors=...)."
+        )
 
 
 def indexed(run: Run, corpus: AddressableCorpus, found: Indexes, factors: Factors) -> AddressableCorpus:

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def computed_by(run: Run) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(name)

@@ -64,11 +64,13 @@ def open_run(
     queries: Sequence[Query] | None = None,
     telemetry: Telemetry | None = None,
     machines: Machines | None = None,
+    inputs: Inputs | None = None,
 ) -> Iterator[Run]:
     """Check the inputs, claim the output for this configuration, reach the cluster; workers start lazily.
 
     queries: what is measured, where it need not be read from the query file: a finished run's, opened again.
-    machines: what the workers run on, where it is there already.
+    machines, inputs: what the workers run on, and the scanned stage's model, tokenizer and corpora, where they are
+    there already: whoever asks again and again has them read once.
 
     Raises:
         InfscanError: for anything wrong with the model, tokenizer, corpus files, queries, output or settings.
@@ -80,7 +82,7 @@ def open_run(
         # The folders of a run that fails before it kept anything go with it.
         for place in filter(None, (config.output, config.factors.path)):
             stack.enter_context(Store(place).removed_unless_used())
-        yield stack.enter_context(_opened(config, needs_queries, queries, telemetry, machines))
+        yield stack.enter_context(_opened(config, needs_queries, queries, telemetry, machines, inputs))
 
 
 @contextmanager
@@ -90,12 +92,13 @@ def _opened(
     queries: Sequence[Query] | None,
     telemetry: Telemetry | None,
     machines: Machines | None,
+    inputs: Inputs | None,
 ) -> Iterator[Run]:
     metrics = RunMetrics(config.output, traced=config.cluster.trace, exported=config.cluster.backend is Backend.ray)
     opened, faults_before = time.monotonic(), storage_faults()
     folder = open_folder(config)
     config = folder.pinned(config)
-    stages = [(folder, open_inputs(config))]
+    stages = [(folder, open_inputs(config) if inputs is None else replace(inputs, config=config))]
     if needs_queries:
         stages += [(open_folder(later, folder.lease), open_inputs(later)) for later in later_configs(config)]
         stages = _with_queries(stages, queries)

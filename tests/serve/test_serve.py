@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ import pytest
 
 from infscan.api import read_run, run_ask
 from infscan.config.jobs import AskJob
-from infscan.errors import ConfigError
+from infscan.errors import ConfigError, StorageError
+from infscan.serve.desk import Desk
 from infscan.serve.run import TOKEN, serving
 from infscan.serve.server import Allowance, Server
+from infscan.steps.ask import ask_config, read_indexes
 from tests.serve.served import HERE, answered, call, serve_job, text_index
 
 QUESTION = {"prompt": "the river runs", "completion": " of the stone"}
@@ -116,6 +121,120 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
     assert call(server.uri, "/api/questions", QUESTION, Content_Type="text/plain")[0] == 415
     for path in ("/api/questions/q-0123", "/api/questions/..%2f..", "/answers/q-" + "0" * 24, "/etc/passwd", "/api/"):
         assert call(server.uri, path)[0] == 404
+
+
+def raw(server: Server, data: bytes) -> tuple[int, bytes, bytes]:
+    """What comes back until the server ends the connection: status, headers and body."""
+    with socket.create_connection(server.server_address[:2], timeout=60) as connection:
+        connection.sendall(data)
+        found = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    headers, _, body = found.partition(b"\r\n\r\n")
+    return int(headers.split()[1]), headers, body
+
+
+HOST, JSON = b"Host: localhost\r\n", b"Host: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "said"),
+    [
+        (b"BREW / HTTP/1.1\r\n" + HOST, 501, "'BREW' is no method of this server; there are GET, HEAD and POST"),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n" + HOST, 414, "Too Long"),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + HOST, 431, "Too many headers"),
+        (b"GET / HTTP/1.1 and more\r\n" + HOST, 400, "Bad request version"),
+        (b"GET / HTTP/1.1\r\n", 403, "its own machine only"),
+        (b"POST /api/questions HTTP/1.1\r\n" + JSON + b"Content-Length: " + b"9" * 5000 + b"\r\n", 413, "at most"),
+        (b"POST /api/questions HTTP/1.1\r\n" + JSON + b"Content-Length: -1\r\n", 411, "say the body's length"),
+    ],
+)
+def test_what_is_no_request_is_refused_as_any_other(server: Server, request_: bytes, status: int, said: str) -> None:
+    found, headers, body = raw(server, request_ + b"\r\n")
+    assert (found, b"Content-Security-Policy: default-src 'none'" in headers) == (status, True)
+    assert said in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"POST /api/login HTTP/1.1\r\n" + JSON + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}", 411),
+        (b"POST /api/login HTTP/1.1\r\n" + JSON + b"Content-Length: 2\r\nContent-Length: 60\r\n\r\n{}", 411),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"Content-Length: 60\r\n\r\n", 400),
+    ],
+)
+def test_no_request_hides_in_another_s_body(server: Server, request_: bytes, status: int) -> None:
+    found, _, rest = raw(server, request_ + b"GET /api/index HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert (found, b"sequences" in rest) == (status, False)
+
+
+def test_head_is_get_without_a_body(server: Server) -> None:
+    status, headers, body = raw(server, b"HEAD / HTTP/1.1\r\nConnection: close\r\n" + HOST + b"\r\n")
+    assert (status, body) == (200, b"")
+    assert f"Content-Length: {len(server.page)}".encode() in headers
+
+
+def test_a_client_that_sends_byte_by_byte_holds_no_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infscan.serve.server._TIMEOUT_S", 0.5)
+    with socket.create_connection(server.server_address[:2], timeout=60) as connection:
+        connection.sendall(b"POST /api/login HTTP/1.1\r\n" + JSON + b"Content-Length: 1000000\r\n\r\n")
+        # Each byte comes well within the time that the whole request has.
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 1000:
+                connection.sendall(b" ")
+                sent += 1
+                time.sleep(0.05)
+    assert sent < 1000
+
+
+def test_a_request_that_fails_is_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.desk, "facts", lambda: 1 / 0)
+    status, said = call(server.uri, "/api/index")
+    assert (status, said["error"]) == (500, "the request failed for a reason that the server's log has.")
+
+
+def test_a_question_s_words_are_in_no_log_and_its_slips_come_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is the model read from its folder again."""
+    monkeypatch.setattr("infscan.steps.inputs.describe", None)
+    asked = call(server.uri, "/api/questions", {"prompt": "the xyzzy", "completion": "plugh"})[1]
+    seen = answered(server.uri, asked["id"])
+    assert seen["state"] == "done"
+    assert seen["warnings"] == ["no space between 'the xyzzy' and 'plugh': the completion is a part of a word"]
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "xyzzy" not in said
+    assert "plugh" not in said
+
+
+def test_a_server_that_is_ended_leaves_no_question_without_a_word(index: Path) -> None:
+    job = serve_job(index, at_once=1)
+    desks = [Desk(found, ask_config(found, job.asking()), job) for found in [read_indexes([str(index)])] * 2]
+    first, second = (desks[0].submit(QUESTION) for _ in range(2))
+    desks[0].abandon()
+    desks[0]._ask(desks[0]._next())
+    assert (first.state, second.state) == ("failed", "waiting")
+    assert "was ended" in first.error
+    desks[0].stop()
+    desks[0].work()
+    for question in (first, second):
+        seen = desks[1].look(question.id)
+        assert seen is not None
+        assert (seen["state"], seen["error"]) == ("failed", "the server ended before it was answered; ask again.")
+
+
+def test_a_place_for_answers_that_takes_none_is_refused_before_a_question_is(index: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="a file is where a folder is needed"),
+        serving(serve_job(index, output=str(index / "config.yaml"))),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_it_listens_on_ipv6(index: Path) -> None:
+    with serving(serve_job(index, host="::1")) as server:
+        assert server.uri.startswith("http://[::1]:")
+        assert call(server.uri, "/")[0] == 200
 
 
 def test_an_answer_is_read_again_by_a_later_server(index: Path, server: Server) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,8 +379,30 @@ def test_a_question_is_needed(made: tuple[Path, Config, Path]) -> None:
         ask(folder, index, queries=None, output=str(folder / "none"))
     with pytest.raises(ConfigError, match=r"completion: no value given"):
         run_ask(AskJob(index=str(index), prompt="half of a question", output=str(folder / "none"), cluster=HERE))
-    with pytest.raises(RunError, match=r"no index.json"):
-        open_index(str(folder / "run"))
+
+
+def test_what_is_no_index_is_refused_by_what_it_is(made: tuple[Path, Config, Path], tmp_path: Path) -> None:
+    _, _, index = made
+    assert open_index(index).rows == open_index(str(index)).rows
+    with pytest.raises(RunError, match=r"nowhere has no index.json: there is nothing at this address; check it"):
+        open_index(tmp_path / "nowhere")
+    shutil.copytree(index, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "index.json").unlink()
+    with pytest.raises(RunError, match=r"no index.json: it is an index that is not finished, .* or a run without one"):
+        open_index(tmp_path / "unfinished")
+    for odd in (None, "", [], [None], {"a": "b"}, 5):
+        with pytest.raises(ConfigError, match="give a finished index, folder or URI"):
+            open_index(odd)  # type: ignore[arg-type]
+
+
+def test_no_other_factors_are_fitted_for_a_question(tmp_path: Path) -> None:
+    """An index answers for its own fit: where that is gone it says so, and fits none in its place."""
+    _, index = make(tmp_path)
+    os.rename(tmp_path / "factors", tmp_path / "moved")
+    with pytest.raises(RunError, match=rf"{tmp_path}/factors holds no complete factors, .*factors=\.\.\."):
+        ask(tmp_path, index)
+    assert not (tmp_path / "factors").exists()
+    assert rows_of(ask(tmp_path, index, factors=str(tmp_path / "moved")))
 
 
 def test_indexes_of_a_grown_corpus_are_asked_as_one(tmp_path: Path) -> None:

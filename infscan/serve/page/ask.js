@@ -62,7 +62,8 @@ async function follow(id, mine) {
     if (seen.state === 'failed') throw new Error(seen.error);
     if (seen.rows) show(seen);
     if (seen.state === 'done') {
-      say(seen.exact_s ? `First rows after ${seen.first_s} s, exact ones after ${seen.exact_s} s.` : 'An earlier answer.');
+      const took = seen.exact_s ? `First rows after ${seen.first_s} s, exact ones after ${seen.exact_s} s.` : 'An earlier answer.';
+      say([took, ...(seen.warnings || [])].join(' '));
       return;
     }
     say(seen.state === 'waiting' ? `Waiting; ${seen.ahead} questions are ahead.` : 'Asking.');
