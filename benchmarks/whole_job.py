@@ -312,7 +312,9 @@ def main() -> None:
                 programs[f"infscan, rank {rank}, {dtype}, sieve of {blocks}"] = job.infscan(
                     f"rank {rank} {dtype} sieve {blocks}",
                     options.keep,
-                    **{"model.dtype": dtype, "scan.rank": rank, "scan.sieve": blocks, "scan.scores": "top"},
+                    **{"model.dtype": dtype, "scan.rank": rank, "scan.sieve": blocks, "scan.scores": "top"}
+                    # What is the default of a larger corpus.
+                    | {"scan.audit_sequences": max(1, options.scanned // 10)},
                 )
     if options.kronfluence:
         programs["kronfluence, rank 32, float32"] = job.rival("kronfluence", options.kronfluence)
