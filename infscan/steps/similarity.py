@@ -280,7 +280,7 @@ def _sampled_states(
     width = getattr(worker.model.module.config.get_text_config(), "hidden_size", None)
     if width is None or len(sequences) * max(map(len, sequences)) * width * worker.wide.itemsize > _KEPT:
         return states()
-    return worker.cached("sampled states", task.states, lambda: list(states()))
+    return worker.cached("sampled states", task.states, lambda: list(states()), lasting=True)
 
 
 def _directions(states: Iterable[tuple[Batch, Tensor]], whitening: Whitening) -> Iterator[tuple[Batch, Tensor, Tensor]]:
