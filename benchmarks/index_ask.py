@@ -122,7 +122,7 @@ def main() -> None:
             )
             clock.seconds["together"] = tuple(map(sum, zip(*clock.seconds.values(), strict=True)))
             seconds.append(clock.seconds)
-    show(seconds)
+            show(seconds)
 
 
 def show(seconds: list[dict[str, tuple[float, float]]]) -> None:

@@ -1,20 +1,25 @@
 """Do an index's own scores predict retraining as the exact ones do? (docs/reports/index.md)
 
 python benchmarks/index_lds.py [--folder runs/index-lds] [--recipes adamw adamw-small sgd-small]
+    [--bergson .venv-rivals/bergson/bin/python [--rivals-alone]]
 
 The bank of benchmarks/data/bank.parquet (benchmarks/bank.py): nothing is retrained but the model of the whole corpus.
 LDS of exact full-rank scores, and of what codes of several sizes make of them. Beside them two other stores, written
 here after their papers and not their programs, in two bytes a number: like LoGra (arXiv 2405.13954), two-sided random
 projections of unwhitened gradients, with the second moment of a layer's projected gradients inverted; and like
 TrackStar (arXiv 2410.17413), gradients divided by the roots of an outer product near their entries' second moments,
-projected, whitened by the root of the projected moment, and brought to length 1.
+projected, whitened by the root of the projected moment, and brought to length 1. With --bergson, bergson's own
+stores (rivals/run_bergson_index.py), and of its own what LoGra and TrackStar do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +70,7 @@ class Recipe:
         )  # fmt: skip
         found = RecipeScores(Store(str(folder / "bank" / name)), config, sweep)
         self.worker, self.sequences, self.sets = found.worker, found.study.candidates, found.sets()
+        self.model, self.queries = folder / "bank" / name / "model", found.study.queries
         self.measured = np.array(
             [
                 np.mean(
@@ -183,7 +189,7 @@ def second_moments(recipe: Recipe) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def summed(recipe: Recipe, scores: dict[Any, Scores], tracked: str) -> Scores:
-    names = recipe.sets[tracked]
+    names = [name for name in recipe.sets[tracked] if name in scores]
     total = np.sum([scores[name] for name in names], axis=0)
     if (names[0], "length") in scores:
         total = total / np.sqrt(np.sum([scores[name, "length"] for name in names], axis=0))
@@ -207,12 +213,44 @@ def judged(
     }
 
 
-def rows_of(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+def bergson(recipe: Recipe, folder: Path, python: Path) -> Iterator[tuple[str, Scores, int]]:
+    """Label, scores [Q, N] of the MLP layers and bytes of a row, of every store of bergson's."""
+    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    shutil.copytree(recipe.model, folder / "model")
+    scanned = [(one.token_ids.tolist(), range(1, len(one.token_ids))) for one in recipe.sequences]
+    parts = [part for query in recipe.queries for part in query.parts]
+    assert len(parts) == len(recipe.queries), "a query of several parts is none of bergson's"
+    for name, rows in (("scanned", scanned), ("queries", [(list(one.token_ids), one.positions) for one in parts])):
+        lines = [
+            {
+                "input_ids": ids,
+                "labels": [token if place in measured else -100 for place, token in enumerate(ids)],
+                "length": len(ids),
+            }
+            for ids, measured in rows
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script, output = ROOT / "benchmarks" / "rivals" / "run_bergson_index.py", folder / "bergson"
+    shutil.rmtree(output, ignore_errors=True)
+    command = [str(python), str(script), str(folder), f"--output={output}", "--threads=1"]
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    say(f"bergson: {said['seconds']}")
+    for width, size in said["bytes"].items():
+        for kind in ("store", "preconditioned", "trackstar"):
+            yield f"bergson, {kind}, {width} x {width}", np.load(output / f"{kind}-{width}.npy"), size
+
+
+def rows_of(recipe: Recipe, name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     exact, rows = recipe.exact(), list[dict[str, Any]]()
     full = {tracked: recipe.lds(summed(recipe, exact, tracked)) for tracked in SETS}
 
-    def add(label: str, scores: dict[Any, Scores], sizes: dict[str, int]) -> None:
-        for tracked in SETS:
+    def add(label: str, scores: dict[Any, Scores], sizes: dict[str, int], sets: Iterable[str] = SETS) -> None:
+        for tracked in sets:
             row = judged(recipe, tracked, scores, exact, full[tracked])
             size = sum(sizes.get(layer, 0) for layer in recipe.sets[tracked])
             rows.append(row | {"recipe": name, "store": label, "bytes": size})
@@ -221,6 +259,12 @@ def rows_of(recipe: Recipe, name: str) -> list[dict[str, Any]]:
                 f"exact; {mean:+.3f} [{low:+.3f}, {high:+.3f}])  Pearson {row['pearson']:.2f}")  # fmt: skip
 
     add("exact", exact, {})
+    if options.bergson:
+        first = recipe.sets["mlp"][0]
+        for label, scores_qn, size in bergson(recipe, folder / f"bergson-{name}", options.bergson):
+            add(label, {first: scores_qn}, {first: size}, ("mlp",))
+    if options.rivals_alone:
+        return rows
     for kind, width, bits in CODES:
         add(f"{kind} {width}, {bits} bit", *codes(recipe, kind, width, bits))
     for like in ("LoGra", "TrackStar"):
@@ -234,6 +278,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "index-lds")
     parser.add_argument("--recipes", nargs="+", default=["adamw", "adamw-small", "sgd-small"], choices=list(RECIPES))
     parser.add_argument("--damping", type=float, help="relative; without it, as found by layer")
+    parser.add_argument("--bergson", type=Path, help="Python of an environment that has bergson")
+    parser.add_argument("--rivals-alone", action="store_true", help="beside the exact scores")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = options.folder.absolute()
@@ -243,7 +289,9 @@ def main() -> None:
         "bank", f"corpus.path={folder}/prepared/corpus", f"queries.path={folder}/queries.jsonl", f"recipes={recipes}",
         "subsets=100", "seeds=2", "max_hours=24", f"known={DATA}", "trainings=0", f"output={folder}/bank",
     )  # fmt: skip
-    rows = [row for name in options.recipes for row in rows_of(Recipe(folder, name, options.damping), name)]
+    rows = [
+        row for name in options.recipes for row in rows_of(Recipe(folder, name, options.damping), name, options, folder)
+    ]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 

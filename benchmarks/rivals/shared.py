@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 
-def arguments(description: str | None, **integers: int) -> argparse.Namespace:
-    """FOLDER, --output, --threads (set for torch at once) and the integers named, with their defaults."""
+def arguments(description: str | None, **integers: int | list[int]) -> argparse.Namespace:
+    """FOLDER, --output, --threads (set for torch at once) and the integers (or lists of them) named, with defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     for name, default in {**integers, "threads": 2}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+        many = "+" if isinstance(default, list) else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs=many, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,20 +32,40 @@ def _blocks(module: PreTrainedModel) -> list[nn.Module]:
 
 @torch.no_grad()
 def hidden_states(model: LoadedModel, ids_bt: Tensor, position_ids_bt: Tensor | None = None) -> Tensor:
-    """What the middle block gives out, [B, T, d], in the model's dtype. The head is not run.
+    """What the middle block gives out, [B, T, d], in the model's dtype. Neither the head nor the blocks above it run:
+    they pass on what it gave. Of a model in shards they run, since ranks gather them in an order that is foreseen.
 
     ids_bt, position_ids_bt: as `infscan.model.attention.document_logits` takes them.
     """
-    found: list[Tensor] = []
+    given: list[Tensor | tuple[Tensor, ...]] = []
 
     def keep(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
-        found.append(out if isinstance(out, Tensor) else out[0])
+        given.append(out)
 
-    block = _blocks(model.module)[middle_block(model.module) - 1]
-    handle = block.register_forward_hook(keep)
+    number, found_blocks = middle_block(model.module), _blocks(model.module)
+    above = [] if model.shard_parameters < model.parameters else found_blocks[number:]
+    handle = found_blocks[number - 1].register_forward_hook(keep)
     try:
-        with instead_of_head(model.module, lambda h_btn, _head: h_btn[..., :1]):
+        with ExitStack() as stack:
+            stack.enter_context(instead_of_head(model.module, lambda h_btn, _head: h_btn[..., :1]))
+            for block in above:
+                stack.enter_context(_passed_by(block, given))
             document_logits(model.module, ids_bt, position_ids_bt)
     finally:
         handle.remove()
-    return found[0].reshape(*ids_bt.shape, -1)
+    out = given[0]
+    return (out if isinstance(out, Tensor) else out[0]).reshape(*ids_bt.shape, -1)
+
+
+@contextmanager
+def _passed_by(block: nn.Module, given: Sequence[Any]) -> Iterator[None]:
+    """While open, the block gives out the first of `given`; itself, where there is none yet."""
+    before, own = block.__dict__.get("forward"), block.forward
+    block.forward = lambda *args, **kwargs: given[0] if given else own(*args, **kwargs)
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before

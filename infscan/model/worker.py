@@ -107,6 +107,7 @@ class ModelWorker:
         if context.device != "meta":
             check_tracked(self.model.module, self.layers, context.device)
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self._lasting: dict[str, tuple[Any, Any]] = {}
         self.ahead = ReadAhead()
         self.behind = WriteBehind()
         # Whether this unit's output may be written while the next one is computed; and what then writes it.
@@ -305,16 +306,21 @@ class ModelWorker:
             self._keeps_documents_apart = True
         return self.ahead.read(Reads(address, ids), self.cached("corpus", address, address.open))
 
-    def cached(self, kind: str, key: Any, make: Callable[[], T]) -> T:
-        """The last object of a kind, made anew when its key changes; the old one is dropped first."""
-        held = self._cache.get(kind)
+    def cached(self, kind: str, key: Any, make: Callable[[], T], *, lasting: bool = False) -> T:
+        """The last object of a kind, made anew when its key changes; the old one is dropped first.
+
+        lasting: `forget` leaves it: something small that follows from model and corpus alone.
+        """
+        cache = self._lasting if lasting else self._cache
+        held = cache.get(kind)
         if held is None or held[0] != key:
-            self._cache.pop(kind, None)
+            cache.pop(kind, None)
             del held
-            self._cache[kind] = (key, make())
-        return self._cache[kind][1]
+            cache[kind] = (key, make())
+        found: T = cache[kind][1]
+        return found
 
     def forget(self) -> None:
-        """Drop every cached object: a phase's factors and queries are not the next one's."""
+        """Drop every cached object that is not lasting: a phase's factors and queries are not the next one's."""
         self.ahead.forget()
         self._cache.clear()

@@ -6,7 +6,7 @@ sequence; the whitening is of the whole corpus, by a seeded sample. With stages,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
@@ -40,6 +40,8 @@ _NAME = "similarity"
 _WHITENING, _SAMPLE = "queries/whitening.safetensors", "queries/similarity-{:04d}.safetensors"
 # Sequences that the whitening is of, and beside which a row's similarity stands.
 SAMPLED = 64
+# Bytes of the sample's states that a rank keeps from step to step, and from run to run where its model stays loaded.
+_KEPT = 64 << 20
 QUERIES_PER_GROUP, SEQUENCES_PER_UNIT, _PAIRS_PER_UNIT = 64, 256, 1 << 14
 
 
@@ -83,12 +85,8 @@ def similarity(
     rows = np.sort(ranking.rows if most is None else ranking.rows[ranking.ranks <= most])
     tried = scanned.best.take(rows)
     sample = Selection.of(corpus.sequences, SAMPLED, config.seed).ids()
-    key = fingerprint(
-        [
-            [run.architecture.fingerprint, inputs.refine_dtype, corpus.fingerprint, sample.tolist()],
-            [queries_fingerprint([query]) for query in run.queries],
-        ]
-    )
+    of_sample = [run.architecture.fingerprint, inputs.refine_dtype, corpus.fingerprint, sample.tolist()]
+    key = fingerprint([of_sample, [queries_fingerprint([query]) for query in run.queries]])
     groups = [
         range(start, min(start + QUERIES_PER_GROUP, len(run.queries)))
         for start in range(0, len(run.queries), QUERIES_PER_GROUP)
@@ -120,7 +118,8 @@ def similarity(
         is_done=lambda number: paths[number] in there,
         progress=lambda number, tokens: (len(np.unique(units[number].sequence_ids)), tokens),
     )
-    whiten = WhiteningTask(run.store, CorpusAddress.of(corpus), sample, config.tokens_per_batch, key)
+    states = fingerprint([of_sample, config.tokens_per_batch])
+    whiten = WhiteningTask(run.store, CorpusAddress.of(corpus), sample, config.tokens_per_batch, key, states)
 
     def sampling(number: int) -> SampleTask:
         queries = tuple(run.queries[query] for query in groups[number])
@@ -171,13 +170,14 @@ def _is_made(run: Run, name: str, key: str) -> bool:
 
 @dataclass(frozen=True)
 class WhiteningTask:
-    """Sequences of a corpus whose hidden states the whitening is of."""
+    """Sequences of a corpus whose hidden states the whitening is of. states: what those follow from."""
 
     run: Store
     corpus: CorpusAddress
     sequence_ids: np.ndarray
     tokens_per_batch: int
     fingerprint: str
+    states: str
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,8 @@ class SimilarityTask:
 
 def whitening_task(worker: ModelWorker, task: WhiteningTask) -> None:
     """Sum the states of a sample's tokens and their products; rank 0 writes them, float64."""
-    sequences = worker.read(task.corpus, task.sequence_ids)
     moments: StateMoments | None = None
-    for batch in worker.batches(sequences, task.tokens_per_batch):
-        h_btd = _states(worker, batch)
+    for batch, h_btd in _sampled_states(worker, task, worker.read(task.corpus, task.sequence_ids)):
         moments = moments or StateMoments(h_btd.shape[-1], worker.device)
         if batch.scored:
             moments.add(h_btd[counted(batch)])
@@ -230,7 +228,7 @@ def sample_task(worker: ModelWorker, task: SampleTask) -> int:
     whitening, own = worker.cached("similarity", task.group, lambda: _own(worker, task))
     sequences = worker.read(task.sample.corpus, task.sample.sequence_ids)
     values_qn = torch.zeros(len(own), len(sequences), dtype=torch.float64, device=worker.device)
-    for batch, x_btd, counts_bt in _directions(worker, sequences, task.sample.tokens_per_batch, whitening):
+    for batch, x_btd, counts_bt in _directions(_sampled_states(worker, task.sample, sequences), whitening):
         rows = torch.from_numpy(batch.rows).to(worker.device)
         for query, own_id in enumerate(own):
             values_qn[query, rows] = best_cosines(own_id, x_btd, counts_bt).to(values_qn.dtype)
@@ -249,7 +247,8 @@ def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
     pairs = pairs_of(wanted)
     first = np.cumsum([0, *map(len, wanted)]).tolist()
     values_n = torch.zeros(len(pairs), dtype=torch.float64, device=worker.device)
-    for batch, x_btd, counts_bt in _directions(worker, sequences, task.tokens_per_batch, whitening):
+    states = ((batch, _states(worker, batch)) for batch in worker.batches(sequences, task.tokens_per_batch))
+    for batch, x_btd, counts_bt in _directions(states, whitening):
         for place, row in enumerate(batch.rows.tolist()):
             for offset, query in enumerate(wanted[row]):
                 one = slice(place, place + 1)
@@ -267,13 +266,26 @@ def similarity_task(worker: ModelWorker, task: SimilarityTask) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _directions(
-    worker: ModelWorker, sequences: Sequences[Sequence], tokens_per_batch: int, whitening: Whitening
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """This rank's micro-batches, with their tokens' directions [B, T, d] and which of them take part [B, T]."""
-    for batch in worker.batches(sequences, tokens_per_batch):
-        # A dummy's too: the ranks of a group go forward together.
-        h_btd = _states(worker, batch)
+def _sampled_states(
+    worker: ModelWorker, task: WhiteningTask, sequences: Sequences[Sequence]
+) -> Iterable[tuple[Batch, Tensor]]:
+    """This rank's micro-batches of the sample with their states [B, T, d]; where those are few, forward once for all
+    questions to a loaded model."""
+
+    def states() -> Iterator[tuple[Batch, Tensor]]:
+        # Of a dummy too: the ranks of a group go forward together.
+        for batch in worker.batches(sequences, task.tokens_per_batch):
+            yield batch, _states(worker, batch)
+
+    width = getattr(worker.model.module.config.get_text_config(), "hidden_size", None)
+    if width is None or len(sequences) * max(map(len, sequences)) * width * worker.wide.itemsize > _KEPT:
+        return states()
+    return worker.cached("sampled states", task.states, lambda: list(states()), lasting=True)
+
+
+def _directions(states: Iterable[tuple[Batch, Tensor]], whitening: Whitening) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Micro-batches, with their tokens' directions [B, T, d] and which of them take part [B, T]."""
+    for batch, h_btd in states:
         if batch.scored:
             yield batch, whitening.directions(h_btd), counted(batch)
 

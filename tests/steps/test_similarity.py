@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 from infscan.corpus.plan import Selection
 from infscan.errors import CorpusError
 from infscan.influence.similarity import RIDGE, StateMoments, Whitening, standing
+from infscan.model.hidden import hidden_states
+from infscan.model.loaded import LoadedModel, RankContext
 from infscan.results.read import read_summary, read_top
 from infscan.steps import scan as scanning
+from infscan.steps import similarity as similar
 from infscan.storage import Store
 from tests.steps.runs import answer_here, small_run, tiny_model, token_corpus
 
@@ -68,6 +71,43 @@ def test_it_is_the_mean_over_query_tokens_of_the_best_whitened_cosine(root: Path
         median = np.median(sampled[row["query_id"]])
         scale = 1.4826 * np.median(np.abs(sampled[row["query_id"]] - median))
         assert row["similarity_z"] == pytest.approx((expected - median) / scale, rel=1e-3, abs=1e-3)
+
+
+def test_no_block_above_the_middle_one_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a rank has the whole model; of a model in shards all blocks run, with the same states."""
+    module = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64).eval()
+    model = LoadedModel(module, RankContext(), torch.float64, 1, 1)
+    ids_bt = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        wanted = module(ids_bt, output_hidden_states=True).hidden_states[2]
+    ran = list[int]()
+    for number, block in enumerate(module.gpt_neox.layers, start=1):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    assert torch.equal(hidden_states(model, ids_bt), wanted)
+    assert ran == [1, 2]
+    model.parameters = 2
+    assert torch.equal(hidden_states(model, ids_bt), wanted)
+    assert ran == [1, 2, 1, 2, 3]
+    assert not any("forward" in block.__dict__ for block in module.gpt_neox.layers)
+
+
+def test_a_sample_s_states_are_computed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are few; with or without, the same bits."""
+    rows = dict[bool, int]()
+    states = similar._states
+
+    def counting(worker: Any, batch: Any) -> Tensor:
+        rows[kept] += len(batch.rows)
+        return states(worker, batch)
+
+    monkeypatch.setattr(similar, "_states", counting)
+    for kept in (True, False):
+        rows[kept] = 0
+        if not kept:
+            monkeypatch.setattr(similar, "_KEPT", 0)
+        answer_here(small_run(root, "model.dtype=float64", f"output={root / f'kept-{kept}'}"))
+        assert table(root / f"kept-{kept}").equals(table(root / "run"))
+    assert rows[False] - rows[True] == 64
 
 
 def test_it_does_not_depend_on_how_the_work_is_cut(root: Path) -> None:
