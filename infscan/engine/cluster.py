@@ -73,6 +73,15 @@ def _init(cluster: ClusterConfig) -> None:
         reason = " ".join(str(error).split())
         fix = "use a short folder: export RAY_TMPDIR=~/r" if "AF_UNIX" in reason else "fix that, or set RAY_TMPDIR"
         raise ConfigError(f"a local Ray cannot start in its temporary folder ({reason[:300]}); {fix}.") from None
+    except Exception as error:
+        # What Ray raises then has no class of its own; its limits, 15 and 30 seconds, have no setting.
+        if "timed out during startup" not in str(error):
+            raise
+        raise ConfigError(
+            "a local Ray did not start in the seconds that it gives itself: this machine is very busy, or Ray's logs "
+            "(session_latest/logs, in its temporary folder) say why; run the same command again, or add "
+            "cluster.backend=in_process for a run without Ray."
+        ) from None
 
 
 def _ask_for_token() -> None:

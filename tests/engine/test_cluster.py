@@ -51,6 +51,24 @@ def test_room_for_one_worker_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     module.check_capacity(ClusterConfig(num_workers=50, ranks_per_worker=2), 0.0)
 
 
+def test_a_local_ray_that_does_not_start_in_its_time_ends_the_command_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another error of Ray's keeps its traceback."""
+    said = "The current node timed out during startup. This could happen because ..."
+
+    def late(**_: Any) -> None:
+        raise Exception(said)
+
+    monkeypatch.setattr(module, "ray", SimpleNamespace(init=late, is_initialized=lambda: False))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"a local Ray did not start in .*cluster\.backend=in_process"):
+        module.connect(ClusterConfig())
+    said = "something else"
+    with pytest.raises(Exception, match="something else"):
+        module.connect(ClusterConfig())
+
+
 def test_a_local_ray_listens_where_this_machine_alone_reaches_it_and_asks_for_a_token() -> None:
     """In a process of its own: another test's Ray may run in this one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
