@@ -287,6 +287,33 @@ def certificates(exact: Floats, found: NDArray[np.bool_], audited: int, top: int
     }
 
 
+def certificates_of_sets(
+    by_block: Floats, together: int, candidates: Sequence[int], audited: int, draws: int
+) -> list[dict[str, Any]]:
+    """As a run with fewer queries has it: suffixes by their candidates per query, over sets of so many queries."""
+    rows, exact = [], by_block.sum(axis=0)
+    sets = [slice(first, first + together) for first in range(0, len(exact) - together + 1, together)]
+    for blocks in suffixes(len(by_block))[:2]:
+        mine = by_block[-blocks:].sum(axis=0)
+        for count in candidates:
+            found = [found_by([mine[one]], count) for one in sets]
+            made = [certificates(exact[one], at, audited, 100, draws) for one, at in zip(sets, found, strict=True)]
+            limits = [one["together"]["median"] for one in made]
+            row = {
+                "sieve": f"last {blocks}",
+                "candidates": count,
+                "scanned in full": float(np.mean([at.any(axis=0).sum() for at in found])),
+                "truth": float(np.mean([one["truth"] for one in made])),
+                "limits": limits,
+                "wrong": float(np.mean([one["together"]["wrong"] for one in made])),
+            }
+            rows.append(row)
+            shown = " ".join("-" if limit is None else f"{limit:.3f}" for limit in limits)
+            say(f"last {blocks}, {count} candidates a query, {together} queries, {audited} audited: "
+                f"truth {row['truth']:.3f}, limits {shown}, above it {row['wrong']:.1%}")  # fmt: skip
+    return rows
+
+
 def certified(found: dict[str, Any]) -> str:
     limit, wrong = found["together"]["median"], found["together"]["wrong"]
     return f"{'-' if limit is None else f'{limit:.3f}'} of {found['truth']:.3f} (above it {wrong:.1%})"
@@ -321,6 +348,8 @@ def main() -> None:
     parser.add_argument("--model", help="a model's folder, in place of one that is trained")
     parser.add_argument("--audited", type=float, default=0.1, help="share of the sequences")
     parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--together", type=int, default=10, help="queries of a set that is certified by itself")
+    parser.add_argument("--candidates", type=int, nargs="*", default=[], help="per query, of such sets")
     parser.add_argument("--repeats", type=int, default=7, help="of the passes that are timed; 0: none is")
     parser.add_argument("--until", metavar="HH:MM", help="when the pass ends, with the sequences so far")
     parser.add_argument("--rank", type=int, default=32, help="of the queries; 0: full")
@@ -354,13 +383,16 @@ def main() -> None:
         cost = f"{costs[name]:.2f}" if name in costs else "-"
         table.add_row(name, cost, *(f"{value:.3f}" for value in recalls), said)
     Console(width=170).print(table)
+    sets = certificates_of_sets(
+        by_block, options.together, options.candidates, round(options.audited * N), options.draws
+    )
     if costs:
         say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
     narrow = in_bfloat16(sieves, by_block, options.bfloat16_sieve, bench.folder) if options.bfloat16_sieve else []
     (HERE / "results").mkdir(exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items()}
     result = {"settings": settings, "sequences": N, "queries": Q, "costs": costs, "shares": SHARES, "sieves": rows,
-              "bfloat16": narrow}  # fmt: skip
+              "sets": sets, "bfloat16": narrow}  # fmt: skip
     (HERE / "results" / f"sieve-{options.layers}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
