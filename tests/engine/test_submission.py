@@ -109,6 +109,8 @@ def test_the_submitted_folder_is_what_runs(cluster: SubmissionCluster) -> None:
 
 
 def test_nobody_submits_without_the_token(cluster: SubmissionCluster) -> None:
+    status, said = cluster.run("job", "list")
+    assert status == 0, f"with its token the head answers: {said}"
     stranger = {name: value for name, value in cluster.env.items() if name != "RAY_AUTH_TOKEN"}
     for env in (stranger | {"RAY_AUTH_MODE": "disabled"}, stranger | {"RAY_AUTH_TOKEN": "0" * 64}):
         status, said = cluster.run("job", "submit", "--", "true", env=env)
