@@ -90,10 +90,8 @@ def test_a_worker_without_room_joins_when_a_node_does(
     submit, handed, joined = WorkerGroup.submit, [], []
     added = threading.Event()
 
-    def watched(
-        self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, oom_retries: int = 0
-    ) -> None:
-        submit(self, unit, function, *arguments, oom_retries=oom_retries)
+    def watched(self: WorkerGroup, unit: int, function: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
+        submit(self, unit, function, *arguments, **settings)
         if isinstance(arguments[0], ScanTask):
             handed.append(self.index)
             if not added.is_set():

@@ -122,5 +122,5 @@ def test_what_is_uploaded_holds_no_run_and_no_tests(cluster: SubmissionCluster, 
     status, said = cluster.submit("folder", "ls", "-a", ".", "conf", "jobs")
     assert status == 0, said
     names = set(said.split())
-    assert {"infscan", "conf", "jobs", "scan.py", "scan.yaml"} <= names
+    assert {"infscan", "conf", "jobs", "scan.py", "factors"} <= names
     assert not {"runs", ".venv", ".git", "tests", "benchmarks"} & names
