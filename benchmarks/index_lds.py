@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from compression import say
 from numpy.typing import NDArray
 from retraining import ROOT, job
 from torch import Tensor
+from whole_job import said_by
 
 from infscan.influence.codes import CodeSettings, Kind, layer_code, random_frame
 from infscan.influence.inverse import from_core, inverse_core
@@ -234,11 +233,7 @@ def bergson(recipe: Recipe, folder: Path, python: Path) -> Iterator[tuple[str, S
     script, output = ROOT / "benchmarks" / "rivals" / "run_bergson_index.py", folder / "bergson"
     shutil.rmtree(output, ignore_errors=True)
     command = [str(python), str(script), str(folder), f"--output={output}", "--threads=1"]
-    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(said_by(command, threads=1).splitlines()[-1])
     say(f"bergson: {said['seconds']}")
     for width, size in said["bytes"].items():
         for kind in ("store", "preconditioned", "trackstar"):

@@ -364,6 +364,7 @@ def main() -> None:
     costs = sieves.costs(options.repeats) if options.repeats else {}
     by_block = scores.pop("by block")
     exact, Q, N = by_block.sum(axis=0), len(bench.queries), len(sieves.sequences)
+    audited = round(options.audited * N)
     ends = {f"last {k}": by_block[-k:].sum(axis=0) for k in suffixes(len(by_block))}
     tried: dict[str, list[Floats]] = {name: [mine] for name, mine in (ends | scores).items()}
     halves = [f"last {k}" for k in suffixes(len(by_block)) if 2 * k <= len(by_block)]
@@ -377,15 +378,13 @@ def main() -> None:
         found = None
         if len(parts) == 1:
             at = found_by(parts, round(0.02 * N))
-            found = certificates(exact, at, round(options.audited * N), 100, options.draws)
+            found = certificates(exact, at, audited, 100, options.draws)
         rows.append({"sieve": name, "floors": costs.get(name), "recall": recalls, "certificate": found})
         said = "" if found is None else certified(found)
         cost = f"{costs[name]:.2f}" if name in costs else "-"
         table.add_row(name, cost, *(f"{value:.3f}" for value in recalls), said)
     Console(width=170).print(table)
-    sets = certificates_of_sets(
-        by_block, options.together, options.candidates, round(options.audited * N), options.draws
-    )
+    sets = certificates_of_sets(by_block, options.together, options.candidates, audited, options.draws)
     if costs:
         say(f"all {len(by_block)} blocks: {costs['every block']:.2f} floors")
     narrow = in_bfloat16(sieves, by_block, options.bfloat16_sieve, bench.folder) if options.bfloat16_sieve else []

@@ -230,13 +230,18 @@ class Job:
         return run
 
     def _process(self, command: list[str]) -> tuple[float, str]:
-        threads = str(self.options.threads)
-        quiet = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         began = time.perf_counter()
-        done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        return time.perf_counter() - began, done.stdout
+        said = said_by(command, self.options.threads)
+        return time.perf_counter() - began, said
+
+
+def said_by(command: list[str], threads: int) -> str:
+    """What a program of its own prints; where it fails, this one ends with what it says."""
+    quiet = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def judged(name: str, runs: list[Outcome], reference: Outcome, base: list[Outcome], top: int) -> dict[str, Any]:

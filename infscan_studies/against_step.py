@@ -24,10 +24,9 @@ from infscan.results.tensor_files import read_tensors, write_tensors
 from infscan.steps.gradients import dtype_name
 from infscan.storage import Store
 from infscan_studies.bank_judged import kinds_of, over_queries
-from infscan_studies.bank_scores import Labelled, RecipeScores
+from infscan_studies.bank_scores import Labelled, RecipeScores, at_random
 from infscan_studies.config import BankMethod, StepConfig, ValidateJob
 from infscan_studies.in_process import Study
-from infscan_studies.truth.lds import random_scores
 from infscan_studies.truth.steps import effects_on, find_learning_rate
 
 NAME = "against_step"
@@ -47,7 +46,6 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-RANDOM = "random"
 
 
 def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.Table, dict[str, Any]]:
@@ -68,8 +66,7 @@ def validate(config: ValidateJob, log: Callable[[str], None]) -> tuple[None, pa.
     effect_nq, measured = measured_effects(scored.study, config, log)
     rows = list(scored.labelled(log))
     ids = tuple(query.id for query in scored.study.queries)
-    control = random_scores(len(effect_nq), len(ids), config.seed)
-    rows.append(Labelled(RANDOM, {"method": RANDOM}, control, ids))
+    rows.append(at_random(len(effect_nq), ids, config.seed))
     table = pa.Table.from_pylist(judged(rows, ids, effect_nq, truth, config.seed), SCHEMA)
     facts: dict[str, Any] = {
         **measured,

@@ -24,15 +24,14 @@ from infscan.results.schema import footer_of, read_parquet, to_parquet
 from infscan.storage import Store
 from infscan.storage.host import processor
 from infscan_studies.bank_judged import ALL, LEAD, ceilings, kinds_of, lds_by_query, over_queries, rows_of
-from infscan_studies.bank_scores import Labelled, RecipeScores
+from infscan_studies.bank_scores import Labelled, RecipeScores, at_random
 from infscan_studies.config import BankJob, BankMethod, BankRecipe, RetrainingConfig
 from infscan_studies.retraining import MODEL, RetrainingStudy, corpus_and_queries, save_full_model
-from infscan_studies.truth.lds import half_subsets, random_scores
+from infscan_studies.truth.lds import half_subsets
 from infscan_studies.truth.qld import without_random, without_top
 from infscan_studies.truth.retrain import trainings
 
 TABLE, JUDGED_TABLE = "bank.parquet", "judged.parquet"
-RANDOM = "random"
 JUDGED = pa.schema(
     [
         ("recipe", pa.string()),
@@ -270,8 +269,8 @@ class Bank:
         if epochs:
             said = "+".join(map(str, [*epochs, cell.study.study.training.epochs]))
             yield from (one.of_epochs(said) for one in path)
-        control = random_scores(self.corpus.sequences, len(self.queries), self.job.seed)
-        yield Labelled(RANDOM, {"method": RANDOM}, control, tuple(query.id for query in self.queries)).of_models(1)
+        ids = tuple(query.id for query in self.queries)
+        yield at_random(self.corpus.sequences, ids, self.job.seed).of_models(1)
 
     def _removed(
         self, cell: Cell, wanted: Mapping[str, NDArray[np.float64]], report: Callable[[str], None]

@@ -51,13 +51,14 @@ from infscan_studies.in_process import Study, open_study
 from infscan_studies.side_by_side import kind_of
 from infscan_studies.swept import Way, sweep
 from infscan_studies.truth.bm25 import bm25_scores
+from infscan_studies.truth.lds import random_scores
 
 # What a file has where its scores are of no single layer.
 NO_LAYER = "all"
 _TOKENS_PER_BATCH = 4096
 # Queries that share the passes of a product with G.
 _TOGETHER = 6
-FOLDER = "scores"
+FOLDER, RANDOM = "scores", "random"
 _IN_ONE_PASS = (BankMethod.ekfac, BankMethod.kfac, BankMethod.identity)
 T = TypeVar("T")
 
@@ -113,6 +114,11 @@ class Labelled:
 
     def of_epochs(self, said: str) -> Labelled:
         return replace(self, label=f"{self.label} at {said}", facts=self.facts | {"models": 1, "epochs": said})
+
+
+def at_random(sequences: int, query_ids: tuple[str, ...], seed: int) -> Labelled:
+    """The row of the control."""
+    return Labelled(RANDOM, {"method": RANDOM}, random_scores(sequences, len(query_ids), seed), query_ids)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class SweptLayer:
         known = layer_factors(inverse, layer, str(V[0].s_to.device), V[0].s_to.dtype)
         assert known is not None
         self.layer, self.factors, self.inverse = layer, known[0], inverse
+        self._lam: dict[Way, float] = {}
         self.rows = layer.kept_outputs if is_spanned(layer) else layer.outputs
         self.S_rows = tokens * self.factors.S_eigenvalues.clamp_min(0)
         self.A_rows = self.factors.A_eigenvalues.clamp_min(0)
@@ -70,13 +71,19 @@ class SweptLayer:
         """Lambda + lambda in the rows that are told apart, [rows, I]; None: of the dot product."""
         if way.method is BankMethod.identity:
             return None
+        if way not in self._lam:
+            # Once, not for every micro-batch: it is a mean over Lambda, and a look into storage where it was found.
+            self._lam[way] = self._damping(way)
+        if way.method is BankMethod.kfac:
+            return torch.outer(self.S_rows[: self.rows], self.A_rows) + self._lam[way]
+        return self.factors.Lambda[: self.rows] + self._lam[way]
+
+    def _damping(self, way: Way) -> float:
         if way.method is BankMethod.kfac:
             assert way.damping is not None
-            mean = float(self.S_rows.mean(dtype=torch.float64) * self.A_rows.mean(dtype=torch.float64))
-            return torch.outer(self.S_rows[: self.rows], self.A_rows) + way.damping * mean
+            return way.damping * float(self.S_rows.mean(dtype=torch.float64) * self.A_rows.mean(dtype=torch.float64))
         relative = found_damping(self.inverse.factors, self.layer) if way.damping is None else way.damping
-        lam = damping(self.factors.Lambda, relative, None, self.layer.name, self.factors.stack_mean)
-        return self.factors.Lambda[: self.rows] + lam
+        return damping(self.factors.Lambda, relative, None, self.layer.name, self.factors.stack_mean)
 
     def gradients(self, s: Tensor, a: Tensor, routed: Routed | None) -> tuple[list[int], Tensor, Tensor | None] | None:
         """The sequences of a batch that have tokens here (None where none has), their G [B, x] inside of the span, and
